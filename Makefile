@@ -1,0 +1,38 @@
+# `make help` lists the targets. Everything is installed into .venv and .dev, nothing elsewhere but Debian packages.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  \033[1m%-18s\033[0m %s\n", $$1, $$2}'
+
+$(VENV)/.installed: requirements/dev.txt pyproject.toml
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --require-hashes -r requirements/dev.txt
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+.PHONY: venv
+venv: $(VENV)/.installed ## the development environment in .venv
+
+.PHONY: requirements
+requirements: ## pin the requirements anew, with hashes
+	for extra in operator runtime; do \
+	  $(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --extra $$extra \
+	    pyproject.toml -o requirements/$$extra.txt; done
+	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --all-extras \
+	  pyproject.toml requirements/build.in -o requirements/dev.txt
+
+.PHONY: lint
+lint: venv ## ruff, mypy, import-linter
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+.PHONY: test-unit
+test-unit: venv ## the tests that need no cluster
+	$(PY) -m pytest tests/unit tests/contract tests/sim
