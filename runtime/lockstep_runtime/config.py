@@ -1,0 +1,74 @@
+"""What a supervisor is told at its start, and hands on to its child processes as one JSON document.
+
+`lockstep serve` builds a `ServeConfig` from its arguments and `LOCKSTEP_*` variables; children get it in
+`LOCKSTEP_CONFIG`. Secrets travel apart, in their own variables, so that the document can be logged.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+from lockstep_runtime import wire
+
+CONFIG_VARIABLE: Final = "LOCKSTEP_CONFIG"
+TOKEN_VARIABLE: Final = "LOCKSTEP_TOKEN"  # noqa: S105 - a name, not a secret: the bus and the status endpoint
+API_KEY_VARIABLE: Final = "LOCKSTEP_API_KEY"  # clients must send it when it is set
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Backend = Literal["auto", "gloo", "nccl"]
+
+
+class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """None means: derived from the model and the memory there is."""
+
+    max_model_len: int | None = None  # tokens, prompt and answer together
+    max_sequences: int = 64  # running at once
+    max_batch_tokens: int = 2048  # in one step: the chunk of a chunked prefill
+    kv_cache_bytes: int | None = None  # per rank
+    max_waiting: int = 1024  # requests queued before new ones are turned away with 503
+
+
+class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One group, as every process of it sees it."""
+
+    model: str  # a directory, or a hub id such as Qwen/Qwen3-8B
+    model_revision: str | None = None  # of a hub id
+    download_dir: str | None = None  # where hub models are kept
+    served_name: str  # what clients call it
+    model_name: str = "local"  # the TensorParallelModel's name
+    group: int = 0
+    spec_revision: str = ""
+
+    tensor_parallel_size: int = 1
+    ranks_per_pod: int = 1  # divides tensor_parallel_size; `lockstep serve` on one machine: all of them
+    pod_index: int = 0
+    pod: str = "local"
+    node: str = "local"
+    leader: str = "127.0.0.1"  # host name of pod 0
+
+    dtype: DType = "auto"
+    backend: Backend = "auto"  # auto: nccl where there is CUDA, else gloo (shared memory within one pod)
+    threads_per_rank: int | None = None  # CPU threads; None: the cores there are, divided by the pod's ranks
+    limits: EngineLimits = EngineLimits()
+
+    host: str = "127.0.0.1"  # of every listener of this pod: pods set it to 0.0.0.0
+    api_port: int = wire.API_PORT
+    bus_port: int = wire.BUS_PORT
+    status_port: int = wire.STATUS_PORT
+    grace_seconds: float = 30.0  # for running requests after SIGTERM
+    lame_duck_seconds: float = 0.0  # new requests are still taken for so long after SIGTERM, while endpoints update
+
+    @property
+    def pods(self) -> int:
+        return self.tensor_parallel_size // self.ranks_per_pod
+
+    @property
+    def ranks(self) -> range:
+        """The ranks of this pod."""
+        return range(self.pod_index * self.ranks_per_pod, (self.pod_index + 1) * self.ranks_per_pod)
+
+    @property
+    def is_leader(self) -> bool:
+        return self.pod_index == 0

@@ -1,0 +1,346 @@
+"""The messages between Lockstep's processes, and nothing else: no torch, no I/O.
+
+Two carriers use them:
+
+- the *bus*: one TCP connection from every worker and every supervisor to the engine. A frame is a 4-byte big-endian
+  length and that many bytes of msgpack. Until a peer has proved itself with `Hello`, frames are bounded by
+  `MAX_HELLO_BYTES`, after that by `MAX_FRAME_BYTES`. Never pickle.
+- the *status endpoint*: `GET /status?after=<revision>` on a supervisor, JSON, read by the operator.
+
+Every message after the handshake carries the group's epoch where it could be stale; what comes from an older epoch, or
+from an incarnation that has been replaced, is dropped by the receiver.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final
+
+import msgspec
+
+PROTOCOL: Final = 1
+MAX_HELLO_BYTES: Final = 4 * 1024
+MAX_FRAME_BYTES: Final = 64 * 1024 * 1024
+
+API_PORT: Final = 8000
+BUS_PORT: Final = 7400
+STATUS_PORT: Final = 7401
+
+
+class Fault(enum.StrEnum):
+    """The seven ways a step fails: one vocabulary for code, logs, status, metrics and docs."""
+
+    STEP_FAILED = "StepFailed"
+    HANG = "Hang"
+    RANK_LOST = "RankLost"
+    CONTEXT_FAULT = "ContextFault"
+    DESYNC = "Desync"
+    CORRUPTION = "Corruption"
+    NON_FINITE = "NonFinite"
+
+
+class RankState(enum.StrEnum):
+    """Where one rank stands."""
+
+    ABSENT = "Absent"  # no process has reported yet, or it is gone
+    STARTING = "Starting"  # its process runs and has not begun to load
+    LOADING = "Loading"  # reading its slice of the weights
+    LOADED = "Loaded"  # weights in place, not (or no longer) part of a communicator
+    READY = "Ready"  # joined the communicator of the group's epoch
+    FAILED = "Failed"  # could not load; `RankStatus.message` has its own words
+
+
+class GroupState(enum.StrEnum):
+    """Where the group stands, as its engine sees it."""
+
+    STARTING = "Starting"  # waiting for its ranks
+    LOADING = "Loading"
+    READY = "Ready"
+    RECOVERING = "Recovering"  # a rank failed; requests wait and will be resumed
+    FAILED = "Failed"  # the model can't be loaded; it is tried again
+    DRAINING = "Draining"
+    POISONED = "Poisoned"  # can't serve and can't heal itself
+
+
+# --- sampling and the step -------------------------------------------------------------------------------------------
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How one sequence's next token is drawn. Draws are keyed by (seed, position), never by history or batch."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # in (0, 1]
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0  # in [0, 1]
+    seed: int = 0  # 64 bits, unsigned
+    logprobs: int = -1  # -1: none; 0: the drawn token's; k: also those of the k likeliest
+
+
+class SequenceSlice(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence's part of a step: feed `tokens` at `position`, and draw a token after the last if `sample` is set."""
+
+    sequence_id: int
+    position: int  # of tokens[0] in the sequence
+    tokens: list[int]
+    blocks: list[int]  # the sequence's whole block table: covers position + len(tokens)
+    sample: SamplingParams | None = None
+
+
+class SampledToken(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What rank 0 drew for one sequence. Log probabilities are of the unmodified distribution, natural log."""
+
+    sequence_id: int
+    token: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] = []
+
+
+# --- bus: handshake --------------------------------------------------------------------------------------------------
+
+
+class Role(enum.StrEnum):
+    WORKER = "worker"
+    SUPERVISOR = "supervisor"
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """First frame of every connection."""
+
+    protocol: int
+    token: str  # the model's; compared in constant time
+    role: Role
+    group: int
+    pod_index: int
+    pod: str
+    node: str
+    pid: int
+    incarnation: str  # random, per process
+    epoch: int = 0  # the highest this process has seen, so that a new leader starts above it
+    rank: int = -1  # workers only
+
+
+class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    epoch: int
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The engine closes after sending it. `retry` says whether trying again can help."""
+
+    reason: str
+    retry: bool
+
+
+# --- bus: engine -> worker -------------------------------------------------------------------------------------------
+
+
+class Rendezvous(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To rank 0: open a meeting place for this epoch. Answered by `RendezvousOpened`."""
+
+    epoch: int
+
+
+class Join(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To every rank: make the communicator of this epoch and prove it (an all-reduce of ones). Answered by `Joined`."""
+
+    epoch: int
+    address: str  # as `RendezvousOpened.address`
+
+
+class AllocateCache(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To every rank: lay out a KV cache of this many blocks (the least that any rank offered)."""
+
+    epoch: int
+    blocks: int
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The same to every rank. Answered by `StepDone` or `StepFailed`."""
+
+    epoch: int
+    step: int
+    sequences: list[SequenceSlice]
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Leave any collective at once and drop the communicator of every epoch below this; weights stay."""
+
+    epoch: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    reason: str
+
+
+# --- bus: worker -> engine -------------------------------------------------------------------------------------------
+
+
+class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    bytes_done: int
+    bytes_total: int
+
+
+class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Weights in place. `cache_blocks` is how many KV blocks this rank has room for."""
+
+    seconds: float
+    weight_bytes: int  # this rank's slice
+    read_bytes: int  # read from storage to get it
+    cache_blocks: int
+    block_size: int  # tokens
+    memory_bytes: int  # resident (CPU) or device memory in use
+
+
+class LoadFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """In the worker's own words. The worker ends after sending it and is started again with growing delays."""
+
+    message: str
+
+
+class RendezvousOpened(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    epoch: int
+    address: str  # tcp://host:port or shm://path
+
+
+class Joined(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    epoch: int
+    seconds: float
+
+
+class CacheAllocated(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    epoch: int
+    blocks: int
+    memory_bytes: int
+
+
+class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    epoch: int
+    step: int
+    seconds: float  # the forward, as this rank saw it
+    fingerprint: int  # 64 bits of the last hidden state: equal on every rank
+    sampled: list[SampledToken] = []  # rank 0 only
+
+
+class StepFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The step (or joining, or allocating: `step` is then -1) raised on this rank."""
+
+    epoch: int
+    step: int
+    fault: Fault
+    message: str
+
+
+class Aborted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Answer to `Abort`: this rank's compute thread is idle again, weights kept."""
+
+    epoch: int
+    seconds: float
+
+
+# --- bus: supervisor <-> engine --------------------------------------------------------------------------------------
+
+
+class ProcessExited(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A worker process ended. Exactly one of `exit_code` and `signal` is set."""
+
+    rank: int
+    pid: int
+    incarnation: str
+    exit_code: int | None = None
+    signal: int | None = None
+
+
+class Leaving(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """This pod was asked to end; it waits for `Release`, or `grace_seconds` at most."""
+
+    grace_seconds: float
+
+
+class KillWorker(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To the supervisor of the rank's pod: SIGKILL this incarnation (another is left alone) and start a new one."""
+
+    rank: int
+    incarnation: str
+    reason: str
+
+
+class Release(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Nothing needs this pod any longer."""
+
+
+class StatusReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To the leader's own supervisor, which serves it."""
+
+    status: GroupStatus
+
+
+# --- status ----------------------------------------------------------------------------------------------------------
+
+
+class Latency(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """Step latency over the last steps, in milliseconds; None before the first."""
+
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+
+
+class RankStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    rank: int
+    pod_index: int
+    state: RankState = RankState.ABSENT
+    pod: str = ""
+    node: str = ""
+    pid: int = 0
+    incarnation: str = ""
+    epoch: int = 0
+    respawns: int = 0
+    last_step: int = -1
+    last_step_at: float | None = None  # unix seconds
+    step_latency: Latency = Latency()
+    memory_bytes: int = 0
+    load_bytes_done: int = 0
+    load_bytes_total: int = 0
+    message: str = ""
+
+
+class FaultRecord(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """One fault and what became of it. `id` rises by one with every fault of the group and never repeats."""
+
+    id: int
+    fault: Fault
+    rank: int | None
+    message: str
+    at: float  # unix seconds, when noticed
+    epoch: int  # before the repair
+    rung: str = ""  # Drop, Rebuild, Respawn; empty while under way
+    recovered_at: float | None = None
+    phases: dict[str, float] = {}  # seconds of: detect, abort, respawn, rebuild, verify, firstToken
+    requests_resumed: int = 0
+
+
+class GroupStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What a group says of itself. `revision` rises with every change; the same revision is the same status."""
+
+    model: str
+    group: int
+    incarnation: str  # of the supervisor that serves this: a new one starts counting revisions anew
+    revision: int = 0
+    spec_revision: str = ""  # the rollout revision that its pods were made for
+    epoch: int = 0
+    state: GroupState = GroupState.STARTING
+    message: str = ""  # a sentence a person can act on
+    since: float = 0.0  # unix seconds, when `state` began
+    ranks: list[RankStatus] = []
+    step_latency: Latency = Latency()
+    last_step_at: float | None = None
+    requests_running: int = 0
+    requests_waiting: int = 0
+    recoveries: int = 0
+    faults: list[FaultRecord] = []  # the newest 32
+
+
+ToWorker = Welcome | Refused | Rendezvous | Join | AllocateCache | Step | Abort | Shutdown
+FromWorker = (
+    LoadProgress | Loaded | LoadFailed | RendezvousOpened | Joined | CacheAllocated | StepDone | StepFailed | Aborted
+)
+ToSupervisor = Welcome | Refused | KillWorker | Release | StatusReport
+FromSupervisor = ProcessExited | Leaving
