@@ -1,0 +1,222 @@
+"""What the chart's values do, which of them are refused, and that each is explained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import yaml
+from tests.support.chart import CHART, LEAST_VALUES, ROOT, Manifest, helm, of_kind, one, render, template
+
+import lockstep_runtime
+
+
+def container(values: Mapping[str, Any] | None = None) -> Manifest:
+    found: Manifest = one(render(values), "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    return found
+
+
+def environment(values: Mapping[str, Any] | None = None) -> dict[str, str | None]:
+    return {entry["name"]: entry.get("value") for entry in container(values)["env"]}
+
+
+def test_the_chart_passes_lint_strictly() -> None:
+    result = helm("lint", "--strict", str(CHART), "--values", LEAST_VALUES)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_chart_package_and_app_have_one_version() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert (chart["version"], chart["appVersion"]) == (lockstep_runtime.__version__, lockstep_runtime.__version__)
+
+
+def test_the_crds_are_the_source_of_truth_byte_for_byte() -> None:
+    source = {path.name: path.read_bytes() for path in (ROOT / "crds").glob("*.yaml")}
+    copies = {path.name: path.read_bytes() for path in (CHART / "crds").iterdir()}
+    assert source, "crds/ is empty"
+    assert copies == source, "the chart's copy differs: cp crds/*.yaml charts/lockstep/crds/"
+
+
+def test_the_operator_runs_once_and_never_twice() -> None:
+    spec = one(render(), "Deployment")["spec"]
+    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+
+
+def test_images_default_to_the_charts_version() -> None:
+    version = lockstep_runtime.__version__
+    assert container()["image"] == f"registry.example/lockstep/operator:{version}"
+    assert environment()["LOCKSTEP_RUNTIME_IMAGE"] == f"registry.example/lockstep/runtime:{version}"
+
+
+@pytest.mark.parametrize("image", ["image", "runtimeImage"])
+def test_an_image_that_nobody_named_is_never_guessed(image: str) -> None:
+    result = template({image: {"repository": ""}})
+    assert result.returncode != 0, "helm took it"
+    assert f"{image}.repository must be set" in result.stderr
+
+
+def test_images_are_as_asked_for() -> None:
+    values = {
+        "image": {"repository": "registry.example:5000/a/operator", "tag": "dev", "pullPolicy": "Always"},
+        "runtimeImage": {"repository": "registry.example:5000/a/runtime", "tag": "v2_0", "pullPolicy": "Never"},
+        "imagePullSecrets": [{"name": "pull"}],
+    }
+    operator = container(values)
+    assert (operator["image"], operator["imagePullPolicy"]) == ("registry.example:5000/a/operator:dev", "Always")
+    assert environment(values)["LOCKSTEP_RUNTIME_IMAGE"] == "registry.example:5000/a/runtime:v2_0"
+    assert environment(values)["LOCKSTEP_RUNTIME_IMAGE_PULL_POLICY"] == "Never"
+    for pod in (one(render(values), "Deployment")["spec"]["template"], one(render(values), "Pod")):
+        assert pod["spec"]["imagePullSecrets"] == [{"name": "pull"}]
+
+
+def test_the_operator_is_told_its_settings() -> None:
+    values = {"logLevel": "debug", "concurrency": 3, "resyncSeconds": 20, "watchNamespaces": ["a", "b"]}
+    told = environment(values)
+    assert told["LOCKSTEP_LOG_LEVEL"] == "debug"
+    assert told["LOCKSTEP_CONCURRENCY"] == "3"
+    assert told["LOCKSTEP_RESYNC_SECONDS"] == "20"
+    assert told["LOCKSTEP_NAMESPACES"] == "a,b"
+    assert "LOCKSTEP_NAMESPACES" not in environment()
+
+
+def test_large_numbers_are_not_written_as_floats() -> None:
+    assert environment({"resyncSeconds": 86400})["LOCKSTEP_RESYNC_SECONDS"] == "86400"
+
+
+def test_the_pod_is_placed_and_labelled_as_asked_for() -> None:
+    values = {
+        "nodeSelector": {"pool": "system"},
+        "tolerations": [{"operator": "Exists"}],
+        "affinity": {"nodeAffinity": {}},
+        "priorityClassName": "high",
+        "podLabels": {"team": "serving", "app.kubernetes.io/component": "mine"},
+        "podAnnotations": {"note": "x"},
+        "resources": {"requests": {"cpu": 1}, "limits": {"memory": "1Gi"}},
+    }
+    template = one(render(values), "Deployment")["spec"]["template"]
+    spec = template["spec"]
+    assert spec["nodeSelector"] == {"pool": "system"}
+    assert spec["tolerations"] == [{"operator": "Exists"}]
+    assert spec["affinity"] == {"nodeAffinity": {}}
+    assert spec["priorityClassName"] == "high"
+    assert spec["containers"][0]["resources"] == {"requests": {"cpu": 1}, "limits": {"memory": "1Gi"}}
+    assert template["metadata"]["labels"]["team"] == "serving"
+    assert template["metadata"]["annotations"]["note"] == "x"
+    # The rank pods' NetworkPolicies and the chart's own selectors look for it.
+    assert template["metadata"]["labels"]["app.kubernetes.io/component"] == "operator"
+
+
+@pytest.mark.parametrize("release", ["lockstep", "prod", "a" * 53])
+def test_selectors_match_the_pod_whatever_the_release_is_called(release: str) -> None:
+    result = helm("template", release, str(CHART), "-f", LEAST_VALUES, "--set", "networkPolicy.enabled=true")
+    assert result.returncode == 0, result.stderr
+    manifests = [document for document in yaml.safe_load_all(result.stdout) if document]
+    deployment = one(manifests, "Deployment")
+    labels = deployment["spec"]["template"]["metadata"]["labels"].items()
+    assert deployment["spec"]["selector"]["matchLabels"].items() <= labels
+    assert one(manifests, "Service")["spec"]["selector"].items() <= labels
+    assert one(manifests, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"].items() <= labels
+    assert all(len(manifest["metadata"]["name"]) <= 63 for manifest in manifests)
+
+
+def test_two_releases_share_no_name() -> None:
+    def names(release: str) -> set[tuple[str, str]]:
+        result = helm("template", release, str(CHART), "-f", LEAST_VALUES)
+        return {(m["kind"], m["metadata"]["name"]) for m in yaml.safe_load_all(result.stdout) if m}
+
+    assert not names("one") & names("two")
+
+
+def test_the_service_reaches_the_operators_port() -> None:
+    manifests = render({"metrics": {"service": {"port": 9000, "annotations": {"scrape": "yes"}}}})
+    service = one(manifests, "Service")
+    assert service["metadata"]["annotations"] == {"scrape": "yes"}
+    assert (service["spec"]["ports"][0]["port"], service["spec"]["ports"][0]["targetPort"]) == (9000, "http")
+    assert one(manifests, "Deployment")["spec"]["template"]["spec"]["containers"][0]["ports"][0]["name"] == "http"
+    assert any(":9000/healthz" in argument for argument in one(manifests, "Pod")["spec"]["containers"][0]["args"])
+
+
+def test_a_service_monitor_is_made_only_when_asked_for() -> None:
+    assert not of_kind(render(), "ServiceMonitor")
+    values = {"metrics": {"serviceMonitor": {"enabled": True, "interval": "10s", "labels": {"release": "prom"}}}}
+    monitor = one(render(values), "ServiceMonitor")
+    assert monitor["metadata"]["labels"]["release"] == "prom"
+    assert monitor["spec"]["endpoints"] == [{"port": "http", "path": "/metrics", "interval": "10s"}]
+
+
+def test_the_network_policy_is_made_only_when_asked_for() -> None:
+    assert not of_kind(render(), "NetworkPolicy")
+    peer = {"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}
+    rule = one(render({"networkPolicy": {"enabled": True, "from": [peer]}}), "NetworkPolicy")["spec"]["ingress"][0]
+    own = {"podSelector": {"matchLabels": {"app.kubernetes.io/instance": "lockstep"}}}
+    assert rule["from"] == [own, peer]
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_the_service_account_is_made_or_taken(create: bool) -> None:
+    manifests = render({"serviceAccount": {"create": create, "name": "mine", "annotations": {"role": "x"}}})
+    assert one(manifests, "Deployment")["spec"]["template"]["spec"]["serviceAccountName"] == "mine"
+    assert [m["metadata"]["annotations"] for m in of_kind(manifests, "ServiceAccount")] == [{"role": "x"}] * create
+
+
+@pytest.mark.parametrize(
+    ("values", "place"),
+    [
+        ({"imagePullPolicy": "Always"}, "imagePullPolicy"),
+        ({"image": {"repository": "name:tag"}}, "/image/repository"),
+        ({"image": {"repository": "Upper/case"}}, "/image/repository"),
+        ({"image": {"tag": 1.0}}, "/image/tag"),
+        ({"runtimeImage": {"pullPolicy": "Sometimes"}}, "/runtimeImage/pullPolicy"),
+        ({"watchNamespaces": "default"}, "/watchNamespaces"),
+        ({"watchNamespaces": ["Not_a_name"]}, "/watchNamespaces/0"),
+        ({"watchNamespaces": ["a", "a"]}, "/watchNamespaces"),
+        ({"logLevel": "verbose"}, "/logLevel"),
+        ({"concurrency": 0}, "/concurrency"),
+        ({"resyncSeconds": "60"}, "/resyncSeconds"),
+        ({"resources": {"limits": {"memory": "lots"}}}, "/resources/limits/memory"),
+        ({"podLabels": {"a": 1}}, "/podLabels/a"),
+        ({"metrics": {"service": {"port": 70000}}}, "/metrics/service/port"),
+        ({"metrics": {"serviceMonitor": {"interval": "often"}}}, "/metrics/serviceMonitor/interval"),
+        ({"networkPolicy": {"from": [{}]}}, "/networkPolicy/from/0"),
+        ({"serviceAccount": {"create": "yes"}}, "/serviceAccount/create"),
+    ],
+)
+def test_the_schema_refuses_and_names_the_place(values: dict[str, Any], place: str) -> None:
+    result = template(values)
+    assert result.returncode != 0, "helm took it"
+    assert place in result.stderr
+
+
+def _leaves(schema: Manifest, values: Manifest, path: str = "") -> Iterator[str]:
+    """Paths of values that the schema does not know, and of schema's properties that have no default."""
+    if "$ref" in schema:
+        schema = json.loads((CHART / "values.schema.json").read_text())["definitions"][schema["$ref"].split("/")[-1]]
+    known = schema.get("properties")
+    if known is None:
+        return
+    yield from (f"{path}/{name}" for name in set(known) ^ set(values) if name != "global")
+    for name in set(known) & set(values):
+        if isinstance(values[name], dict):
+            yield from _leaves(known[name], values[name], f"{path}/{name}")
+
+
+def test_values_and_schema_know_the_same_fields() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    values["resources"] = {"requests": {}, "limits": {}}
+    assert sorted(_leaves(schema, values)) == []
+
+
+def test_every_value_is_explained() -> None:
+    previous, unexplained, commented = "", [], ("image:", "runtimeImage:")
+    for line in (CHART / "values.yaml").read_text().splitlines():
+        text = line.strip()
+        is_value = bool(text) and not text.startswith("#")
+        opens_a_group = text.endswith(":") and text not in commented
+        inside_resources = text.split(":")[0] in {"requests", "limits", "cpu", "memory"}
+        if is_value and not opens_a_group and not inside_resources and not previous.startswith("#"):
+            unexplained.append(text)
+        previous = text
+    assert unexplained == []

@@ -1,0 +1,65 @@
+"""Runs the project's own helm on the chart and hands back what it renders."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+
+ROOT: Final = Path(__file__).parents[2]
+CHART: Final = ROOT / "charts" / "lockstep"
+HELM: Final = ROOT / ".dev" / "bin" / "helm"
+RELEASE: Final = "lockstep"
+NAMESPACE: Final = "lockstep-system"
+LEAST_VALUES: Final = str(CHART / "ci" / "test-values.yaml")
+
+Manifest = dict[str, Any]
+
+
+def helm(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs helm. Without a built one the test fails: a chart that nobody rendered is not a tested chart."""
+    if not HELM.exists():
+        pytest.fail(f"{HELM.relative_to(ROOT)} is missing: run `make {HELM.relative_to(ROOT)}` (or `make test`)")
+    return subprocess.run([HELM, *arguments], input=stdin, capture_output=True, text=True, timeout=60, check=False)
+
+
+def template(values: Mapping[str, Any] | None = None, *options: str) -> subprocess.CompletedProcess[str]:
+    """`helm template` of the chart with these values laid over its own and the least that must be set."""
+    command = ("template", RELEASE, str(CHART), "--namespace", NAMESPACE, *options, "-f", LEAST_VALUES, "-f", "-")
+    return helm(*command, stdin=json.dumps(values or {}))
+
+
+def render(values: Mapping[str, Any] | None = None, *options: str) -> list[Manifest]:
+    """The manifests that these values make. Fails the test with helm's words if they make none."""
+    result = template(values, *options)
+    assert result.returncode == 0, result.stderr
+    return [document for document in yaml.safe_load_all(result.stdout) if document]
+
+
+def of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:
+    return [manifest for manifest in manifests if manifest["kind"] == kind]
+
+
+def one(manifests: list[Manifest], kind: str) -> Manifest:
+    """The only manifest of its kind."""
+    found = of_kind(manifests, kind)
+    assert len(found) == 1, f"{len(found)} of kind {kind} instead of one"
+    return found[0]
+
+
+def pod_specs(manifests: list[Manifest]) -> dict[str, Manifest]:
+    """Every pod spec in the manifests, by "<kind>/<name>", whatever carries it."""
+    specs = {}
+    for manifest in manifests:
+        spec = manifest.get("spec") or {}
+        if manifest["kind"] != "Pod":
+            spec = spec.get("jobTemplate", {}).get("spec", spec)
+            spec = (spec.get("template") or {}).get("spec") or {}
+        if "containers" in spec:
+            specs[f"{manifest['kind']}/{manifest['metadata']['name']}"] = spec
+    return specs
