@@ -1,0 +1,205 @@
+"""What the API server refuses of a TensorParallelModel, in words that say what to change; and what it takes.
+
+The table is held against the CRD: a rule without an accepted and a refused example fails.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+from tests.support import kubectl
+from tests.support.cluster_model import Model, Object, manifest
+
+CRD: Final = Path(__file__).parents[2] / "crds" / "lockstep.dev_tensorparallelmodels.yaml"
+QUIET_SECONDS: Final = 60
+
+HOST: Final[Object] = {"hostPath": {"path": "/models/a"}}
+HUB: Final[Object] = {"huggingFace": {"repo": "Qwen/Qwen3-8B"}}
+CLAIM: Final[Object] = {"persistentVolumeClaim": {"claimName": "models"}}
+
+
+def spec(**fields: Any) -> Object:
+    return {"model": HOST, "tensorParallelSize": 2} | fields
+
+
+def claim(path: str) -> Object:
+    return spec(model={"persistentVolumeClaim": {"claimName": "models", "path": path}})
+
+
+def cache(**kinds: Any) -> Object:
+    return spec(model=HUB | {"cache": kinds})
+
+
+GPU: Final[Object] = {"resourceName": "nvidia.com/gpu"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A rule of the schema by a part of its message, with specs on both sides of it."""
+
+    words: str
+    accepted: tuple[Object, ...]
+    refused: tuple[Object, ...]
+
+
+RULES: Final = (
+    Rule(
+        "ranksPerPod must divide tensorParallelSize",
+        (spec(tensorParallelSize=4, ranksPerPod=2), spec(ranksPerPod=2), spec()),
+        (spec(tensorParallelSize=4, ranksPerPod=3), spec(ranksPerPod=4)),
+    ),
+    Rule(
+        "backend gloo computes on CPUs",
+        (spec(backend="gloo"), spec(accelerator=GPU), spec(accelerator=GPU, backend="auto")),
+        (spec(backend="gloo", accelerator=GPU),),
+    ),
+    Rule(
+        "backend nccl needs GPUs",
+        (spec(backend="nccl", accelerator=GPU), spec(backend="auto")),
+        (spec(backend="nccl"),),
+    ),
+    Rule(
+        "set exactly one of huggingFace, persistentVolumeClaim and hostPath",
+        (spec(model=HOST), spec(model=HUB), spec(model=CLAIM)),
+        (spec(model={}), spec(model=HOST | HUB), spec(model=HOST | HUB | CLAIM)),
+    ),
+    Rule(
+        "cache keeps downloads of huggingFace",
+        (cache(emptyDir={}),),
+        (spec(model=HOST | {"cache": {"emptyDir": {}}}), spec(model=CLAIM | {"cache": {"emptyDir": {}}})),
+    ),
+    Rule(
+        "set exactly one of persistentVolumeClaim, hostPath and emptyDir",
+        (
+            cache(emptyDir={"sizeLimit": "40Gi"}),
+            cache(hostPath={"path": "/c"}),
+            cache(persistentVolumeClaim={"claimName": "c"}),
+        ),
+        (cache(), cache(emptyDir={}, hostPath={"path": "/c"})),
+    ),
+    Rule(
+        "repo must be the id of a repository",
+        (spec(model={"huggingFace": {"repo": "gpt2"}}), spec(model=HUB)),
+        (
+            spec(model={"huggingFace": {"repo": "https://example.org/Qwen/Qwen3"}}),
+            spec(model={"huggingFace": {"repo": "/models/qwen"}}),
+            spec(model={"huggingFace": {"repo": "../qwen"}}),
+        ),
+    ),
+    Rule(
+        "path is a folder within the volume",
+        (claim(""), claim("Qwen3-8B"), claim("a/b..c")),
+        (claim("/Qwen3-8B"), claim("../other"), claim("a/../../b")),
+    ),
+    Rule(
+        "path is a folder of the node",
+        (spec(), cache(hostPath={"path": "/var/cache"})),
+        (
+            spec(model={"hostPath": {"path": "models"}}),
+            spec(model={"hostPath": {"path": "/models/../etc"}}),
+            cache(hostPath={"path": "cache"}),
+            cache(hostPath={"path": "/../cache"}),
+        ),
+    ),
+    Rule(
+        "resourceName must be domain/name",
+        (spec(accelerator=GPU), spec(accelerator={"resourceName": "amd.com/gpu"})),
+        (spec(accelerator={"resourceName": "gpu"}), spec(accelerator={"resourceName": "cpu/"})),
+    ),
+)
+NAMES: Final = (
+    ("metadata.name must have at most 40 characters", "a" * 40, "a" * 41),
+    ("metadata.name becomes the name of a Service", "a-1", "1-a"),
+    ("metadata.name becomes the name of a Service", "abc", "a.b"),
+)
+
+
+def messages(schema: Any) -> Iterator[str]:
+    """The messages of all rules in the CRD's schema."""
+    if isinstance(schema, dict):
+        yield from (rule["message"] for rule in schema.get("x-kubernetes-validations", []))
+        for part in schema.values():
+            yield from messages(part)
+    elif isinstance(schema, list):
+        for part in schema:
+            yield from messages(part)
+
+
+def test_the_table_has_every_rule_of_the_schema() -> None:
+    known = {rule.words for rule in RULES} | {words for words, _, _ in NAMES}
+    untold = [text for text in messages(yaml.safe_load(CRD.read_text())) if not any(text.startswith(k) for k in known)]
+
+    assert untold == []
+
+
+@pytest.fixture(scope="module")
+def watched(served: Model) -> Iterator[Model]:
+    """A model that nobody touches while the API server only judges manifests and keeps none."""
+    served.until_ready()
+    time.sleep(16)  # step latencies of earlier tests are written once more, at most 15 s after them
+    before, began = _versions(served), time.monotonic()
+    yield served
+    time.sleep(max(0.0, QUIET_SECONDS - (time.monotonic() - began)))
+    assert _versions(served) == before, "something was written though nothing had changed"
+
+
+def _versions(model: Model) -> dict[str, str]:
+    """Resource version by object, of all that the operator writes, Events among them."""
+    kinds = (
+        "tensorparallelmodels",
+        "statefulsets",
+        "services",
+        "secrets",
+        "serviceaccounts",
+        "networkpolicies",
+        "events",
+    )
+    return {
+        f"{kind}/{item['metadata']['name']}": item["metadata"]["resourceVersion"]
+        for kind in kinds
+        for item in model.api.items(kind, model.namespace)
+    }
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.words)
+def test_a_rule_takes_what_is_right_and_refuses_what_is_wrong(watched: Model, rule: Rule) -> None:
+    for number, accepted in enumerate(rule.accepted):
+        kubectl.apply(manifest(watched.namespace, f"right-{number}", accepted), "--dry-run=server")
+    for refused in rule.refused:
+        assert rule.words in kubectl.refusal(manifest(watched.namespace, "wrong", refused))
+
+
+@pytest.mark.parametrize(("words", "accepted", "refused"), NAMES)
+def test_names_must_fit_the_names_that_are_made_of_them(
+    watched: Model, words: str, accepted: str, refused: str
+) -> None:
+    kubectl.apply(manifest(watched.namespace, accepted, spec()), "--dry-run=server")
+    assert words in kubectl.refusal(manifest(watched.namespace, refused, spec()))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (spec(tensorParallelSize=0), "spec.tensorParallelSize"),
+        (spec(dtype="int8"), "bfloat16"),
+        (spec(replicas=-1), "spec.replicas"),
+        (spec(engine={"kvCacheMemory": "much"}), "spec.engine.kvCacheMemory"),
+        (spec(tensorParalelSize=2), "unknown field"),
+        ({"tensorParallelSize": 2}, "spec.model: Required"),
+    ],
+)
+def test_the_schema_names_the_field_that_is_wrong(watched: Model, wrong: Object, words: str) -> None:
+    assert words in kubectl.refusal(manifest(watched.namespace, "wrong", wrong))
+
+
+def test_what_is_applied_is_what_is_stored(watched: Model) -> None:
+    """No defaults are written into the spec, so that GitOps tools see no drift."""
+    applied = watched.read()["metadata"]["annotations"]["kubectl.kubernetes.io/last-applied-configuration"]
+
+    assert yaml.safe_load(applied)["spec"] == watched.read()["spec"]

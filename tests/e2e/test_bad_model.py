@@ -1,0 +1,69 @@
+"""A model that can't be loaded says why where people look, and serves as soon as the cause is mended."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.support import kubectl
+from tests.support.cluster_api import ClusterApi
+from tests.support.cluster_lifecycle import change_spec
+from tests.support.cluster_model import TINY_CHAT, Model, tiny_chat
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-chat"
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder of the node that pods' users may read, as pytest's own may not be."""
+    folder = Path(tempfile.mkdtemp(prefix="lockstep-e2e-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_truncated_file_is_named_until_it_is_whole(api: ClusterApi, namespace: str, folder: Path) -> None:
+    shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    model = Model(api, namespace, "cut-short")
+    model.apply(tiny_chat(model={"hostPath": {"path": str(folder)}}))
+
+    model.until("ModelLoaded to be False", lambda: model.condition("ModelLoaded").get("status") == "False")
+    said = model.condition("ModelLoaded")["message"]
+    assert "model.safetensors" in said, said
+    assert not model.is_true("Ready")
+    assert not model.is_true("Available")
+    assert said in kubectl.describe(namespace, "tpm", "cut-short")
+    assert [rank["message"] for rank in model.status()["groups"][0]["ranks"] if rank.get("message")]
+
+    weights.write_bytes(whole)
+    model.until_ready()
+    assert model.is_true("ModelLoaded")
+
+
+def test_a_path_that_is_not_there_is_mended_in_the_spec(api: ClusterApi, namespace: str) -> None:
+    model = Model(api, namespace, "astray")
+    model.apply(tiny_chat(tensorParallelSize=1, model={"hostPath": {"path": "/var/lib/lockstep/models/tiny-chta"}}))
+
+    model.until("the missing folder's name", lambda: "tiny-chta" in model.condition("Ready").get("message", ""), 60)
+    assert not model.is_true("ModelLoaded")
+
+    change_spec(model, f'{{"spec": {{"model": {{"hostPath": {{"path": "{TINY_CHAT}"}}}}}}}}')
+    model.until_ready()
+
+
+def test_a_size_that_does_not_fit_is_refused_with_those_that_do(api: ClusterApi, namespace: str) -> None:
+    model = Model(api, namespace, "odd")
+    model.apply(tiny_chat(tensorParallelSize=3, ranksPerPod=3))
+
+    model.until("ModelLoaded to be False", lambda: model.condition("ModelLoaded").get("status") == "False")
+    said = model.condition("ModelLoaded")["message"]
+    assert all(size in said for size in ("3", "1", "2", "4")), said
+
+    change_spec(model, '{"spec": {"tensorParallelSize": 2, "ranksPerPod": 2}}')
+    model.until_ready()

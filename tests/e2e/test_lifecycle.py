@@ -1,0 +1,120 @@
+"""A model's life on a real cluster: it grows and shrinks, changes, is meddled with, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from tests.support.cluster_api import ClusterApi
+from tests.support.cluster_lifecycle import (
+    DAMAGES,
+    change_spec,
+    deleted,
+    scale,
+    shape,
+    uids,
+    until_groups,
+    until_rolled_out,
+    until_shape,
+)
+from tests.support.cluster_load import Load
+from tests.support.cluster_model import Model, tiny_chat
+
+NewNamespace = Callable[[str], str]
+
+
+@pytest.fixture(scope="module")
+def living(api: ClusterApi, new_namespace: NewNamespace) -> Iterator[Model]:
+    """One model for the tests of this file, which name the number of groups that they want of it."""
+    model = Model(api, new_namespace("living"), "living")
+    model.apply(tiny_chat())
+    yield model
+    model.delete()
+
+
+def with_groups(model: Model, groups: int) -> Model:
+    if model.read()["spec"].get("replicas", 1) != groups:
+        scale(model, groups)
+    until_groups(model, groups)
+    return model
+
+
+def test_it_scales_out(living: Model) -> None:
+    with_groups(living, 1)
+    first = uids(living)
+
+    scale(living, 2)
+
+    until_groups(living, 2)
+    assert first < uids(living), "the group that served goes on serving"
+
+
+def test_a_changed_spec_is_rolled_out_without_a_failed_request(living: Model) -> None:
+    before = uids(with_groups(living, 2))
+
+    with Load(living, clients=3) as load:
+        change_spec(living, '{"spec": {"engine": {"maxSequences": 8}}}')
+        until_rolled_out(living, before)
+
+    assert load.failures == []
+    assert load.answered > 20
+    for pod in living.pods():
+        assert "--max-sequences=8" in pod["spec"]["containers"][0]["args"]
+
+
+def test_it_scales_in_without_a_failed_request(living: Model) -> None:
+    kept = uids(with_groups(living, 2))
+
+    with Load(living, clients=3) as load:
+        scale(living, 1)
+        until_groups(living, 1)
+
+    assert load.failures == []
+    assert uids(living) < kept
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_somebody_does_to_a_child_is_undone(living: Model, damage: str) -> None:
+    wanted = shape(with_groups(living, 1))
+
+    DAMAGES[damage](living)
+
+    until_shape(living, wanted)
+    living.until_serving(1)
+
+
+def test_a_deleted_statefulset_comes_back_with_its_pods(living: Model) -> None:
+    wanted = shape(with_groups(living, 1))
+
+    deleted("statefulset", "-0")(living)
+
+    until_shape(living, wanted)
+    until_groups(living, 1)
+
+
+def test_a_deleted_token_is_replaced_by_another_in_new_pods(living: Model) -> None:
+    with_groups(living, 1)
+    before, token = uids(living), _token(living)
+
+    deleted("secret", "-token")(living)
+
+    until_rolled_out(living, before)
+    assert _token(living) != token
+
+
+def _token(model: Model) -> str:
+    secret = model.api.find("secrets", model.namespace, f"{model.name}-token")
+    assert secret is not None
+    token: str = secret["data"]["token"]
+    return token
+
+
+def test_nothing_is_left_of_a_deleted_model(living: Model) -> None:
+    with_groups(living, 1)
+    assert len(living.leftovers()) > 7
+
+    living.delete()
+
+    living.until_gone()
+    living.apply(tiny_chat())  # and its name can be used again
+    living.until_serving(1)

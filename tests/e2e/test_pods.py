@@ -1,0 +1,51 @@
+"""What rank pods are allowed, and what they have: the namespace of the served model admits only restricted pods."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from tests.support import kubectl
+from tests.support.cluster_model import Model
+from tests.support.pod_security import violations
+
+
+def test_rank_pods_keep_to_the_restricted_profile(served: Model) -> None:
+    pods = served.pods()
+
+    assert [pod["metadata"]["name"] for pod in pods] == ["tiny-chat-0-0", "tiny-chat-0-1"]
+    for pod in pods:
+        assert violations(pod["spec"]) == []
+        [container] = pod["spec"]["containers"]
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+
+
+def test_rank_pods_have_no_credentials_for_the_api_server(served: Model) -> None:
+    for pod in served.pods():
+        assert pod["spec"]["automountServiceAccountToken"] is False
+        assert not [volume for volume in pod["spec"]["volumes"] if "projected" in volume]
+        found = _python(served, pod["metadata"]["name"], "print(pathlib.Path('/var/run/secrets').exists())")
+        assert found.stdout.strip() == "False", found
+
+
+def test_the_group_token_reaches_the_pods_only_by_reference(served: Model) -> None:
+    for pod in served.pods():
+        [token] = [entry for entry in pod["spec"]["containers"][0]["env"] if entry["name"] == "LOCKSTEP_TOKEN"]
+        assert set(token) == {"name", "valueFrom"}
+        assert token["valueFrom"]["secretKeyRef"]["name"] == "tiny-chat-token"
+
+
+@pytest.mark.parametrize(
+    ("path", "writable"), [("/", False), ("/opt/lockstep", False), ("/tmp", True), ("/dev/shm", True)]
+)
+def test_only_scratch_places_can_be_written(served: Model, path: str, writable: bool) -> None:
+    result = _python(served, "tiny-chat-0-1", f"p = pathlib.Path('{path}') / 'probe'; p.write_text(''); p.unlink()")
+
+    assert (result.returncode == 0) is writable, result.stderr
+    if not writable:
+        assert "Read-only file system" in result.stderr
+
+
+def _python(model: Model, pod: str, code: str) -> subprocess.CompletedProcess[str]:
+    program = f"import pathlib; {code}"
+    return kubectl.attempt("-n", model.namespace, "exec", pod, "--", "python", "-c", program)

@@ -1,0 +1,65 @@
+"""kubectl as a user runs it: a program that is given words and answers with text."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+ROOT: Final = Path(__file__).parents[2]
+KUBECONFIG: Final = ROOT / ".dev" / "kubeconfig"
+OWN_KUBECTL: Final = ROOT / ".dev" / "bin" / "kubectl"
+
+Object = dict[str, Any]
+
+
+class KubectlError(AssertionError):
+    """kubectl refused; the text is its own. An assertion error, so that a test that did not expect it fails by it."""
+
+
+def attempt(*arguments: str, stdin: str | None = None, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run kubectl against the embedded cluster and hand back whatever it said."""
+    program = str(OWN_KUBECTL) if OWN_KUBECTL.exists() else "kubectl"
+    command = [program, f"--kubeconfig={KUBECONFIG}", *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def kubectl(*arguments: str, stdin: str | None = None, timeout: float = 60) -> str:
+    """Run kubectl and hand back what it printed.
+
+    Raises:
+        KubectlError: it ended with anything but 0; the text is what it wrote to stderr.
+    """
+    result = attempt(*arguments, stdin=stdin, timeout=timeout)
+    if result.returncode != 0:
+        raise KubectlError(f"kubectl {' '.join(arguments)}: {result.stderr.strip()}")
+    return result.stdout
+
+
+def apply(manifest: Mapping[str, Any], *options: str) -> str:
+    """`kubectl apply -f -` of one object."""
+    return kubectl("apply", *options, "-f", "-", stdin=yaml.safe_dump(dict(manifest), sort_keys=False))
+
+
+def refusal(manifest: Mapping[str, Any]) -> str:
+    """What `kubectl apply` says to a manifest that must be refused; nothing is kept even if it is not."""
+    document = yaml.safe_dump(dict(manifest), sort_keys=False)
+    result = attempt("apply", "--dry-run=server", "-f", "-", stdin=document)
+    assert result.returncode != 0, f"the API server took what it must refuse:\n{document}"
+    return result.stderr
+
+
+def describe(namespace: str, kind: str, name: str) -> str:
+    """`kubectl describe`, or its error: for a failing test to show."""
+    result = attempt("-n", namespace, "describe", kind, name)
+    return result.stdout or result.stderr
+
+
+def get(*arguments: str) -> Object:
+    """`kubectl get ... -o json`, parsed."""
+    parsed: Object = json.loads(kubectl("get", *arguments, "-o", "json"))
+    return parsed
