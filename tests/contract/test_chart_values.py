@@ -93,7 +93,7 @@ def test_the_pod_is_placed_and_labelled_as_asked_for() -> None:
         "priorityClassName": "high",
         "podLabels": {"team": "serving", "app.kubernetes.io/component": "mine"},
         "podAnnotations": {"note": "x"},
-        "resources": {"requests": {"cpu": 1}, "limits": {"memory": "1Gi"}},
+        "resources": {"requests": {"cpu": 1, "memory": "1Gi"}, "limits": {"memory": "1Gi"}},
     }
     template = one(render(values), "Deployment")["spec"]["template"]
     spec = template["spec"]
@@ -101,7 +101,7 @@ def test_the_pod_is_placed_and_labelled_as_asked_for() -> None:
     assert spec["tolerations"] == [{"operator": "Exists"}]
     assert spec["affinity"] == {"nodeAffinity": {}}
     assert spec["priorityClassName"] == "high"
-    assert spec["containers"][0]["resources"] == {"requests": {"cpu": 1}, "limits": {"memory": "1Gi"}}
+    assert spec["containers"][0]["resources"] == values["resources"]
     assert template["metadata"]["labels"]["team"] == "serving"
     assert template["metadata"]["annotations"]["note"] == "x"
     # The rank pods' NetworkPolicies and the chart's own selectors look for it.
@@ -110,9 +110,7 @@ def test_the_pod_is_placed_and_labelled_as_asked_for() -> None:
 
 @pytest.mark.parametrize("release", ["lockstep", "prod", "a" * 53])
 def test_selectors_match_the_pod_whatever_the_release_is_called(release: str) -> None:
-    result = helm("template", release, str(CHART), "-f", LEAST_VALUES, "--set", "networkPolicy.enabled=true")
-    assert result.returncode == 0, result.stderr
-    manifests = [document for document in yaml.safe_load_all(result.stdout) if document]
+    manifests = render({"networkPolicy": {"enabled": True}}, release=release)
     deployment = one(manifests, "Deployment")
     labels = deployment["spec"]["template"]["metadata"]["labels"].items()
     assert deployment["spec"]["selector"]["matchLabels"].items() <= labels
@@ -123,8 +121,7 @@ def test_selectors_match_the_pod_whatever_the_release_is_called(release: str) ->
 
 def test_two_releases_share_no_name() -> None:
     def names(release: str) -> set[tuple[str, str]]:
-        result = helm("template", release, str(CHART), "-f", LEAST_VALUES)
-        return {(m["kind"], m["metadata"]["name"]) for m in yaml.safe_load_all(result.stdout) if m}
+        return {(manifest["kind"], manifest["metadata"]["name"]) for manifest in render(release=release)}
 
     assert not names("one") & names("two")
 

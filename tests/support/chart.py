@@ -14,6 +14,7 @@ import yaml
 ROOT: Final = Path(__file__).parents[2]
 CHART: Final = ROOT / "charts" / "lockstep"
 HELM: Final = ROOT / ".dev" / "bin" / "helm"
+OLDEST_KUBERNETES: Final = "1.29.0"  # the chart says so itself
 RELEASE: Final = "lockstep"
 NAMESPACE: Final = "lockstep-system"
 LEAST_VALUES: Final = str(CHART / "ci" / "test-values.yaml")
@@ -28,15 +29,18 @@ def helm(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProce
     return subprocess.run([HELM, *arguments], input=stdin, capture_output=True, text=True, timeout=60, check=False)
 
 
-def template(values: Mapping[str, Any] | None = None, *options: str) -> subprocess.CompletedProcess[str]:
+def template(
+    values: Mapping[str, Any] | None = None, *options: str, release: str = RELEASE
+) -> subprocess.CompletedProcess[str]:
     """`helm template` of the chart with these values laid over its own and the least that must be set."""
-    command = ("template", RELEASE, str(CHART), "--namespace", NAMESPACE, *options, "-f", LEAST_VALUES, "-f", "-")
+    command = ["template", release, str(CHART), "--namespace", NAMESPACE, "--kube-version", OLDEST_KUBERNETES]
+    command += [*options, "-f", LEAST_VALUES, "-f", "-"]
     return helm(*command, stdin=json.dumps(values or {}))
 
 
-def render(values: Mapping[str, Any] | None = None, *options: str) -> list[Manifest]:
+def render(values: Mapping[str, Any] | None = None, *options: str, release: str = RELEASE) -> list[Manifest]:
     """The manifests that these values make. Fails the test with helm's words if they make none."""
-    result = template(values, *options)
+    result = template(values, *options, release=release)
     assert result.returncode == 0, result.stderr
     return [document for document in yaml.safe_load_all(result.stdout) if document]
 
