@@ -1,0 +1,194 @@
+"""Claim: `kubectl apply` to Ready with a small model in two pods takes at most 20 s on a warm node. Where it goes.
+
+    make bench-startup          needs the cluster: make cluster-up images deploy
+
+The API server says when objects appear; the leader's supervisor is asked for every change of its group's status, which
+is finer than the seconds of Kubernetes' time stamps.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import platform
+import secrets
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+from tests.support.cluster_api import ClusterApi
+from tests.support.cluster_model import Model, tiny_chat
+from tests.support.kubectl import KUBECONFIG, kubectl
+
+RUNS: Final = 3
+DEADLINE: Final = 180.0
+AIM: Final = 20.0
+OUTPUT: Final = Path(__file__).parents[1] / "build" / "bench" / "startup.json"
+
+# In the order in which they end. Each lasts from the end of the one before.
+PHASES: Final = {
+    "accepted": "kubectl apply returns",
+    "pods": "the operator and the StatefulSet controller have made every pod",
+    "scheduled": "every pod has a node",
+    "supervisor": "sandbox, container, Python: the leader's supervisor answers",
+    "loading": "every worker has imported torch and begins to load",
+    "loaded": "every rank has its weights",
+    "joined": "communicator made and proved, KV cache laid out: the group is Ready",
+    "ready": "probe, status, operator: the resource is Ready",
+}
+STATES: Final = ("Absent", "Starting", "Loading", "Loaded", "Ready")
+
+
+class Clock:
+    """Seconds since `kubectl apply` began, for the first time that each thing was seen."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self.seen: dict[str, float] = {}
+
+    def mark(self, phase: str) -> None:
+        self.seen.setdefault(phase, time.monotonic() - self._began)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+
+def measure(api: ClusterApi, namespace: str) -> dict[str, float]:
+    """Seconds from `kubectl apply` to the end of each phase, once."""
+    model = Model(api, namespace, f"start-{secrets.token_hex(2)}")
+    clock = Clock()
+    watcher = threading.Thread(target=watch_group, args=(ClusterApi(KUBECONFIG), model, clock))
+    watcher.start()
+    model.apply(tiny_chat())
+    clock.mark("accepted")
+    watch_resources(model, clock)
+    watcher.join()
+    model.delete()
+    model.until_gone()
+    return clock.seen
+
+
+def watch_resources(model: Model, clock: Clock) -> None:
+    """What the API server shows, until the resource is Ready."""
+    size = model.read()["spec"]["tensorParallelSize"]
+    while "ready" not in clock.seen:
+        if clock.seconds > DEADLINE:
+            raise TimeoutError(model.explain())
+        pods = model.pods()
+        if len(pods) == size:
+            clock.mark("pods")
+            if all(pod["spec"].get("nodeName") for pod in pods):
+                clock.mark("scheduled")
+        if model.is_true("Ready"):
+            clock.mark("ready")
+        time.sleep(0.05)
+
+
+def watch_group(api: ClusterApi, model: Model, clock: Clock) -> None:
+    """What the group says of itself, change by change, until all its ranks are Ready."""
+    address = _first(lambda: _leader_address(api, model), clock)
+    token = _first(lambda: _token(api, model), clock)
+    revision: int | None = None
+    with httpx.Client(headers={"Authorization": f"Bearer {token}"}, timeout=40) as client:
+        while "joined" not in clock.seen and clock.seconds < DEADLINE:
+            query = {} if revision is None else {"after": revision}
+            try:
+                status = client.get(f"http://{address}:7401/status", params=query).raise_for_status().json()
+            except httpx.HTTPError:
+                time.sleep(0.02)
+                continue
+            revision = status["revision"]
+            clock.mark("supervisor")
+            _mark_states(status, clock)
+
+
+def _mark_states(status: dict[str, Any], clock: Clock) -> None:
+    states = [rank["state"] for rank in status["ranks"]]
+    least = min((STATES.index(state) for state in states if state in STATES), default=0)
+    for state, phase in (("Loading", "loading"), ("Loaded", "loaded")):
+        if states and least >= STATES.index(state):
+            clock.mark(phase)
+    if status["state"] == "Ready":
+        clock.mark("joined")
+
+
+def _first(look: Callable[[], str | None], clock: Clock) -> str:
+    while clock.seconds < DEADLINE:
+        if found := look():
+            return found
+        time.sleep(0.02)
+    raise TimeoutError("the leader pod got no address")
+
+
+def _leader_address(api: ClusterApi, model: Model) -> str | None:
+    pod = api.find("pods", model.namespace, f"{model.name}-0-0")
+    return pod["status"].get("podIP") if pod else None
+
+
+def _token(api: ClusterApi, model: Model) -> str | None:
+    secret = api.find("secrets", model.namespace, f"{model.name}-token")
+    return base64.b64decode(secret["data"]["token"]).decode() if secret else None
+
+
+@contextlib.contextmanager
+def scratch_namespace() -> Iterator[str]:
+    name = f"bench-startup-{secrets.token_hex(3)}"
+    kubectl("create", "namespace", name)
+    try:
+        yield name
+    finally:
+        kubectl("delete", "namespace", name, "--wait=false")
+
+
+def rows(runs: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """The median of each phase's end and duration, in the order of `PHASES`, and the whole."""
+    found: list[dict[str, Any]] = []
+    previous = dict.fromkeys(range(len(runs)), 0.0)
+    for phase in PHASES:
+        lasted = [run[phase] - previous[number] for number, run in enumerate(runs)]
+        previous = {number: run[phase] for number, run in enumerate(runs)}
+        found.append(_row(phase, statistics.median(lasted)))
+    return [*found, _row("apply to Ready", statistics.median(run["ready"] for run in runs), peer=AIM)]
+
+
+def _row(metric: str, value: float, peer: float | None = None) -> dict[str, Any]:
+    return {
+        "case": "tiny-chat, 2 pods, float32, gloo",
+        "metric": metric,
+        "value": round(value, 3),
+        "unit": "s",
+        "peer": None if peer is None else "aim",
+        "peer_value": peer,
+        "ratio": None if peer is None else round(value / peer, 3),
+    }
+
+
+def machine() -> str:
+    model = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
+    name = next((line.partition(":")[2].strip() for line in model.splitlines() if line.startswith("Model name")), "")
+    return f"{os.cpu_count()} cores, {name or platform.processor()}, Linux {platform.release()}"
+
+
+def main() -> None:
+    api = ClusterApi(KUBECONFIG)
+    with scratch_namespace() as namespace:
+        runs = [measure(api, namespace) for _ in range(RUNS)]
+    table = rows(runs)
+    for row in table:
+        print(f"{row['metric']:<16} {row['value']:7.2f} s   {PHASES.get(row['metric'], f'aim: {AIM:g} s')}")
+    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+    report = {"name": "startup", "machine": machine(), "rows": table}
+    OUTPUT.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    print(f"runs: {[round(run['ready'], 1) for run in runs]} s; written to {OUTPUT.relative_to(Path.cwd())}")
+
+
+if __name__ == "__main__":
+    main()
