@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 
 .PHONY: help
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  \033[1m%-18s\033[0m %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  \033[1m%-18s\033[0m %s\n", $$1, $$2}'
 
 $(VENV)/.installed: requirements/dev.txt pyproject.toml
 	python3 -m venv $(VENV)
@@ -36,3 +36,13 @@ lint: venv ## ruff, mypy, import-linter
 .PHONY: test-unit
 test-unit: venv ## the tests that need no cluster
 	$(PY) -m pytest tests/unit tests/contract tests/sim
+
+.PHONY: test
+test: ## every test that needs no GPU, on a real cluster that is brought up for them and taken down again
+	@python3 tests/run.py
+
+.PHONY: test-e2e
+test-e2e: venv ## the tests on the cluster (make cluster-up images deploy)
+	$(PY) -m pytest tests/e2e --durations=12
+
+include $(wildcard bench/*.mk)
