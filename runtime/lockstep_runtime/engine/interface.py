@@ -40,6 +40,7 @@ class Readiness:
 
     ready: bool
     reason: str
+    draining: bool = False  # asked to end: clients had better open their next connection elsewhere
 
 
 @dataclass(frozen=True, slots=True)

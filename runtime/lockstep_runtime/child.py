@@ -1,0 +1,36 @@
+"""What every child process does first: end when its supervisor ends, and show what it is."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from typing import Final
+
+from lockstep_runtime import log
+
+PARENT_VARIABLE: Final = "LOCKSTEP_PARENT"
+INCARNATION_VARIABLE: Final = "LOCKSTEP_INCARNATION"
+PROGRESS_VARIABLE: Final = "LOCKSTEP_PROGRESS_FD"
+HISTORY_VARIABLE: Final = "LOCKSTEP_HISTORY"
+_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+
+
+def become(part: str, title: str) -> None:
+    """Tie this process to its supervisor's life, name it and set up its log."""
+    log.configure(part)
+    _die_with_parent()
+    import setproctitle
+
+    setproctitle.setproctitle(f"lockstep: {title}")
+
+
+def _die_with_parent() -> None:
+    """SIGKILL when the supervisor's process ends, even by SIGKILL; nothing of a group outlives it."""
+    parent = int(os.environ.get(PARENT_VARIABLE, "0"))
+    if not parent:
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died between our start and the call above
+        sys.exit("the supervisor is gone")

@@ -1,0 +1,231 @@
+"""The command line: `lockstep serve MODEL …`. Every flag is also an environment variable `LOCKSTEP_<FLAG>`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NoReturn
+
+import lockstep_runtime
+from lockstep_runtime import log, wire
+from lockstep_runtime.config import TOKEN_VARIABLE, EngineLimits, ServeConfig
+
+_UNITS: Final = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+                 "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}  # fmt: skip
+
+
+class UsageError(Exception):
+    """What was asked for can't be done; the sentence says what to change."""
+
+
+def byte_size(text: str) -> int:
+    """`2Gi`, `512Mi`, `1.5G` or a plain number, in bytes, as Kubernetes writes quantities."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGT]|[KMGT]i)?", text.strip())
+    if not match or not (size := int(float(match[1]) * _UNITS[match[2] or ""])):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it like 2Gi, 512Mi or 1500000000")
+    return size
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _index(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port between 1 and 65535")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return float(text)
+
+
+def build_parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
+    """The whole command line; defaults come from the environment where it names them."""
+    parser = argparse.ArgumentParser(
+        prog="lockstep", description="Serve large language models split over several ranks, and keep them serving."
+    )
+    parser.add_argument("--version", action="version", version=f"lockstep {lockstep_runtime.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model over an OpenAI-compatible HTTP API",
+        description="Serve a model over an OpenAI-compatible HTTP API.",
+        epilog="Every flag can be given as an environment variable as well: --max-model-len is LOCKSTEP_MAX_MODEL_LEN.",
+    )
+    serve.add_argument("model", help="a directory with config.json and safetensors, or a hub id such as Qwen/Qwen3-8B")
+    _add_flags(serve, environment)
+    return parser
+
+
+def _add_flags(serve: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
+    def flag(group: Any, name: str, parse: Callable[[str], Any], default: Any, text: str, **more: Any) -> None:
+        given = environment.get("LOCKSTEP_" + name.upper().replace("-", "_"))
+        shown = "" if default is None else f" (default: {default})"
+        group.add_argument(
+            f"--{name}", type=parse, default=given if given is not None else default, help=text + shown, **more
+        )
+
+    model = serve.add_argument_group("model")
+    flag(model, "served-name", str, None, "the name that clients call; default: the last part of MODEL")
+    flag(model, "revision", str, None, "branch, tag or commit of a hub id")
+    flag(model, "download-dir", str, None, "where hub models are kept; default: the hub client's cache")
+    flag(model, "dtype", str, "auto", "of weights and cache", choices=["auto", "float32", "bfloat16", "float16"])
+
+    ranks = serve.add_argument_group("ranks")
+    flag(ranks, "tensor-parallel-size", _positive, 1, "ranks that the model is split over", metavar="N")
+    flag(ranks, "ranks-per-pod", _positive, None, "ranks that run here; default: all of them", metavar="K")
+    flag(ranks, "backend", str, "auto", "of the collectives", choices=["auto", "gloo", "nccl"])
+    flag(ranks, "threads-per-rank", _positive, None, "CPU threads; default: the cores, divided by the ranks here")
+
+    engine = serve.add_argument_group("engine")
+    defaults = EngineLimits()
+    flag(engine, "max-model-len", _positive, None, "tokens, prompt and answer; default: the model's", metavar="TOKENS")
+    flag(engine, "max-sequences", _positive, defaults.max_sequences, "sequences that run at once")
+    flag(engine, "max-batch-tokens", _positive, defaults.max_batch_tokens, "tokens in one step")
+    flag(engine, "kv-cache-memory", byte_size, None, "per rank, such as 2Gi; default: what there is", metavar="SIZE")
+    flag(engine, "max-waiting", _positive, defaults.max_waiting, "queued requests before new ones are turned away")
+
+    network = serve.add_argument_group("network")
+    flag(network, "host", str, "127.0.0.1", "address to listen on")
+    flag(network, "port", _port, wire.API_PORT, "of the HTTP API")
+    flag(network, "bus-port", _port, wire.BUS_PORT, "between the engine and its ranks")
+    flag(network, "status-port", _port, wire.STATUS_PORT, "of the supervisor's /healthz and /status")
+    flag(network, "grace-seconds", _seconds, 30.0, "for running requests after SIGTERM")
+    flag(network, "lame-duck-seconds", _seconds, 0.0, "new requests are still taken for so long after SIGTERM")
+
+    pod = serve.add_argument_group("identity (set by the operator)")
+    flag(pod, "model-name", str, "local", "the TensorParallelModel's name")
+    flag(pod, "group", _index, 0, "the group's number")
+    flag(pod, "spec-revision", str, "", "the rollout revision")
+    flag(pod, "pod-index", _index, 0, "this pod's number; 0 is the leader")
+    flag(pod, "pod", str, socket.gethostname(), "this pod's name")
+    flag(pod, "node", str, socket.gethostname(), "this node's name")
+    flag(pod, "leader", str, "127.0.0.1", "host name of pod 0")
+
+
+def config_from(options: argparse.Namespace) -> ServeConfig:
+    """The configuration that the options ask for.
+
+    Raises:
+        UsageError: the options contradict each other.
+    """
+    ranks_per_pod = options.ranks_per_pod or options.tensor_parallel_size
+    if options.tensor_parallel_size % ranks_per_pod:
+        raise UsageError(
+            f"--ranks-per-pod {ranks_per_pod} does not divide --tensor-parallel-size {options.tensor_parallel_size}"
+        )
+    pods = options.tensor_parallel_size // ranks_per_pod
+    if options.pod_index >= pods:
+        raise UsageError(f"--pod-index {options.pod_index}: a group of {pods} pods has the indexes 0 to {pods - 1}")
+    return ServeConfig(
+        model=options.model,
+        model_revision=options.revision,
+        download_dir=options.download_dir,
+        served_name=options.served_name or options.model.rstrip("/").rsplit("/", 1)[-1],
+        model_name=options.model_name,
+        group=options.group,
+        spec_revision=options.spec_revision,
+        tensor_parallel_size=options.tensor_parallel_size,
+        ranks_per_pod=ranks_per_pod,
+        pod_index=options.pod_index,
+        pod=options.pod,
+        node=options.node,
+        leader=options.leader,
+        dtype=options.dtype,
+        backend=options.backend,
+        threads_per_rank=options.threads_per_rank,
+        limits=EngineLimits(
+            max_model_len=options.max_model_len,
+            max_sequences=options.max_sequences,
+            max_batch_tokens=options.max_batch_tokens,
+            kv_cache_bytes=options.kv_cache_memory,
+            max_waiting=options.max_waiting,
+        ),
+        host=options.host,
+        api_port=options.port,
+        bus_port=options.bus_port,
+        status_port=options.status_port,
+        grace_seconds=options.grace_seconds,
+        lame_duck_seconds=options.lame_duck_seconds,
+    )
+
+
+def token_for(config: ServeConfig, environment: Mapping[str, str]) -> str:
+    """The group's token: given, or, where all ranks are here, one that nobody else needs to know.
+
+    Raises:
+        UsageError: several pods need one, and none was given.
+    """
+    token = environment.get(TOKEN_VARIABLE, "")
+    if token:
+        return token
+    if config.pods > 1:
+        raise UsageError(f"a group of several pods needs the same secret in {TOKEN_VARIABLE} in each of them")
+    return secrets.token_urlsafe(32)
+
+
+def open_ports(config: ServeConfig) -> socket.socket:
+    """The status port's socket; the engine's ports are tried, so that a mistake shows at once.
+
+    Raises:
+        UsageError: a port is taken.
+    """
+    if config.is_leader:
+        for port, flag in ((config.api_port, "--port"), (config.bus_port, "--bus-port")):
+            _bind(config.host, port, flag).close()
+    return _bind(config.host, config.status_port, "--status-port")
+
+
+def _bind(host: str, port: int, flag: str) -> socket.socket:
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise UsageError(f"can't listen on {host}:{port} ({error.strerror}); choose another with {flag}") from error
+    return bound
+
+
+async def _supervise(config: ServeConfig, token: str, listening: socket.socket) -> int:
+    from lockstep_runtime.supervisor.run import Supervisor
+
+    return await Supervisor(config, token).run(listening)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    config = config_from(options)
+    token = token_for(config, os.environ)
+    listening = open_ports(config)
+    log.configure("supervisor")
+    import setproctitle
+
+    setproctitle.setproctitle(f"lockstep: supervisor model={config.model_name} group={config.group}")
+    return asyncio.run(_supervise(config, token, listening))
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The console script; exit code 2 for what the user can mend on the command line."""
+    options = build_parser(os.environ).parse_args(arguments)
+    try:
+        sys.exit(_serve(options))
+    except UsageError as error:
+        print(f"lockstep: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,196 @@
+"""The bus: the engine's TCP server for the workers and supervisors of its group.
+
+Nothing that arrives here can end the engine: a peer has a few seconds and a few kilobytes to prove itself, then sends
+typed, bounded frames; whatever else it sends closes its own connection and no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import socket
+from typing import Final, Protocol
+
+import msgspec
+
+from lockstep_runtime import wire
+from lockstep_runtime.transport import FrameError, Framer, decode, encode, tune
+
+logger = logging.getLogger(__name__)
+
+HELLO_SECONDS: Final = 5.0
+MAX_STRANGERS: Final = 64  # connections that have not proved themselves
+MAX_UNSENT_BYTES: Final = 256 * 1024 * 1024  # for a peer that does not read
+
+FromPeer = wire.FromWorker | wire.FromSupervisor
+_hello_decoder: Final[msgspec.msgpack.Decoder[wire.Hello]] = msgspec.msgpack.Decoder(wire.Hello)
+_worker_decoder: Final[msgspec.msgpack.Decoder[wire.FromWorker]] = msgspec.msgpack.Decoder(wire.FromWorker)
+_supervisor_decoder: Final[msgspec.msgpack.Decoder[wire.FromSupervisor]] = msgspec.msgpack.Decoder(wire.FromSupervisor)
+
+
+class Peer(Protocol):
+    """One authenticated connection."""
+
+    @property
+    def hello(self) -> wire.Hello: ...
+
+    def send(self, message: msgspec.Struct) -> None: ...
+
+    def send_frame(self, frame: bytes) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Listener(Protocol):
+    """Who is told what happens on the bus. Called on the event loop; must not raise."""
+
+    def admit(self, hello: wire.Hello) -> wire.Welcome | wire.Refused: ...
+
+    def connected(self, peer: Peer) -> None: ...
+
+    def received(self, peer: Peer, message: FromPeer) -> None: ...
+
+    def lost(self, peer: Peer) -> None: ...
+
+
+class Bus:
+    """Listens on one address; `token` is the model's."""
+
+    def __init__(self, token: str, listener: Listener) -> None:
+        self._token = token.encode()
+        self._listener = listener
+        self._strangers: set[_Connection] = set()
+        self._peers: set[_Connection] = set()
+        self._server: asyncio.Server | None = None
+
+    async def open(self, listening: socket.socket) -> None:
+        """Serve on a bound socket."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _Connection(self), sock=listening, backlog=128)
+
+    async def close(self) -> None:
+        """Close every connection, after what was sent has gone out."""
+        if self._server is not None:
+            self._server.close()
+        for connection in (*self._strangers, *self._peers):
+            connection.close()
+        if self._server is not None:
+            await self._server.wait_closed()
+
+    def judge(self, hello: wire.Hello) -> wire.Welcome | wire.Refused:
+        """Whether a peer may speak; the token first, so that a stranger learns nothing else."""
+        if not hmac.compare_digest(hello.token.encode(), self._token):
+            return wire.Refused(reason="the token is not this group's", retry=False)
+        if hello.protocol != wire.PROTOCOL:
+            return wire.Refused(reason=f"protocol {hello.protocol}; this engine speaks {wire.PROTOCOL}", retry=False)
+        return self._listener.admit(hello)
+
+    def arrived(self, connection: _Connection) -> bool:
+        """Count a new connection; False when there are too many that have not said who they are."""
+        if len(self._strangers) >= MAX_STRANGERS:
+            return False
+        self._strangers.add(connection)
+        return True
+
+    def proved(self, connection: _Connection) -> None:
+        self._strangers.discard(connection)
+        self._peers.add(connection)
+        self._listener.connected(connection)
+
+    def deliver(self, connection: _Connection, message: FromPeer) -> None:
+        self._listener.received(connection, message)
+
+    def ended(self, connection: _Connection) -> None:
+        self._strangers.discard(connection)
+        if connection in self._peers:
+            self._peers.discard(connection)
+            self._listener.lost(connection)
+
+
+class _Connection(asyncio.Protocol):
+    """One TCP connection; a stranger until its Hello is accepted."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._framer = Framer(wire.MAX_HELLO_BYTES)
+        self._hello: wire.Hello | None = None
+        self._transport: asyncio.Transport
+        self._deadline: asyncio.TimerHandle | None = None
+
+    @property
+    def hello(self) -> wire.Hello:
+        if self._hello is None:
+            raise RuntimeError("this peer has not said Hello")
+        return self._hello
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - narrows the type: TCP gives no other
+        self._transport = transport
+        if not self._bus.arrived(self):
+            transport.abort()
+            return
+        tune(transport.get_extra_info("socket"))
+        self._deadline = asyncio.get_running_loop().call_later(HELLO_SECONDS, self._too_late)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for frame in self._framer.feed(data):
+                self._on_frame(frame)
+                if self._transport.is_closing():
+                    return
+        except FrameError as error:
+            who = "a stranger" if self._hello is None else _name(self._hello)
+            logger.warning("closed the connection of %s: %s", who, error)
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._bus.ended(self)
+
+    def send(self, message: msgspec.Struct) -> None:
+        self.send_frame(encode(message))
+
+    def send_frame(self, frame: bytes) -> None:
+        """Send an encoded message; a peer that has stopped reading is cut off."""
+        if self._transport.is_closing():
+            return
+        self._transport.write(frame)
+        if self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            self._transport.abort()
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def _on_frame(self, frame: bytes) -> None:
+        if self._hello is not None:
+            self._bus.deliver(self, self._decode(frame))
+            return
+        hello = decode(_hello_decoder, frame)
+        answer = self._bus.judge(hello)
+        self.send(answer)
+        if isinstance(answer, wire.Refused):
+            logger.warning("refused %s: %s", _name(hello), answer.reason)
+            self._transport.close()
+            return
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._hello = hello
+        self._framer.limit = wire.MAX_FRAME_BYTES
+        self._bus.proved(self)
+
+    def _decode(self, frame: bytes) -> FromPeer:
+        if self.hello.role is wire.Role.WORKER:
+            return decode(_worker_decoder, frame)
+        return decode(_supervisor_decoder, frame)
+
+    def _too_late(self) -> None:
+        logger.warning("closed a connection that said nothing for %.0f s", HELLO_SECONDS)
+        self._transport.abort()
+
+
+def _name(hello: wire.Hello) -> str:
+    if hello.role is wire.Role.WORKER:
+        return f"worker {hello.rank} (pid {hello.pid})"
+    return f"the supervisor of pod {hello.pod_index}"

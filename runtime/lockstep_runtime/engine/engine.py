@@ -1,0 +1,367 @@
+"""The engine: requests in, tokens out, over ranks that may fail at any instant.
+
+One task forms the group, runs step after step, and on a fault decides what to do and forms the group again; sequences
+and their streams outlive all of that. Everything runs on one event loop, so nothing here needs a lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Final
+
+from lockstep_runtime import wire
+from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.engine.faults import FaultBook
+from lockstep_runtime.engine.group import Formed, GroupFaultError, RankGroup
+from lockstep_runtime.engine.interface import (
+    EngineBusyError,
+    EngineStats,
+    GenerationFailedError,
+    GenerationRequest,
+    Readiness,
+    RequestTooLongError,
+    TokenEvent,
+)
+from lockstep_runtime.engine.latency import LatencyWindow
+from lockstep_runtime.engine.recovery import Rung, decide, points
+from lockstep_runtime.engine.scheduler import Scheduler
+from lockstep_runtime.engine.sequence import Sequence
+from lockstep_runtime.engine.status import Standing, group_state
+from lockstep_runtime.engine.stream import TokenStream
+
+logger = logging.getLogger(__name__)
+
+STEP_SECONDS: Final = 120.0  # a step without an answer for so long is a hang
+RETRY_SECONDS: Final = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)  # between attempts to form the group
+QUIET_STATUS_SECONDS: Final = 1.0  # between reports that only bring latencies
+
+
+class Engine:
+    """Implements `EngineClient`, and listens to the bus through its `group`."""
+
+    def __init__(
+        self, config: ServeConfig, history: wire.GroupStatus | None = None, step_seconds: float = STEP_SECONDS
+    ) -> None:
+        self._config = config
+        self._step_seconds = step_seconds
+        self.group = RankGroup(
+            config,
+            first_epoch=history.epoch if history else 0,
+            on_change=self._changed,
+            on_break=lambda: self._wake.set(),
+            on_exit=self._exited,
+            on_leaving=self._leave,
+        )
+        self.group.on_stuck = self._stuck
+        self._faults = FaultBook(history.faults if history else [], history.recoveries if history else 0)
+        self._scheduler: Scheduler | None = None
+        self._streams: dict[int, TokenStream] = {}
+        self._sequences = 0
+        self._steps = 0
+        self._last_step_at: float | None = None
+        self._latency = LatencyWindow()
+        self._wake = asyncio.Event()  # there is work, or the group broke
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._report = asyncio.Event()
+        self._report_urgent = asyncio.Event()
+        self._was_ready = False
+        self._draining = False
+        self._refusing = False
+        self._state, self._since = wire.GroupState.STARTING, time.time()
+        self._model_len: int | None = None
+        self._model_error = ""
+        self._model_known = asyncio.Event()
+        self._started = time.monotonic()
+
+    # --- EngineClient
+
+    @property
+    def max_model_len(self) -> int | None:
+        """In tokens: the model's, the user's limit, or what the cache holds, whichever is least."""
+        if self._scheduler is not None:
+            return self._scheduler.max_model_len
+        return self._length_limit()
+
+    def readiness(self) -> Readiness:
+        """Ready while the group serves or repairs itself: a short pause must not empty the Service."""
+        state, reason = self._judge()
+        return Readiness(state in (wire.GroupState.READY, wire.GroupState.RECOVERING), reason, self._draining)
+
+    def stats(self) -> EngineStats:
+        scheduler = self._scheduler
+        return EngineStats(
+            requests_running=scheduler.running if scheduler else 0,
+            requests_waiting=scheduler.waiting if scheduler else 0,
+            kv_blocks_used=scheduler.book.used if scheduler else 0,
+            kv_blocks_total=scheduler.book.total if scheduler else 0,
+            preemptions_total=scheduler.preemptions if scheduler else 0,
+            steps_total=self._steps,
+            recoveries_total=self._faults.recoveries,
+            epoch=self.group.epoch,
+            last_step_at=self._last_step_at,
+        )
+
+    def generate(self, request: GenerationRequest) -> TokenStream:
+        """See `EngineClient`. A refusal is raised by the first `__anext__`."""
+        self._sequences += 1
+        sequence_id = self._sequences
+        stream = TokenStream(lambda: self._forget(sequence_id))
+        try:
+            self._enqueue(Sequence(sequence_id, request))
+        except (RequestTooLongError, EngineBusyError) as error:
+            stream.fail(error)
+            return stream
+        self._streams[sequence_id] = stream
+        return stream
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        if self._refusing:
+            raise EngineBusyError("the server is shutting down", retry_after=1.0)
+        scheduler = self._scheduler
+        state, reason = self._judge()
+        if scheduler is None or state is wire.GroupState.FAILED:
+            raise EngineBusyError(f"the model is not loaded: {reason}", retry_after=5.0)
+        request = sequence.request
+        if not request.prompt or request.max_tokens < 1:
+            raise RequestTooLongError("a request needs at least one token of prompt and one of answer")
+        if not scheduler.fits(sequence.most_tokens):
+            raise RequestTooLongError(
+                f"the prompt has {len(request.prompt)} tokens and up to {request.max_tokens} were asked for, "
+                f"{sequence.most_tokens} together; at most {scheduler.max_model_len} fit"
+            )
+        if scheduler.waiting >= self._config.limits.max_waiting:
+            raise EngineBusyError(f"{scheduler.waiting} requests are waiting already", retry_after=2.0)
+        scheduler.add(sequence)
+        self._idle.clear()
+        self._wake.set()
+        self._changed(False)
+
+    def _forget(self, sequence_id: int) -> None:
+        """Its client is gone, or it is complete."""
+        self._streams.pop(sequence_id, None)
+        if self._scheduler is not None:
+            self._scheduler.remove(sequence_id)
+        self._settle()
+
+    def _settle(self) -> None:
+        if not self._streams:
+            self._idle.set()
+        self._changed(False)
+
+    def _fail(self, sequence_id: int, message: str) -> None:
+        stream = self._streams.pop(sequence_id, None)
+        if stream is not None:
+            stream.fail(GenerationFailedError(message))
+        self._settle()
+
+    # --- the model's configuration
+
+    def set_model(self, max_position_embeddings: int | None) -> None:
+        """The model's configuration has been read."""
+        self._model_len, self._model_error = max_position_embeddings, ""
+        self._model_known.set()
+        self._changed(True)
+
+    def set_model_error(self, message: str) -> None:
+        """It could not be read; the sentence says why."""
+        self._model_error = message
+        self._changed(True)
+
+    def _length_limit(self) -> int | None:
+        limits = [limit for limit in (self._model_len, self._config.limits.max_model_len) if limit]
+        return min(limits) if limits else None
+
+    # --- life
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        failures = 0
+        while True:
+            await asyncio.sleep(RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
+            steps = self._steps
+            try:
+                await self._form()
+                await self._serve()
+            except GroupFaultError as fault:
+                self._suffer(fault)
+            failures = failures + 1 if self._steps == steps else 0
+
+    async def drain(self) -> None:
+        """Be unready at once, take new requests through the lame-duck time, and return when the running ones are done.
+
+        What is not done when the grace is over is failed.
+        """
+        self._draining = True
+        self._changed(True)
+        await asyncio.sleep(self._config.lame_duck_seconds)
+        self._refusing = True
+        try:
+            async with asyncio.timeout(self._config.grace_seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            for sequence_id in list(self._streams):
+                self._fail(sequence_id, "the server is shutting down and the request was not done within the grace")
+                self._forget(sequence_id)
+
+    def release(self) -> None:
+        """Tell every pod that it is no longer needed."""
+        for supervisor in self.group.supervisors.values():
+            supervisor.send(wire.Release())
+
+    async def _form(self) -> None:
+        formed = await self.group.form()
+        await self._model_known.wait()
+        self._place(formed)
+        resumed = len(self._streams)
+        self._faults.repaired(formed.phases, at=time.time(), resumed=resumed)
+        if self._was_ready:
+            logger.info("epoch %d: the group is back, %d requests go on (%s)", formed.epoch, resumed, _times(formed))
+        else:
+            url = f"http://{self._config.host}:{self._config.api_port}"
+            seconds = time.monotonic() - self._started
+            logger.info("ready: %s after %.1f s (%s)", url, seconds, _times(formed))
+        self._was_ready = True
+        self._changed(True)
+
+    def _place(self, formed: Formed) -> None:
+        """Lay the block book over the new caches; every sequence starts over from its token ids."""
+        length = self._length_limit() or formed.blocks * formed.block_size
+        if self._scheduler is None:
+            self._scheduler = Scheduler(
+                max_sequences=self._config.limits.max_sequences,
+                max_batch_tokens=self._config.limits.max_batch_tokens,
+                max_model_len=length,
+                blocks=formed.blocks,
+                block_size=formed.block_size,
+            )
+            return
+        for sequence in self._scheduler.start_over(
+            max_model_len=length, blocks=formed.blocks, block_size=formed.block_size
+        ):
+            self._fail(sequence.id, "the group came back with a smaller cache, and the request no longer fits")
+
+    async def _serve(self) -> None:
+        scheduler = self._scheduler
+        if scheduler is None:
+            raise RuntimeError("serving before the group was formed")
+        while True:
+            self.group.check()
+            slices = scheduler.plan()
+            if not slices:
+                self._wake.clear()
+                self.group.check()
+                await self._wake.wait()
+                continue
+            await self._step(scheduler, slices)
+
+    async def _step(self, scheduler: Scheduler, slices: list[wire.SequenceSlice]) -> None:
+        begun = time.monotonic()
+        try:
+            sampled = await self.group.step(slices, self._step_seconds)
+        except GroupFaultError as fault:
+            for sequence in scheduler.blame(slices, points(fault.cause.fault)):
+                self._fail(sequence.id, f"the step of this request fails again and again: {fault}")
+            raise
+        self._latency.add(time.monotonic() - begun)
+        self._steps += 1
+        self._last_step_at = time.time()
+        for drawn in scheduler.apply(slices, sampled):
+            stream = self._streams.get(drawn.sequence_id)
+            if stream is not None:
+                stream.push(TokenEvent(drawn.token, drawn.finish))
+            if drawn.finish is not None:
+                self._streams.pop(drawn.sequence_id, None)
+                self._settle()
+        self._changed(bool(sampled) and self._faults.token(self._last_step_at))
+
+    def _suffer(self, fault: GroupFaultError) -> None:
+        """Record the fault and start the repair; `run` forms the group again."""
+        recovery = decide(fault.cause, fault.evidence)
+        now = time.time()
+        detect = self._step_seconds if fault.cause.fault is wire.Fault.HANG else 0.0
+        if self._was_ready:
+            self._faults.begin(fault.cause, recovery.rung, at=now, epoch=self.group.epoch, detect=detect)
+        logger.warning("fault %s in epoch %d: %s", fault.cause.fault, self.group.epoch, fault.cause.message)
+        logger.warning("%s: %s", recovery.rung, recovery.reason)
+        for rank in recovery.kill:
+            self.group.kill(rank, recovery.reason)
+        self._changed(True)
+
+    # --- what the group tells
+
+    def _exited(self, rank: int, message: str) -> None:
+        self._faults.explain(rank, message)
+        self._changed(True)
+
+    def _stuck(self, rank: int) -> None:
+        self._faults.name(rank, f"rank {rank} did not answer the abort either and was killed", Rung.RESPAWN)
+        self._changed(True)
+
+    def _leave(self, pod_index: int) -> None:
+        """A member pod was asked to end: it may, at once; only our own drain has requests to finish first."""
+        if self._draining:
+            return
+        logger.info("pod %d was asked to end and is released", pod_index)
+        if supervisor := self.group.supervisors.get(pod_index):
+            supervisor.send(wire.Release())
+
+    # --- status
+
+    def _judge(self) -> tuple[wire.GroupState, str]:
+        standing = Standing(
+            formed=self.group.formed,
+            was_ready=self._was_ready,
+            draining=self._draining,
+            model_error=self._model_error,
+        )
+        return group_state(standing, self.group.members)
+
+    def _changed(self, urgent: bool) -> None:
+        self._report.set()
+        if urgent:
+            self._report_urgent.set()
+
+    def status(self) -> wire.GroupStatus:
+        """As of now; the supervisor that serves it adds its incarnation and the revision."""
+        state, message = self._judge()
+        if state is not self._state:
+            self._state, self._since = state, time.time()
+        scheduler = self._scheduler
+        return wire.GroupStatus(
+            model=self._config.model_name,
+            group=self._config.group,
+            incarnation="",
+            spec_revision=self._config.spec_revision,
+            epoch=self.group.epoch,
+            state=state,
+            message=message,
+            since=self._since,
+            ranks=[member.status() for member in self.group.members],
+            step_latency=self._latency.latency(),
+            last_step_at=self._last_step_at,
+            requests_running=scheduler.running if scheduler else 0,
+            requests_waiting=scheduler.waiting if scheduler else 0,
+            recoveries=self._faults.recoveries,
+            faults=self._faults.records,
+        )
+
+    async def report(self) -> None:
+        """Send the status to the leader's supervisor whenever it changed, until cancelled."""
+        while True:
+            await self._report.wait()
+            self._report.clear()
+            self._report_urgent.clear()
+            if supervisor := self.group.supervisors.get(0):
+                supervisor.send(wire.StatusReport(status=self.status()))
+            try:
+                async with asyncio.timeout(QUIET_STATUS_SECONDS):
+                    await self._report_urgent.wait()
+            except TimeoutError:
+                pass
+
+
+def _times(formed: Formed) -> str:
+    return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in formed.phases.items())

@@ -1,0 +1,85 @@
+"""The record of faults: ids that rise and never repeat, the newest 32 kept. Pure."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from lockstep_runtime.engine.recovery import Evidence
+from lockstep_runtime.wire import Fault, FaultRecord
+
+KEPT: Final = 32
+
+
+class FaultBook:
+    """Open faults are closed together, by the repair that ends them all."""
+
+    def __init__(self, history: list[FaultRecord], recoveries: int) -> None:
+        self._records = list(history)
+        self.recoveries = recoveries
+        self._open: set[int] = set()
+        self._awaits_token = False
+
+    @property
+    def records(self) -> list[FaultRecord]:
+        return list(self._records)
+
+    def begin(self, cause: Evidence, rung: str, *, at: float, epoch: int, detect: float) -> FaultRecord:
+        """Open a record, unless the last one is open and says the same. `detect`: seconds that it took to notice."""
+        last = self._records[-1] if self._records else None
+        if last is not None and last.id in self._open and (last.fault, last.rank) == (cause.fault, cause.rank):
+            return last
+        record = FaultRecord(
+            id=last.id + 1 if last else 1,
+            fault=cause.fault,
+            rank=cause.rank,
+            message=cause.message,
+            at=at,
+            epoch=epoch,
+            rung=rung,
+            phases={"detect": round(detect, 4)},
+        )
+        self._records = [*self._records, record][-KEPT:]
+        self._open.add(record.id)
+        return record
+
+    def name(self, rank: int, message: str, rung: str) -> None:
+        """The culprit of the newest open fault turned out to be this rank."""
+        if self._open:
+            record = self._records[-1]
+            text = f"{record.message}; {message}"
+            self._replace(msgspec.structs.replace(record, rank=rank, message=text, rung=rung))
+
+    def explain(self, rank: int, message: str) -> None:
+        """What became of a lost rank's process: better words for its newest record."""
+        for record in reversed(self._records):
+            if record.rank == rank:
+                if record.fault is Fault.RANK_LOST and record.message != message:
+                    self._replace(msgspec.structs.replace(record, message=message))
+                return
+
+    def repaired(self, phases: dict[str, float], *, at: float, resumed: int) -> None:
+        """The group has joined again, with so many requests to go on with."""
+        if not self._open:
+            return
+        for record in self._records:
+            if record.id in self._open:
+                merged = {**record.phases, **phases}
+                self._replace(msgspec.structs.replace(record, recovered_at=at, phases=merged, requests_resumed=resumed))
+        self._open.clear()
+        self.recoveries += 1
+        self._awaits_token = resumed > 0
+
+    def token(self, at: float) -> bool:
+        """A token was drawn; whether it was the first after a repair."""
+        if not self._awaits_token:
+            return False
+        self._awaits_token = False
+        record = self._records[-1]
+        seconds = round(at - (record.recovered_at or at), 4)
+        self._replace(msgspec.structs.replace(record, phases={**record.phases, "firstToken": seconds}))
+        return True
+
+    def _replace(self, record: FaultRecord) -> None:
+        self._records = [record if one.id == record.id else one for one in self._records]

@@ -1,0 +1,143 @@
+"""Starts and ends the engine process: the bus first, so that workers can report while the rest is still imported."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from lockstep_runtime import child, wire
+from lockstep_runtime.config import API_KEY_VARIABLE, CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
+from lockstep_runtime.engine.bus import Bus
+from lockstep_runtime.engine.engine import Engine
+from lockstep_runtime.weights.errors import ModelError
+from lockstep_runtime.weights.source import find_model, read_config
+
+if TYPE_CHECKING:
+    import uvicorn
+
+logger = logging.getLogger(__name__)
+
+MODEL_RETRY_SECONDS: Final = (1.0, 2.0, 4.0, 8.0, 15.0)
+RELEASE_SECONDS: Final = 0.2  # for the last messages to go out
+
+
+def main() -> None:
+    """Serve until SIGTERM, then drain and exit 0; exit 2 when a port is taken."""
+    config = msgspec.json.decode(os.environ[CONFIG_VARIABLE], type=ServeConfig)
+    child.become("engine", f"engine model={config.model_name} group={config.group}")
+    try:
+        bus_socket = listen(config.host, config.bus_port)
+        api_socket = listen(config.host, config.api_port)
+    except OSError as error:
+        logger.error("%s", error.strerror)
+        sys.exit(2)
+    asyncio.run(_serve(config, bus_socket, api_socket))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket, not listening yet.
+
+    Raises:
+        OSError: the port is taken or the address is not ours; `strerror` is a sentence.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise OSError(error.errno, f"can't listen on {host}:{port}: {error.strerror}") from error
+    return bound
+
+
+async def _serve(config: ServeConfig, bus_socket: socket.socket, api_socket: socket.socket) -> None:
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    engine = Engine(config, _history())
+    bus = Bus(os.environ[TOKEN_VARIABLE], engine.group)
+    await bus.open(bus_socket)
+    async with asyncio.TaskGroup() as tasks:
+        running = [
+            tasks.create_task(engine.run()),
+            tasks.create_task(engine.report()),
+            tasks.create_task(_read_model(config, engine)),
+        ]
+        server = await _api_server(config, engine)
+        api = tasks.create_task(server.serve(sockets=[api_socket]))
+        await _stopped(stop, api)
+        logger.info("asked to end: draining")
+        await engine.drain()
+        server.should_exit = True
+        await api
+        engine.release()
+        await asyncio.sleep(RELEASE_SECONDS)
+        for task in running:
+            task.cancel()
+    await bus.close()
+    logger.info("ended")
+
+
+def _history() -> wire.GroupStatus | None:
+    """What the engine before this one last said; ids and epochs go on from there."""
+    text = os.environ.get(child.HISTORY_VARIABLE)
+    return msgspec.json.decode(text, type=wire.GroupStatus) if text else None
+
+
+async def _stopped(stop: asyncio.Event, api: asyncio.Task[None]) -> None:
+    asked = asyncio.create_task(stop.wait())
+    await asyncio.wait([asked, api], return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    if api.done():
+        raise RuntimeError("the HTTP server ended by itself")
+
+
+async def _read_model(config: ServeConfig, engine: Engine) -> None:
+    """Until the model's configuration can be read: a missing model may be mended."""
+    attempt = 0
+    while True:
+        try:
+            engine.set_model(await asyncio.to_thread(_model_length, config))
+            return
+        except ModelError as error:
+            engine.set_model_error(str(error))
+        await asyncio.sleep(MODEL_RETRY_SECONDS[min(attempt, len(MODEL_RETRY_SECONDS) - 1)])
+        attempt += 1
+
+
+def _model_length(config: ServeConfig) -> int | None:
+    values = read_config(find_model(config.model, config.model_revision, config.download_dir))
+    inner = values.get("text_config")
+    for place in (values, inner if isinstance(inner, dict) else {}):
+        length = place.get("max_position_embeddings")
+        if isinstance(length, int) and length > 0:
+            return length
+    return None
+
+
+async def _api_server(config: ServeConfig, engine: Engine) -> uvicorn.Server:
+    """The API's imports take a second; the bus is served meanwhile."""
+    uvicorn_module = await asyncio.to_thread(importlib.import_module, "uvicorn")
+    app_module = await asyncio.to_thread(importlib.import_module, "lockstep_runtime.api.app")
+    app = app_module.create_app(config, engine, os.environ.get(API_KEY_VARIABLE) or None)
+    settings = uvicorn_module.Config(app, log_config=None, access_log=False, lifespan="on", timeout_keep_alive=75)
+
+    class Server(uvicorn_module.Server):  # type: ignore[misc, name-defined] # imported late, on purpose
+        """SIGTERM is ours: it starts the drain."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    server: uvicorn.Server = Server(settings)
+    return server

@@ -1,0 +1,110 @@
+"""One member of the group: what the engine knows of a rank, and how the status shows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lockstep_runtime import wire
+from lockstep_runtime.engine.bus import Peer
+from lockstep_runtime.engine.latency import LatencyWindow
+from lockstep_runtime.wire import RankState
+
+
+@dataclass(slots=True)
+class Member:
+    """`idle_epoch`: loaded, in no communicator, and deaf to every epoch below this; -1 while it can't join."""
+
+    rank: int
+    pod_index: int
+    peer: Peer | None = None
+    state: RankState = RankState.ABSENT
+    loaded: wire.Loaded | None = None
+    welcome_epoch: int = 0
+    idle_epoch: int = -1
+    abort_sent_at: float | None = None  # on the monotonic clock, until answered
+    joined_epoch: int = 0
+    respawns: int = 0
+    last_step: int = -1
+    last_step_at: float | None = None
+    latency: LatencyWindow = field(default_factory=LatencyWindow)
+    memory_bytes: int = 0
+    load_done: int = 0
+    load_total: int = 0
+    message: str = ""
+    last_incarnation: str = ""
+    retired: set[str] = field(default_factory=set)
+
+    def arrive(self, peer: Peer, epoch: int) -> None:
+        """A process of this rank has connected: a new one, or one that lost its connection."""
+        incarnation = peer.hello.incarnation
+        if self.last_incarnation and incarnation != self.last_incarnation:
+            self.retired.add(self.last_incarnation)
+            self.respawns += 1
+            self.latency = LatencyWindow()
+            self.load_done = self.load_total = 0
+        self.last_incarnation = incarnation
+        self.peer = peer
+        if self.state is not RankState.FAILED:  # why the last one failed stays to be read until this one gets further
+            self.state, self.message = RankState.STARTING, ""
+        self.loaded = None
+        self.welcome_epoch = epoch
+        self.idle_epoch = -1
+        self.abort_sent_at = None
+
+    def leave(self, message: str) -> None:
+        """Its connection is closed."""
+        self.peer = None
+        self.loaded = None
+        self.idle_epoch = -1
+        self.abort_sent_at = None
+        if self.state is not RankState.FAILED:  # the words of a failed load stay until a process gets further
+            self.state, self.message = RankState.ABSENT, message
+
+    def set_progress(self, progress: wire.LoadProgress) -> None:
+        self.load_done, self.load_total = progress.bytes_done, progress.bytes_total
+        if progress.bytes_done or self.state is not RankState.FAILED:
+            self.state, self.message = RankState.LOADING, ""
+
+    def set_failed(self, message: str) -> bool:
+        """Its own words; whether they are news."""
+        news = self.state is not RankState.FAILED or self.message != message
+        self.state, self.message = RankState.FAILED, message
+        return news
+
+    def set_loaded(self, loaded: wire.Loaded) -> None:
+        self.loaded = loaded
+        self.state, self.message = RankState.LOADED, ""
+        self.memory_bytes = loaded.memory_bytes
+        self.load_done = self.load_total = loaded.weight_bytes
+        self.idle_epoch = self.welcome_epoch
+
+    def set_aborted(self, epoch: int) -> None:
+        self.abort_sent_at = None
+        if self.loaded is not None:
+            self.idle_epoch = max(self.idle_epoch, epoch)
+            self.state = RankState.LOADED
+
+    def stepped(self, answer: wire.StepDone, at: float) -> None:
+        self.last_step, self.last_step_at = answer.step, at
+        self.latency.add(answer.seconds)
+
+    def status(self) -> wire.RankStatus:
+        hello = self.peer.hello if self.peer is not None else None
+        return wire.RankStatus(
+            rank=self.rank,
+            pod_index=self.pod_index,
+            state=self.state,
+            pod=hello.pod if hello else "",
+            node=hello.node if hello else "",
+            pid=hello.pid if hello else 0,
+            incarnation=hello.incarnation if hello else "",
+            epoch=self.joined_epoch,
+            respawns=self.respawns,
+            last_step=self.last_step,
+            last_step_at=self.last_step_at,
+            step_latency=self.latency.latency(),
+            memory_bytes=self.memory_bytes,
+            load_bytes_done=self.load_done,
+            load_bytes_total=self.load_total,
+            message=self.message,
+        )

@@ -1,0 +1,191 @@
+"""What the next step computes: continuous batching with chunked prefill, first come first served. Pure.
+
+Each step takes, in order of arrival, one token of every decoding sequence and as much of the prefills as the budget
+leaves. A new sequence is admitted when its whole prompt finds room beside what the running prefills will still need.
+When blocks run out, the latest sequence gives up all of its blocks and is computed again later from its token ids; so
+the oldest always goes on, and every sequence that fits by itself finishes.
+
+After a fault, sequences under suspicion run alone, one after the other, until they draw a token: one that breaks a step
+again is known by that, and the others are not blamed for it.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+
+from lockstep_runtime.engine.blocks import BlockBook
+from lockstep_runtime.engine.interface import FinishReason
+from lockstep_runtime.engine.sequence import GUILTY, SUSPECT, Sequence
+from lockstep_runtime.wire import SampledToken, SequenceSlice
+
+_by_arrival = attrgetter("id")
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One token let out of a step."""
+
+    sequence_id: int
+    token: SampledToken
+    finish: FinishReason | None
+
+
+class Scheduler:
+    """Holds every sequence that is waiting or running. `max_sequences` is at most `max_batch_tokens`."""
+
+    def __init__(
+        self, *, max_sequences: int, max_batch_tokens: int, max_model_len: int, blocks: int, block_size: int
+    ) -> None:
+        self._max_sequences = min(max_sequences, max_batch_tokens)  # so that every running one can move in a step
+        self._max_batch_tokens = max_batch_tokens
+        self._waiting: list[Sequence] = []  # by arrival
+        self._running: list[Sequence] = []  # by arrival
+        self.preemptions = 0
+        self._lay_out(max_model_len, blocks, block_size)
+
+    def _lay_out(self, max_model_len: int, blocks: int, block_size: int) -> None:
+        self.book = BlockBook(blocks)
+        self._block_size = block_size
+        self.max_model_len = min(max_model_len, blocks * block_size)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def fits(self, most_tokens: int) -> bool:
+        """Whether a sequence of so many tokens could run by itself."""
+        return most_tokens <= self.max_model_len
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self._waiting, sequence, key=_by_arrival)
+
+    def remove(self, sequence_id: int) -> None:
+        """Forget a sequence, wherever it stands; an unknown one is no error. Its blocks are free for the next step."""
+        self.book.release(sequence_id)
+        self._running = [sequence for sequence in self._running if sequence.id != sequence_id]
+        self._waiting = [sequence for sequence in self._waiting if sequence.id != sequence_id]
+
+    def plan(self) -> list[SequenceSlice]:
+        """The next step's parts; empty when there is nothing to do."""
+        suspect = next((one for one in (*self._running, *self._waiting) if one.blame >= SUSPECT), None)
+        if suspect is not None:
+            return self._plan_alone(suspect)
+        slices, preempted = self._plan_running()
+        if not preempted:
+            self._admit(slices)
+        return slices
+
+    def apply(self, slices: list[SequenceSlice], sampled: Iterable[SampledToken]) -> list[Drawn]:
+        """Book a finished step: what it computed, the tokens it drew, and the sequences that are complete."""
+        running = {sequence.id: sequence for sequence in self._running}
+        for part in slices:
+            if sequence := running.get(part.sequence_id):  # else it was cancelled meanwhile
+                sequence.computed += len(part.tokens)
+        drawn = []
+        for token in sampled:
+            if sequence := running.get(token.sequence_id):
+                finish = sequence.append(token, self.max_model_len)
+                drawn.append(Drawn(sequence.id, token, finish))
+                if finish is not None:
+                    self.remove(sequence.id)
+        return drawn
+
+    def blame(self, slices: list[SequenceSlice], points: int) -> list[Sequence]:
+        """Blame a failed step on the sequences in it; those that are guilty by now are removed and returned."""
+        members = {part.sequence_id for part in slices}
+        guilty = []
+        for sequence in (*self._running, *self._waiting):
+            if sequence.id in members:
+                sequence.blame += points
+                if sequence.blame >= GUILTY:
+                    guilty.append(sequence)
+        for sequence in guilty:
+            self.remove(sequence.id)
+        return guilty
+
+    def start_over(self, *, max_model_len: int, blocks: int, block_size: int) -> list[Sequence]:
+        """The caches are new: every sequence is computed again. Returns (removed) what no longer fits."""
+        everyone = sorted((*self._running, *self._waiting), key=_by_arrival)
+        self._lay_out(max_model_len, blocks, block_size)
+        for sequence in everyone:
+            sequence.computed = 0
+        self._running = []
+        self._waiting = [sequence for sequence in everyone if self.fits(sequence.most_tokens)]
+        return [sequence for sequence in everyone if not self.fits(sequence.most_tokens)]
+
+    def _plan_running(self) -> tuple[list[SequenceSlice], bool]:
+        slices: list[SequenceSlice] = []
+        preempted = False
+        budget = self._max_batch_tokens
+        queue = list(self._running)
+        decoding = sum(sequence.remaining == 1 for sequence in queue)
+        while queue:
+            sequence = queue.pop(0)
+            decoding -= sequence.remaining == 1
+            count = min(sequence.remaining, budget - min(decoding, budget - 1))
+            while not self.book.grow(sequence.id, self._blocks_for(sequence.computed + count)):
+                preempted = True
+                victim = queue.pop() if queue else sequence
+                decoding -= victim.remaining == 1 and victim is not sequence
+                self._preempt(victim)
+                if victim is sequence:
+                    return slices, True
+            slices.append(self._slice(sequence, count))
+            budget -= count
+            if not budget:
+                break
+        return slices, preempted
+
+    def _admit(self, slices: list[SequenceSlice]) -> None:
+        budget = self._max_batch_tokens - sum(len(part.tokens) for part in slices)
+        while self._waiting and budget > 0 and len(self._running) < self._max_sequences:
+            sequence = self._waiting[0]
+            if self._blocks_for(len(sequence.tokens)) > self.book.free - self._promised():
+                return
+            count = min(sequence.remaining, budget)
+            self.book.grow(sequence.id, self._blocks_for(count))
+            insort(self._running, self._waiting.pop(0), key=_by_arrival)
+            slices.append(self._slice(sequence, count))
+            budget -= count
+
+    def _plan_alone(self, sequence: Sequence) -> list[SequenceSlice]:
+        if sequence not in self._running:
+            self._waiting.remove(sequence)
+            insort(self._running, sequence, key=_by_arrival)
+        count = min(sequence.remaining, self._max_batch_tokens)
+        while not self.book.grow(sequence.id, self._blocks_for(sequence.computed + count)):
+            self._preempt(next(one for one in reversed(self._running) if one is not sequence))
+        return [self._slice(sequence, count)]
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
+        self.book.release(sequence.id)
+        sequence.computed = 0
+        self._running.remove(sequence)
+        self.add(sequence)
+
+    def _promised(self) -> int:
+        """Blocks that the running prefills will still take."""
+        return sum(
+            max(0, self._blocks_for(len(sequence.tokens)) - self.book.held(sequence.id)) for sequence in self._running
+        )
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self._block_size)
+
+    def _slice(self, sequence: Sequence, count: int) -> SequenceSlice:
+        end = sequence.computed + count
+        return SequenceSlice(
+            sequence_id=sequence.id,
+            position=sequence.computed,
+            tokens=sequence.tokens[sequence.computed : end],
+            blocks=self.book.table(sequence.id),
+            sample=sequence.request.sampling if end == len(sequence.tokens) else None,
+        )

@@ -1,0 +1,53 @@
+"""One sequence: its tokens so far, and how many of them stand in the KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lockstep_runtime.engine.interface import FinishReason, GenerationRequest
+from lockstep_runtime.wire import SampledToken
+
+SUSPECT = 2  # points of blame from which a sequence runs alone
+GUILTY = 4  # and from which it is given up
+
+
+@dataclass(slots=True)
+class Sequence:
+    """Owned by the scheduler; `id` rises with arrival and so is the order of service.
+
+    `blame` counts faults of steps that it took part in since it last drew a token: 2 for a fault that a step can
+    cause, 1 for the loss of a process.
+    """
+
+    id: int
+    request: GenerationRequest
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+    blame: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to feed before the next can be drawn: 1 while decoding, more while prefilling."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def drawn(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def most_tokens(self) -> int:
+        """The longest that it can get, prompt included."""
+        return len(self.request.prompt) + self.request.max_tokens
+
+    def append(self, token: SampledToken, max_model_len: int) -> FinishReason | None:
+        """Take the drawn token; the reason when it was the last."""
+        self.tokens.append(token.token)
+        self.blame = 0
+        if token.token in self.request.stop_token_ids:
+            return FinishReason.STOP
+        if self.drawn >= self.request.max_tokens or len(self.tokens) >= max_model_len:
+            return FinishReason.LENGTH
+        return None

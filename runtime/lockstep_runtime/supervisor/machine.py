@@ -1,0 +1,166 @@
+"""What a supervisor does when something happens: pure. Events and `now` in, actions out.
+
+It keeps one process per rank of its pod, and in the leader pod the engine, until it is asked to end. A dead
+worker is started again at once; one that dies before it was loaded, or an engine that dies young, waits 1, 2, 4 … 30 s
+from the second time on.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from signal import SIGKILL, SIGTERM
+from typing import Final, Literal
+
+Name = int | Literal["engine"]  # a worker's name is its rank
+ENGINE: Final[Literal["engine"]] = "engine"
+
+LONGEST_BACKOFF: Final = 30.0
+STOP_SECONDS: Final = 3.0  # between SIGTERM and SIGKILL
+DRAIN_MARGIN_SECONDS: Final = 5.0  # for the engine beyond its own grace
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    name: Name
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    name: Name
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SayLeaving:
+    """Tell the engine that this pod was asked to end."""
+
+    grace_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    code: int
+    reason: str
+
+
+Action = Spawn | Signal | SayLeaving | Finish
+
+
+class Phase(enum.StrEnum):
+    RUNNING = "running"
+    LEAVING = "leaving"  # asked to end; the engine drains (leader), or the engine's Release is awaited (member)
+    STOPPING = "stopping"  # every process is being ended
+    FINISHED = "finished"
+
+
+@dataclass(slots=True)
+class _Child:
+    alive: bool = False
+    failures: int = 0  # in a row, before it was healthy
+    spawn_at: float | None = None
+
+
+@dataclass(slots=True)
+class Machine:
+    """`grace_seconds`: for the engine's drain, lame-duck time included; also how long a member waits for Release."""
+
+    ranks: Sequence[int]
+    is_leader: bool
+    grace_seconds: float
+    phase: Phase = Phase.RUNNING
+    deadline: float | None = None  # of the phase
+    _children: dict[Name, _Child] = field(default_factory=dict)
+
+    def start(self, now: float) -> list[Action]:
+        """Start everything; workers first, they take longest."""
+        names: list[Name] = [*self.ranks, *([ENGINE] if self.is_leader else [])]
+        self._children = {name: _Child(spawn_at=now) for name in names}
+        return self.tick(now)
+
+    def exited(self, name: Name, *, healthy: bool, now: float, hopeless: bool = False) -> list[Action]:
+        """A child has ended. `healthy`: it had been of use before; `hopeless`: starting it again can't help."""
+        child = self._children[name]
+        child.alive = False
+        if self.phase is Phase.LEAVING and name == ENGINE:
+            return self._stop(now, "the engine has drained")
+        if self.phase is Phase.STOPPING:
+            return self._finish_if_alone()
+        if hopeless and self.phase is Phase.RUNNING:
+            return self._stop(now, "the engine can't run here", code=2)
+        child.failures = 0 if healthy else child.failures + 1
+        child.spawn_at = now + backoff(child.failures)
+        return self.tick(now)
+
+    def asked_to_end(self, now: float, *, connected: bool) -> list[Action]:
+        """SIGTERM or SIGINT; a second one ends everything now."""
+        if self.phase is Phase.LEAVING:
+            return self._stop(now, "asked twice")
+        if self.phase is not Phase.RUNNING:
+            return []
+        if self.is_leader and self._children[ENGINE].alive:
+            self.phase = Phase.LEAVING
+            self.deadline = now + self.grace_seconds + DRAIN_MARGIN_SECONDS
+            return [Signal(ENGINE, SIGTERM, "drain")]
+        if not self.is_leader and connected:
+            self.phase, self.deadline = Phase.LEAVING, now + self.grace_seconds
+            return [SayLeaving(self.grace_seconds)]
+        return self._stop(now, "no engine needs this pod")
+
+    def released(self, now: float) -> list[Action]:
+        """The engine needs this pod no longer: a member's cue to end, when it was asked to."""
+        return self._stop(now, "released") if self.phase is Phase.LEAVING and not self.is_leader else []
+
+    def disconnected(self, now: float) -> list[Action]:
+        """The engine is out of reach: nobody can release a member that leaves."""
+        return self._stop(now, "the engine is gone") if self.phase is Phase.LEAVING and not self.is_leader else []
+
+    def kill(self, rank: int, reason: str) -> list[Action]:
+        """The engine wants a rank's process replaced."""
+        child = self._children.get(rank)
+        return [Signal(rank, SIGKILL, reason)] if child is not None and child.alive else []
+
+    def tick(self, now: float) -> list[Action]:
+        """Do what is due."""
+        if self.deadline is not None and now >= self.deadline:
+            if self.phase is Phase.LEAVING:
+                return self._stop(now, "the grace is over")
+            self.deadline = None
+            return [Signal(name, SIGKILL, "it did not end") for name, child in self._children.items() if child.alive]
+        if self.phase not in (Phase.RUNNING, Phase.LEAVING):
+            return []
+        actions: list[Action] = []
+        for name, child in self._children.items():
+            if child.spawn_at is not None and now >= child.spawn_at:
+                child.alive, child.spawn_at = True, None
+                actions.append(Spawn(name))
+        return actions
+
+    def next_deadline(self) -> float | None:
+        """When `tick` has something to do next; None: never, by itself."""
+        times = [child.spawn_at for child in self._children.values() if child.spawn_at is not None]
+        return min([*times, *([self.deadline] if self.deadline is not None else [])], default=None)
+
+    def _stop(self, now: float, reason: str, code: int = 0) -> list[Action]:
+        self.phase, self.deadline = Phase.STOPPING, now + STOP_SECONDS
+        self._code, self._reason = code, reason
+        for child in self._children.values():
+            child.spawn_at = None
+        alive = [name for name, child in self._children.items() if child.alive]
+        return [Signal(name, SIGTERM, reason) for name in alive] or self._finish_if_alone()
+
+    _code: int = 0
+    _reason: str = ""
+
+    def _finish_if_alone(self) -> list[Action]:
+        if any(child.alive for child in self._children.values()):
+            return []
+        self.phase, self.deadline = Phase.FINISHED, None
+        return [Finish(self._code, self._reason)]
+
+
+def backoff(failures: int) -> float:
+    """Seconds before the next start: 0 after a healthy life and after the first failure, then 1, 2, 4 … 30."""
+    return 0.0 if failures < 2 else min(LONGEST_BACKOFF, 2.0 ** (failures - 2))

@@ -1,0 +1,161 @@
+"""The worker's end of the bus: a thread that owns the socket and stays responsive while the main thread computes.
+
+It connects for as long as the process lives, again whenever the connection is lost (weights are kept, the communicator
+is not), and hands commands to the main thread in order. `Abort` acts at once, from this thread, and is handed on too.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import random
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from lockstep_runtime import wire
+from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.transport import FrameError, Framer, bus_address, decode, encode, tune
+
+logger = logging.getLogger(__name__)
+
+CONNECT_SECONDS: Final = 5.0
+RETRY_SECONDS: Final = (0.05, 1.0)  # first and longest pause between attempts
+_decoder: Final = msgspec.msgpack.Decoder(wire.ToWorker)
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The engine knows this process (again) and wants to hear how far it is."""
+
+    connection: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """Whatever was under way is void."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dismissed:
+    """The process must end; `reason` says why."""
+
+    reason: str
+
+
+Command = (
+    Connected | Disconnected | Dismissed | wire.Rendezvous | wire.Join | wire.AllocateCache | wire.Step | wire.Abort
+)
+
+
+class Control:
+    """`interrupt` is called from the control thread: it must make a blocked collective raise, and return at once."""
+
+    def __init__(self, config: ServeConfig, rank: int, token: str, incarnation: str) -> None:
+        self._config, self._rank, self._token, self._incarnation = config, rank, token, incarnation
+        self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self.fence = 0  # commands of epochs below this are void
+        self.interrupt: Callable[[], None] = lambda: None
+        self._socket: socket.socket | None = None
+        self._connections = 0
+        self._send_lock = threading.Lock()
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="control", daemon=True).start()
+
+    def send(self, message: wire.FromWorker) -> None:
+        """Send, or drop: after a lost connection the engine asks anew."""
+        frame = encode(message)
+        with self._send_lock:
+            if self._socket is None:
+                return
+            try:
+                self._socket.sendall(frame)
+            except OSError as error:
+                logger.info("could not send %s: %s", type(message).__name__, error)
+
+    @property
+    def connected(self) -> bool:
+        return self._socket is not None
+
+    def is_current(self, command: Connected) -> bool:
+        return command.connection == self._connections and self._socket is not None
+
+    def _run(self) -> None:
+        pause = RETRY_SECONDS[0]
+        while True:
+            try:
+                self._one_connection()
+                pause = RETRY_SECONDS[0]
+            except (OSError, FrameError) as error:
+                logger.log(logging.INFO if self._socket else logging.DEBUG, "connection to the engine: %s", error)
+            if self._socket is not None:
+                self._lose()
+                pause = RETRY_SECONDS[0]
+            threading.Event().wait(pause * random.uniform(0.5, 1.0))
+            pause = min(pause * 1.5, RETRY_SECONDS[1])
+
+    def _lose(self) -> None:
+        with self._send_lock:
+            if self._socket is not None:
+                self._socket.close()
+            self._socket = None
+        self.inbox.put(Disconnected())
+        self.interrupt()
+
+    def _one_connection(self) -> None:
+        """Until the engine closes it. Returns or raises OSError or FrameError."""
+        connection = socket.create_connection(bus_address(self._config), timeout=CONNECT_SECONDS)
+        try:
+            tune(connection)
+            connection.sendall(encode(self._hello()))
+            framer = Framer(wire.MAX_FRAME_BYTES)
+            while data := connection.recv(1 << 16):
+                connection.settimeout(None)
+                for frame in framer.feed(data):
+                    self._receive(connection, decode(_decoder, frame))
+        finally:
+            if self._socket is not connection:
+                connection.close()
+
+    def _receive(self, connection: socket.socket, message: wire.ToWorker) -> None:
+        match message:
+            case wire.Welcome():
+                with self._send_lock:
+                    self._socket = connection
+                    self._connections += 1
+                self.fence = max(self.fence, message.epoch)
+                self.inbox.put(Connected(self._connections, message.epoch))
+            case wire.Refused():
+                logger.error("the engine refused this worker: %s", message.reason)
+                if not message.retry:
+                    self.inbox.put(Dismissed(message.reason))
+            case wire.Shutdown():
+                self.inbox.put(Dismissed(message.reason))
+            case wire.Abort():
+                self.fence = max(self.fence, message.epoch)
+                self.inbox.put(message)
+                self.interrupt()
+            case _:
+                self.inbox.put(message)
+
+    def _hello(self) -> wire.Hello:
+        return wire.Hello(
+            protocol=wire.PROTOCOL,
+            token=self._token,
+            role=wire.Role.WORKER,
+            group=self._config.group,
+            pod_index=self._config.pod_index,
+            pod=self._config.pod,
+            node=self._config.node,
+            pid=os.getpid(),
+            incarnation=self._incarnation,
+            epoch=self.fence,
+            rank=self._rank,
+        )
