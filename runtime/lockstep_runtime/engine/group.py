@@ -87,7 +87,8 @@ class RankGroup:
         ]
         self.supervisors: dict[int, Peer] = {}
         self.epoch = first_epoch
-        self.formed = False
+        self.formed = False  # and nothing has broken it since
+        self._joined = False  # in this epoch, whatever became of it
         self.on_stuck: Callable[[int], None] = lambda rank: None
         self._on_change, self._on_break, self._on_exit, self._on_leaving = on_change, on_break, on_exit, on_leaving
         self._evidence: list[Evidence] = []
@@ -249,6 +250,7 @@ class RankGroup:
             self._raise()
 
     def _raise(self) -> None:
+        self.formed = False
         raise GroupFaultError(diagnose(self._evidence), self._evidence)
 
     async def form(self) -> Formed:
@@ -258,15 +260,15 @@ class RankGroup:
             GroupFaultError: a rank was lost or failed after all were there; try again.
         """
         begun = time.monotonic()
-        self._patience = ABORT_SECONDS if self.formed else ABORT_JOIN_SECONDS
-        self.formed, self._gathering = False, True
+        self._patience = ABORT_SECONDS if self._joined else ABORT_JOIN_SECONDS
+        self.formed, self._joined, self._gathering = False, False, True
         self._evidence.clear()
         self.epoch += 1
         aborted = await self._gather()
         gathered = time.monotonic()
         self._gathering = False
         blocks, block_size = await self._join()
-        self.formed = True
+        self.formed = self._joined = True
         phases = {
             "abort": aborted - begun,
             "respawn": gathered - aborted,
