@@ -1,0 +1,96 @@
+"""`lockstep-operator`: everything put together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from collections.abc import Coroutine
+from typing import Any, Final
+
+import kopf
+
+from lockstep_operator import handlers, server
+from lockstep_operator.controller import Controller
+from lockstep_operator.group_client import GroupClient
+from lockstep_operator.kube import ApiServer, KubeError, connect
+from lockstep_operator.metrics import Metrics
+from lockstep_operator.names import KIND, ModelKey
+from lockstep_operator.reconcile import Reconciler
+from lockstep_operator.settings import Settings, read_settings
+from lockstep_operator.workqueue import WorkQueue
+
+log = logging.getLogger("lockstep_operator")
+
+SCHEMA_RETRY_SECONDS: Final = 2.0
+
+
+def main() -> None:
+    settings = read_settings(sys.argv[1:], os.environ)
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    asyncio.run(run(settings))
+
+
+async def run(settings: Settings) -> None:
+    """Until a signal ends it (kopf takes SIGTERM and SIGINT) or a part of it fails."""
+    metrics, queue = Metrics(), WorkQueue[ModelKey](time.monotonic)
+    watching = asyncio.Event()
+    api_client = await connect()
+    groups = GroupClient(queue.add_after, time.time)
+    http = await server.serve(server.application(metrics, watching.is_set), settings.port)
+    try:
+        kube = ApiServer(api_client)
+        await _until_served(kube, settings)
+        reconciler = Reconciler(kube, groups, settings, metrics, time.time)
+        await _until_first_ends(
+            Controller(queue, reconciler.reconcile, metrics).run(settings.concurrency),
+            kopf.operator(
+                registry=handlers.registry(queue.add),
+                settings=handlers.kopf_settings(),
+                clusterwide=not settings.namespaces,
+                namespaces=settings.namespaces,
+                ready_flag=watching,
+            ),
+        )
+    finally:
+        await groups.close()
+        await api_client.close()
+        await http.cleanup()
+
+
+async def _until_served(kube: ApiServer, settings: Settings) -> None:
+    """Wait for the CRD: watches of a kind that isn't served would never begin."""
+    namespace = settings.namespaces[0] if settings.namespaces else "default"
+    told = False
+    while True:
+        try:
+            await kube.list(KIND, namespace)
+        except KubeError as error:
+            if not told:
+                log.warning("waiting until the API server serves %s: %s", KIND, error)
+            told = True
+            await asyncio.sleep(SCHEMA_RETRY_SECONDS)
+        else:
+            log.info("serving %s in %s", KIND, ", ".join(settings.namespaces) or "all namespaces")
+            return
+
+
+async def _until_first_ends(*parts: Coroutine[Any, Any, None]) -> None:
+    """Run all; when one ends, or fails, end the others."""
+    tasks = [asyncio.create_task(part) for part in parts]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""The conditions of a model (pure): Ready means "as the spec asks", Available means "somebody answers"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep_operator import voices
+from lockstep_operator.decide import Decision
+from lockstep_operator.groups import Group
+from lockstep_operator.moment import text
+from lockstep_operator.rollout import Step
+from lockstep_operator.spec import Model
+from lockstep_operator.troubles import Trouble
+from lockstep_operator.voices import Voice
+from lockstep_runtime.wire import GroupState, GroupStatus
+
+MESSAGE_LIMIT = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One condition's answer. `stalled` says that it won't mend itself."""
+
+    status: str
+    reason: str
+    message: str
+    stalled: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """A group from outside and from inside."""
+
+    group: Group
+    voice: Voice
+    trouble: Trouble | None
+
+
+def conditions(
+    model: Model, decision: Decision, views: Sequence[View], refused: str, old: Mapping[str, Any]
+) -> dict[str, Finding]:
+    """By type. `refused` is what the API server said against a write; `old` is the status as last written."""
+    ready = _ready(model, decision, views, refused, old)
+    working = ready.status != "True"
+    return {
+        "Ready": ready,
+        "Available": _available(model, views),
+        "ModelLoaded": _model_loaded(model, views, old),
+        "CollectivesHealthy": _collectives(model, views),
+        "Poisoned": _poisoned(views),
+        "Reconciling": _flag(working and not ready.stalled, ready, "Settled", "nothing is under way"),
+        "Stalled": _flag(working and ready.stalled, ready, "NotStalled", "nothing waits for a person"),
+    }
+
+
+def render(
+    findings: Mapping[str, Finding], generation: int, old: Iterable[Mapping[str, Any]], now: float
+) -> list[dict[str, Any]]:
+    """As the API wants them; a condition whose status stays keeps its time."""
+    before = {condition["type"]: condition for condition in old}
+    return [
+        {
+            "type": name,
+            "status": finding.status,
+            "reason": finding.reason,
+            "message": finding.message[:MESSAGE_LIMIT],
+            "observedGeneration": generation,
+            "lastTransitionTime": (
+                before[name]["lastTransitionTime"]
+                if name in before and before[name]["status"] == finding.status
+                else text(now)
+            ),
+        }
+        for name, finding in findings.items()
+    ]
+
+
+def explain(view: View, size: int) -> Finding:
+    """Why a group isn't Ready."""
+    group, status, name = view.group, view.voice.status, f"group {view.group.index}"
+    if view.trouble:
+        return Finding("False", view.trouble.reason, view.trouble.message, stalled=view.trouble.reason != "PodPending")
+    if not group.exists or group.deleting:
+        return Finding("False", "Starting", f"{name} is being made")
+    if status is None:
+        running = sum(pod.phase == "Running" and pod.deleting is None for pod in group.pods)
+        words = (
+            view.voice.silence or f"{running} of {group.wanted} pods of {name} run; its first pod hasn't reported yet"
+        )
+        return Finding("False", "Unreachable" if view.voice.silence else "Starting", words)
+    if voices.failed_ranks(status) or status.state is GroupState.FAILED:
+        return Finding("False", "ModelLoadFailed", f"{name}: {_load_failure(status)}", stalled=True)
+    return _by_state(status, name, size)
+
+
+def _by_state(status: GroupStatus, name: str, size: int) -> Finding:
+    words = f": {status.message}" if status.message else ""
+    match status.state:
+        case GroupState.POISONED:
+            return Finding("False", "Poisoned", f"{name} can't serve and can't heal itself{words}", stalled=True)
+        case GroupState.RECOVERING:
+            return Finding("False", "Recovering", f"{name} recovers{words}")
+        case GroupState.DRAINING:
+            return Finding("False", "Draining", f"{name} finishes its requests{words}")
+        case GroupState.LOADING:
+            return Finding("False", "Loading", f"{name} has read {voices.progress(status)} % of its weights{words}")
+        case GroupState.READY:
+            return Finding("False", "Starting", f"{name} has joined its {size} ranks and is about to take requests")
+        case _:
+            return Finding("False", "Starting", f"{name} waits for its {size} ranks{words}")
+
+
+def _load_failure(status: GroupStatus) -> str:
+    failed = voices.failed_ranks(status)
+    worded = [rank for rank in failed if rank.message]
+    return (
+        f"rank {worded[0].rank} can't load the model: {worded[0].message}"
+        if worded
+        else (status.message or "the model can't be loaded")
+    )
+
+
+def _ready(model: Model, decision: Decision, views: Sequence[View], refused: str, old: Mapping[str, Any]) -> Finding:
+    if decision.conflict:
+        return Finding("False", "NameConflict", decision.conflict, stalled=True)
+    if refused:
+        return Finding("False", "Refused", refused, stalled=True)
+    if decision.excess:
+        listed = ", ".join(str(group.index) for group in decision.excess)
+        return Finding("False", "ScalingDown", f"group {listed} finishes its requests and is removed")
+    if model.replicas == 0:
+        return Finding("True", "ScaledToZero", "replicas is 0: nothing is served, as asked")
+    behind = [view for view in views if not (decision.revision and view.group.ready_at(decision.revision))]
+    if not behind:
+        return Finding("True", "Ready", f"{_groups(len(views))} of {model.tensor_parallel_size} ranks serve")
+    return _not_ready(model, decision, behind, old)
+
+
+def _not_ready(model: Model, decision: Decision, behind: Sequence[View], old: Mapping[str, Any]) -> Finding:
+    current = [view for view in behind if not view.group.ready]  # the others serve, with an older revision
+    findings = [explain(view, model.tensor_parallel_size) for view in current]
+    worst = next((finding for finding in findings if finding.stalled), findings[0] if findings else None)
+    waiting = [turn.reason for turn in decision.turns if turn.step in (Step.WAIT, Step.REPLACE)]
+    if worst and not worst.stalled and (sticky := _sticky(model, old)):
+        worst = sticky
+    if worst and (worst.stalled or not waiting):
+        return Finding("False", worst.reason, "; ".join([worst.message, *waiting[:1]]), worst.stalled)
+    words = [*([worst.message] if worst else []), *waiting[:1]]
+    return Finding(
+        "False", "RollingOut", "; ".join(words) or f"pods of revision {decision.revision} replace older ones"
+    )
+
+
+def _sticky(model: Model, old: Mapping[str, Any]) -> Finding | None:
+    """A worker that failed to load tries again and again: the finding stays until it succeeds or the spec changes."""
+    loaded = _condition(old, "ModelLoaded")
+    if loaded.get("reason") == "LoadFailed" and loaded.get("observedGeneration") == model.generation:
+        return Finding("False", "ModelLoadFailed", loaded["message"], stalled=True)
+    return None
+
+
+def _available(model: Model, views: Sequence[View]) -> Finding:
+    serving = sum(view.group.ready for view in views)
+    if serving:
+        return Finding("True", "Serving", f"{serving} of {_groups(len(views))} take requests")
+    if model.replicas == 0:
+        return Finding("False", "ScaledToZero", "replicas is 0")
+    return Finding("False", "NoGroupReady", "no group takes requests")
+
+
+def _model_loaded(model: Model, views: Sequence[View], old: Mapping[str, Any]) -> Finding:
+    size = model.tensor_parallel_size
+    if model.replicas == 0:
+        return Finding("False", "ScaledToZero", "replicas is 0: no rank holds weights")
+    for view in views:
+        status = view.voice.status
+        if status and (voices.failed_ranks(status) or status.state is GroupState.FAILED):
+            return Finding("False", "LoadFailed", f"group {view.group.index}: {_load_failure(status)}")
+    unloaded = [view for view in views if not (view.voice.status and voices.loaded(view.voice.status, size))]
+    if not unloaded:
+        return Finding("True", "Loaded", f"all {model.ranks} ranks hold their weights")
+    if _sticky(model, old):
+        return Finding("False", "LoadFailed", _condition(old, "ModelLoaded")["message"])
+    silent = next((view.voice.silence for view in unloaded if view.voice.silence), "")
+    if silent:
+        return Finding("Unknown", "Unreachable", silent)
+    why = explain(unloaded[0], size)
+    return Finding("False", why.reason if why.reason != "RollingOut" else "Loading", why.message)
+
+
+def _collectives(model: Model, views: Sequence[View]) -> Finding:
+    if model.replicas == 0:
+        return Finding("Unknown", "ScaledToZero", "replicas is 0: no ranks communicate")
+    for view in views:
+        status = view.voice.status
+        if status and status.state in (GroupState.RECOVERING, GroupState.POISONED):
+            newest = max(status.faults, key=lambda fault: fault.id, default=None)
+            words = newest.message if newest else status.message
+            reason = str(newest.fault) if newest else str(status.state)
+            return Finding("False", reason, f"group {view.group.index}: {words or 'its ranks were parted'}")
+    for view in views:
+        status = view.voice.status
+        if status is None or status.state not in (GroupState.READY, GroupState.DRAINING):
+            words = view.voice.silence or f"group {view.group.index} hasn't joined its ranks yet"
+            return Finding("Unknown", "Unreachable" if view.voice.silence else "NotJoined", words)
+    return Finding("True", "Joined", "the ranks of every group have proved that they reach each other")
+
+
+def _poisoned(views: Sequence[View]) -> Finding:
+    for view in views:
+        status = view.voice.status
+        if status and status.state is GroupState.POISONED:
+            newest = max(status.faults, key=lambda fault: fault.id, default=None)
+            reason = str(newest.fault) if newest else "Poisoned"
+            return Finding("True", reason, f"group {view.group.index}: {status.message or 'it can not heal itself'}")
+    return Finding("False", "NotPoisoned", "no group has reported a fault that it can't heal")
+
+
+def _flag(raised: bool, ready: Finding, reason: str, message: str) -> Finding:
+    return Finding("True", ready.reason, ready.message) if raised else Finding("False", reason, message)
+
+
+def _groups(count: int) -> str:
+    return "1 group" if count == 1 else f"{count} groups"
+
+
+def _condition(status: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return next((condition for condition in status.get("conditions") or [] if condition["type"] == name), {})

@@ -1,0 +1,177 @@
+"""What to do about a model (pure): observed and wanted in, actions with reasons out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lockstep_operator import desired, rollout
+from lockstep_operator.drift import differences
+from lockstep_operator.groups import Group, excess_groups, groups_of, is_ours
+from lockstep_operator.names import GROUP_LABEL, KIND, group_name, token_name
+from lockstep_operator.observe import Observed, controller, expected_names
+from lockstep_operator.rollout import Step, Turn
+from lockstep_operator.settings import Settings
+from lockstep_operator.spec import Model
+
+_FIXED_IN_STATEFUL_SETS = ("serviceName", "podManagementPolicy", "selector")
+
+
+@dataclass(frozen=True, slots=True)
+class CreateToken:
+    """Make the Secret, with a token drawn when it is made; an existing one is left alone."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    kind: str
+    manifest: Mapping[str, Any] = field(repr=False)
+    reason: str
+    repairs: str = ""  # what someone changed, when that is why
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest["metadata"]["name"])
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    kind: str
+    name: str
+    uid: str
+    reason: str
+
+
+Action = CreateToken | Apply | Delete
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    actions: tuple[Action, ...] = ()
+    revision: str = ""  # that the spec asks for; empty while there is no token
+    groups: tuple[Group, ...] = ()
+    turns: tuple[Turn, ...] = ()
+    excess: tuple[Group, ...] = ()
+    conflict: str = ""  # a sentence: something else has a name that the model needs
+
+    @property
+    def sentence(self) -> str:
+        return "; ".join(action.reason for action in self.actions) or "everything is as the spec asks"
+
+
+def decide(model: Model, observed: Observed, now: float, settings: Settings) -> Decision:
+    """`now` is unix seconds; recovery of failed groups will need it."""
+    del now
+    groups, excess = groups_of(model, observed), excess_groups(model, observed)
+    if conflict := _conflict(model, observed):
+        return Decision(groups=groups, excess=excess, conflict=conflict)
+    shared = [*_token(model, observed), *_repaired(model, observed, desired.shared(model))]
+    removed = list(_removed(model, observed, excess))
+    if observed.token is None:
+        return Decision(actions=(*shared, *removed), groups=groups, excess=excess)
+    revision = desired.revision(model, observed.token, settings)
+    turns = rollout.plan(groups, revision, model.max_unavailable)
+    per_group = [
+        action
+        for group, turn in zip(groups, turns, strict=True)
+        for action in _group(model, observed, group, turn, revision, settings)
+    ]
+    actions = (*shared, *per_group, *removed)
+    return Decision(actions=actions, revision=revision, groups=groups, turns=turns, excess=excess)
+
+
+def _conflict(model: Model, observed: Observed) -> str:
+    """Never take over what belongs to someone else."""
+    for kind, name in expected_names(model):
+        child = observed.child(kind, name)
+        if child is None or is_ours(model, child):
+            continue
+        owner = controller(child)
+        if owner is not None and owner.get("kind") == KIND and owner.get("name") == model.name:
+            return f"{kind} {name} of a deleted model of the same name is still there; it is waited for"
+        whose = f"belongs to {owner['kind']} {owner['name']}" if owner else "isn't Lockstep's"
+        return f"{kind} {name} exists and {whose}: delete it, or give the model another name"
+    return ""
+
+
+def _token(model: Model, observed: Observed) -> Iterator[Action]:
+    name = token_name(model.name)
+    secret = observed.child("Secret", name)
+    if secret is None:
+        yield CreateToken(name, f"Secret {name} with the group's token is missing")
+    elif observed.token is None and "deletionTimestamp" not in secret["metadata"]:
+        yield Delete("Secret", name, secret["metadata"]["uid"], f"Secret {name} has lost its token and is made anew")
+
+
+def _group(
+    model: Model, observed: Observed, group: Group, turn: Turn, revision: str, settings: Settings
+) -> Iterator[Action]:
+    yield from _repaired(model, observed, desired.of_group(model, group.index, settings))
+    if turn.step is Step.WAIT or group.deleting:
+        return
+    manifest = desired.stateful_set(model, group.index, revision, settings)
+    if group.workload and (fixed := _fixed_differences(manifest, group.workload)):
+        reason = f"StatefulSet {manifest['metadata']['name']} can't be changed in place ({fixed}) and is made anew"
+        yield Delete("StatefulSet", manifest["metadata"]["name"], group.uid, reason)
+        return
+    if turn.step is Step.REPLACE:
+        yield Apply("StatefulSet", manifest, turn.reason)
+        return
+    yield from _repaired(model, observed, [manifest])
+    if group.settled:
+        yield from _outdated(group, revision)
+
+
+def _outdated(group: Group, revision: str) -> Iterator[Action]:
+    for pod in group.pods:
+        if pod.revision != revision and pod.deleting is None:
+            yield Delete("Pod", pod.name, pod.uid, f"pod {pod.name} has revision {pod.revision} instead of {revision}")
+
+
+def _fixed_differences(manifest: Mapping[str, Any], live: Mapping[str, Any]) -> str:
+    wanted = {name: manifest["spec"][name] for name in _FIXED_IN_STATEFUL_SETS}
+    return ", ".join(sorted(differences(wanted, live.get("spec") or {})))
+
+
+def _repaired(model: Model, observed: Observed, manifests: list[desired.Manifest]) -> Iterator[Action]:
+    for manifest in manifests:
+        kind, name = manifest["kind"], manifest["metadata"]["name"]
+        live = observed.child(kind, name)
+        if live is None:
+            yield Apply(kind, manifest, f"{kind} {name} is missing", _loss(model, observed, manifest))
+        elif "deletionTimestamp" not in live["metadata"] and (found := differences(manifest, live)):
+            if found == observed.tolerated.get((kind, name)):
+                continue
+            listed = ", ".join(sorted(found))
+            ours = any(
+                "metadata.annotations" in difference for difference in found
+            )  # we want something else than before
+            yield Apply(kind, manifest, f"{kind} {name} differs: {listed}", "" if ours else listed)
+
+
+def _loss(model: Model, observed: Observed, manifest: desired.Manifest) -> str:
+    """Whether what is missing was there before: the status says so."""
+    label = manifest["metadata"]["labels"].get(GROUP_LABEL)
+    known = [group.get("group") for group in observed.status.get("groups") or []]
+    was_there = bool(observed.status.get("revision")) if label is None else int(label) in known
+    return "it was missing" if was_there else ""
+
+
+def _removed(model: Model, observed: Observed, excess: tuple[Group, ...]) -> Iterator[Action]:
+    """Groups that are no longer asked for: first the pods, which finish their requests, then the rest."""
+    for group in excess:
+        name = group_name(model.name, group.index)
+        if group.workload is not None:
+            if not group.deleting:
+                yield Delete("StatefulSet", name, group.uid, f"group {group.index} is beyond replicas {model.replicas}")
+            continue
+        if observed.pods_of(group.index):
+            continue
+        for kind in ("Service", "NetworkPolicy"):
+            child = observed.child(kind, name)
+            if child is not None and is_ours(model, child) and "deletionTimestamp" not in child["metadata"]:
+                yield Delete(kind, name, child["metadata"]["uid"], f"{kind} {name} of the removed group is left over")

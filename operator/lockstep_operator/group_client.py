@@ -1,0 +1,158 @@
+"""Asks every group how it is: one idle connection each, answered when something changed.
+
+Never awaited by a reconciliation: what arrives is kept, and the model is queued.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+import aiohttp
+import msgspec
+
+from lockstep_operator.names import ModelKey
+from lockstep_operator.observe import Report
+from lockstep_operator.status import LATENCY_SECONDS
+from lockstep_operator.voices import SILENT_SECONDS, progress
+from lockstep_runtime.wire import STATUS_PORT, GroupStatus, Latency
+
+log = logging.getLogger(__name__)
+
+ANSWER_SECONDS: Final = 45.0  # the group answers after 30 at the latest
+CONNECT_SECONDS: Final = 5.0
+MAX_STATUS_BYTES: Final = 4 * 1024 * 1024
+FIRST_DELAY: Final = 0.25
+MAX_DELAY: Final = 15.0
+PAUSE_SECONDS: Final = 0.2  # between answers, however fast they come
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A group's first pod. Another pod, address or token is another target."""
+
+    pod_uid: str
+    address: str
+    token: str
+    port: int = STATUS_PORT
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"http://{host}:{self.port}/status"
+
+
+class GroupClient:
+    """`changed(key, seconds)` is called when a model should be looked at, at most so many seconds later."""
+
+    def __init__(self, changed: Callable[[ModelKey, float], None], now: Callable[[], float]) -> None:
+        self._changed = changed
+        self._now = now
+        self._tasks: dict[tuple[ModelKey, int], tuple[Target, asyncio.Task[None]]] = {}
+        self._reports: dict[tuple[ModelKey, int], tuple[str, Report]] = {}
+        self._session: aiohttp.ClientSession | None = None
+
+    def watch(self, key: ModelKey, targets: Mapping[int, Target]) -> None:
+        """Ask these groups of the model, and no others of it."""
+        for known, (target, _) in list(self._tasks.items()):
+            if known[0] == key and targets.get(known[1]) != target:
+                self._stop(known)
+        for group, target in targets.items():
+            if (key, group) not in self._tasks:
+                task = asyncio.create_task(self._ask(key, group, target), name=f"status of {key} group {group}")
+                self._tasks[key, group] = (target, task)
+
+    def reports(self, key: ModelKey, leaders: Mapping[int, str]) -> dict[int, Report]:
+        """What the groups whose first pod has this UID last said."""
+        found = {group: self._reports.get((key, group)) for group in leaders}
+        return {group: entry[1] for group, entry in found.items() if entry and entry[0] == leaders[group]}
+
+    async def close(self) -> None:
+        tasks = [task for _, task in self._tasks.values()]
+        for known in list(self._tasks):
+            self._stop(known)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._session:
+            await self._session.close()
+
+    def _stop(self, known: tuple[ModelKey, int]) -> None:
+        self._tasks.pop(known)[1].cancel()
+        self._reports.pop(known, None)
+
+    async def _ask(self, key: ModelKey, group: int, target: Target) -> None:
+        failures, seen = 0, None
+        while True:
+            try:
+                status = await self._fetch(target, seen)
+            except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError, ValueError) as error:
+                failures += 1
+                await self._failed(key, group, target, error, failures)
+                continue
+            failures, seen = 0, status
+            self._heard(key, group, target, status)
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _fetch(self, target: Target, seen: GroupStatus | None) -> GroupStatus:
+        query = {"after": str(seen.revision)} if seen else {}
+        headers = {"Authorization": f"Bearer {target.token}"}
+        async with self._connected().get(target.url, params=query, headers=headers, allow_redirects=False) as response:
+            if response.status != 200:
+                raise ValueError(f"status {response.status}")
+            if (response.content_length or 0) > MAX_STATUS_BYTES:
+                raise ValueError(f"{response.content_length} bytes are too many for a status")
+            return msgspec.json.decode(await response.read(), type=GroupStatus)
+
+    def _connected(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS, sock_connect=CONNECT_SECONDS)
+            self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+        return self._session
+
+    def _heard(self, key: ModelKey, group: int, target: Target, status: GroupStatus) -> None:
+        before = self._report(key, group)
+        self._reports[key, group] = (target.pod_uid, Report(status=status))
+        if before.status is None or before.unreachable_since is not None or lasting(before.status) != lasting(status):
+            self._changed(key, 0.0)
+        elif before.status.step_latency != status.step_latency or before.status.last_step_at != status.last_step_at:
+            self._changed(key, LATENCY_SECONDS)
+
+    async def _failed(self, key: ModelKey, group: int, target: Target, error: Exception, failures: int) -> None:
+        before = self._report(key, group)
+        since = before.unreachable_since if before.unreachable_since is not None else self._now()
+        words = str(error) or type(error).__name__
+        self._reports[key, group] = (target.pod_uid, replace(before, unreachable_since=since, error=words))
+        if before.unreachable_since is None:
+            log.info("%s: group %d does not answer: %s", key, group, words)
+            self._changed(key, SILENT_SECONDS + 1)
+        await asyncio.sleep(backoff(failures, FIRST_DELAY, MAX_DELAY))
+
+    def _report(self, key: ModelKey, group: int) -> Report:
+        entry = self._reports.get((key, group))
+        return entry[1] if entry else Report()
+
+
+def lasting(status: GroupStatus) -> object:
+    """What of a status is worth a look at once: all but the measurements that every step changes."""
+    ranks = [
+        (rank.rank, rank.state, rank.pod, rank.node, rank.incarnation, rank.epoch, rank.respawns, rank.message)
+        for rank in status.ranks
+    ]
+    bare = msgspec.structs.replace(
+        status,
+        revision=0,
+        ranks=[],
+        step_latency=Latency(),
+        last_step_at=None,
+        requests_running=0,
+        requests_waiting=0,
+    )
+    return bare, ranks, progress(status)
+
+
+def backoff(failures: int, first: float, most: float) -> float:
+    """Seconds to wait after so many failures in a row: doubling, with jitter so that not all come back at once."""
+    return float(min(most, first * 2 ** min(failures - 1, 20))) * random.uniform(0.5, 1.0)

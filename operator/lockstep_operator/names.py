@@ -1,0 +1,71 @@
+"""Names that the cluster sees: the API group, labels, annotations, and what a model's children are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+GROUP: Final = "lockstep.dev"
+VERSION: Final = "v1alpha1"
+API_VERSION: Final = f"{GROUP}/{VERSION}"
+KIND: Final = "TensorParallelModel"
+PLURAL: Final = "tensorparallelmodels"
+
+FIELD_MANAGER: Final = "lockstep-operator"
+STATUS_MANAGER: Final = "lockstep-operator-status"
+
+MODEL_LABEL: Final = "lockstep.dev/model"
+GROUP_LABEL: Final = "lockstep.dev/group"
+REVISION_LABEL: Final = "lockstep.dev/revision"
+POD_INDEX_LABEL: Final = "apps.kubernetes.io/pod-index"  # set by the StatefulSet controller, Kubernetes 1.28 and later
+APPLIED_ANNOTATION: Final = "lockstep.dev/applied"  # hash of what was applied: a field taken out of it shows
+
+APP_LABELS: Final[Mapping[str, str]] = {
+    "app.kubernetes.io/name": "lockstep",
+    "app.kubernetes.io/component": "model",
+    "app.kubernetes.io/managed-by": "lockstep-operator",
+}
+OPERATOR_POD_LABELS: Final[Mapping[str, str]] = {
+    "app.kubernetes.io/name": "lockstep",
+    "app.kubernetes.io/component": "operator",
+}
+
+CONTAINER: Final = "lockstep"
+TOKEN_KEY: Final = "token"  # noqa: S105 - the name of a key
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ModelKey:
+    """Which model. Its identity is its UID; this is how it is looked up and queued."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+def group_name(model: str, group: int) -> str:
+    """Of the group's StatefulSet, headless Service and NetworkPolicy."""
+    return f"{model}-{group}"
+
+
+def token_name(model: str) -> str:
+    return f"{model}-token"
+
+
+def account_name(model: str) -> str:
+    return f"{model}-ranks"
+
+
+def selector(model: str) -> str:
+    """Label selector of everything that belongs to the model."""
+    return f"{MODEL_LABEL}={model}"
+
+
+def key_of_child(child: Mapping[str, Any]) -> ModelKey | None:
+    """The model that an object says it belongs to."""
+    metadata = child.get("metadata") or {}
+    model = (metadata.get("labels") or {}).get(MODEL_LABEL)
+    return ModelKey(metadata.get("namespace", ""), model) if model else None

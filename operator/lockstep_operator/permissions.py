@@ -1,0 +1,33 @@
+"""The verbs that the operator uses, and no others. The chart's role is compared with this table in a test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Permission:
+    """One rule of a Role or ClusterRole."""
+
+    group: str  # of the API; "" is the core group
+    resource: str  # with its subresource, if any
+    verbs: tuple[str, ...]
+    why: str
+
+
+PERMISSIONS: Final = (
+    Permission("lockstep.dev", "tensorparallelmodels", ("get", "list", "watch"), "what is asked for"),
+    Permission("lockstep.dev", "tensorparallelmodels/status", ("patch",), "what is so"),
+    # A server-side apply that creates needs both verbs.
+    Permission("apps", "statefulsets", ("get", "list", "watch", "create", "patch", "delete"), "one per group"),
+    Permission("", "services", ("get", "list", "watch", "create", "patch", "delete"), "one to serve, one per group"),
+    Permission("", "serviceaccounts", ("get", "list", "watch", "create", "patch"), "one without credentials"),
+    Permission(
+        "networking.k8s.io", "networkpolicies", ("get", "list", "watch", "create", "patch", "delete"), "one per group"
+    ),
+    Permission("", "secrets", ("get", "create", "delete"), "the token: read by name, never listed"),
+    Permission("", "pods", ("list", "watch", "delete"), "who is Ready; replaced in a rollout"),
+    Permission("", "events", ("list",), "why a pod can't start"),
+    Permission("events.k8s.io", "events", ("create",), "what happened"),
+)

@@ -1,0 +1,214 @@
+"""The pod of a rank (pure). Every pod of a group is made from the same template; its index tells it who it is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+from lockstep_operator.names import (
+    APP_LABELS,
+    CONTAINER,
+    GROUP_LABEL,
+    MODEL_LABEL,
+    POD_INDEX_LABEL,
+    REVISION_LABEL,
+    TOKEN_KEY,
+    account_name,
+    group_name,
+    token_name,
+)
+from lockstep_operator.overlay import overlay
+from lockstep_operator.settings import Settings
+from lockstep_operator.spec import Claim, EmptyDir, HostPath, HuggingFace, Model, SecretKey
+from lockstep_runtime.wire import API_PORT, BUS_PORT, STATUS_PORT
+
+MODEL_MOUNT: Final = "/model"
+CACHE_MOUNT: Final = "/cache"
+SHARED_MEMORY: Final = "1Gi"
+SCRATCH: Final = "512Mi"
+TERMINATION_SECONDS: Final = 60  # running requests finish in it
+LAME_DUCK_SECONDS: Final = 3.0  # until every node has taken the pod out of the Service
+EXIT_SECONDS: Final = 5.0  # for processes to end after the last request
+CPU_PER_RANK: Final = 0.25
+MEMORY_PER_RANK_MIB: Final = 512
+CACHE_GROUP: Final = 65532  # of files on a cache volume, so that any user of the pod may write them
+
+
+def pod_template(model: Model, group: int, revision: str, settings: Settings) -> dict[str, Any]:
+    """A PodTemplateSpec: ours, with the user's laid over it and then our labels, which selectors rely on."""
+    ours: dict[str, Any] = {"metadata": {"labels": {}}, "spec": _pod_spec(model, group, revision, settings)}
+    merged = overlay(ours, model.template)
+    labels = {**merged["metadata"].get("labels", {}), **pod_labels(model, group), REVISION_LABEL: revision}
+    merged["metadata"] = {**merged["metadata"], "labels": labels}
+    return merged
+
+
+def pod_labels(model: Model, group: int) -> dict[str, str]:
+    return {**APP_LABELS, MODEL_LABEL: model.name, GROUP_LABEL: str(group)}
+
+
+def _pod_spec(model: Model, group: int, revision: str, settings: Settings) -> dict[str, Any]:
+    security: dict[str, Any] = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    if isinstance(model.source, HuggingFace) and isinstance(model.cache, Claim):
+        security |= {"fsGroup": CACHE_GROUP, "fsGroupChangePolicy": "OnRootMismatch"}
+    return {
+        "serviceAccountName": account_name(model.name),
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": TERMINATION_SECONDS,
+        "securityContext": security,
+        "containers": [_container(model, group, revision, settings)],
+        "volumes": _volumes(model),
+    }
+
+
+def _container(model: Model, group: int, revision: str, settings: Settings) -> dict[str, Any]:
+    return {
+        "name": CONTAINER,
+        "image": settings.runtime_image,
+        "imagePullPolicy": settings.pull_policy,
+        "args": _arguments(model),
+        "env": _environment(model, group, revision),
+        "ports": [
+            {"name": "api", "containerPort": API_PORT, "protocol": "TCP"},
+            {"name": "bus", "containerPort": BUS_PORT, "protocol": "TCP"},
+            {"name": "status", "containerPort": STATUS_PORT, "protocol": "TCP"},
+        ],
+        "resources": _resources(model),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "livenessProbe": _probe("/healthz", period=10, failures=6),
+        "readinessProbe": _probe("/readyz", period=1, failures=5),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": _mounts(model),
+    }
+
+
+def _probe(path: str, *, period: int, failures: int) -> dict[str, Any]:
+    """A busy pod answers late, which is not a fault: time-outs are long, and one failure changes nothing."""
+    return {
+        "httpGet": {"path": path, "port": "status", "scheme": "HTTP"},
+        "periodSeconds": period,
+        "timeoutSeconds": 5,
+        "failureThreshold": failures,
+    }
+
+
+def _arguments(model: Model) -> list[str]:
+    seconds = float((model.template.get("spec") or {}).get("terminationGracePeriodSeconds", TERMINATION_SECONDS))
+    lame_duck = min(LAME_DUCK_SECONDS, seconds / 4)
+    options: list[tuple[str, object]] = [
+        ("tensor-parallel-size", model.tensor_parallel_size),
+        ("ranks-per-pod", model.ranks_per_pod),
+        ("served-name", model.served_name),
+        ("dtype", model.dtype),
+        ("backend", model.backend),
+        ("max-model-len", model.engine.max_model_len),
+        ("max-sequences", model.engine.max_sequences),
+        ("max-batch-tokens", model.engine.max_batch_tokens),
+        ("kv-cache-memory", model.engine.kv_cache_memory),
+        ("lame-duck-seconds", lame_duck),
+        ("grace-seconds", max(0.0, seconds - lame_duck - EXIT_SECONDS)),
+        ("host", "0.0.0.0"),
+        *_source_options(model),
+    ]
+    return ["serve", _location(model), *(f"--{name}={value}" for name, value in options if value is not None)]
+
+
+def _location(model: Model) -> str:
+    match model.source:
+        case HuggingFace(repo=repo):
+            return repo
+        case Claim(path=path) if path:
+            return f"{MODEL_MOUNT}/{path}"
+        case _:
+            return MODEL_MOUNT
+
+
+def _source_options(model: Model) -> list[tuple[str, object]]:
+    if isinstance(model.source, HuggingFace):
+        return [("revision", model.source.revision), ("download-dir", CACHE_MOUNT)]
+    return []
+
+
+def _environment(model: Model, group: int, revision: str) -> list[dict[str, Any]]:
+    name = group_name(model.name, group)
+    plain = {
+        "HOME": "/tmp",  # noqa: S108 - the pod's own scratch volume
+        "LOCKSTEP_MODEL_NAME": model.name,
+        "LOCKSTEP_GROUP": str(group),
+        "LOCKSTEP_SPEC_REVISION": revision,
+        "LOCKSTEP_LEADER": f"{name}-0.{name}.{model.namespace}.svc",
+    }
+    fields = {
+        "LOCKSTEP_POD": "metadata.name",
+        "LOCKSTEP_NODE": "spec.nodeName",
+        "LOCKSTEP_POD_INDEX": f"metadata.labels['{POD_INDEX_LABEL}']",
+    }
+    secrets: dict[str, SecretKey | None] = {
+        "LOCKSTEP_TOKEN": SecretKey(token_name(model.name), TOKEN_KEY),
+        "LOCKSTEP_API_KEY": model.api_key,
+        "HF_TOKEN": model.source.token if isinstance(model.source, HuggingFace) else None,
+    }
+    return [
+        *({"name": variable, "value": value} for variable, value in plain.items()),
+        *({"name": variable, "valueFrom": {"fieldRef": {"fieldPath": path}}} for variable, path in fields.items()),
+        *(
+            {"name": variable, "valueFrom": {"secretKeyRef": {"name": secret.name, "key": secret.key}}}
+            for variable, secret in secrets.items()
+            if secret
+        ),
+    ]
+
+
+def _resources(model: Model) -> dict[str, Any]:
+    """Enough to be scheduled truthfully when idle; how much a model needs is the user's to say in the template."""
+    resources: dict[str, Any] = {
+        "requests": {
+            "cpu": f"{math.ceil(CPU_PER_RANK * 1000) * model.ranks_per_pod}m",
+            "memory": f"{MEMORY_PER_RANK_MIB * model.ranks_per_pod}Mi",
+        }
+    }
+    if model.accelerator:
+        resources["limits"] = {model.accelerator: str(model.ranks_per_pod)}
+        resources["requests"][model.accelerator] = str(model.ranks_per_pod)
+    return resources
+
+
+def _volumes(model: Model) -> list[dict[str, Any]]:
+    """Memory-backed volumes count towards the container's memory limit; their own limits keep them small."""
+    volumes: list[dict[str, Any]] = [
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}},
+        {"name": "tmp", "emptyDir": {"medium": "Memory", "sizeLimit": SCRATCH}},
+    ]
+    match model.source:
+        case HuggingFace():
+            volumes.append({"name": "cache", **_cache_volume(model)})
+        case Claim(name=claim):
+            volumes.append({"name": "model", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})
+        case HostPath(path=path):
+            volumes.append({"name": "model", "hostPath": {"path": path, "type": "Directory"}})
+    return volumes
+
+
+def _cache_volume(model: Model) -> dict[str, Any]:
+    match model.cache:
+        case Claim(name=claim):
+            return {"persistentVolumeClaim": {"claimName": claim}}
+        case HostPath(path=path):
+            return {"hostPath": {"path": path, "type": "Directory"}}
+        case EmptyDir(size_limit=limit):
+            return {"emptyDir": {"sizeLimit": limit} if limit else {}}
+
+
+def _mounts(model: Model) -> list[dict[str, Any]]:
+    mounts: list[dict[str, Any]] = [
+        {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - the pod's own volume
+        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - the pod's own volume
+    ]
+    if isinstance(model.source, HuggingFace):
+        return [*mounts, {"name": "cache", "mountPath": CACHE_MOUNT}]
+    return [*mounts, {"name": "model", "mountPath": MODEL_MOUNT, "readOnly": True}]

@@ -1,0 +1,162 @@
+"""The custom resource as the operator understands it: parsed once, with the defaults that the CRD names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lockstep_operator.names import ModelKey
+
+
+class SpecError(ValueError):
+    """The spec can't be served as written; the message says what to change. The schema refuses most."""
+
+
+@dataclass(frozen=True, slots=True)
+class SecretKey:
+    name: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class HuggingFace:
+    repo: str
+    revision: str | None = None
+    token: SecretKey | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A persistent volume claim, and a folder within it ("" is its root)."""
+
+    name: str
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HostPath:
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class EmptyDir:
+    size_limit: str | None = None
+
+
+Source = HuggingFace | Claim | HostPath
+Cache = Claim | HostPath | EmptyDir
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """Limits of the engine; None leaves them to the runtime."""
+
+    max_model_len: int | None = None
+    max_sequences: int | None = None
+    max_batch_tokens: int | None = None
+    kv_cache_memory: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A TensorParallelModel."""
+
+    key: ModelKey
+    uid: str
+    generation: int
+    source: Source
+    served_name: str
+    tensor_parallel_size: int
+    cache: Cache = field(default_factory=EmptyDir)
+    ranks_per_pod: int = 1
+    replicas: int = 1
+    dtype: str = "auto"
+    backend: str = "auto"
+    accelerator: str | None = None
+    engine: Engine = field(default_factory=Engine)
+    api_key: SecretKey | None = None
+    max_unavailable: int = 1
+    template: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.key.name
+
+    @property
+    def namespace(self) -> str:
+        return self.key.namespace
+
+    @property
+    def pods_per_group(self) -> int:
+        return self.tensor_parallel_size // self.ranks_per_pod
+
+    @property
+    def ranks(self) -> int:
+        """Of all groups together."""
+        return self.tensor_parallel_size * self.replicas
+
+
+def parse(resource: Mapping[str, Any]) -> Model:
+    """Read a TensorParallelModel as the API server gives it. Raises SpecError."""
+    metadata, spec = resource["metadata"], resource.get("spec") or {}
+    model = spec.get("model") or {}
+    size, per_pod = spec.get("tensorParallelSize", 0), spec.get("ranksPerPod", 1)
+    if size < 1 or per_pod < 1 or size % per_pod:
+        raise SpecError(f"ranksPerPod ({per_pod}) must divide tensorParallelSize ({size}), and both must be at least 1")
+    return Model(
+        key=ModelKey(metadata["namespace"], metadata["name"]),
+        uid=metadata["uid"],
+        generation=metadata.get("generation", 1),
+        source=_source(model),
+        served_name=model.get("servedName", metadata["name"]),
+        cache=_cache(model.get("cache")),
+        tensor_parallel_size=size,
+        ranks_per_pod=per_pod,
+        replicas=spec.get("replicas", 1),
+        dtype=spec.get("dtype", "auto"),
+        backend=spec.get("backend", "auto"),
+        accelerator=(spec.get("accelerator") or {}).get("resourceName"),
+        engine=_engine(spec.get("engine") or {}),
+        api_key=_secret_key(spec.get("apiKeySecretRef")),
+        max_unavailable=(spec.get("rollout") or {}).get("maxUnavailable", 1),
+        template=spec.get("template") or {},
+    )
+
+
+def _source(model: Mapping[str, Any]) -> Source:
+    match {kind: model[kind] for kind in ("huggingFace", "persistentVolumeClaim", "hostPath") if kind in model}:
+        case {"huggingFace": hub, **rest} if not rest:
+            return HuggingFace(hub["repo"], hub.get("revision"), _secret_key(hub.get("tokenSecretRef")))
+        case {"persistentVolumeClaim": claim, **rest} if not rest:
+            return Claim(claim["claimName"], claim.get("path", "").strip("/"))
+        case {"hostPath": host, **rest} if not rest:
+            return HostPath(host["path"])
+        case _:
+            raise SpecError("model must name exactly one of huggingFace, persistentVolumeClaim and hostPath")
+
+
+def _cache(cache: Mapping[str, Any] | None) -> Cache:
+    match cache or {}:
+        case {"persistentVolumeClaim": claim}:
+            return Claim(claim["claimName"])
+        case {"hostPath": host}:
+            return HostPath(host["path"])
+        case {"emptyDir": {"sizeLimit": limit}}:
+            return EmptyDir(str(limit))
+        case _:
+            return EmptyDir()
+
+
+def _engine(engine: Mapping[str, Any]) -> Engine:
+    memory = engine.get("kvCacheMemory")
+    return Engine(
+        max_model_len=engine.get("maxModelLen"),
+        max_sequences=engine.get("maxSequences"),
+        max_batch_tokens=engine.get("maxBatchTokens"),
+        kv_cache_memory=None if memory is None else str(memory),
+    )
+
+
+def _secret_key(reference: Mapping[str, Any] | None) -> SecretKey | None:
+    return SecretKey(reference["name"], reference["key"]) if reference else None

@@ -1,0 +1,188 @@
+"""The status of a model (pure), and whether it is worth writing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from lockstep_operator.conditions import Finding, View, conditions, explain, render
+from lockstep_operator.decide import Decision
+from lockstep_operator.moment import text, unix
+from lockstep_operator.names import MODEL_LABEL, POD_INDEX_LABEL
+from lockstep_operator.observe import Observed
+from lockstep_operator.spec import Model
+from lockstep_operator.troubles import trouble
+from lockstep_operator.voices import block_of, listen
+from lockstep_runtime.wire import FaultRecord, GroupStatus, Latency, RankState, RankStatus
+
+Status = dict[str, Any]
+LATENCY_SECONDS: Final = 15.0  # latency alone is written no more often
+_VOLATILE: Final = frozenset({"stepLatency", "lastStepTime", "stepLatencyTime"})
+
+
+def views_of(decision: Decision, observed: Observed, now: float) -> tuple[View, ...]:
+    return tuple(
+        View(group=group, voice=listen(group, observed, now), trouble=trouble(group, observed.warnings, now))
+        for group in decision.groups
+    )
+
+
+def build(model: Model, observed: Observed, decision: Decision, refused: str, now: float) -> Status:
+    """The whole status. `refused` is what the API server said against a write of this pass; `now` is unix seconds."""
+    old, views = observed.status, views_of(decision, observed, now)
+    findings = conditions(model, decision, views, refused, old)
+    said = [view.voice.status for view in views if view.voice.status]
+    ready_ranks = sum(rank.state is RankState.READY for status in said for rank in status.ranks)
+    status: Status = {
+        "observedGeneration": model.generation,
+        "conditions": render(findings, model.generation, old.get("conditions") or [], now),
+        "replicas": sum(group.exists for group in (*decision.groups, *decision.excess)),
+        "readyReplicas": sum(group.ready for group in decision.groups),
+        "updatedReplicas": sum(
+            bool(decision.revision) and group.ready_at(decision.revision) for group in decision.groups
+        ),
+        "selector": f"{MODEL_LABEL}={model.name},{POD_INDEX_LABEL}=0",
+        "revision": decision.revision or old.get("revision", ""),
+        "ranks": f"{ready_ranks}/{model.ranks}",
+        "stepLatency": _latency(_slowest([status.step_latency for status in said])),
+        "stepLatencyTime": old.get("stepLatencyTime"),
+        "recoveries": _recoveries(old, said),
+        "lastFault": _last_fault(old, said),
+        "groups": [_group(view, model, old) for view in views],
+    }
+    return _without_none(status)
+
+
+def invalid(generation: int, old: Mapping[str, Any], message: str, now: float) -> Status:
+    """For a spec that can't be understood: the rest stays as it was, and so do the pods."""
+    findings = {
+        "Ready": Finding("False", "InvalidSpec", message),
+        "Reconciling": Finding("False", "InvalidSpec", "nothing is done until the spec is mended"),
+        "Stalled": Finding("True", "InvalidSpec", message),
+    }
+    kept = [condition for condition in old.get("conditions") or [] if condition["type"] not in findings]
+    rendered = render(findings, generation, old.get("conditions") or [], now)
+    return {**old, "observedGeneration": generation, "conditions": [*rendered, *kept]}
+
+
+def worth_writing(old: Mapping[str, Any], new: Status, now: float) -> tuple[Status | None, float | None]:
+    """(what to write or None, seconds until it is worth it or None)."""
+    moved = _latencies(new) != _latencies(old)
+    if _lasting(new) == _lasting(old):
+        waited = now - unix(old["stepLatencyTime"]) if "stepLatencyTime" in old else LATENCY_SECONDS
+        if not moved or waited < LATENCY_SECONDS:
+            return None, LATENCY_SECONDS - waited if moved else None
+    return ({**new, "stepLatencyTime": text(now)} if moved else new), None
+
+
+def _group(view: View, model: Model, old: Mapping[str, Any]) -> Status:
+    group, said = view.group, view.voice.status
+    block: Status = {
+        "group": group.index,
+        "ready": group.ready,
+        "state": str(said.state) if said else ("Unknown" if view.voice.silence else "Starting"),
+        "message": (said.message if said else "") if group.ready else explain(view, model.tensor_parallel_size).message,
+        "revision": group.revision,
+        "leader": group.leader.name if group.leader else None,
+        "leaderUID": group.leader.uid if group.leader else None,
+    }
+    if said is None:
+        return block
+    same = block_of(old, group.index).get("incarnation") == said.incarnation
+    before = block_of(old, group.index).get("lastFaultID", 0) if same else 0
+    return block | {
+        "epoch": said.epoch,
+        "incarnation": said.incarnation,
+        "recoveries": said.recoveries,
+        "lastFaultID": max((fault.id for fault in said.faults), default=before),
+        "stepLatency": _latency(said.step_latency),
+        "lastStepTime": _moment(said.last_step_at),
+        "ranks": [_rank(rank) for rank in sorted(said.ranks, key=lambda rank: rank.rank)],
+    }
+
+
+def _rank(rank: RankStatus) -> Status:
+    return {
+        "rank": rank.rank,
+        "pod": rank.pod,
+        "node": rank.node,
+        "state": str(rank.state),
+        "epoch": rank.epoch,
+        "respawns": rank.respawns,
+        "stepLatency": _latency(rank.step_latency),
+        "lastStepTime": _moment(rank.last_step_at),
+        "message": rank.message or None,
+    }
+
+
+def _recoveries(old: Mapping[str, Any], said: Sequence[GroupStatus]) -> int:
+    """Over all groups and for ever: a new process counts from 0 again, and a removed group's count stays."""
+    total = int(old.get("recoveries", 0))
+    for status in said:
+        block = block_of(old, status.group)
+        counted = int(block.get("recoveries", 0)) if block.get("incarnation") == status.incarnation else 0
+        total += status.recoveries - counted if status.recoveries >= counted else status.recoveries
+    return total
+
+
+def _last_fault(old: Mapping[str, Any], said: Sequence[GroupStatus]) -> Status | None:
+    faults = [(fault.at, status.group, fault) for status in said for fault in status.faults]
+    known: Status | None = old.get("lastFault")
+    if not faults:
+        return known
+    at, group, fault = max(faults, key=lambda item: item[:2])
+    if known and unix(known["time"]) > at:
+        return known
+    return _fault(group, fault)
+
+
+def _fault(group: int, fault: FaultRecord) -> Status:
+    return _without_none(
+        {
+            "fault": str(fault.fault),
+            "group": group,
+            "rank": fault.rank,
+            "message": fault.message,
+            "time": text(fault.at),
+            "rung": fault.rung or None,
+            "recoveredTime": _moment(fault.recovered_at),
+        }
+    )
+
+
+def _slowest(latencies: Sequence[Latency]) -> Latency:
+    return Latency(
+        p50_ms=max((latency.p50_ms for latency in latencies if latency.p50_ms is not None), default=None),
+        p99_ms=max((latency.p99_ms for latency in latencies if latency.p99_ms is not None), default=None),
+    )
+
+
+def _latency(latency: Latency) -> Status | None:
+    parts = {"p50": latency.p50_ms, "p99": latency.p99_ms}
+    return {name: f"{value:.1f}ms" for name, value in parts.items() if value is not None} or None
+
+
+def _moment(seconds: float | None) -> str | None:
+    return None if seconds is None else text(seconds)
+
+
+def _without_none(status: Status) -> Status:
+    return {name: _bare(value) for name, value in status.items() if value is not None}
+
+
+def _bare(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _without_none(value)
+    return [_bare(item) for item in value] if isinstance(value, list) else value
+
+
+def _lasting(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _lasting(item) for name, item in value.items() if name not in _VOLATILE}
+    return [_lasting(item) for item in value] if isinstance(value, list) else value
+
+
+def _latencies(status: Mapping[str, Any]) -> list[Any]:
+    ranks = [rank for group in status.get("groups") or [] for rank in group.get("ranks") or []]
+    blocks = [status, *(status.get("groups") or []), *ranks]
+    return [(block.get("stepLatency"), block.get("lastStepTime")) for block in blocks]

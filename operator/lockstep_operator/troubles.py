@@ -1,0 +1,109 @@
+"""What keeps a group's pods from running, in sentences a person can act on (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from lockstep_operator.groups import Group
+from lockstep_operator.moment import unix
+from lockstep_operator.observe import Pod
+
+PENDING_SECONDS: Final = 10.0  # a pod that isn't made by then is asked about
+OVERDUE_SECONDS: Final = 30.0  # past its grace, a pod that ends is stuck
+_IMAGE: Final = frozenset({"ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull"})
+_CONFIG: Final = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
+_MOUNT: Final = ("FailedMount", "FailedAttachVolume", "FailedMapVolume")
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    reason: str
+    message: str
+
+
+def unexplained(groups: Sequence[Group], now: float) -> list[str]:
+    """UIDs of pods and StatefulSets whose Events must be read to know what is wrong."""
+    return [uid for group in groups for uid in _unexplained(group, now)]
+
+
+def _unexplained(group: Group, now: float) -> Iterator[str]:
+    if _lacks_pods(group, now):
+        yield group.uid
+    for pod in group.pods:
+        if pod.phase == "Pending" and now - pod.created > PENDING_SECONDS:
+            yield pod.uid
+
+
+def trouble(group: Group, warnings: Mapping[str, str], now: float) -> Trouble | None:
+    """The first thing found that a person may have to mend; None when there is nothing of the kind."""
+    for pod in group.pods:
+        if found := _of_pod(pod, warnings.get(pod.uid, ""), now):
+            return found
+    if _lacks_pods(group, now) and (warning := warnings.get(group.uid)):
+        return Trouble("PodsRefused", f"pods of group {group.index} can't be created: {warning}")
+    return None
+
+
+def _lacks_pods(group: Group, now: float) -> bool:
+    if group.workload is None or group.deleting:
+        return False
+    return (
+        len(group.pods) < group.wanted and now - unix(group.workload["metadata"]["creationTimestamp"]) > PENDING_SECONDS
+    )
+
+
+def _of_pod(pod: Pod, warning: str, now: float) -> Trouble | None:
+    if pod.deleting is not None:
+        return _ending(pod, now)
+    status = pod.raw.get("status") or {}
+    for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+        if found := _of_container(pod, container):
+            return found
+    for condition in status.get("conditions") or []:
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return Trouble("Unschedulable", f"pod {pod.name} finds no node: {condition.get('message', '')}")
+    if pod.phase == "Failed":
+        return Trouble(
+            "PodFailed", f"pod {pod.name} has failed: {status.get('reason', '')} {status.get('message', '')}".strip()
+        )
+    if pod.phase == "Pending" and now - pod.created > PENDING_SECONDS and warning:
+        reason = "MountFailed" if warning.startswith(_MOUNT) else "PodPending"
+        return Trouble(reason, f"pod {pod.name} can't start: {warning}")
+    return None
+
+
+def _ending(pod: Pod, now: float) -> Trouble | None:
+    late = now - (pod.deleting or now)
+    if late < OVERDUE_SECONDS:
+        return None
+    node = (pod.raw.get("spec") or {}).get("nodeName", "")
+    finalizers = ", ".join(pod.raw["metadata"].get("finalizers") or [])
+    cause = f"its finalizers {finalizers} hold it" if finalizers else f"is node {node} alive?"
+    return Trouble("PodStuck", f"pod {pod.name} should have ended and hasn't: {cause}")
+
+
+def _of_container(pod: Pod, container: Mapping[str, Any]) -> Trouble | None:
+    waiting = (container.get("state") or {}).get("waiting") or {}
+    reason, message = waiting.get("reason", ""), waiting.get("message", "")
+    if reason in _IMAGE:
+        return Trouble(
+            "ImagePullFailed", f"pod {pod.name} can't get image {container.get('image', '')}: {message or reason}"
+        )
+    if reason in _CONFIG:
+        return Trouble(
+            "ContainerRefused", f"container {container['name']} of pod {pod.name} can't be made: {message or reason}"
+        )
+    if reason == "CrashLoopBackOff":
+        return Trouble(
+            "CrashLoop", f"container {container['name']} of pod {pod.name} keeps ending: {_last_words(container)}"
+        )
+    return None
+
+
+def _last_words(container: Mapping[str, Any]) -> str:
+    ended = (container.get("lastState") or {}).get("terminated") or {}
+    words = (ended.get("message") or "").strip().splitlines()
+    exit_code = f"{ended.get('reason', 'ended')}, exit code {ended.get('exitCode', 'unknown')}"
+    return f"{exit_code}: {' '.join(words[-3:])}" if words else exit_code

@@ -1,0 +1,105 @@
+"""What each group says of itself, or said last (pure).
+
+After a restart the operator has not asked anybody yet. As long as a group's first pod is the one that the status tells
+of, its last words still hold: otherwise every restart would make every status flicker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from lockstep_operator.groups import Group
+from lockstep_operator.moment import unix
+from lockstep_operator.observe import Observed
+from lockstep_runtime.wire import GroupState, GroupStatus, Latency, RankState, RankStatus
+
+SILENT_SECONDS: Final = 30.0  # a group that can't be asked for so long is unknown
+
+
+@dataclass(frozen=True, slots=True)
+class Voice:
+    """A group's own words; `silence` says why there are none, or is empty when it hasn't been asked yet."""
+
+    status: GroupStatus | None
+    silence: str = ""
+
+
+def listen(group: Group, observed: Observed, now: float) -> Voice:
+    leader = group.leader
+    if leader is None:
+        return Voice(None)
+    report = observed.reports.get(group.index)
+    if report and report.unreachable_since is not None and now - report.unreachable_since > SILENT_SECONDS:
+        return Voice(None, f"pod {leader.name} doesn't answer the operator: {report.error}")
+    if report and report.status:
+        return Voice(report.status)
+    block = block_of(observed.status, group.index)
+    return Voice(_remembered(block)) if block.get("leaderUID") == leader.uid and "epoch" in block else Voice(None)
+
+
+def block_of(status: Mapping[str, Any], group: int) -> Mapping[str, Any]:
+    """What the custom resource's status says of the group; empty if nothing."""
+    return next((block for block in status.get("groups") or [] if block["group"] == group), {})
+
+
+def failed_ranks(status: GroupStatus) -> list[RankStatus]:
+    return [rank for rank in status.ranks if rank.state is RankState.FAILED]
+
+
+def loaded(status: GroupStatus, size: int) -> bool:
+    """Whether every rank has its weights."""
+    return sum(rank.state in (RankState.LOADED, RankState.READY) for rank in status.ranks) == size
+
+
+def progress(status: GroupStatus) -> int:
+    """Per cent of the weights that are read, in steps of ten: finer ones would each be written to the status."""
+    done = sum(rank.load_bytes_done for rank in status.ranks)
+    total = sum(rank.load_bytes_total for rank in status.ranks)
+    return int(10 * done / total) * 10 if total else 0
+
+
+def _remembered(block: Mapping[str, Any]) -> GroupStatus:
+    state = block.get("state", "")
+    return GroupStatus(
+        model="",
+        group=block["group"],
+        incarnation=block.get("incarnation", ""),
+        spec_revision=block.get("revision", ""),
+        epoch=block["epoch"],
+        state=GroupState(state) if state in list(GroupState) else GroupState.STARTING,
+        message=block.get("message", ""),
+        ranks=[_remembered_rank(rank) for rank in block.get("ranks") or []],
+        step_latency=_remembered_latency(block),
+        last_step_at=_time(block),
+        recoveries=block.get("recoveries", 0),
+    )
+
+
+def _remembered_rank(rank: Mapping[str, Any]) -> RankStatus:
+    return RankStatus(
+        rank=rank["rank"],
+        pod_index=0,
+        state=RankState(rank.get("state", "Absent")),
+        pod=rank.get("pod", ""),
+        node=rank.get("node", ""),
+        epoch=rank.get("epoch", 0),
+        respawns=rank.get("respawns", 0),
+        message=rank.get("message", ""),
+        step_latency=_remembered_latency(rank),
+        last_step_at=_time(rank),
+    )
+
+
+def _remembered_latency(block: Mapping[str, Any]) -> Latency:
+    latency = block.get("stepLatency") or {}
+    return Latency(p50_ms=_milliseconds(latency.get("p50")), p99_ms=_milliseconds(latency.get("p99")))
+
+
+def _milliseconds(text: str | None) -> float | None:
+    return float(text.removesuffix("ms")) if text else None
+
+
+def _time(block: Mapping[str, Any]) -> float | None:
+    return unix(block["lastStepTime"]) if "lastStepTime" in block else None
