@@ -11,6 +11,8 @@ import yaml
 from tests.support.chart import CHART, LEAST_VALUES, ROOT, Manifest, helm, of_kind, one, render, template
 
 import lockstep_runtime
+from lockstep_operator.names import OPERATOR_POD_LABELS
+from lockstep_operator.settings import Settings, read_settings
 
 
 def container(values: Mapping[str, Any] | None = None) -> Manifest:
@@ -79,6 +81,29 @@ def test_the_operator_is_told_its_settings() -> None:
     assert told["LOCKSTEP_RESYNC_SECONDS"] == "20"
     assert told["LOCKSTEP_NAMESPACES"] == "a,b"
     assert "LOCKSTEP_NAMESPACES" not in environment()
+
+
+def test_the_operator_understands_what_it_is_told() -> None:
+    values = {"logLevel": "warning", "concurrency": 3, "resyncSeconds": 20, "watchNamespaces": ["a", "b"]}
+    told = {name: value for name, value in environment(values).items() if value is not None}
+    assert container(values)["ports"][0]["containerPort"] == 8080
+    assert read_settings([], {**told, "LOCKSTEP_OPERATOR_NAMESPACE": "system"}) == Settings(
+        runtime_image=f"registry.example/lockstep/runtime:{lockstep_runtime.__version__}",
+        pull_policy="IfNotPresent",
+        namespaces=("a", "b"),
+        operator_namespace="system",
+        port=8080,
+        concurrency=3,
+        resync_seconds=20.0,
+        log_level="warning",
+    )
+
+
+def test_rank_pods_let_in_what_the_chart_runs() -> None:
+    labels = one(render(), "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert OPERATOR_POD_LABELS.items() <= labels.items()
+    namespace = next(entry for entry in container()["env"] if entry["name"] == "LOCKSTEP_OPERATOR_NAMESPACE")
+    assert namespace["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.namespace"}}
 
 
 def test_large_numbers_are_not_written_as_floats() -> None:

@@ -1,0 +1,80 @@
+"""The chart grants the operator what it uses, nothing else, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from tests.support.chart import NAMESPACE, Manifest, of_kind, one, render
+
+from lockstep_operator.permissions import PERMISSIONS
+
+ROLES = ("Role", "ClusterRole")
+Grants = set[tuple[str, str, str]]  # API group, resource, verb
+
+
+def granted(role: Manifest) -> Grants:
+    return {
+        (group, resource, verb)
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+
+
+def roles(values: Mapping[str, Any] | None = None) -> list[Manifest]:
+    manifests = render(values)
+    return [role for kind in ROLES for role in of_kind(manifests, kind)]
+
+
+def test_granted_is_what_is_used() -> None:
+    used = {(permission.group, permission.resource, verb) for permission in PERMISSIONS for verb in permission.verbs}
+    assert granted(roles()[0]) == used
+
+
+@pytest.mark.parametrize("values", [{}, {"watchNamespaces": ["a", "b"]}])
+def test_nothing_is_granted_by_a_wildcard(values: dict[str, Any]) -> None:
+    for role in roles(values):
+        assert not any("*" in part for grant in granted(role) for part in grant)
+        assert all("nonResourceURLs" not in rule for rule in role["rules"])
+
+
+@pytest.mark.parametrize("values", [{}, {"watchNamespaces": ["a", "b"]}])
+def test_secrets_can_not_be_listed(values: dict[str, Any]) -> None:
+    for role in roles(values):
+        verbs = {verb for _, resource, verb in granted(role) if resource.startswith("secrets")}
+        assert not verbs & {"list", "watch", "deletecollection", "update", "patch"}
+
+
+def test_nothing_lets_it_raise_its_own_rights() -> None:
+    for role in roles():
+        assert not any(group == "rbac.authorization.k8s.io" for group, _, _ in granted(role))
+        assert not any(resource in {"pods/exec", "serviceaccounts/token"} for _, resource, _ in granted(role))
+
+
+def test_one_cluster_role_is_bound_to_the_operators_account() -> None:
+    manifests = render()
+    binding = one(manifests, "ClusterRoleBinding")
+    assert binding["roleRef"]["name"] == one(manifests, "ClusterRole")["metadata"]["name"]
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "lockstep", "namespace": NAMESPACE}]
+    assert not of_kind(manifests, "Role")
+
+
+def test_watched_namespaces_get_a_role_each_and_the_cluster_none() -> None:
+    manifests = render({"watchNamespaces": ["a", "b"]})
+    assert not of_kind(manifests, "ClusterRole")
+    assert not of_kind(manifests, "ClusterRoleBinding")
+    assert [role["metadata"]["namespace"] for role in of_kind(manifests, "Role")] == ["a", "b"]
+    for binding in of_kind(manifests, "RoleBinding"):
+        assert binding["roleRef"]["kind"] == "Role"
+        assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "lockstep", "namespace": NAMESPACE}]
+    wide = granted(roles()[0])
+    assert all(granted(role) == wide for role in of_kind(manifests, "Role"))
+
+
+def test_roles_can_be_left_to_somebody_else() -> None:
+    for values in ({"rbac": {"create": False}}, {"rbac": {"create": False}, "watchNamespaces": ["a"]}):
+        manifests = render(values)
+        assert not [manifest for manifest in manifests if manifest["apiVersion"].startswith("rbac.")]

@@ -1,0 +1,120 @@
+"""What the documents say exists: links lead somewhere, `make` targets are there, models are of the CRD."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+from tests.support.chart import ROOT
+
+from lockstep_runtime.wire import Fault
+
+DOCUMENTS: Final = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+CRD: Final = yaml.safe_load((ROOT / "crds" / "lockstep.dev_tensorparallelmodels.yaml").read_text())
+SCHEMA: Final = CRD["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+
+
+def _slug(heading: str) -> str:
+    """The anchor that GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def _anchors(path: Path) -> set[str]:
+    return {_slug(heading) for heading in re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)}
+
+
+def _links(path: Path) -> list[str]:
+    found = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
+    return [link for link in found if not re.match(r"[a-z]+:", link)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for link in _links(document):
+        name, _, anchor = link.partition("#")
+        target = (document.parent / name).resolve() if name else document
+        assert target.exists(), f"{link} does not exist"
+        assert not anchor or anchor in _anchors(target), f"{link}: no such heading"
+
+
+def _targets() -> set[str]:
+    texts = [path.read_text() for path in (ROOT / "Makefile", *(ROOT / "dev").glob("*.mk"))]
+    return {name for text in texts for name in re.findall(r"^([a-z][a-z-]*):", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_make_targets_are_there(document: Path) -> None:
+    named = re.findall(r"(?:^\$ |`)make ([a-z][a-z-]*)", document.read_text(), re.MULTILINE)
+    assert sorted(set(named) - _targets()) == []
+
+
+def _models() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every TensorParallelModel that a reader may apply: in fenced blocks, in examples, in what helm prints."""
+    for document in DOCUMENTS:
+        for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", document.read_text(), re.DOTALL)):
+            if "kind: TensorParallelModel" in block:
+                yield f"{document.name}#{number}", yaml.safe_load(block)
+    for example in sorted((ROOT / "examples").glob("*.yaml")):
+        for model in yaml.safe_load_all(example.read_text()):
+            if model["kind"] == "TensorParallelModel":
+                yield example.name, model
+
+
+def _unknown(schema: dict[str, Any], value: object, path: str) -> Iterator[str]:
+    """Fields that the schema has no place for, and required ones that are missing."""
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _unknown(schema.get("items", {}), item, f"{path}[{index}]")
+    if not isinstance(value, dict) or "properties" not in schema:
+        return
+    yield from (f"{path}.{name} is missing" for name in schema.get("required", []) if name not in value)
+    for name, item in value.items():
+        if name in schema["properties"]:
+            yield from _unknown(schema["properties"][name], item, f"{path}.{name}")
+        elif not schema.get("x-kubernetes-preserve-unknown-fields"):
+            yield f"{path}.{name} is unknown"
+
+
+@pytest.mark.parametrize(("place", "model"), [pytest.param(place, model, id=place) for place, model in _models()])
+def test_models_are_of_the_crd(place: str, model: dict[str, Any]) -> None:
+    assert model["apiVersion"] == f"{CRD['spec']['group']}/{CRD['spec']['versions'][0]['name']}"
+    assert list(_unknown({**SCHEMA, "required": ["metadata", "spec"]}, model, place)) == []
+
+
+def test_the_checker_of_models_can_say_no() -> None:
+    model = {"kind": "x", "spec": {"model": {"huggingFace": {}}, "replica": 1}}
+    assert set(_unknown(SCHEMA, model, "m")) == {
+        "m.spec.tensorParallelSize is missing",
+        "m.spec.model.huggingFace.repo is missing",
+        "m.spec.replica is unknown",
+    }
+
+
+def _reasons() -> set[str]:
+    """What the operator may give as a condition's reason, read from where it makes them."""
+    position = {"Finding": 1, "Trouble": 0}
+    found: set[str] = set()
+    for path in sorted((ROOT / "operator" / "lockstep_operator").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in position:
+                found |= set(_words(node.args[position[node.func.id]]))
+    return found
+
+
+def _words(argument: ast.expr) -> Iterator[str]:
+    for node in ast.walk(argument):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value[:1].isupper():
+            yield node.value
+
+
+def test_every_reason_is_explained() -> None:
+    explained = set(re.findall(r"`([A-Z][A-Za-z]+)`", (ROOT / "docs" / "troubleshooting.md").read_text()))
+    reasons = _reasons()
+    assert {"ImagePullFailed", "NameConflict"} <= reasons, "reasons are made elsewhere by now: look there"
+    assert sorted(reasons - explained) == []
+    assert sorted({str(fault) for fault in Fault} - explained) == []
