@@ -77,7 +77,7 @@ class Supervisor:
     async def _serve(self, listening: socket.socket) -> None:
         """The HTTP server is imported while the children start."""
         module = await asyncio.to_thread(importlib.import_module, "lockstep_runtime.supervisor.server")
-        await module.StatusServer(self._board, self._token).run_on(listening)
+        await module.StatusServer(self._board, self._token, self._config.api_port).run_on(listening)
 
     async def _keep_time(self) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""The supervisor's HTTP endpoint: `/healthz` in every pod, `/status` with long-poll in the leader's."""
+"""The supervisor's HTTP endpoint: `/healthz` and `/readyz` in every pod, `/status` with long-poll in the leader's."""
 
 from __future__ import annotations
 
@@ -16,17 +16,24 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from lockstep_runtime.supervisor.board import StatusBoard
+from lockstep_runtime.supervisor.readiness import api_ready
+from lockstep_runtime.wire import API_PORT
 
 POLL_SECONDS: Final = 30.0
 MAX_CONNECTIONS: Final = 256
 _encoder: Final = msgspec.json.Encoder()
 
 
-def create_app(board: StatusBoard | None, token: str) -> Starlette:
-    """`board` is None in pods other than the leader's: they have no `/status`."""
+def create_app(board: StatusBoard | None, token: str, api_port: int = API_PORT) -> Starlette:
+    """`board` is None in pods other than the leader's: they have no `/status`, and are ready while they live."""
 
     async def healthz(_request: Request) -> Response:
         return PlainTextResponse("ok\n")
+
+    async def readyz(_request: Request) -> Response:
+        if board is None or await api_ready(api_port):
+            return PlainTextResponse("ok\n")
+        return PlainTextResponse("the group doesn't take requests\n", 503)
 
     async def status(request: Request) -> Response:
         if not _authorized(request, token):
@@ -39,7 +46,7 @@ def create_app(board: StatusBoard | None, token: str) -> Starlette:
         found = await board.after(None if after is None else int(after), POLL_SECONDS)
         return Response(_encoder.encode(found), media_type="application/json")
 
-    return Starlette(routes=[Route("/healthz", healthz), Route("/status", status)])
+    return Starlette(routes=[Route("/healthz", healthz), Route("/readyz", readyz), Route("/status", status)])
 
 
 def _authorized(request: Request, token: str) -> bool:
@@ -50,8 +57,8 @@ def _authorized(request: Request, token: str) -> bool:
 class StatusServer(uvicorn.Server):
     """On the supervisor's own loop; signals are the supervisor's."""
 
-    def __init__(self, board: StatusBoard | None, token: str) -> None:
-        app = create_app(board, token)
+    def __init__(self, board: StatusBoard | None, token: str, api_port: int = API_PORT) -> None:
+        app = create_app(board, token, api_port)
         super().__init__(
             uvicorn.Config(
                 app, log_config=None, access_log=False, lifespan="off", limit_concurrency=MAX_CONNECTIONS,
