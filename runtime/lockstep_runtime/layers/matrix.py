@@ -1,0 +1,120 @@
+"""Matrices that multiply activations from the right: y = x Wᵀ.
+
+On a GPU and in float32 a matrix stays as it is in the checkpoint. On a CPU, half-precision matrices are packed once at
+load, window by window, and the packed form replaces the plain one. Measured with AVX2 and one thread, a matrix of 3072
+by 1024, against `F.linear` in bfloat16: 1.7 times as fast at batch 1, 4.7 at 8, 6 at 16.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from lockstep_runtime.layers.placement import Packing, Placement
+from lockstep_runtime.layers.weight import PlainWeight, Weight, stacked_rows, windows
+from lockstep_runtime.weights.plan import Cut
+
+FLOAT16_MAX = 65504.0
+PACKED_WINDOW_BYTES = 32 * 1024 * 1024  # in float32; a larger matrix is several packed ones
+Multiply = Callable[[Tensor], Tensor]
+
+
+class Matrix(Weight, Protocol):
+    """`rows` outputs, as many inputs as the cuts have columns."""
+
+    rows: int
+
+    def take(self, data: Tensor) -> None:
+        """Be the matrix `data` [rows, inputs], which is already in memory, instead of reading one."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [tokens, inputs] -> [tokens, rows]."""
+
+
+def matrix(*cuts: Cut, placement: Placement, rows: int | None = None) -> Matrix:
+    """The kind of matrix that suits the placement; rows beyond the cuts (padding) give zeros."""
+    kinds: dict[Packing, type[PlainMatrix] | type[PackedMatrix]] = {Packing.NONE: PlainMatrix}
+    return kinds.get(placement.packing, PackedMatrix)(*cuts, placement=placement, rows=rows)
+
+
+class PlainMatrix(PlainWeight):
+    """Row-major, multiplied by `F.linear`."""
+
+    def __init__(self, *cuts: Cut, placement: Placement, rows: int | None = None) -> None:
+        super().__init__(*cuts, placement=placement, rows=rows)
+        self.rows = self._rows
+
+    def take(self, data: Tensor) -> None:
+        self.data = data
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.data)
+
+
+class PackedMatrix:
+    """Laid out for the CPU's fastest kernel, in one or several windows of rows."""
+
+    def __init__(self, *cuts: Cut, placement: Placement, rows: int | None = None) -> None:
+        self.cuts = cuts
+        self.rows = rows if rows is not None else stacked_rows(cuts)
+        self._pack = pack_fbgemm if placement.packing is Packing.FBGEMM else pack_onednn
+        self._staged = torch.float32 if placement.packing is Packing.FBGEMM else placement.dtype
+        self._windows: list[Multiply] = []
+
+    def receive(self) -> Iterator[tuple[int, int, Tensor]]:
+        self._windows = []
+        filled, columns = stacked_rows(self.cuts), self.cuts[0].local_shape[1]
+        for start, stop in windows(filled, columns * 4, PACKED_WINDOW_BYTES, multiple=16):
+            staging = torch.empty((stop - start, columns), dtype=self._staged)
+            yield start, stop, staging
+            self._windows.append(self._pack(staging))
+
+    def take(self, data: Tensor) -> None:
+        for start, stop, staging in self.receive():
+            staging.copy_(data[start:stop])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(self._windows) == 1 and self.rows == stacked_rows(self.cuts):
+            return self._windows[0](x)
+        outputs = [window(x) for window in self._windows]
+        padding = self.rows - stacked_rows(self.cuts)
+        return torch.cat([*outputs, x.new_zeros(x.shape[0], padding)], dim=1)
+
+
+def pack_onednn(rows: Tensor) -> Multiply:
+    """oneDNN's blocked layout, in the rows' own type."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(rows.to_mkldnn(), 1)
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: multiply(x, packed, None, "none", [], "")
+
+
+def pack_fbgemm(rows: Tensor) -> Multiply:
+    """float16 in FBGEMM's layout, from float32 rows; sums are float32.
+
+    bfloat16 values between 6.1e-5 and 65504 are exact in float16; smaller ones are off by 3e-8 at most. A window with a
+    larger value (or a NaN) is kept in float32 instead.
+    """
+    if not bool(rows.abs().max() <= FLOAT16_MAX):
+        return functools.partial(F.linear, weight=rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "deprecated": see _fbgemm_multiply
+        return _fbgemm_multiply(rows)
+
+
+def _fbgemm_multiply(rows: Tensor) -> Multiply:
+    """torch has two ways to the same kernel: the older costs 15 µs less a call, but is to be removed one day."""
+    pack = getattr(torch.ops.aten, "fbgemm_pack_gemm_matrix_fp16", None)
+    multiply = getattr(torch.ops.aten, "fbgemm_linear_fp16_weight_fp32_activation", None)
+    if pack is not None and multiply is not None:
+        packed, call = pack(rows), multiply.default
+        call(rows[:1], packed, None)  # it warns at its first call: here, where warnings are off
+        return lambda x: call(x, packed, None)
+    held = torch.ops.quantized.linear_prepack_fp16(rows, None)
+    dynamic = torch.ops.quantized.linear_dynamic_fp16.default
+    return lambda x: dynamic(x, held)

@@ -1,0 +1,31 @@
+"""RMSNorm (https://arxiv.org/abs/1910.07467)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from lockstep_runtime.layers.placement import Placement
+from lockstep_runtime.layers.weight import PlainWeight
+from lockstep_runtime.weights.plan import Cut
+
+
+class RMSNorm:
+    """x / rms(x) · weight over the last dimension."""
+
+    def __init__(self, cut: Cut, epsilon: float, placement: Placement) -> None:
+        self.weight = PlainWeight(cut, placement=placement)
+        self._epsilon = epsilon
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_normalize(x, self._epsilon, self.weight.data)
+
+
+def rms_normalize(x: Tensor, epsilon: float, weight: Tensor) -> Tensor:
+    """x: [..., n]; weight: broadcast over it. In float32 inside, whatever x's type."""
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        # torch's own costs 33 µs a call on a CPU, which is an eighth of a decode step of a small model
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        return (x * mean_square.add_(epsilon).rsqrt_()).mul_(weight)
+    return F.rms_norm(x, x.shape[-1:], None, epsilon) * weight

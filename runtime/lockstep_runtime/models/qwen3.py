@@ -1,0 +1,212 @@
+"""Qwen3, dense (https://arxiv.org/abs/2505.09388); the oracle is transformers' `Qwen3ForCausalLM`.
+
+Split over ranks as Megatron does: attention by heads, the MLP by columns then rows, the vocabulary by rows. Two
+all-reduces per layer, one for the embedding, one gather for the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from lockstep_runtime.layers.attention import attend
+from lockstep_runtime.layers.batch import Batch
+from lockstep_runtime.layers.cache import CacheShape, KVCache
+from lockstep_runtime.layers.norm import RMSNorm, rms_normalize
+from lockstep_runtime.layers.placement import Placement
+from lockstep_runtime.layers.rotary import build_rotary, rotate_
+from lockstep_runtime.layers.weight import PlainWeight, Weight
+from lockstep_runtime.parallel.embedding import VocabularyEmbedding, VocabularyHead
+from lockstep_runtime.parallel.group import Group
+from lockstep_runtime.parallel.linear import ColumnLinear, RowLinear
+from lockstep_runtime.weights.errors import ModelError
+from lockstep_runtime.weights.plan import Shard, head_range, heads, split, tensor_parallel_sizes, whole
+
+
+class Qwen3Config(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings of config.json that matter here."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    rope_scaling: dict[str, Any] | None = None  # transformers 4
+    rope_parameters: dict[str, Any] | None = None  # transformers 5: the same with rope_theta in it
+    max_position_embeddings: int = 32768
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    hidden_act: str = "silu"
+    use_sliding_window: bool = False
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        return self.rope_parameters or self.rope_scaling or {}
+
+
+class Qwen3:
+    """One rank's part of the model."""
+
+    def __init__(self, config: Qwen3Config, shard: Shard, placement: Placement) -> None:
+        _check(config, shard)
+        self._config, self._placement = config, placement
+        vocabulary = (config.vocab_size, config.hidden_size, shard, placement)
+        self._embedding = VocabularyEmbedding("model.embed_tokens.weight", *vocabulary)
+        self._layers = [Layer(config, index, shard, placement) for index in range(config.num_hidden_layers)]
+        self._norm = RMSNorm(whole("model.norm.weight", config.hidden_size), config.rms_norm_eps, placement)
+        tied = config.tie_word_embeddings
+        self._head = VocabularyHead("model.embed_tokens.weight" if tied else "lm_head.weight", *vocabulary)
+        theta = float(config.rope.get("rope_theta", config.rope_theta))
+        self._rotary = build_rotary(config.head_dim, theta, config.rope, config.max_position_embeddings)
+        self.vocabulary = config.vocab_size
+        self.max_positions = config.max_position_embeddings
+        first, last = head_range(config.num_key_value_heads, shard)
+        self.cache_shape = CacheShape(layers=config.num_hidden_layers, kv_heads=last - first, head_dim=config.head_dim)
+
+    @classmethod
+    def build(cls, raw: Mapping[str, Any], shard: Shard, placement: Placement) -> Qwen3:
+        try:
+            config = msgspec.convert(raw, Qwen3Config)
+        except msgspec.ValidationError as error:
+            raise ModelError(f"config.json: {error}") from None
+        return cls(config, shard, placement)
+
+    def weights(self) -> Iterator[Weight]:
+        yield from self._embedding.weights()
+        for layer in self._layers:
+            yield from layer.weights()
+        yield self._norm.weight
+        if not self._config.tie_word_embeddings:
+            yield from self._head.weights()
+
+    def loaded(self) -> None:
+        if self._config.tie_word_embeddings:
+            self._head.tie(self._embedding)
+        for layer in self._layers:
+            layer.loaded()
+
+    def forward(self, batch: Batch, cache: KVCache, group: Group) -> Tensor:
+        cos, sin = self._rotary.table(batch.positions, self._placement.activation)
+        hidden = self._embedding(batch.tokens, group)
+        for layer, keys_values in zip(self._layers, cache.layers, strict=True):
+            hidden = layer(hidden, keys_values, batch, cos, sin, group)
+        return self._norm(hidden[batch.last])
+
+    def logits(self, hidden: Tensor, group: Group) -> Tensor | None:
+        return self._head(hidden, group)
+
+
+class Layer:
+    """Attention, then MLP, each normed before and added to what came in."""
+
+    def __init__(self, config: Qwen3Config, index: int, shard: Shard, placement: Placement) -> None:
+        prefix = f"model.layers.{index}"
+        norm = (config.rms_norm_eps, placement)
+        self._input_norm = RMSNorm(whole(f"{prefix}.input_layernorm.weight", config.hidden_size), *norm)
+        self._attention = Attention(config, f"{prefix}.self_attn", shard, placement)
+        self._post_norm = RMSNorm(whole(f"{prefix}.post_attention_layernorm.weight", config.hidden_size), *norm)
+        self._mlp = MLP(config, f"{prefix}.mlp", shard, placement)
+
+    def weights(self) -> list[Weight]:
+        norms = [self._input_norm.weight, self._post_norm.weight]
+        return [*norms, *self._attention.weights(), *self._mlp.weights()]
+
+    def loaded(self) -> None:
+        self._attention.loaded()
+
+    def __call__(
+        self, hidden: Tensor, keys_values: Tensor, batch: Batch, cos: Tensor, sin: Tensor, group: Group
+    ) -> Tensor:
+        hidden.add_(self._attention(self._input_norm(hidden), keys_values, batch, cos, sin, group))
+        return hidden.add_(self._mlp(self._post_norm(hidden), group))
+
+
+class Attention:
+    """Grouped-query attention; every head of q and k is normed before it is rotated."""
+
+    def __init__(self, config: Qwen3Config, prefix: str, shard: Shard, placement: Placement) -> None:
+        hidden, width = config.hidden_size, config.head_dim
+        counts = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+        bias = config.attention_bias
+        self._qkv = ColumnLinear(
+            *(heads(f"{prefix}.{n}_proj.weight", c * width, hidden, count=c, shard=shard) for n, c in counts.items()),
+            bias=tuple(heads(f"{prefix}.{n}_proj.bias", c * width, count=c, shard=shard) for n, c in counts.items())
+            if bias
+            else (),
+            placement=placement,
+        )
+        self._out = RowLinear(
+            heads(f"{prefix}.o_proj.weight", hidden, counts["q"] * width, count=counts["q"], shard=shard, dim=1),
+            whole(f"{prefix}.o_proj.bias", hidden) if bias else None,
+            placement=placement,
+        )
+        self._q_norm = PlainWeight(whole(f"{prefix}.q_norm.weight", width), placement=placement)
+        self._k_norm = PlainWeight(whole(f"{prefix}.k_norm.weight", width), placement=placement)
+        self._epsilon = config.rms_norm_eps
+        first, last = head_range(counts["k"], shard)
+        self._q_heads, self._kv_heads, self._width = counts["q"] // shard.size, last - first, width
+        self._norms: Tensor  # [q heads + kv heads, head_dim]: both norms' weights, to apply them in one product
+
+    def weights(self) -> list[Weight]:
+        return [self._q_norm, self._k_norm, *self._qkv.weights(), *self._out.weights()]
+
+    def loaded(self) -> None:
+        q, k = self._q_norm.data, self._k_norm.data
+        self._norms = torch.cat((q.expand(self._q_heads, -1), k.expand(self._kv_heads, -1)))
+
+    def __call__(self, x: Tensor, keys_values: Tensor, batch: Batch, cos: Tensor, sin: Tensor, group: Group) -> Tensor:
+        qkv = self._qkv(x).view(x.shape[0], -1, self._width)
+        normed = self._q_heads + self._kv_heads
+        turned = rotate_(rms_normalize(qkv[:, :normed], self._epsilon, self._norms), cos, sin)
+        keys_values[batch.slots, 0] = turned[:, self._q_heads :]
+        keys_values[batch.slots, 1] = qkv[:, normed:]
+        return self._out(attend(turned[:, : self._q_heads], keys_values, batch), group)
+
+
+class MLP:
+    """down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: Qwen3Config, prefix: str, shard: Shard, placement: Placement) -> None:
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self._gate_up = ColumnLinear(
+            split(f"{prefix}.gate_proj.weight", inner, hidden, shard=shard),
+            split(f"{prefix}.up_proj.weight", inner, hidden, shard=shard),
+            placement=placement,
+        )
+        self._down = RowLinear(
+            split(f"{prefix}.down_proj.weight", hidden, inner, shard=shard, dim=1), placement=placement
+        )
+
+    def weights(self) -> list[Weight]:
+        return [*self._gate_up.weights(), *self._down.weights()]
+
+    def __call__(self, x: Tensor, group: Group) -> Tensor:
+        gate, up = self._gate_up(x).chunk(2, dim=-1)
+        return self._down(F.silu(gate).mul_(up), group)
+
+
+def _check(config: Qwen3Config, shard: Shard) -> None:
+    if config.hidden_act != "silu":
+        raise ModelError(f"config.json: hidden_act is {config.hidden_act}; Qwen3 is supported with silu")
+    if config.use_sliding_window:
+        raise ModelError("config.json: use_sliding_window is set, and Lockstep has no sliding-window attention")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ModelError(
+            f"config.json: {config.num_attention_heads} attention heads can't share "
+            f"{config.num_key_value_heads} kv heads"
+        )
+    sizes = tensor_parallel_sizes(config.num_attention_heads, config.num_key_value_heads)
+    if shard.size not in sizes:
+        raise ModelError(
+            f"a model with {config.num_attention_heads} attention heads and {config.num_key_value_heads} kv heads "
+            f"can't be split over {shard.size} ranks; it can over {', '.join(map(str, sizes))}"
+        )

@@ -1,0 +1,64 @@
+"""Which architectures there are, and the model that config.json asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, Protocol
+
+from torch import Tensor
+
+from lockstep_runtime.layers.batch import Batch
+from lockstep_runtime.layers.cache import CacheShape, KVCache
+from lockstep_runtime.layers.placement import Placement
+from lockstep_runtime.layers.weight import Weight
+from lockstep_runtime.models.qwen3 import Qwen3
+from lockstep_runtime.parallel.group import Group
+from lockstep_runtime.weights.errors import ModelError
+from lockstep_runtime.weights.plan import Shard
+
+
+class Model(Protocol):
+    """One rank's part of a model. Building it takes no memory; `weights` are filled by the loader."""
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    @property
+    def max_positions(self) -> int: ...
+
+    @property
+    def cache_shape(self) -> CacheShape: ...
+
+    def weights(self) -> Iterable[Weight]:
+        """In the order in which they are read."""
+
+    def loaded(self) -> None:
+        """All weights have been filled."""
+
+    def forward(self, batch: Batch, cache: KVCache, group: Group) -> Tensor:
+        """Run the batch's tokens, write their keys and values, and return each sequence's last hidden state, normed.
+
+        [segments, hidden], the same bits on every rank.
+        """
+
+    def logits(self, hidden: Tensor, group: Group) -> Tensor | None:
+        """[n, hidden] -> [n, vocabulary] in float32 on rank 0; None on the others."""
+
+
+ARCHITECTURES: Final[Mapping[str, Callable[[Mapping[str, Any], Shard, Placement], Model]]] = {
+    "Qwen3ForCausalLM": Qwen3.build,
+}
+
+
+def build_model(config: Mapping[str, Any], shard: Shard, placement: Placement) -> Model:
+    """
+    Raises:
+        ModelError: an unknown architecture, a setting that is missing or not supported, or a model that can't be split
+            over so many ranks; the message says what would do.
+    """
+    names = config.get("architectures") or []
+    for name in names:
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name](config, shard, placement)
+    named = ", ".join(map(str, names)) or "none"
+    raise ModelError(f"config.json names the architecture {named}; Lockstep knows {', '.join(ARCHITECTURES)}")

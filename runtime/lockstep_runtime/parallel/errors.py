@@ -1,0 +1,11 @@
+"""What collectives raise."""
+
+from __future__ import annotations
+
+
+class GroupError(RuntimeError):
+    """The communicator could not be made, or broke."""
+
+
+class GroupAborted(GroupError):  # noqa: N818 - what happened, not a mistake: someone asked for it
+    """The communicator was aborted while, or before, a collective ran."""

@@ -1,0 +1,272 @@
+"""The ranks' communicator: the only module that touches torch.distributed.
+
+Three kinds behind one protocol: shared memory (CPU ranks of one pod), gloo (CPU ranks in several pods), NCCL (GPUs).
+Each is made for one epoch of the group and thrown away with it. A collective waits without limit, because only the
+engine can tell a slow step from a hung one; `abort` ends the wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+import threading
+import time
+from typing import Any, Final, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.parallel import gloo_sockets
+from lockstep_runtime.parallel.errors import GroupAborted, GroupError
+from lockstep_runtime.parallel.shared_memory import SCHEME, SharedFile, SharedMemoryGroup, is_supported
+
+__all__ = ["Group", "GroupAborted", "GroupError", "Rendezvous", "choose_backend", "join", "open_rendezvous"]
+
+WITHOUT_LIMIT: Final = datetime.timedelta(days=30)
+
+
+class Rendezvous(Protocol):
+    """Rank 0's meeting place of one epoch. It may be closed when every rank has joined, or when it is given up."""
+
+    @property
+    def address(self) -> str:
+        """tcp://host:port or shm://path."""
+
+    def close(self) -> None: ...
+
+
+class Group(Protocol):
+    """One rank's end of the communicator."""
+
+    rank: int
+    size: int
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place, the same bits on every rank. `tensor` is contiguous."""
+
+    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+        """Every rank's tensor (all of one shape), in rank order, on rank 0; None elsewhere."""
+
+    def check(self) -> None:
+        """Raise GroupAborted if it was aborted: on a GPU collectives return before they are done."""
+
+    def abort(self) -> None:
+        """From any thread, any number of times: a collective that is waiting raises GroupAborted."""
+
+    def close(self) -> None:
+        """Give back what it holds; not from within a collective."""
+
+
+def choose_backend(config: ServeConfig) -> str:
+    """'nccl' or 'gloo': what `auto` means on this machine."""
+    if config.backend == "auto":
+        return "nccl" if torch.cuda.is_available() else "gloo"
+    return config.backend
+
+
+def open_rendezvous(config: ServeConfig, epoch: int) -> Rendezvous:
+    """Rank 0 opens the meeting place of an epoch. One rank alone meets nobody.
+
+    Raises:
+        GroupError: no room in shared memory, or the leader's own address can't be told.
+    """
+    if choose_backend(config) == "gloo" and config.pods == 1 and is_supported():
+        return SharedFile(config.tensor_parallel_size)
+    return StoreServer(own_address(config.leader, time.monotonic() + 10.0))
+
+
+def join(config: ServeConfig, rank: int, epoch: int, address: str, timeout: float) -> Group:
+    """Meet the other ranks there, and prove the communicator: an all-reduce of ones must give the group's size.
+
+    Raises:
+        GroupError: not everyone came within `timeout` seconds, or the proof failed.
+    """
+    size = config.tensor_parallel_size
+    if size == 1:
+        return SingleGroup()
+    if address.startswith(SCHEME):
+        return SharedMemoryGroup(address, rank, size, timeout)
+    deadline = time.monotonic() + timeout
+    try:
+        store = _connect(address, epoch, deadline)
+        if choose_backend(config) == "nccl":
+            return NcclGroup(store, rank, size, rank % config.ranks_per_pod, deadline)
+        return GlooGroup(store, rank, size, own_address(config.leader, deadline), deadline)
+    except (RuntimeError, OSError, ValueError) as error:  # torch raises subclasses of RuntimeError for all of it
+        if isinstance(error, GroupError):
+            raise
+        raise GroupError(f"rank {rank} could not join epoch {epoch} at {address}: {error}") from error
+
+
+class SingleGroup:
+    """One rank alone."""
+
+    rank = 0
+    size = 1
+
+    def __init__(self) -> None:
+        self._aborted = False
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        self.check()
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+        self.check()
+        return [tensor]
+
+    def check(self) -> None:
+        if self._aborted:
+            raise GroupAborted("the communicator was aborted")
+
+    def abort(self) -> None:
+        self._aborted = True
+
+    def close(self) -> None:
+        self.abort()
+
+
+class StoreServer:
+    """torch's key-value store, listening on this pod's address only."""
+
+    def __init__(self, host: str) -> None:
+        with socket.create_server((host, 0)) as listener:
+            port = listener.getsockname()[1]
+            self._store: TCPStore | None = TCPStore(
+                host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+            )
+        self.address = f"tcp://{host}:{port}"
+
+    def close(self) -> None:
+        self._store = None  # its last reference ends the server
+
+
+class GlooGroup:
+    """CPU ranks in several pods."""
+
+    def __init__(self, store: Store, rank: int, size: int, host: str, deadline: float) -> None:
+        self.rank, self.size = rank, size
+        self._aborted = threading.Event()
+        before = gloo_sockets.listening_ports()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        options._timeout = _remaining(deadline)
+        mine = gloo_sockets.listening_ports() - before
+        store.set(f"listeners-{rank}", json.dumps(sorted(mine)))
+        self._group: Any = dist.ProcessGroupGloo(store, rank, size, options)
+        self._listeners = frozenset(
+            (host, port) for other in range(size) for host, port in json.loads(store.get(f"listeners-{other}"))
+        )
+        _prove(self, torch.device("cpu"))
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        options = dist.AllreduceOptions()
+        options.timeout = WITHOUT_LIMIT
+        self._run(lambda: self._group.allreduce([tensor], options))
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
+        options = dist.GatherOptions()
+        options.rootRank = 0
+        options.timeout = WITHOUT_LIMIT
+        self._run(lambda: self._group.gather([parts] if parts else [], [tensor], options))
+        return parts
+
+    def check(self) -> None:
+        if self._aborted.is_set():
+            raise GroupAborted("the communicator was aborted")
+
+    def abort(self) -> None:
+        self._aborted.set()
+        gloo_sockets.shut_down(self._listeners)
+
+    def close(self) -> None:
+        self.abort()
+        self._group = None
+
+    def _run(self, collective: Any) -> None:
+        self.check()
+        try:
+            collective().wait()
+        except RuntimeError as error:
+            self.check()
+            raise GroupError(f"gloo: {error}") from error
+
+
+class NcclGroup:
+    """One GPU per rank. Collectives are queued on the device; a fault or an abort shows when it is waited for."""
+
+    def __init__(self, store: Store, rank: int, size: int, device: int, deadline: float) -> None:
+        self.rank, self.size = rank, size
+        self._aborted = threading.Event()
+        # An error is the engine's to handle: torch must not end the process for it.
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+        where = torch.device("cuda", device)
+        dist.init_process_group(
+            "nccl", store=store, rank=rank, world_size=size, timeout=_remaining(deadline), device_id=where
+        )
+        _prove(self, where)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        self.check()
+        dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+        self.check()
+        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(tensor, parts, dst=0)
+        return parts
+
+    def check(self) -> None:
+        if self._aborted.is_set():
+            raise GroupAborted("the communicator was aborted")
+
+    def abort(self) -> None:
+        """All communicators in one call; never `destroy_process_group` after a fault, which may wait for ever."""
+        if not self._aborted.is_set():
+            self._aborted.set()
+            with contextlib.suppress(RuntimeError, ValueError):
+                dist.distributed_c10d._abort_process_group()
+
+    def close(self) -> None:
+        self.abort()
+
+
+def own_address(leader: str, deadline: float) -> str:
+    """The address of this machine on the way to the leader; on the leader itself, the leader's.
+
+    The leader's name may not resolve yet when its pod is young, so it is asked for until the deadline.
+    """
+    while True:
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                probe.connect((leader, 9))  # UDP: chooses a route, sends nothing
+                return str(probe.getsockname()[0])
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise GroupError(f"the leader's name {leader} does not resolve: {error}") from error
+            time.sleep(0.1)
+
+
+def _connect(address: str, epoch: int, deadline: float) -> Store:
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=_remaining(deadline))
+    return PrefixStore(f"epoch-{epoch}", store)
+
+
+def _remaining(deadline: float) -> datetime.timedelta:
+    return datetime.timedelta(seconds=max(0.1, deadline - time.monotonic()))
+
+
+def _prove(group: Group, device: torch.device) -> None:
+    ones = group.all_reduce(torch.ones(1, device=device)).item()
+    if ones != group.size:
+        raise GroupError(f"an all-reduce of ones gave {ones:g}, not {group.size}")

@@ -1,0 +1,52 @@
+"""How much memory a rank uses, and how large a KV cache it can offer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+import torch
+
+CPU_SHARE: Final = 0.5  # of what is free: the page cache, the engine and other programs live there too
+CUDA_SHARE: Final = 0.9  # of the whole device, weights and workspace included
+CGROUP: Final = Path("/sys/fs/cgroup")
+
+
+def used_bytes(device: torch.device) -> int:
+    """Resident memory of this process (CPU), or the device memory that torch holds."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_reserved(device))
+    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return resident_pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def cache_budget(device: torch.device, ranks_here: int, wanted: int | None) -> int:
+    """Bytes for the KV cache of one rank: what was asked for, or a share of what is free."""
+    if wanted is not None:
+        return wanted
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, int(free - (1 - CUDA_SHARE) * total))
+    return int(_available_bytes() * CPU_SHARE / ranks_here)
+
+
+def _available_bytes() -> int:
+    """The least of what the machine and the container have left."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return min(machine, _container_bytes(machine))
+
+
+def _container_bytes(otherwise: int) -> int:
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        current = int((CGROUP / "memory.current").read_text())
+        inactive = next(
+            int(line.split()[1])
+            for line in (CGROUP / "memory.stat").read_text().splitlines()
+            if line.startswith("inactive_file ")
+        )
+    except (OSError, StopIteration):
+        return otherwise  # no cgroup v2 here: no limit to be seen
+    return otherwise if limit == "max" else max(0, int(limit) - current + inactive)
