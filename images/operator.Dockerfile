@@ -22,8 +22,7 @@ ENV PATH=/opt/lockstep/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HO
 ARG UV_DEFAULT_INDEX
 RUN --mount=type=bind,from=installer,source=/opt/installer,target=/opt/installer \
     --mount=type=bind,source=requirements/operator.txt,target=/tmp/requirements.txt \
-    --mount=type=cache,id=lockstep-uv,target=/var/cache/uv \
-    export UV_CACHE_DIR=/var/cache/uv UV_LINK_MODE=copy UV_SYSTEM_CERTS=true \
+    export UV_NO_CACHE=true UV_SYSTEM_CERTS=true \
     && /opt/installer/bin/uv venv --quiet --python python3 /opt/lockstep \
     && /opt/installer/bin/uv pip install --python /opt/lockstep --compile-bytecode --require-hashes -r /tmp/requirements.txt
 RUN --mount=type=bind,from=installer,source=/opt/installer,target=/opt/installer \

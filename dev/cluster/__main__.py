@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from dev.cluster import lifecycle, traces
+from dev.cluster import images, lifecycle, traces
 from dev.cluster.progress import Failure, say
 
 
@@ -13,6 +13,7 @@ def main() -> int:
     commands.add_parser("up", help="start it; instant when it runs")
     commands.add_parser("down", help="stop it; images and binaries stay in .dev for the next time")
     commands.add_parser("status", help="its daemons and its node")
+    commands.add_parser("images", help="build the operator's and the runtime's images and load them into the cluster")
     commands.add_parser("leftovers", help="list what a cluster has left on the machine; fails when there is something")
     commands.add_parser("purge", help="stop it and remove .dev")
     arguments = parser.parse_args()
@@ -31,6 +32,8 @@ def _run(command: str) -> int:
         say("the cluster is down")
     elif command == "purge":
         lifecycle.purge()
+    elif command == "images":
+        images.make()
     elif command == "status":
         print(lifecycle.status())
     elif command == "leftovers":

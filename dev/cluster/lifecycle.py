@@ -48,9 +48,9 @@ def up() -> None:
     _start(components.foundation())
     _wait("the API server", lambda: _kubectl("get", "--raw", "/readyz") == "ok", "kube-apiserver")
     say("the API server is ready; starting the controllers, the kubelet, kube-proxy and CoreDNS")
-    _start(components.control_and_node())
     pause.load()
     _apply_addons()
+    _start(components.control_and_node())
     _wait("the node", node_is_ready, "kubelet")
     _wait(
         "the default ServiceAccount",

@@ -4,6 +4,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -15,7 +16,6 @@ import (
 	"github.com/spf13/cobra"
 	"go.etcd.io/etcd/server/v3/etcdmain"
 	helm "helm.sh/helm/v4/pkg/cmd"
-	apiserverruntime "k8s.io/apiserver/pkg/server"
 	"k8s.io/component-base/cli"
 	"k8s.io/kubectl/pkg/cmd"
 	apiserver "k8s.io/kubernetes/cmd/kube-apiserver/app"
@@ -25,10 +25,10 @@ import (
 	kubelet "k8s.io/kubernetes/cmd/kubelet/app"
 
 	// CoreDNS links the plugins that its Corefile (../config.py) names.
+	_ "github.com/coredns/coredns/plugin/bind"
 	_ "github.com/coredns/coredns/plugin/cache"
 	_ "github.com/coredns/coredns/plugin/errors"
 	_ "github.com/coredns/coredns/plugin/forward"
-	_ "github.com/coredns/coredns/plugin/health"
 	_ "github.com/coredns/coredns/plugin/kubernetes"
 	// Metrics and API versions that register themselves, as in the components' own main packages.
 	_ "k8s.io/component-base/metrics/prometheus/clientgo"
@@ -41,7 +41,7 @@ var programs = map[string]func() int{
 	"kube-controller-manager": component(manager.NewControllerManagerCommand),
 	"kube-scheduler":          component(func() *cobra.Command { return scheduler.NewSchedulerCommand() }),
 	"kube-proxy":              component(proxy.NewProxyCommand),
-	"kubelet":                 component(func() *cobra.Command { return kubelet.NewKubeletCommand(apiserverruntime.SetupSignalContext()) }),
+	"kubelet":                 component(func() *cobra.Command { return kubelet.NewKubeletCommand(context.Background()) }),
 	"kubectl":                 component(func() *cobra.Command { return cmd.NewDefaultKubectlCommand() }),
 	"coredns":                 func() int { coremain.Run(); return 0 },
 	"helm":                    runHelm,
