@@ -1,0 +1,122 @@
+"""One HTTP request on its way: what the engine is asked for, and each choice's tokens becoming pieces of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lockstep_runtime.api.text import Decoder, StopMatcher
+from lockstep_runtime.api.tokenizer import TextTokenizer
+from lockstep_runtime.engine.interface import FinishReason, GenerationRequest, TokenEvent
+from lockstep_runtime.wire import SampledToken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """`requests[i]` is choice i. `prompt_tokens` counts each prompt once, whatever `n` is."""
+
+    id: str
+    created: int  # unix seconds
+    model: str
+    requests: tuple[GenerationRequest, ...]
+    prompt_tokens: int
+    stops: tuple[str, ...]
+    reasoning: bool  # part reasoning from answer
+    stream: bool
+    include_usage: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text to let out, and the tokens drawn since the last piece, if log probabilities were asked for."""
+
+    text: str
+    reasoning: bool = False
+    tokens: Sequence[SampledToken] = ()
+
+
+class Choice:
+    """Turns one choice's token events into pieces. Of a stream or not, the pieces are the same."""
+
+    def __init__(self, job: Job, index: int, tokenizer: TextTokenizer) -> None:
+        request = job.requests[index]
+        self.index = index
+        self.tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self._tokenizer = tokenizer
+        self._decoder = Decoder()
+        self._stops = StopMatcher(job.stops)
+        self._keep_tokens = request.sampling.logprobs >= 0
+        self._pending: list[SampledToken] = []
+        self._markers = tokenizer.markers if job.reasoning else None
+        self._reasoning = self._thinks_already(request.prompt)
+        self._answered = False
+        self._trim = self._reasoning  # newlines beside a marker belong to the markup
+        self._newlines = ""
+
+    def feed(self, event: TokenEvent) -> list[Piece]:
+        """Sets `finish_reason` when the choice is complete; nothing may be fed after that."""
+        self.tokens += 1
+        pieces: list[Piece] = []
+        if event.finish is not FinishReason.STOP:  # a stop token is no text
+            self._take(event.token, pieces)
+        if event.finish is not None and self.finish_reason is None:
+            self._flush(pieces)
+            self.finish_reason = event.finish
+        if self.finish_reason is not None and self._pending:
+            self._append("", pieces)
+        return pieces
+
+    def _take(self, sampled: SampledToken, pieces: list[Piece]) -> None:
+        if self._keep_tokens:
+            self._pending.append(sampled)
+        token = sampled.token
+        if self._markers is not None:
+            if self._reasoning and token == self._markers.closing:
+                return self._turn(False, pieces)
+            if token == self._markers.opening and not self._reasoning and not self._answered:
+                return self._turn(True, pieces)
+        if token not in self._tokenizer.special_ids:
+            self._let_out(self._stops.feed(self._decoder.feed(self._tokenizer.token_bytes(token))), pieces)
+            self._check_stopped()
+        return None
+
+    def _turn(self, reasoning: bool, pieces: list[Piece]) -> None:
+        """At a marker. Stop strings don't reach across it."""
+        self._flush(pieces)
+        self._reasoning, self._trim, self._newlines = reasoning, True, ""
+
+    def _flush(self, pieces: list[Piece]) -> None:
+        text = self._stops.feed(self._decoder.finish())
+        self._let_out(text if self._stops.stopped else text + self._stops.finish(), pieces)
+        self._check_stopped()
+
+    def _check_stopped(self) -> None:
+        if self._stops.stopped:
+            self.finish_reason = FinishReason.STOP
+
+    def _let_out(self, text: str, pieces: list[Piece]) -> None:
+        if self._trim:
+            text = text.lstrip("\n")
+            self._trim = not text
+        if self._reasoning:
+            text = self._newlines + text
+            kept = text.rstrip("\n")
+            self._newlines, text = text[len(kept) :], kept
+        elif text.strip():
+            self._answered = True
+        if text:
+            self._append(text, pieces)
+
+    def _append(self, text: str, pieces: list[Piece]) -> None:
+        pieces.append(Piece(text, self._reasoning, tuple(self._pending)))
+        self._pending.clear()
+
+    def _thinks_already(self, prompt: Sequence[int]) -> bool:
+        """Whether the template's own last words opened the reasoning and did not close it."""
+        if self._markers is None:
+            return False
+        for token in reversed(prompt[-8:]):
+            if token in (self._markers.opening, self._markers.closing):
+                return token == self._markers.opening
+        return False

@@ -1,0 +1,84 @@
+"""What stands before every request: the API key, a bound on requests at once, the hint to move on while draining."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lockstep_runtime.api.errors import ApiError, unavailable
+
+GUARDED = "/v1/"
+
+
+class Guard:
+    """ASGI middleware. Counts a request until its last byte is sent, streams included.
+
+    Args:
+        draining: whether clients should open their next connection to another server.
+        refused: told of every error that is sent from here.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None,
+        max_requests: int,
+        draining: Callable[[], bool],
+        refused: Callable[[ApiError], object],
+    ) -> None:
+        self._app = app
+        self._key = _digest(api_key.encode()) if api_key else None
+        self._max_requests = max_requests
+        self._draining = draining
+        self._refused = refused
+        self._requests = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        if self._draining():
+            send = _closing(send)
+        if not scope["path"].startswith(GUARDED):
+            return await self._app(scope, receive, send)
+        try:
+            self._check(scope)
+        except ApiError as error:
+            self._refused(error)
+            return await error.response()(scope, receive, send)
+        self._requests += 1
+        try:
+            return await self._app(scope, receive, send)
+        finally:
+            self._requests -= 1
+
+    def _check(self, scope: Scope) -> None:
+        if self._key is not None:
+            self._authenticate(Headers(scope=scope).get("authorization", ""), self._key)
+        if self._requests >= self._max_requests:
+            raise unavailable(f"{self._requests} requests are under way; no more are taken", 1, "too_many_requests")
+
+    def _authenticate(self, header: str, key: bytes) -> None:
+        scheme, _, given = header.partition(" ")
+        if scheme.lower() != "bearer" or not given:
+            raise ApiError(401, "An API key is needed: send `Authorization: Bearer <key>`", code="missing_api_key")
+        # Digests have one length, so the comparison tells nothing of the key's.
+        if not hmac.compare_digest(_digest(given.strip().encode("latin-1", "replace")), key):
+            raise ApiError(401, "The API key is wrong", code="invalid_api_key")
+
+
+def _digest(secret: bytes) -> bytes:
+    return hashlib.sha256(secret).digest()
+
+
+def _closing(send: Send) -> Send:
+    async def closing(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message)["Connection"] = "close"
+        await send(message)
+
+    return closing

@@ -1,0 +1,218 @@
+"""Sending an answer: whole, or as server-sent events. When the client goes away, or takes nothing more, work stops.
+
+Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Final
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from lockstep_runtime.api import errors
+from lockstep_runtime.api.errors import ApiError
+from lockstep_runtime.api.forms import Form
+from lockstep_runtime.api.generation import Choice, Job, Piece
+from lockstep_runtime.api.limits import Limits
+from lockstep_runtime.api.merge import Batch, Merged
+from lockstep_runtime.api.metrics import Metrics
+from lockstep_runtime.api.tokenizer import TextTokenizer
+from lockstep_runtime.engine.interface import (
+    EngineBusyError,
+    EngineClient,
+    GenerationFailedError,
+    RequestTooLongError,
+)
+
+log = logging.getLogger(__name__)
+
+KEEP_ALIVE: Final = b": keep-alive\n\n"
+DONE: Final = b"data: [DONE]\n\n"
+_STREAM_HEADERS: Final = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold the events back
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What every answer needs."""
+
+    engine: EngineClient
+    metrics: Metrics
+    limits: Limits
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What the client is told of an engine's error."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestTooLongError):
+        return errors.too_long(str(error))
+    if isinstance(error, EngineBusyError):
+        return errors.unavailable(str(error), error.retry_after)
+    if isinstance(error, GenerationFailedError):
+        return errors.failed(str(error))
+    log.error("a request failed unexpectedly", exc_info=error)
+    return errors.failed("The request failed by an internal error")
+
+
+def refuse(error: Exception, metrics: Metrics) -> ApiError:
+    """Counted and put into the words for the client."""
+    refusal = as_api_error(error)
+    metrics.failed("refused" if refusal.status < 500 else "unavailable" if refusal.status == 503 else "failed")
+    return refusal
+
+
+class ClientGoneError(Exception):
+    """The client does not take what it is sent."""
+
+
+class Answer(Response):
+    """Generates and sends. Nothing runs before it is called as an ASGI application, and nothing after."""
+
+    def __init__(self, job: Job, form: Form, tokenizer: TextTokenizer, services: Services, arrived: float) -> None:
+        super().__init__()
+        self._job = job
+        self._form = form
+        self._engine = services.engine
+        self._metrics = services.metrics
+        self._limits = services.limits
+        self._choices = [Choice(job, index, tokenizer) for index in range(len(job.requests))]
+        self._clocks = [services.metrics.clock(arrived) for _ in job.requests]
+        self._head, self._tail = self._chunk_frame()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.create_task(self._run(scope, receive, self._bounded(send)))
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                self._metrics.failed("disconnected")
+        finally:
+            work.cancel()
+            gone.cancel()
+            await asyncio.wait((work, gone))
+        if not work.cancelled():
+            work.result()
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with Merged(self._engine, self._job.requests) as merged:
+                try:
+                    batch = await merged.next(self._limits.headers_seconds)
+                    body = None if self._job.stream else await self._whole(batch, merged)
+                except Exception as error:  # the engine's, early enough to be an HTTP status
+                    return await refuse(error, self._metrics).response()(scope, receive, send)
+                if body is None:
+                    return await self._stream(batch, merged, send)
+            await Response(body, media_type="application/json")(scope, receive, send)
+        except ClientGoneError:
+            self._metrics.failed("disconnected")
+
+    async def _whole(self, batch: Batch, merged: Merged) -> bytes:
+        pieces: list[list[Piece]] = [[] for _ in self._choices]
+        while True:
+            for choice, new in self._feed(batch, merged):
+                pieces[choice.index] += new
+            if not self._unfinished():
+                break
+            batch = await merged.next(self._limits.keep_alive_seconds)
+        choices = [self._form.choice(c.index, pieces[c.index], str(c.finish_reason)) for c in self._choices]
+        return msgspec.json.encode(self._frame(self._form.whole) | {"choices": choices, "usage": self._usage()})
+
+    async def _stream(self, batch: Batch, merged: Merged, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        openings = [self._form.opening(choice.index) for choice in self._choices]
+        events = b"".join(self._event(opening) for opening in openings if opening)
+        try:
+            while True:
+                events += self._events(batch, merged)
+                if not self._unfinished():
+                    break
+                if events:
+                    await _part(send, events)
+                batch = await merged.next(self._limits.keep_alive_seconds)
+                events = b"" if batch else KEEP_ALIVE
+            await _part(send, events + self._ending(), more=False)
+        except ClientGoneError:
+            raise
+        except Exception as error:  # the engine's: neither a finish_reason nor [DONE] may follow it
+            await _part(send, b"data: " + refuse(error, self._metrics).body() + b"\n\n", more=False)
+
+    def _events(self, batch: Batch, merged: Merged) -> bytes:
+        parts: list[bytes] = []
+        for choice, pieces in self._feed(batch, merged):
+            parts += [self._event(self._form.delta(choice.index, piece)) for piece in pieces]
+            if choice.finish_reason is not None:
+                parts.append(self._event(self._form.closing(choice.index, choice.finish_reason)))
+        return b"".join(parts)
+
+    def _feed(self, batch: Batch, merged: Merged) -> Iterator[tuple[Choice, list[Piece]]]:
+        """Each choice with its new pieces; its `finish_reason` is set the last time."""
+        now = monotonic()
+        for index, event in batch:
+            choice = self._choices[index]
+            if choice.finish_reason is not None:
+                continue  # tokens that were under way when a stop string ended it
+            if not choice.tokens:
+                self._metrics.accepted(len(self._job.requests[index].prompt))
+            self._clocks[index].token(now)
+            pieces = choice.feed(event)
+            if choice.finish_reason is not None:
+                merged.cancel(index)
+                self._clocks[index].finished(choice.finish_reason, now)
+            yield choice, pieces
+
+    def _unfinished(self) -> bool:
+        return any(choice.finish_reason is None for choice in self._choices)
+
+    def _ending(self) -> bytes:
+        if not self._job.include_usage:
+            return DONE
+        usage = self._frame(self._form.chunk) | {"choices": [], "usage": self._usage()}
+        return b"data: " + msgspec.json.encode(usage) + b"\n\n" + DONE
+
+    def _frame(self, kind: str) -> dict[str, Any]:
+        return {"id": self._job.id, "object": kind, "created": self._job.created, "model": self._job.model}
+
+    def _chunk_frame(self) -> tuple[bytes, bytes]:
+        """What all chunks share, encoded once: a chunk is head, choice, tail."""
+        frame = msgspec.json.encode(self._frame(self._form.chunk))
+        tail = b'],"usage":null}\n\n' if self._job.include_usage else b"]}\n\n"
+        return b"data: " + frame[:-1] + b',"choices":[', tail
+
+    def _event(self, choice: Mapping[str, Any]) -> bytes:
+        return self._head + msgspec.json.encode(choice) + self._tail
+
+    def _usage(self) -> dict[str, int]:
+        drawn = sum(choice.tokens for choice in self._choices)
+        prompt = self._job.prompt_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
+
+    def _bounded(self, send: Send) -> Send:
+        async def bounded(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._limits.write_seconds):
+                    await send(message)
+            except TimeoutError:
+                raise ClientGoneError from None
+
+        return bounded
+
+
+async def _part(send: Send, data: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": more})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

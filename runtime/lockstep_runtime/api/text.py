@@ -1,0 +1,90 @@
+"""From token ids back to text, one token at a time: bytes to characters, stop strings, reasoning apart from answer."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable
+
+
+class Decoder:
+    """Characters of a growing byte string; the bytes of an unfinished character wait for the rest of it."""
+
+    __slots__ = ("_decoder",)
+
+    def __init__(self) -> None:
+        # Both CPython and Rust's from_utf8_lossy put one U+FFFD for each maximal ill-formed part (Unicode, 3.9), so
+        # the stream's text is that of decoding all tokens at once.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, data: bytes) -> str:
+        return self._decoder.decode(data)
+
+    def finish(self) -> str:
+        text = self._decoder.decode(b"", True)
+        self._decoder.reset()
+        return text
+
+
+class StopMatcher:
+    """Lets text through up to the first stop string to be completed, however it was cut into pieces.
+
+    What may yet become a stop string is held back. Knuth-Morris-Pratt for each stop string, so the work per character
+    doesn't depend on their lengths. Of two that are completed by the same character the longer counts.
+    """
+
+    __slots__ = ("_held", "_patterns", "_states", "stopped")
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self._patterns = [(stop, _failure(stop)) for stop in stops]
+        self._states = [0] * len(self._patterns)
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, text: str) -> str:
+        """What can be let out now. After `stopped` is set nothing follows."""
+        if not self._patterns:
+            return text
+        self._held += text
+        start = len(self._held) - len(text)
+        for end, character in enumerate(text, start + 1):
+            matched = self._advance(character)
+            if matched:
+                self.stopped = True
+                return self._release(end - matched, keep=False)
+        return self._release(len(self._held) - max(self._states), keep=True)
+
+    def finish(self) -> str:
+        """What was held back and did not become a stop string."""
+        self._states = [0] * len(self._patterns)
+        return self._release(len(self._held), keep=False)
+
+    def _advance(self, character: str) -> int:
+        """The length of the longest stop string that `character` completes, or 0."""
+        longest = 0
+        for index, (stop, failure) in enumerate(self._patterns):
+            state = self._states[index]
+            while state and stop[state] != character:
+                state = failure[state - 1]
+            if stop[state] == character:
+                state += 1
+            self._states[index] = state
+            if state == len(stop):
+                longest = max(longest, state)
+        return longest
+
+    def _release(self, length: int, *, keep: bool) -> str:
+        released = self._held[:length]
+        self._held = self._held[length:] if keep else ""
+        return released
+
+
+def _failure(stop: str) -> list[int]:
+    """For each prefix of `stop`, the length of its longest proper prefix that is also its suffix."""
+    table = [0] * len(stop)
+    length = 0
+    for index in range(1, len(stop)):
+        while length and stop[index] != stop[length]:
+            length = table[length - 1]
+        length += stop[index] == stop[length]
+        table[index] = length
+    return table

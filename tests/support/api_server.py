@@ -1,0 +1,61 @@
+"""The real application on a real uvicorn, with a stand-in for the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Final
+
+import httpx
+import uvicorn
+
+from lockstep_runtime.api.app import create_app
+from lockstep_runtime.api.limits import Limits
+from lockstep_runtime.config import EngineLimits, ServeConfig
+from lockstep_runtime.engine.interface import EngineClient
+
+TINY_CHAT: Final = Path(__file__).parents[2] / "examples" / "tiny-chat"
+SERVED: Final = "org/tiny-chat"
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # pytest keeps its own
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    engine: EngineClient,
+    *,
+    model: Path = TINY_CHAT,
+    api_key: str | None = None,
+    limits: Limits | None = None,
+    engine_limits: EngineLimits | None = None,
+    wait_loaded: bool = True,
+) -> AsyncIterator[str]:
+    """The server's URL."""
+    config = ServeConfig(model=str(model), served_name=SERVED, limits=engine_limits or EngineLimits())
+    app = create_app(config, engine, api_key, limits)
+    server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=5))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        running = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            await _started(url, wait_loaded)
+            yield url
+        finally:
+            server.should_exit = True
+            await running
+
+
+async def _started(url: str, loaded: bool) -> None:
+    async with asyncio.timeout(30), httpx.AsyncClient() as client:
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if (await client.get(url + ("/ready" if loaded else "/health"))).status_code == 200:
+                    return
+            await asyncio.sleep(0.01)
