@@ -10,13 +10,31 @@ from typing import Any, Final
 
 import pytest
 import yaml
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 from tests.support.chart import ROOT
 
+from lockstep_operator.metrics import Metrics as OperatorMetrics
+from lockstep_runtime.api.metrics import Metrics as EngineMetrics
+from lockstep_runtime.engine.interface import EngineStats
 from lockstep_runtime.wire import Fault
 
 DOCUMENTS: Final = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 CRD: Final = yaml.safe_load((ROOT / "crds" / "lockstep.dev_tensorparallelmodels.yaml").read_text())
 SCHEMA: Final = CRD["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+
+
+STATS: Final = EngineStats(
+    requests_running=0,
+    requests_waiting=0,
+    kv_blocks_used=0,
+    kv_blocks_total=1,
+    preemptions_total=0,
+    steps_total=0,
+    recoveries_total=0,
+    epoch=1,
+    last_step_at=1.0,
+)
 
 
 def _slug(heading: str) -> str:
@@ -118,3 +136,17 @@ def test_every_reason_is_explained() -> None:
     assert {"ImagePullFailed", "NameConflict"} <= reasons, "reasons are made elsewhere by now: look there"
     assert sorted(reasons - explained) == []
     assert sorted({str(fault) for fault in Fault} - explained) == []
+
+
+def _exposed(text: str) -> set[str]:
+    """Names of the metrics in an exposition, without a histogram's parts and the times when counters began."""
+    families = [family for family in text_string_to_metric_families(text) if not family.name.endswith("_created")]
+    return {family.name + "_total" * (family.type == "counter") for family in families}
+
+
+def test_metrics_are_exposed() -> None:
+    named = set(re.findall(r"`(lockstep_[a-z0-9_]+)`", (ROOT / "docs" / "install.md").read_text()))
+    operator = generate_latest(OperatorMetrics().registry).decode()
+    engine = EngineMetrics("m", lambda: STATS).render().decode()
+    exposed = _exposed(operator) | _exposed(engine)
+    assert sorted(named ^ exposed) == []
