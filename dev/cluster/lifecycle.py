@@ -64,7 +64,7 @@ def down() -> None:
     """Stop everything and leave nothing behind but .dev's binaries, images, caches and logs."""
     daemons = {daemon.name: daemon for daemon in processes.recorded()}
     containerd = daemons.pop("containerd", None)
-    processes.stop(daemons.values(), patience=3)
+    processes.stop(daemons.values(), patience=1)
     if containerd and containerd.alive:
         for pid in traces.container_processes():
             traces.kill(pid)

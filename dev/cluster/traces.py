@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ _CGROUPS: Final = Path("/sys/fs/cgroup")
 _CNI_CACHE: Final = Path("/var/lib/cni")  # containerd gives libcni no other place for it
 _KUBELET_FIXED: Final = Path("/var/lib/kubelet")  # device plugins' sockets are here, whatever --root-dir says
 _POD_LOG_LINKS: Final = Path("/var/log/containers")
+_SHIM_SOCKETS: Final = Path("/run/containerd/s")  # wherever containerd's own state is
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ def cgroups() -> list[str]:
 
 
 def files() -> list[str]:
-    candidates = [RUN, KUBECONFIG, *_CNI_CACHE.glob(f"results/{CNI_NETWORK}-*"), *_stale_log_links()]
+    candidates = [RUN, KUBECONFIG, *_cni_results(), *_stale_log_links(), *_dead_sockets()]
     if MODELS.is_symlink():
         candidates.append(MODELS)
     candidates += [folder for folder in _fixed_folders() if folder.is_dir() and not any(folder.iterdir())]
@@ -132,14 +134,29 @@ def files() -> list[str]:
 
 def _fixed_folders() -> list[Path]:
     """Folders that the programs make outside .dev; ours to remove only when empty, for others may use them."""
-    return [
-        _CNI_CACHE / "results",
-        _CNI_CACHE,
-        _POD_LOG_LINKS,
-        MODELS.parent,
-        _KUBELET_FIXED / "device-plugins",
-        _KUBELET_FIXED,
-    ]
+    plugins = _KUBELET_FIXED / "device-plugins"
+    folders = [_CNI_CACHE / "results", _POD_LOG_LINKS, plugins, _SHIM_SOCKETS]
+    return [*folders, MODELS.parent, *(folder.parent for folder in folders if folder != _POD_LOG_LINKS)]
+
+
+def _cni_results() -> Iterator[Path]:
+    """libcni's notes on our pods: by the network's name or, for loopback, by the namespace's path within .dev."""
+    for note in _CNI_CACHE.glob("results/*"):
+        with contextlib.suppress(OSError):
+            if note.name.startswith(f"{CNI_NETWORK}-") or f"{RUN}/" in note.read_text():
+                yield note
+
+
+def _dead_sockets() -> Iterator[Path]:
+    """Sockets of kubelet and shims on which nobody listens any more, so they are nobody's."""
+    for path in [*_KUBELET_FIXED.glob("device-plugins/*.sock"), *_SHIM_SOCKETS.glob("*")]:
+        with socket.socket(socket.AF_UNIX) as client:
+            try:
+                client.connect(str(path))
+            except ConnectionRefusedError:
+                yield path
+            except OSError:
+                continue
 
 
 def _stale_log_links() -> Iterator[Path]:
