@@ -46,3 +46,4 @@ test-e2e: venv ## the tests on the cluster (make cluster-up images deploy)
 	$(PY) -m pytest tests/e2e --durations=12
 
 include $(wildcard bench/*.mk)
+include dev/cluster.mk
