@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import json
-import os
-import platform
 import secrets
 import statistics
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Final
 
 import httpx
+from bench.report import Row, report
 from tests.support.cluster_api import ClusterApi
 from tests.support.cluster_model import Model, tiny_chat
 from tests.support.kubectl import KUBECONFIG, kubectl
@@ -30,7 +26,7 @@ from tests.support.kubectl import KUBECONFIG, kubectl
 RUNS: Final = 3
 DEADLINE: Final = 180.0
 AIM: Final = 20.0
-OUTPUT: Final = Path(__file__).parents[1] / "build" / "bench" / "startup.json"
+CASE: Final = "tiny-chat, 2 pods"
 
 # In the order in which they end. Each lasts from the end of the one before.
 PHASES: Final = {
@@ -148,46 +144,25 @@ def scratch_namespace() -> Iterator[str]:
         kubectl("delete", "namespace", name, "--wait=false")
 
 
-def rows(runs: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """The median of each phase's end and duration, in the order of `PHASES`, and the whole."""
-    found: list[dict[str, Any]] = []
-    previous = dict.fromkeys(range(len(runs)), 0.0)
-    for phase in PHASES:
-        lasted = [run[phase] - previous[number] for number, run in enumerate(runs)]
-        previous = {number: run[phase] for number, run in enumerate(runs)}
-        found.append(_row(phase, statistics.median(lasted)))
-    return [*found, _row("apply to Ready", statistics.median(run["ready"] for run in runs), peer=AIM)]
-
-
-def _row(metric: str, value: float, peer: float | None = None) -> dict[str, Any]:
-    return {
-        "case": "tiny-chat, 2 pods, float32, gloo",
-        "metric": metric,
-        "value": round(value, 3),
-        "unit": "s",
-        "peer": None if peer is None else "aim",
-        "peer_value": peer,
-        "ratio": None if peer is None else round(value / peer, 3),
-    }
-
-
-def machine() -> str:
-    model = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
-    name = next((line.partition(":")[2].strip() for line in model.splitlines() if line.startswith("Model name")), "")
-    return f"{os.cpu_count()} cores, {name or platform.processor()}, Linux {platform.release()}"
+def rows(runs: list[dict[str, float]]) -> list[Row]:
+    """The median of each phase's duration, in the order of `PHASES`, and of the whole."""
+    found: list[Row] = []
+    previous = [0.0 for _ in runs]
+    for phase, description in PHASES.items():
+        ends = [run[phase] for run in runs]
+        lasted = [end - before for end, before in zip(ends, previous, strict=True)]
+        found.append(Row(case=CASE, metric=description, value=statistics.median(lasted), unit="s"))
+        previous = ends
+    whole = statistics.median(previous)
+    return [*found, Row(case=CASE, metric="apply to Ready", value=whole, unit="s", peer="aim", peer_value=AIM)]
 
 
 def main() -> None:
     api = ClusterApi(KUBECONFIG)
     with scratch_namespace() as namespace:
         runs = [measure(api, namespace) for _ in range(RUNS)]
-    table = rows(runs)
-    for row in table:
-        print(f"{row['metric']:<16} {row['value']:7.2f} s   {PHASES.get(row['metric'], f'aim: {AIM:g} s')}")
-    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    report = {"name": "startup", "machine": machine(), "rows": table}
-    OUTPUT.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    print(f"runs: {[round(run['ready'], 1) for run in runs]} s; written to {OUTPUT.relative_to(Path.cwd())}")
+    report("startup", rows(runs))
+    print(f"apply to Ready in each run: {[round(run['ready'], 1) for run in runs]} s")
 
 
 if __name__ == "__main__":

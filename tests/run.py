@@ -64,7 +64,7 @@ def main() -> int:
         outcomes.append(Outcome("interrupted", "failed", 0.0))
     finally:
         if not had_cluster:
-            outcomes.append(run(Phase("cluster-purge" if os.environ.get("CI") else "cluster-down"), []))
+            outcomes.append(run(Phase("clean-cluster" if os.environ.get("CI") else "cluster-down"), []))
     return report(outcomes)
 
 
