@@ -68,7 +68,7 @@ async def _until_served(kube: ApiServer, settings: Settings) -> None:
     told = False
     while True:
         try:
-            await kube.list(KIND, namespace)
+            await kube.find(KIND, namespace)
         except KubeError as error:
             if not told:
                 log.warning("waiting until the API server serves %s: %s", KIND, error)

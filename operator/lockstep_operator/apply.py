@@ -23,6 +23,11 @@ class Applied:
     refused: str  # the first permanent refusal, in a sentence; empty if none
     tolerated: dict[tuple[str, str], frozenset[str]]  # differences that the API server made itself
 
+    @property
+    def effective(self) -> list[Action]:
+        """Without those that left the object as it was."""
+        return [a for a in self.done if not (isinstance(a, Apply) and self.tolerated.get((a.kind, a.name)))]
+
 
 async def carry_out(kube: Kube, model: Model, actions: Sequence[Action], metrics: Metrics) -> Applied:
     """Raises KubeError for what may succeed later; what is refused for good is told, and the rest still done."""

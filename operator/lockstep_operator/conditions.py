@@ -50,7 +50,7 @@ def conditions(
         "ModelLoaded": _model_loaded(model, views, old),
         "CollectivesHealthy": _collectives(model, views),
         "Poisoned": _poisoned(views),
-        "Reconciling": _flag(working and not ready.stalled, ready, "Settled", "nothing is under way"),
+        "Reconciling": _flag(working and not ready.stalled, ready, *_at_rest(ready)),
         "Stalled": _flag(working and ready.stalled, ready, "NotStalled", "nothing waits for a person"),
     }
 
@@ -220,6 +220,10 @@ def _poisoned(views: Sequence[View]) -> Finding:
 
 def _flag(raised: bool, ready: Finding, reason: str, message: str) -> Finding:
     return Finding("True", ready.reason, ready.message) if raised else Finding("False", reason, message)
+
+
+def _at_rest(ready: Finding) -> tuple[str, str]:
+    return ("Stalled", "what is wrong must be mended first") if ready.stalled else ("Settled", "nothing is under way")
 
 
 def _groups(count: int) -> str:

@@ -156,8 +156,8 @@ def _repaired(model: Model, observed: Observed, manifests: list[desired.Manifest
 def _loss(model: Model, observed: Observed, manifest: desired.Manifest) -> str:
     """Whether what is missing was there before: the status says so."""
     label = manifest["metadata"]["labels"].get(GROUP_LABEL)
-    known = [group.get("group") for group in observed.status.get("groups") or []]
-    was_there = bool(observed.status.get("revision")) if label is None else int(label) in known
+    known = [str(group["group"]) for group in observed.status.get("groups") or [] if group.get("revision")]
+    was_there = bool(observed.status.get("revision")) if label is None else label in known
     return "it was missing" if was_there else ""
 
 

@@ -60,7 +60,7 @@ class Kube(Protocol):
 
     async def get(self, kind: str, namespace: str, name: str) -> Object | None: ...
 
-    async def list(self, kind: str, namespace: str, *, labels: str = "", fields: str = "") -> list[Object]: ...
+    async def find(self, kind: str, namespace: str, *, labels: str = "", fields: str = "") -> list[Object]: ...
 
     async def create(self, kind: str, manifest: Mapping[str, Any]) -> Object: ...
 
@@ -89,7 +89,7 @@ class ApiServer:
                 return None
             raise
 
-    async def list(self, kind: str, namespace: str, *, labels: str = "", fields: str = "") -> list[Object]:
+    async def find(self, kind: str, namespace: str, *, labels: str = "", fields: str = "") -> list[Object]:
         query = {"labelSelector": labels, "fieldSelector": fields}
         items = (await self._request("GET", _path(kind, namespace), query)).get("items") or []
         return [{**item, "apiVersion": RESOURCES[kind][0], "kind": kind} for item in items]

@@ -86,7 +86,7 @@ def expected_names(model: Model) -> list[tuple[str, str]]:
 async def read_children(kube: Kube, model: Model) -> dict[tuple[str, str], Object]:
     """By kind and name. Raises KubeError."""
     lists = await asyncio.gather(
-        *(kube.list(kind, model.namespace, labels=selector(model.name)) for kind in CHILD_KINDS)
+        *(kube.find(kind, model.namespace, labels=selector(model.name)) for kind in CHILD_KINDS)
     )
     found = {
         (kind, child["metadata"]["name"]): child
@@ -100,7 +100,7 @@ async def read_children(kube: Kube, model: Model) -> dict[tuple[str, str], Objec
 
 async def read_pods(kube: Kube, model: Model) -> tuple[Pod, ...]:
     """Pods that belong to the model's groups. Raises KubeError."""
-    objects = await kube.list("Pod", model.namespace, labels=selector(model.name))
+    objects = await kube.find("Pod", model.namespace, labels=selector(model.name))
     return tuple(pod for raw in objects if (pod := parse_pod(raw)))
 
 
@@ -108,7 +108,7 @@ async def read_warnings(kube: Kube, namespace: str, uids: Iterable[str]) -> dict
     """The newest Warning Event about each object, where there is one. Raises KubeError."""
     wanted = list(uids)
     lists = await asyncio.gather(
-        *(kube.list("Event", namespace, fields=f"involvedObject.uid={uid},type=Warning") for uid in wanted)
+        *(kube.find("Event", namespace, fields=f"involvedObject.uid={uid},type=Warning") for uid in wanted)
     )
     return {uid: _newest(events) for uid, events in zip(wanted, lists, strict=True) if events}
 

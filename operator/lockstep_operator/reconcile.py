@@ -96,7 +96,7 @@ class Reconciler:
     ) -> Outcome:
         now = self._now()
         built = status.build(model, observed, decision, applied.refused, now)
-        for occurrence in events.occurrences(observed, built, applied.done):
+        for occurrence in events.occurrences(observed, built, applied.effective):
             await self._record(events.manifest(model, occurrence, now))
         document, due = status.worth_writing(observed.status, built, now)
         if document is not None:

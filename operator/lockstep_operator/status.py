@@ -185,4 +185,4 @@ def _lasting(value: Any) -> Any:
 def _latencies(status: Mapping[str, Any]) -> list[Any]:
     ranks = [rank for group in status.get("groups") or [] for rank in group.get("ranks") or []]
     blocks = [status, *(status.get("groups") or []), *ranks]
-    return [(block.get("stepLatency"), block.get("lastStepTime")) for block in blocks]
+    return [pair for block in blocks if any(pair := (block.get("stepLatency"), block.get("lastStepTime")))]

@@ -1,0 +1,270 @@
+"""An API server in memory, with the controllers around it: enough of Kubernetes to run the operator against.
+
+Objects have UIDs, resource versions and generations; server-side apply merges by list keys, drops fields that the
+applier no longer sets, and changes nothing when there is nothing to change; deletes honour UID preconditions. The
+StatefulSet controller, the garbage collector and the kubelet act one small step at a time, when the test says so.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from lockstep_operator.kube import KubeError, Object
+from lockstep_operator.moment import text
+from lockstep_operator.names import KIND, POD_INDEX_LABEL, REVISION_LABEL
+
+Identity = tuple[str, str, str]  # kind, namespace, name
+LIST_KEYS = {
+    "containers": "name", "volumes": "name", "env": "name", "volumeMounts": "mountPath", "ownerReferences": "uid",
+    "conditions": "type", "groups": "group", "ranks": "rank",
+}  # fmt: skip
+
+
+class Killed(BaseException):
+    """The operator's process ends here: nothing may catch it."""
+
+
+class FakeKube:
+    """Every write is counted. `before_write` and `after_write` may raise, as a dying operator or server would."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
+        self.objects: dict[Identity, Object] = {}
+        self.writes: list[tuple[str, str, str]] = []  # verb, kind, name
+        self.requests: set[tuple[str, str]] = set()  # verb, kind
+        self.before_write: Callable[[str, str, str], None] = lambda verb, kind, name: None
+        self.after_write: Callable[[str, str, str], None] = lambda verb, kind, name: None
+        self.admit: Callable[[Object], None] = lambda live: None  # rewrites what is applied, as a webhook does
+        self._numbers = itertools.count(1)
+        self._applied: dict[tuple[str, str], Object] = {}  # by UID and subresource: what was applied last
+
+    # --- the operator's side ---
+
+    async def get(self, kind: str, namespace: str, name: str) -> Object | None:
+        self.requests.add(("get", kind))
+        found = self.objects.get((kind, namespace, name))
+        return copy.deepcopy(found)
+
+    async def find(self, kind: str, namespace: str, *, labels: str = "", fields: str = "") -> list[Object]:
+        self.requests.add(("find", kind))
+        found = [item for (k, ns, _), item in sorted(self.objects.items()) if (k, ns) == (kind, namespace)]
+        name, _, value = labels.partition("=")
+        if name:
+            found = [item for item in found if (item["metadata"].get("labels") or {}).get(name) == value]
+        if fields:
+            uid = fields.split(",")[0].partition("=")[2]
+            found = [item for item in found if item["involvedObject"]["uid"] == uid]
+        return copy.deepcopy(found)
+
+    async def create(self, kind: str, manifest: Mapping[str, Any]) -> Object:
+        name = manifest["metadata"]["name"]
+        with self._writing("create", kind, name):
+            identity = (kind, manifest["metadata"]["namespace"], name)
+            if identity in self.objects:
+                raise KubeError(409, "AlreadyExists", f"{kind} {name} already exists")
+            return copy.deepcopy(self.put(kind, manifest))
+
+    async def apply(self, kind: str, manifest: Mapping[str, Any]) -> Object:
+        name = manifest["metadata"]["name"]
+        with self._writing("apply", kind, name):
+            live = self.objects.get((kind, manifest["metadata"]["namespace"], name))
+            if live is None:
+                live = self.put(kind, manifest)
+            else:
+                self._merge(live, manifest, "")
+            self._applied[live["metadata"]["uid"], ""] = copy.deepcopy(dict(manifest))
+            self.admit(live)
+            return copy.deepcopy(live)
+
+    async def apply_status(self, kind: str, manifest: Mapping[str, Any]) -> Object:
+        metadata = manifest["metadata"]
+        with self._writing("status", kind, metadata["name"]):
+            live = self.objects.get((kind, metadata["namespace"], metadata["name"]))
+            if live is None:
+                raise KubeError(404, "NotFound", f"{kind} {metadata['name']} not found")
+            if metadata["uid"] != live["metadata"]["uid"]:
+                raise KubeError(409, "Conflict", "the UID differs")
+            self._merge(live, {"status": manifest["status"]}, "/status")
+            self._applied[live["metadata"]["uid"], "/status"] = copy.deepcopy({"status": manifest["status"]})
+            return copy.deepcopy(live)
+
+    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
+        with self._writing("delete", kind, name):
+            live = self.objects.get((kind, namespace, name))
+            if live is not None and live["metadata"]["uid"] == uid:
+                self.remove(kind, namespace, name)
+
+    # --- everybody else's side ---
+
+    def put(self, kind: str, manifest: Mapping[str, Any]) -> Object:
+        """Store a new object."""
+        document: Object = copy.deepcopy(dict(manifest))
+        document["metadata"] |= {
+            "uid": f"uid-{next(self._numbers)}",
+            "resourceVersion": str(next(self._numbers)),
+            "generation": 1,
+            "creationTimestamp": text(self.now()),
+        }
+        if kind == "Secret":
+            data = {
+                name: base64.b64encode(value.encode()).decode() for name, value in document.pop("stringData").items()
+            }
+            document["data"] = data
+        self.objects[kind, document["metadata"]["namespace"], document["metadata"]["name"]] = document
+        return document
+
+    def change(self, kind: str, namespace: str, name: str, edit: Callable[[Object], None]) -> None:
+        """As somebody with kubectl does."""
+        live = self.objects[kind, namespace, name]
+        before = copy.deepcopy(live)
+        edit(live)
+        self._bump(live, before)
+
+    def remove(self, kind: str, namespace: str, name: str) -> None:
+        """Pods end gracefully: the kubelet removes them later. All else goes at once."""
+        if kind == "Pod":
+            self.objects[kind, namespace, name]["metadata"].setdefault("deletionTimestamp", text(self.now() + 60))
+        else:
+            del self.objects[kind, namespace, name]
+
+    def of_kind(self, kind: str) -> list[Object]:
+        return [item for (k, _, _), item in sorted(self.objects.items()) if k == kind]
+
+    # --- the cluster's own controllers: each yields the steps that it could take now ---
+
+    def steps(self, broken: Callable[[Object], bool]) -> list[Callable[[], None]]:
+        """What could happen next. Pods for which `broken` holds never become Ready."""
+        return [*self._garbage(), *self._stateful_sets(), *self._kubelet(broken)]
+
+    def _garbage(self) -> Iterator[Callable[[], None]]:
+        uids = {item["metadata"]["uid"] for item in self.objects.values()}
+        for (kind, namespace, name), item in list(self.objects.items()):
+            owners = item["metadata"].get("ownerReferences") or []
+            if (
+                owners
+                and all(owner["uid"] not in uids for owner in owners)
+                and "deletionTimestamp" not in item["metadata"]
+            ):
+                yield lambda kind=kind, namespace=namespace, name=name: self.remove(kind, namespace, name)  # type: ignore[misc]
+
+    def _stateful_sets(self) -> Iterator[Callable[[], None]]:
+        for workload in self.of_kind("StatefulSet"):
+            metadata, spec = workload["metadata"], workload["spec"]
+            if (workload.get("status") or {}).get("observedGeneration") != metadata["generation"]:
+                yield lambda workload=workload: workload.update(  # type: ignore[misc]
+                    status={"observedGeneration": workload["metadata"]["generation"]}
+                )
+                continue
+            for index in range(spec["replicas"]):
+                if ("Pod", metadata["namespace"], f"{metadata['name']}-{index}") not in self.objects:
+                    yield lambda workload=workload, index=index: self._make_pod(workload, index)  # type: ignore[misc]
+            for pod in self.of_kind("Pod"):
+                if owned(pod, workload) and int(pod["metadata"]["labels"][POD_INDEX_LABEL]) >= spec["replicas"]:
+                    yield lambda pod=pod: self.remove("Pod", pod["metadata"]["namespace"], pod["metadata"]["name"])  # type: ignore[misc]
+
+    def _make_pod(self, workload: Object, index: int) -> None:
+        name, template = f"{workload['metadata']['name']}-{index}", copy.deepcopy(workload["spec"]["template"])
+        owner = {
+            "kind": "StatefulSet",
+            "name": workload["metadata"]["name"],
+            "uid": workload["metadata"]["uid"],
+            "controller": True,
+        }
+        labels = template["metadata"]["labels"] | {POD_INDEX_LABEL: str(index)}
+        namespace = workload["metadata"]["namespace"]
+        metadata = {"name": name, "namespace": namespace, "labels": labels, "ownerReferences": [owner]}
+        self.put("Pod", {"metadata": metadata, "spec": template["spec"], "status": {"phase": "Pending"}})
+
+    def _kubelet(self, broken: Callable[[Object], bool]) -> Iterator[Callable[[], None]]:
+        for pod in self.of_kind("Pod"):
+            identity = ("Pod", pod["metadata"]["namespace"], pod["metadata"]["name"])
+            if "deletionTimestamp" in pod["metadata"]:
+                yield lambda identity=identity: self.objects.pop(identity, None)  # type: ignore[misc]
+            elif pod["status"]["phase"] == "Pending":
+                yield lambda pod=pod: pod.update(status={"phase": "Running", "podIP": "10.0.0.1"})  # type: ignore[misc]
+            elif not is_ready(pod) and not broken(pod):
+                yield lambda pod=pod: pod["status"].update(conditions=[{"type": "Ready", "status": "True"}])  # type: ignore[misc]
+
+    # --- inside ---
+
+    def _writing(self, verb: str, kind: str, name: str) -> _Write:
+        return _Write(self, verb, kind, name)
+
+    def _merge(self, live: Object, manifest: Mapping[str, Any], subresource: str) -> None:
+        before = copy.deepcopy(live)
+        previous = self._applied.get((live["metadata"]["uid"], subresource), {})
+        merged = _applied_over(live, manifest, previous)
+        merged["metadata"] |= {name: before["metadata"][name] for name in ("uid", "resourceVersion", "generation")}
+        live.clear()
+        live.update(merged)
+        self._bump(live, before)
+
+    def _bump(self, live: Object, before: Object) -> None:
+        if live != before:
+            live["metadata"]["resourceVersion"] = str(next(self._numbers))
+        if live.get("spec") != before.get("spec"):
+            live["metadata"]["generation"] += 1
+
+
+class _Write:
+    def __init__(self, kube: FakeKube, verb: str, kind: str, name: str) -> None:
+        self._kube, self._what = kube, (verb, kind, name)
+
+    def __enter__(self) -> None:
+        self._kube.before_write(*self._what)
+        self._kube.writes.append(self._what)
+        self._kube.requests.add(self._what[:2])
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._kube.after_write(*self._what)
+
+
+def owned(child: Mapping[str, Any], owner: Mapping[str, Any]) -> bool:
+    references = child["metadata"].get("ownerReferences") or []
+    return any(reference["uid"] == owner["metadata"]["uid"] for reference in references)
+
+
+def is_ready(pod: Mapping[str, Any]) -> bool:
+    conditions = pod["status"].get("conditions") or []
+    return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
+
+
+def revision_of(pod: Mapping[str, Any]) -> str:
+    return str(pod["metadata"]["labels"][REVISION_LABEL])
+
+
+def resource(name: str = "chat", namespace: str = "team", **spec: Any) -> Object:
+    """A TensorParallelModel as a user would write it."""
+    whole = {"model": {"hostPath": {"path": "/models/chat"}}, "tensorParallelSize": 2, **spec}
+    return {"kind": KIND, "metadata": {"name": name, "namespace": namespace}, "spec": whole}
+
+
+def _applied_over(live: Any, wanted: Any, previous: Any) -> Any:
+    """Structured merge: `wanted` over `live`, without what `previous` set and `wanted` doesn't."""
+    if not isinstance(wanted, Mapping) or not isinstance(live, Mapping):
+        return copy.deepcopy(wanted)
+    merged = dict(copy.deepcopy(live))
+    before = previous if isinstance(previous, Mapping) else {}
+    for name in before:
+        if name not in wanted:
+            merged.pop(name, None)
+    for name, value in wanted.items():
+        key = LIST_KEYS.get(name)
+        if key and isinstance(value, list) and isinstance(live.get(name), list):
+            merged[name] = _keyed(live[name], value, before.get(name) or [], key)
+        else:
+            merged[name] = _applied_over(live.get(name), value, before.get(name))
+    return merged
+
+
+def _keyed(live: list[Any], wanted: list[Any], previous: list[Any], key: str) -> list[Any]:
+    dropped = {item[key] for item in previous} - {item[key] for item in wanted}
+    by_live, by_previous = {item[key]: item for item in live}, {item[key]: item for item in previous}
+    merged = [_applied_over(by_live.get(item[key], {}), item, by_previous.get(item[key], {})) for item in wanted]
+    names = {item[key] for item in wanted} | dropped
+    return merged + [item for item in live if item[key] not in names]

@@ -1,0 +1,125 @@
+"""Operators and a fake cluster, run in any order that a test or a random generator wants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from random import Random
+from typing import Any
+
+from tests.support.kube_fake import FakeKube, Killed, is_ready, resource, revision_of
+
+from lockstep_operator.controller import Controller
+from lockstep_operator.group_client import Target
+from lockstep_operator.kube import Object
+from lockstep_operator.metrics import Metrics
+from lockstep_operator.names import ModelKey
+from lockstep_operator.observe import Report
+from lockstep_operator.reconcile import Reconciler
+from lockstep_operator.settings import Settings
+from lockstep_operator.workqueue import WorkQueue
+from lockstep_runtime.wire import GroupState, GroupStatus, RankState, RankStatus
+
+SETTINGS = Settings(runtime_image="runtime:1", operator_namespace="lockstep-system")
+START = 1_800_000_000.0
+
+
+class Groups:
+    """Every group whose first pod is Ready says that it is well; tests may put other words in its mouth."""
+
+    def __init__(self, kube: FakeKube) -> None:
+        self._kube = kube
+        self.said: dict[tuple[ModelKey, int], Report] = {}
+        self.watched: dict[ModelKey, Mapping[int, Target]] = {}
+
+    def watch(self, key: ModelKey, targets: Mapping[int, Target]) -> None:
+        self.watched[key] = dict(targets)
+
+    def reports(self, key: ModelKey, leaders: Mapping[int, str]) -> dict[int, Report]:
+        return {group: report for group, uid in leaders.items() if (report := self._report(key, group, uid))}
+
+    def _report(self, key: ModelKey, group: int, uid: str) -> Report | None:
+        if (key, group) in self.said:
+            return self.said[key, group]
+        pods = [pod for pod in self._kube.of_kind("Pod") if pod["metadata"]["uid"] == uid]
+        return Report(status=well(key, group, uid, revision_of(pods[0]))) if pods and is_ready(pods[0]) else None
+
+
+def well(key: ModelKey, group: int, incarnation: str, revision: str, size: int = 2) -> GroupStatus:
+    """A group of `size` pods of one rank each that serves."""
+    ranks = [
+        RankStatus(
+            rank=rank, pod_index=rank, state=RankState.READY, pod=f"{key.name}-{group}-{rank}", node="node-1", epoch=1
+        )
+        for rank in range(size)
+    ]
+    return GroupStatus(
+        model=key.name, group=group, incarnation=incarnation, revision=1, spec_revision=revision, epoch=1,
+        state=GroupState.READY, ranks=ranks,
+    )  # fmt: skip
+
+
+class World:
+    def __init__(self, operators: int = 1, random: Random | None = None) -> None:
+        self.time = START
+        self.random = random or Random(0)
+        self.kube = FakeKube(lambda: self.time)
+        self.groups = Groups(self.kube)
+        self.broken: Callable[[Object], bool] = lambda pod: False
+        self._operators = [self._operator() for _ in range(operators)]
+
+    def add(self, name: str = "chat", namespace: str = "team", **spec: Any) -> ModelKey:
+        self.kube.put("TensorParallelModel", resource(name, namespace, **spec))
+        return ModelKey(namespace, name)
+
+    def edit(self, key: ModelKey, **spec: Any) -> None:
+        self.kube.change("TensorParallelModel", key.namespace, key.name, lambda live: live["spec"].update(spec))
+
+    def status(self, key: ModelKey) -> Mapping[str, Any]:
+        status: Mapping[str, Any] = (
+            self.kube.objects["TensorParallelModel", key.namespace, key.name].get("status") or {}
+        )
+        return status
+
+    def condition(self, key: ModelKey, name: str) -> Mapping[str, Any]:
+        return next(item for item in self.status(key)["conditions"] if item["type"] == name)
+
+    def events(self) -> list[tuple[str, str]]:
+        return [(event["reason"], event["note"]) for event in self.kube.of_kind("EventRecord")]
+
+    async def reconcile(self, key: ModelKey, operator: int = 0) -> float | None:
+        """One pass by an operator; one that is killed meanwhile is replaced by a new process that remembers nothing."""
+        try:
+            return await self._operators[operator].step(key)
+        except Killed:
+            self._operators[operator] = self._operator()
+            return 0.0
+
+    async def settle(self, *keys: ModelKey, passes: int = 400) -> None:
+        """Let everything happen until nothing more does. Fails when that doesn't come to pass."""
+        for _ in range(passes):
+            before = len(self.kube.writes)
+            for key in keys:
+                for operator in range(len(self._operators)):
+                    await self.reconcile(key, operator)
+            steps = self.kube.steps(self.broken)
+            self.time += 1
+            if steps:
+                self.random.choice(steps)()
+            elif len(self.kube.writes) == before:
+                return
+        raise AssertionError(f"still busy after {passes} passes: {self.kube.writes[-10:]}")
+
+    def serving(self, key: ModelKey, size: int = 2) -> int:
+        """Groups of which every pod is Ready and stays, of one revision."""
+        groups: dict[str, list[str]] = {}
+        for pod in self.kube.of_kind("Pod"):
+            labels = pod["metadata"]["labels"]
+            alive = is_ready(pod) and "deletionTimestamp" not in pod["metadata"]
+            if alive and (pod["metadata"]["namespace"], labels["lockstep.dev/model"]) == (key.namespace, key.name):
+                groups.setdefault(labels["lockstep.dev/group"], []).append(revision_of(pod))
+        return sum(len(pods) == size and len(set(pods)) == 1 for pods in groups.values())
+
+    def _operator(self) -> Controller:
+        metrics = Metrics()
+        reconciler = Reconciler(self.kube, self.groups, SETTINGS, metrics, lambda: self.time)
+        return Controller(WorkQueue(lambda: self.time), reconciler.reconcile, metrics)
