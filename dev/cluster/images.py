@@ -3,20 +3,21 @@
 import hashlib
 import os
 import subprocess
-import sys
+from collections import deque
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
 from dev.cluster import build_store, containers, host
-from dev.cluster.layout import BUILD_STORE, DEV, ROOT, SCRATCH
+from dev.cluster.layout import BUILD_STORE, DEV, LOGS, ROOT, SCRATCH
 from dev.cluster.progress import Failure, say
 
 BASE: Final = "localhost/lockstep/base:dev"
-INSTALLER: Final = "localhost/lockstep/installer:dev"
+CODE: Final = "localhost/lockstep/{}-code:dev"  # the stage that builds the wheel, named so that `_prune` leaves it
 NAMES: Final = ("operator", "runtime")
 # The machine's ways to the package index, which are no business of a Dockerfile.
-MOUNTED: Final = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pip.conf")
-INDEX_SETTINGS: Final = ("PIP_INDEX_URL", "UV_DEFAULT_INDEX")
+MOUNTED: Final = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pip.conf", "/etc/uv/uv.toml")
+# What of the build's output is shown: the rest is in the log.
+SHOWN: Final = ("Downloaded ", "Prepared ", "Installed ", "Bytecode compiled ")
 _SUITE: Final = "bookworm"
 _BASE_PACKAGES: Final = "python3,python3-venv,ca-certificates"
 
@@ -56,16 +57,27 @@ def _build(name: str) -> None:
         _make_base()
     dockerfile = f"images/{name}.Dockerfile"
     say(f"building lockstep/{name}:dev (its dependencies take minutes when they changed, else seconds)")
-    _bud(dockerfile, INSTALLER, "--target", "installer")
+    _bud(dockerfile, CODE.format(name), "--target", "code")
     _bud(dockerfile, f"localhost/lockstep/{name}:dev")
 
 
 def _bud(dockerfile: str, tag: str, *options: str) -> None:
     volumes = [f"--volume={path}:{path}:ro" for path in MOUNTED if Path(path).exists()]
-    arguments = [f"--build-arg={name}={os.environ[name]}" for name in INDEX_SETTINGS if name in os.environ]
-    arguments.append(f"--build-arg=BASE={BASE}")
-    local = ["--layers", "--isolation=chroot", "--network=host", "--pull-never"]
-    _buildah("bud", *local, *volumes, *arguments, *options, f"--file={dockerfile}", f"--tag={tag}", ".")
+    local = ["--layers", "--isolation=chroot", "--network=host", "--pull-never", f"--build-arg=BASE={BASE}"]
+    command = _command("bud", *local, *volumes, *options, f"--file={dockerfile}", f"--tag={tag}", ".")
+    build = subprocess.Popen(
+        command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    last: deque[str] = deque(maxlen=20)
+    assert build.stdout is not None
+    with _log("images") as log:
+        for line in build.stdout:
+            log.write(line)
+            last.append(line)
+            if line.startswith(SHOWN):
+                say(f"  {line.strip()}")
+    if build.wait() != 0:
+        raise Failure(f"The build of {tag} failed (all of it: {log.name}):\n{''.join(last)}")
 
 
 def _make_base() -> None:
@@ -76,11 +88,9 @@ def _make_base() -> None:
     debootstrap = ["debootstrap", "--variant=minbase", f"--include={_BASE_PACKAGES}", _SUITE, folder]
     if mirror := os.environ.get("DEBIAN_MIRROR"):
         debootstrap.append(mirror)
-    log = DEV / "logs" / "debootstrap.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as output:
-        if subprocess.run(debootstrap, stdout=output, stderr=output).returncode != 0:
-            raise Failure(f"debootstrap failed; see {log}")
+    with _log("debootstrap") as log:
+        if subprocess.run(debootstrap, stdout=log, stderr=log).returncode != 0:
+            raise Failure(f"debootstrap failed; see {log.name}")
     for leftovers in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc"):
         subprocess.run(["find", f"{folder}/{leftovers}", "-type", "f", "-delete"], check=True)
     _buildah("umount", container)
@@ -109,18 +119,15 @@ def _stamp(name: str) -> Path:
 
 
 def _buildah(*arguments: str) -> str:
-    """Run buildah; what it says goes to the terminal line by line for a build, and is returned otherwise."""
-    showing = arguments[0] == "bud"
-    done = subprocess.run(
-        _command(*arguments),
-        cwd=ROOT,
-        env=_environment(),
-        stdout=sys.stderr if showing else subprocess.PIPE,
-        text=True,
-    )
+    done = subprocess.run(_command(*arguments), env=_environment(), capture_output=True, text=True)
     if done.returncode != 0:
-        raise Failure(f"`buildah {arguments[0]}` failed; its own words are above.")
-    return done.stdout or ""
+        raise Failure(f"`buildah {arguments[0]}` failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _log(name: str) -> TextIO:
+    LOGS.mkdir(parents=True, exist_ok=True)
+    return (LOGS / f"{name}.log").open("a")
 
 
 def _command(*arguments: str) -> list[str]:
