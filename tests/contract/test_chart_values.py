@@ -99,6 +99,10 @@ def test_the_operator_understands_what_it_is_told() -> None:
     )
 
 
+def test_services_of_the_namespace_set_none_of_its_variables() -> None:
+    assert one(render(), "Deployment")["spec"]["template"]["spec"]["enableServiceLinks"] is False
+
+
 def test_rank_pods_let_in_what_the_chart_runs() -> None:
     labels = one(render(), "Deployment")["spec"]["template"]["metadata"]["labels"]
     assert OPERATOR_POD_LABELS.items() <= labels.items()

@@ -1,0 +1,155 @@
+"""The operator's rank pods are what the runtime's command line expects, and satisfy the restricted profile."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import yaml
+from tests.support.chart import ROOT
+from tests.support.pod_security import violations
+
+from lockstep_operator.pod_template import pod_template
+from lockstep_operator.settings import Settings
+from lockstep_operator.spec import parse
+from lockstep_runtime import wire
+from lockstep_runtime.cli import build_parser, config_from
+from lockstep_runtime.config import API_KEY_VARIABLE, TOKEN_VARIABLE, EngineLimits, ServeConfig
+
+SETTINGS = Settings(runtime_image="registry.example/runtime:1", operator_namespace="lockstep-system")
+HUB = {"huggingFace": {"repo": "Qwen/Qwen3-8B"}}
+CRD = yaml.safe_load((ROOT / "crds" / "lockstep.dev_tensorparallelmodels.yaml").read_text())
+SCHEMA = CRD["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+KV_CACHE_MEMORY = SCHEMA["properties"]["engine"]["properties"]["kvCacheMemory"]
+CLAIM = {"persistentVolumeClaim": {"claimName": "models", "path": "qwen"}}
+
+
+def pod(spec: dict[str, Any], group: int = 0) -> dict[str, Any]:
+    metadata = {"name": "chat", "namespace": "team", "uid": "u-1", "generation": 1}
+    template = pod_template(parse({"metadata": metadata, "spec": spec}), group, "abc", SETTINGS)
+    found: dict[str, Any] = template["spec"]
+    return found
+
+
+def started(spec: dict[str, Any], index: int, group: int = 0) -> tuple[ServeConfig, dict[str, str]]:
+    """What pod `index` of the group makes of its arguments and variables, as the kubelet would fill them in."""
+    container = pod(spec, group)["containers"][0]
+    fields = {
+        "metadata.name": f"chat-{group}-{index}",
+        "spec.nodeName": "node-7",
+        "metadata.labels['apps.kubernetes.io/pod-index']": str(index),
+    }
+    environment = {}
+    for entry in container["env"]:
+        source = entry.get("valueFrom", {})
+        value = entry.get("value") or fields.get(source.get("fieldRef", {}).get("fieldPath"))
+        environment[entry["name"]] = value or "secret {name}/{key}".format(**source["secretKeyRef"])
+    return config_from(build_parser(environment).parse_args(container["args"])), environment
+
+
+def test_a_member_pod_learns_who_it_is() -> None:
+    config, environment = started({"model": HUB, "tensorParallelSize": 4, "ranksPerPod": 2}, index=1, group=3)
+    assert config == ServeConfig(
+        model="Qwen/Qwen3-8B",
+        download_dir="/cache",
+        served_name="chat",
+        model_name="chat",
+        group=3,
+        spec_revision="abc",
+        tensor_parallel_size=4,
+        ranks_per_pod=2,
+        pod_index=1,
+        pod="chat-3-1",
+        node="node-7",
+        leader="chat-3-0.chat-3.team.svc",
+        host="0.0.0.0",
+        lame_duck_seconds=config.lame_duck_seconds,
+        grace_seconds=config.grace_seconds,
+    )
+    assert list(config.ranks) == [2, 3]
+    assert not config.is_leader
+    assert environment[TOKEN_VARIABLE] == "secret chat-token/token"
+    assert API_KEY_VARIABLE not in environment
+
+
+def test_every_setting_of_the_spec_arrives() -> None:
+    hub = {"repo": "Qwen/Qwen3-8B", "revision": "v2", "tokenSecretRef": {"name": "hub", "key": "token"}}
+    spec = {
+        "model": {"huggingFace": hub, "servedName": "qwen"},
+        "tensorParallelSize": 2,
+        "dtype": "bfloat16",
+        "backend": "gloo",
+        "engine": {"maxModelLen": 4096, "maxSequences": 8, "maxBatchTokens": 512, "kvCacheMemory": "1.5Gi"},
+        "apiKeySecretRef": {"name": "keys", "key": "chat"},
+    }
+    config, environment = started(spec, index=0)
+    assert config.is_leader
+    assert (config.served_name, config.model_revision) == ("qwen", "v2")
+    assert (config.dtype, config.backend) == ("bfloat16", "gloo")
+    assert config.limits == EngineLimits(
+        max_model_len=4096, max_sequences=8, max_batch_tokens=512, kv_cache_bytes=3 * 2**29
+    )
+    assert environment[API_KEY_VARIABLE] == "secret keys/chat"
+    assert environment["HF_TOKEN"] == "secret hub/token"
+
+
+QUANTITIES = [
+    "2Gi",
+    "512Mi",
+    "1G",
+    "1.5Gi",
+    "700M",
+    "1Ti",
+    "4096Ki",
+    "900000k",
+    "1500000000",
+    "1Pi",
+    "2gi",
+    "1ki",
+    "1.Gi",
+]
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_the_runtime_takes_the_sizes_that_the_crd_takes(quantity: str) -> None:
+    admitted = re.fullmatch(KV_CACHE_MEMORY["pattern"], quantity) is not None
+    spec = {"model": CLAIM, "tensorParallelSize": 1, "engine": {"kvCacheMemory": quantity}}
+    try:
+        understood = bool(started(spec, index=0)[0].limits.kv_cache_bytes)
+    except SystemExit:
+        understood = False
+    assert understood == admitted
+
+
+def test_a_model_on_a_volume_is_read_where_it_is() -> None:
+    config, _ = started({"model": CLAIM, "tensorParallelSize": 1}, index=0)
+    assert (config.model, config.download_dir) == ("/model/qwen", None)
+
+
+@pytest.mark.parametrize("seconds", [60, 5, 600])
+def test_requests_are_given_up_before_the_kubelet_kills(seconds: int) -> None:
+    spec = {"model": HUB, "tensorParallelSize": 1, "template": {"spec": {"terminationGracePeriodSeconds": seconds}}}
+    config, _ = started(spec, index=0)
+    assert config.lame_duck_seconds + config.grace_seconds < seconds
+
+
+def test_ports_are_those_of_the_runtime() -> None:
+    container = pod({"model": HUB, "tensorParallelSize": 1})["containers"][0]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    config, _ = started({"model": HUB, "tensorParallelSize": 1}, index=0)
+    assert ports == {"api": wire.API_PORT, "bus": wire.BUS_PORT, "status": wire.STATUS_PORT}
+    assert (config.api_port, config.bus_port, config.status_port) == tuple(ports.values())
+
+
+@pytest.mark.parametrize("model", [HUB, CLAIM, {**HUB, "cache": {"persistentVolumeClaim": {"claimName": "c"}}}])
+def test_rank_pods_satisfy_the_restricted_profile(model: dict[str, Any]) -> None:
+    spec = pod({"model": model, "tensorParallelSize": 2})
+    assert violations(spec) == []
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["containers"][0]["securityContext"]["readOnlyRootFilesystem"] is True
+
+
+def test_only_a_folder_of_the_node_breaks_it() -> None:
+    spec = pod({"model": {"hostPath": {"path": "/models"}}, "tensorParallelSize": 2})
+    assert violations(spec) == ["volume model is a hostPath"]
