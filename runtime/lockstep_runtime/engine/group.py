@@ -12,7 +12,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar, cast
 
 import msgspec
@@ -165,12 +165,23 @@ class RankGroup:
         member, text = self.members[message.rank], exit_text(message)
         self._exits = {message.incarnation: text}
         if member.last_incarnation == message.incarnation:
-            self._on_exit(message.rank, f"rank {message.rank} (pid {message.pid}) {text}")
+            words = f"rank {message.rank} (pid {message.pid}) {text}"
+            self._explain(message.rank, words)
+            self._on_exit(message.rank, words)
             if member.peer is not None:
                 gone = member.peer
                 self._miss(member, text)
                 gone.close()
                 self._changed()
+
+    def _explain(self, rank: int, words: str) -> None:
+        """Better words for a loss that has not been raised yet."""
+        self._evidence = [
+            replace(one, message=words)
+            if one.rank == rank and one.fault is Fault.RANK_LOST and not one.hearsay
+            else one
+            for one in self._evidence
+        ]
 
     def _from_worker(self, member: Member, message: wire.FromWorker) -> None:
         match message:

@@ -1,0 +1,119 @@
+"""Thousands of random schedules: every request finishes with the right tokens, no block is lost or used twice."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from tests.support.fake_ranks import continuation, next_token
+
+from lockstep_runtime.engine.interface import GenerationRequest
+from lockstep_runtime.engine.scheduler import Scheduler
+from lockstep_runtime.engine.sequence import Sequence
+from lockstep_runtime.wire import SampledToken, SamplingParams, SequenceSlice
+
+SCHEDULES = 3000
+BATCHES = 10
+
+
+class Life:
+    """One random schedule: arrivals, steps, cancellations and faults, on a machine with too few blocks."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.block_size = self.random.choice([1, 2, 4, 16])
+        self.blocks = self.random.randint(3, 24)
+        self.capacity = self.blocks * self.block_size
+        self.budget = self.random.randint(2, 24)
+        self.scheduler = Scheduler(
+            max_sequences=self.random.randint(1, 8),
+            max_batch_tokens=self.budget,
+            max_model_len=self.capacity,
+            blocks=self.blocks,
+            block_size=self.block_size,
+        )
+        self.cache: dict[tuple[int, int], int] = {}
+        self.to_come = self.random.randint(1, 12)
+        self.sequences = 0
+        self.open: dict[int, tuple[GenerationRequest, list[int]]] = {}
+        self.faults_left = self.random.choice([0, 0, 1, 3])
+
+    def arrive(self) -> None:
+        self.to_come -= 1
+        self.sequences += 1
+        prompt_length = self.random.randint(1, self.capacity - 1)
+        if self.random.random() < 0.7:
+            prompt_length = min(prompt_length, 5)
+        max_tokens = self.random.randint(1, min(12, self.capacity - prompt_length))
+        prompt = tuple(self.random.randrange(1000) for _ in range(prompt_length))
+        request = GenerationRequest(
+            request_id="r", prompt=prompt, max_tokens=max_tokens, sampling=SamplingParams(temperature=0)
+        )
+        self.open[self.sequences] = (request, [])
+        self.scheduler.add(Sequence(self.sequences, request))
+
+    def compute(self, slices: list[SequenceSlice]) -> list[SampledToken]:
+        assert sum(len(part.tokens) for part in slices) <= self.budget
+        assert len({part.sequence_id for part in slices}) == len(slices)
+        held = [block for part in slices for block in part.blocks]
+        assert len(held) == len(set(held))
+        sampled = []
+        for part in slices:
+            for offset, token in enumerate(part.tokens):
+                self.cache[self.slot(part, part.position + offset)] = token
+            if part.sample is not None:
+                end = part.position + len(part.tokens)
+                context = [self.cache[self.slot(part, position)] for position in range(end)]
+                sampled.append(SampledToken(sequence_id=part.sequence_id, token=next_token(context)))
+        return sampled
+
+    def slot(self, part: SequenceSlice, position: int) -> tuple[int, int]:
+        return part.blocks[position // self.block_size], position % self.block_size
+
+    def step(self) -> None:
+        slices = self.scheduler.plan()
+        assert slices or not self.open, "there is work, and nothing is planned"
+        if self.faults_left and self.random.random() < 0.05:
+            self.faults_left -= 1
+            self.fault(slices)
+            return
+        if self.open and self.random.random() < 0.02:
+            self.cancel(self.random.choice(list(self.open)))
+        for drawn in self.scheduler.apply(slices, self.compute(slices)):
+            request, tokens = self.open[drawn.sequence_id]
+            tokens.append(drawn.token.token)
+            if drawn.finish:
+                assert tokens == continuation(request.prompt, request.max_tokens)
+                del self.open[drawn.sequence_id]
+
+    def fault(self, slices: list[SequenceSlice]) -> None:
+        for given_up in self.scheduler.blame(slices, self.random.choice([1, 2])):
+            del self.open[given_up.id]
+        self.cache.clear()
+        lost = self.scheduler.start_over(max_model_len=self.capacity, blocks=self.blocks, block_size=self.block_size)
+        assert not lost
+
+    def cancel(self, sequence_id: int) -> None:
+        del self.open[sequence_id]
+        self.scheduler.remove(sequence_id)
+
+    def run(self) -> None:
+        steps = 0
+        while self.to_come or self.open:
+            if self.to_come and (not self.open or self.random.random() < 0.3):
+                self.arrive()
+            self.step()
+            steps += 1
+            assert steps < 20_000, "a request starves"
+        assert self.scheduler.plan() == []
+        assert self.scheduler.book.used == 0
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_random_schedules(batch: int) -> None:
+    preemptions = 0
+    for seed in range(batch * SCHEDULES // BATCHES, (batch + 1) * SCHEDULES // BATCHES):
+        life = Life(seed)
+        life.run()
+        preemptions += life.scheduler.preemptions
+    assert preemptions > 100, "these schedules hardly ever run out of blocks"

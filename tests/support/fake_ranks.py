@@ -1,0 +1,176 @@
+"""Ranks without a model: real connections to a real bus, and a toy cache that shows every mistake of the engine.
+
+A fake rank keeps token ids by (block, slot), as a KV cache would keep keys and values, and draws the next token from
+all tokens that it reads back through the block table. A lost, shared or wrongly fed block changes the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from lockstep_runtime import wire
+from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.transport import Framer, encode
+
+VOCABULARY = 50_000
+BLOCK_SIZE = 4
+TOKEN = "a token of the tests"
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """The toy model."""
+    return zlib.crc32(struct.pack(f"<{len(tokens)}q", *tokens)) % VOCABULARY
+
+
+def continuation(prompt: Sequence[int], count: int) -> list[int]:
+    """What the toy model answers to a prompt."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+Misdeed = Callable[["FakeRank", wire.Step], "wire.StepDone | wire.StepFailed | None"]
+
+
+@dataclass
+class FakeRank:
+    """One rank; `misdeed` takes the place of one step's answer when it is set and returns, None for silence."""
+
+    config: ServeConfig
+    rank: int
+    cache_blocks: int = 64
+    misdeed: Misdeed | None = None
+    incarnation: str = field(default_factory=lambda: secrets.token_hex(4))
+    epoch: int = 0
+    deaf: bool = False  # to Abort too: like a process that is stopped
+    load_error: str = ""
+    steps: int = 0
+    aborts: list[int] = field(default_factory=list)
+    _cache: dict[tuple[int, int], int] = field(default_factory=dict)
+    _writer: asyncio.StreamWriter | None = None
+    _task: asyncio.Task[None] | None = None
+    _backlog: list[wire.ToWorker] = field(default_factory=list)
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    async def die(self) -> None:
+        """As a SIGKILL would: the connection closes, the cache is gone."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def respawn(self) -> None:
+        """As the supervisor does: a new process in its place."""
+        await self.die()
+        self.incarnation = secrets.token_hex(4)
+        self.epoch, self.deaf, self._cache = 0, False, {}
+        self.start()
+
+    def send(self, message: msgspec.Struct) -> None:
+        if self._writer is not None:
+            self._writer.write(encode(message))
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                reader, self._writer = await asyncio.open_connection("127.0.0.1", self.config.bus_port)
+                break
+            except OSError:
+                await asyncio.sleep(0.01)
+        try:
+            self.send(self.hello())
+            framer = Framer(wire.MAX_FRAME_BYTES)
+            decoder = msgspec.msgpack.Decoder(wire.ToWorker)
+            while data := await reader.read(1 << 16):
+                for frame in framer.feed(data):
+                    self._receive(decoder.decode(frame))
+        finally:
+            self._writer.close()
+
+    def hello(self) -> wire.Hello:
+        return wire.Hello(
+            protocol=wire.PROTOCOL,
+            token=TOKEN,
+            role=wire.Role.WORKER,
+            group=self.config.group,
+            pod_index=self.rank // self.config.ranks_per_pod,
+            pod=f"pod-{self.rank}",
+            node="node",
+            pid=1000 + self.rank,
+            incarnation=self.incarnation,
+            epoch=self.epoch,
+            rank=self.rank,
+        )
+
+    def _receive(self, message: wire.ToWorker) -> None:
+        if self.deaf:
+            return
+        match message:
+            case wire.Welcome():
+                self.epoch = max(self.epoch, message.epoch)
+                if self.load_error:
+                    self.send(wire.LoadFailed(message=self.load_error))
+                else:
+                    self.send(self._loaded())
+            case wire.Abort():
+                self.epoch = message.epoch
+                self.aborts.append(message.epoch)
+                self.send(wire.Aborted(epoch=message.epoch, seconds=0.0))
+            case wire.Rendezvous():
+                self.send(wire.RendezvousOpened(epoch=message.epoch, address="shm:///nowhere"))
+            case wire.Join():
+                self._cache = {}
+                self.send(wire.Joined(epoch=message.epoch, seconds=0.0))
+            case wire.AllocateCache():
+                self.send(wire.CacheAllocated(epoch=message.epoch, blocks=message.blocks, memory_bytes=7))
+            case wire.Step():
+                self._step(message)
+            case _:
+                pass
+
+    def _loaded(self) -> wire.Loaded:
+        return wire.Loaded(
+            seconds=0.1,
+            weight_bytes=10,
+            read_bytes=10,
+            cache_blocks=self.cache_blocks,
+            block_size=BLOCK_SIZE,
+            memory_bytes=5,
+        )
+
+    def _step(self, step: wire.Step) -> None:
+        self.steps += 1
+        answer: wire.StepDone | wire.StepFailed | None = self.compute(step)
+        if self.misdeed is not None:
+            answer = self.misdeed(self, step)
+        if answer is not None:
+            self.send(answer)
+
+    def compute(self, step: wire.Step) -> wire.StepDone:
+        """The honest answer."""
+        owners: dict[int, int] = {}
+        fingerprint, sampled = 0, []
+        for part in step.sequences:
+            for block in part.blocks:
+                assert owners.setdefault(block, part.sequence_id) == part.sequence_id, "two sequences hold one block"
+            for offset, token in enumerate(part.tokens):
+                self._cache[self._slot(part, part.position + offset)] = token
+            end = part.position + len(part.tokens)
+            context = [self._cache[self._slot(part, position)] for position in range(end)]
+            drawn = next_token(context)
+            fingerprint = zlib.crc32(struct.pack("<q", drawn), fingerprint)
+            if part.sample is not None and self.rank == 0:
+                sampled.append(wire.SampledToken(sequence_id=part.sequence_id, token=drawn))
+        return wire.StepDone(epoch=step.epoch, step=step.step, seconds=0.001, fingerprint=fingerprint, sampled=sampled)
+
+    def _slot(self, part: wire.SequenceSlice, position: int) -> tuple[int, int]:
+        return part.blocks[position // BLOCK_SIZE], position % BLOCK_SIZE

@@ -1,0 +1,128 @@
+"""A real engine and bus on a free port, with fake ranks and a supervisor that does as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import msgspec
+from tests.support.fake_ranks import TOKEN, FakeRank
+
+from lockstep_runtime import wire
+from lockstep_runtime.config import EngineLimits, ServeConfig
+from lockstep_runtime.engine.bus import Bus
+from lockstep_runtime.engine.engine import Engine
+from lockstep_runtime.engine.interface import GenerationRequest
+from lockstep_runtime.engine.main import listen
+from lockstep_runtime.supervisor.link import Link
+
+DEADLINE = 20.0
+
+
+@dataclass
+class LiveEngine:
+    config: ServeConfig
+    engine: Engine
+    ranks: list[FakeRank]
+    reports: list[wire.GroupStatus] = field(default_factory=list)
+    told: list[wire.ToSupervisor] = field(default_factory=list)
+    links: dict[int, Link] = field(default_factory=dict)
+
+    async def until(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait for a condition, with a deadline."""
+        try:
+            async with asyncio.timeout(DEADLINE):
+                while not condition():  # noqa: ASYNC110 - a condition of any kind has no event
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            raise AssertionError(f"not within {DEADLINE:g} s: {what}; {self.engine.status()}") from None
+
+    async def ready(self) -> None:
+        await self.until(lambda: self.engine.status().state is wire.GroupState.READY, "the group is ready")
+
+    async def generate(self, prompt: tuple[int, ...], max_tokens: int) -> list[int]:
+        async with asyncio.timeout(DEADLINE):
+            return [event.token.token async for event in self.engine.generate(request(prompt, max_tokens))]
+
+    def obey(self, pod_index: int, message: wire.ToSupervisor) -> None:
+        """A supervisor's part: status is kept, a kill is carried out."""
+        if isinstance(message, wire.StatusReport):
+            self.reports.append(message.status)
+            return
+        self.told.append(message)
+        if isinstance(message, wire.KillWorker) and self.ranks[message.rank].incarnation == message.incarnation:
+            self._killing = asyncio.create_task(self.ranks[message.rank].respawn())
+
+
+def request(prompt: tuple[int, ...], max_tokens: int, stop: frozenset[int] = frozenset()) -> GenerationRequest:
+    return GenerationRequest(
+        request_id="test",
+        prompt=prompt,
+        max_tokens=max_tokens,
+        sampling=wire.SamplingParams(temperature=0),
+        stop_token_ids=stop,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.asynccontextmanager
+async def live_engine(
+    *,
+    ranks: int = 2,
+    limits: EngineLimits | None = None,
+    cache_blocks: int = 64,
+    start: bool = True,
+    supervisors: bool = True,
+    step_seconds: float = 10.0,
+    history: wire.GroupStatus | None = None,
+    **config: object,
+) -> AsyncIterator[LiveEngine]:
+    """One rank per pod; ready when it is entered, unless `start` is off."""
+    settings = msgspec.structs.replace(
+        ServeConfig(
+            model="toy",
+            served_name="toy",
+            tensor_parallel_size=ranks,
+            bus_port=free_port(),
+            limits=limits or EngineLimits(),
+        ),
+        **config,
+    )
+    engine = Engine(settings, history, step_seconds)
+    engine.set_model(None)
+    bus = Bus(TOKEN, engine.group)
+    await bus.open(listen("127.0.0.1", settings.bus_port))
+    live = LiveEngine(settings, engine, [FakeRank(settings, rank, cache_blocks) for rank in range(ranks)])
+    tasks = [asyncio.create_task(engine.run()), asyncio.create_task(engine.report())]
+    if supervisors:
+        tasks += [asyncio.create_task(_supervise(live, pod_index)) for pod_index in range(ranks)]
+    if start:
+        for rank in live.ranks:
+            rank.start()
+        await live.ready()
+    try:
+        yield live
+    finally:
+        failed = [task.exception() for task in tasks if task.done()]
+        for rank in live.ranks:
+            await rank.die()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await bus.close()
+        assert not failed, failed
+
+
+async def _supervise(live: LiveEngine, pod_index: int) -> None:
+    config = msgspec.structs.replace(live.config, pod_index=pod_index)
+    link = Link(config, TOKEN, f"s{pod_index}", lambda message: live.obey(pod_index, message), lambda: None)
+    live.links[pod_index] = link
+    await link.run()

@@ -1,0 +1,129 @@
+"""Diagnosis and decision, and the record that is kept of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from lockstep_runtime.engine.faults import KEPT, FaultBook
+from lockstep_runtime.engine.latency import LatencyWindow
+from lockstep_runtime.engine.recovery import Evidence, Rung, compare, decide, diagnose, points, silent
+from lockstep_runtime.wire import Fault, Latency, StepDone
+
+LOST = Evidence(Fault.RANK_LOST, 1, "rank 1 was killed by SIGKILL")
+HEARD = Evidence(Fault.RANK_LOST, 0, "rank 0: the collective broke", hearsay=True)
+FAILED = Evidence(Fault.STEP_FAILED, 2, "rank 2: out of memory")
+
+
+def done(fingerprint: int) -> StepDone:
+    return StepDone(epoch=1, step=1, seconds=0.1, fingerprint=fingerprint)
+
+
+def test_what_a_rank_says_of_itself_goes_before_hearsay() -> None:
+    assert diagnose([HEARD, LOST]).rank == 1
+    assert diagnose([HEARD, FAILED]) == FAILED
+
+
+def test_hearsay_alone_blames_nobody() -> None:
+    assert diagnose([HEARD]) == Evidence(Fault.RANK_LOST, None, "rank 0: the collective broke")
+
+
+def test_the_gravest_is_the_cause_and_all_messages_are_kept() -> None:
+    cause = diagnose([FAILED, LOST])
+    assert (cause.fault, cause.rank) == (Fault.RANK_LOST, 1)
+    assert cause.message == "rank 1 was killed by SIGKILL; rank 2: out of memory"
+
+
+@pytest.mark.parametrize(
+    ("prints", "rank"),
+    [([1, 1, 2], 2), ([2, 1, 1, 1], 0), ([1, 2], None), ([1, 1, 2, 2], None), ([1, 2, 3], None)],
+)
+def test_the_odd_rank_is_named_where_a_majority_shows_it(prints: list[int], rank: int | None) -> None:
+    odd = compare({number: done(value) for number, value in enumerate(prints)})
+    assert odd is not None
+    assert (odd.fault, odd.rank) == (Fault.DESYNC, rank)
+    assert "rank 0: 000000000000000" in odd.message
+
+
+def test_equal_fingerprints_are_no_fault() -> None:
+    assert compare({0: done(5), 1: done(5)}) is None
+    assert compare({0: done(5)}) is None
+
+
+def test_one_silent_rank_is_named_and_several_are_listed() -> None:
+    assert silent([1], "StepDone", 120.0) == Evidence(Fault.HANG, 1, "rank 1: no StepDone within 120 s")
+    assert silent([0, 2], "Joined", 1.5) == Evidence(Fault.HANG, None, "ranks 0, 2: no Joined within 1.5 s")
+
+
+@pytest.mark.parametrize(
+    ("cause", "rung", "kill"),
+    [
+        (LOST, Rung.RESPAWN, ()),
+        (FAILED, Rung.REBUILD, ()),
+        (Evidence(Fault.CONTEXT_FAULT, 1, "illegal address"), Rung.RESPAWN, (1,)),
+        (Evidence(Fault.CORRUPTION, 0, "checksum"), Rung.RESPAWN, (0,)),
+        (Evidence(Fault.HANG, None, "ranks 0, 1: no StepDone"), Rung.REBUILD, ()),
+        (Evidence(Fault.DESYNC, None, "the ranks differ"), Rung.REBUILD, ()),
+        (Evidence(Fault.NON_FINITE, 0, "NaN"), Rung.REBUILD, ()),
+        (Evidence(Fault.RANK_LOST, None, "the collective broke"), Rung.REBUILD, ()),
+    ],
+)
+def test_the_cheapest_rung_that_can_help(cause: Evidence, rung: Rung, kill: tuple[int, ...]) -> None:
+    decision = decide(cause, [cause])
+    assert (decision.rung, decision.kill) == (rung, kill)
+    assert decision.reason
+
+
+def test_a_lost_process_is_held_less_against_a_request_than_a_failed_step() -> None:
+    assert [points(fault) for fault in (Fault.RANK_LOST, Fault.STEP_FAILED, Fault.HANG)] == [1, 2, 2]
+
+
+def test_ids_rise_and_the_newest_are_kept() -> None:
+    book = FaultBook([], 0)
+    for number in range(KEPT + 5):
+        book.begin(LOST, "Respawn", at=float(number), epoch=number, detect=0.0)
+        book.repaired({"rebuild": 0.1}, at=number + 0.5, resumed=0)
+    ids = [record.id for record in book.records]
+    assert ids == list(range(6, KEPT + 6))
+    assert book.recoveries == KEPT + 5
+    assert FaultBook(book.records, 1).begin(LOST, "Respawn", at=0.0, epoch=0, detect=0.0).id == KEPT + 6
+
+
+def test_the_same_fault_again_before_the_repair_is_one_record_and_another_is_a_second() -> None:
+    book = FaultBook([], 0)
+    for evidence in (LOST, LOST, FAILED):
+        book.begin(evidence, "Respawn", at=1.0, epoch=1, detect=0.0)
+    book.repaired({"rebuild": 0.1}, at=2.0, resumed=3)
+    assert [(record.fault, record.recovered_at) for record in book.records] == [
+        (Fault.RANK_LOST, 2.0),
+        (Fault.STEP_FAILED, 2.0),
+    ]
+    assert book.recoveries == 1
+
+
+def test_the_first_token_after_a_repair_is_timed_once() -> None:
+    book = FaultBook([], 0)
+    assert not book.token(0.5)
+    book.begin(LOST, "Respawn", at=1.0, epoch=1, detect=0.25)
+    book.repaired({"rebuild": 0.1}, at=2.0, resumed=3)
+    assert book.token(2.5)
+    assert not book.token(3.0)
+    assert book.records[0].phases == {"detect": 0.25, "rebuild": 0.1, "firstToken": 0.5}
+
+
+def test_better_words_for_a_loss_and_the_name_of_a_hanging_rank() -> None:
+    book = FaultBook([], 0)
+    book.begin(LOST, "Respawn", at=1.0, epoch=1, detect=0.0)
+    book.explain(0, "another rank")
+    book.explain(1, "rank 1 ended with exit code 1")
+    assert book.records[0].message == "rank 1 ended with exit code 1"
+    book.begin(silent([0, 1], "StepDone", 2.0), "Rebuild", at=2.0, epoch=1, detect=2.0)
+    book.name(1, "rank 1 was killed", "Respawn")
+    assert (book.records[1].rank, book.records[1].rung) == (1, "Respawn")
+
+
+def test_latency_percentiles_are_of_the_newest_steps() -> None:
+    window = LatencyWindow(size=100)
+    assert window.latency() == Latency()
+    for milliseconds in range(1, 301):
+        window.add(milliseconds / 1000)
+    assert window.latency() == Latency(p50_ms=250.0, p99_ms=299.0)

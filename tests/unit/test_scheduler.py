@@ -1,0 +1,214 @@
+"""The scheduler's rules, one by one. Whole random lives are in tests/sim."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+
+from lockstep_runtime.engine.interface import FinishReason, GenerationRequest
+from lockstep_runtime.engine.scheduler import Drawn, Scheduler
+from lockstep_runtime.engine.sequence import Sequence
+from lockstep_runtime.wire import SampledToken, SamplingParams, SequenceSlice
+
+
+def scheduler(
+    *, max_sequences: int = 8, max_batch_tokens: int = 16, blocks: int = 16, max_model_len: int = 1000
+) -> Scheduler:
+    return Scheduler(
+        max_sequences=max_sequences,
+        max_batch_tokens=max_batch_tokens,
+        max_model_len=max_model_len,
+        blocks=blocks,
+        block_size=4,
+    )
+
+
+def sequence(number: int, prompt: int, max_tokens: int = 8, stop: frozenset[int] = frozenset()) -> Sequence:
+    request = GenerationRequest(
+        request_id=str(number),
+        prompt=tuple(range(prompt)),
+        max_tokens=max_tokens,
+        sampling=SamplingParams(temperature=0),
+        stop_token_ids=stop,
+    )
+    return Sequence(number, request)
+
+
+def step(planner: Scheduler, token: int = 7) -> tuple[list[SequenceSlice], list[Drawn]]:
+    slices = planner.plan()
+    sampled = [SampledToken(sequence_id=part.sequence_id, token=token) for part in slices if part.sample]
+    return slices, planner.apply(slices, sampled)
+
+
+def shape(slices: Many[SequenceSlice]) -> list[tuple[int, int, int, bool]]:
+    return [(part.sequence_id, part.position, len(part.tokens), part.sample is not None) for part in slices]
+
+
+def test_nothing_to_do_is_an_empty_plan() -> None:
+    assert scheduler().plan() == []
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_and_drawn_from_at_its_end_only() -> None:
+    planner = scheduler()
+    planner.add(sequence(1, prompt=40))
+    assert shape(step(planner)[0]) == [(1, 0, 16, False)]
+    assert shape(step(planner)[0]) == [(1, 16, 16, False)]
+    assert shape(step(planner)[0]) == [(1, 32, 8, True)]
+    slices, _ = step(planner)
+    assert shape(slices) == [(1, 40, 1, True)]
+    assert slices[0].tokens == [7]
+
+
+def test_prefill_shares_the_step_with_decodes_and_leaves_them_room() -> None:
+    planner = scheduler()
+    planner.add(sequence(1, prompt=3))
+    step(planner)
+    planner.add(sequence(2, prompt=30))
+    assert shape(step(planner)[0]) == [(1, 3, 1, True), (2, 0, 15, False)]
+    assert shape(step(planner)[0]) == [(1, 4, 1, True), (2, 15, 15, True)]
+
+
+def test_an_older_prefill_does_not_starve_a_later_decode() -> None:
+    planner = scheduler(max_batch_tokens=4, blocks=64)
+    planner.add(sequence(1, prompt=3))
+    planner.add(sequence(2, prompt=1))
+    step(planner)
+    planner.start_over(max_model_len=1000, blocks=64, block_size=4)
+    planner.add(sequence(3, prompt=1))
+    for _ in range(6):
+        slices = step(planner)[0]
+        assert sum(len(part.tokens) for part in slices) <= 4
+    assert {part.sequence_id for part in slices} == {1, 2, 3}
+
+
+def test_the_first_in_line_is_not_overtaken_by_a_smaller_one() -> None:
+    planner = scheduler(blocks=8)
+    planner.add(sequence(1, prompt=12, max_tokens=1))
+    planner.add(sequence(2, prompt=30, max_tokens=2))
+    planner.add(sequence(3, prompt=1, max_tokens=1))
+    assert shape(planner.plan()) == [(1, 0, 12, True)]  # 2 lacks blocks, 3 waits behind it
+
+
+def test_no_more_than_max_sequences_run() -> None:
+    planner = scheduler(max_sequences=2)
+    for number in range(1, 5):
+        planner.add(sequence(number, prompt=1))
+    step(planner)
+    assert (planner.running, planner.waiting) == (2, 2)
+
+
+def test_when_blocks_run_out_the_latest_is_computed_again_and_both_finish() -> None:
+    planner = scheduler(blocks=4)  # 16 tokens
+    planner.add(sequence(1, prompt=7, max_tokens=9))
+    planner.add(sequence(2, prompt=7, max_tokens=9))
+    finished: list[int] = []
+    positions: dict[int, list[int]] = {1: [], 2: []}
+    for _ in range(40):
+        slices, drawn = step(planner)
+        for part in slices:
+            positions[part.sequence_id].append(part.position)
+        finished += [one.sequence_id for one in drawn if one.finish]
+    assert finished == [1, 2]
+    assert planner.preemptions >= 1
+    assert positions[1] == sorted(positions[1])  # the oldest never went back
+    assert positions[2].count(0) == 2
+    assert planner.book.free == 4
+
+
+def test_a_stop_token_ends_a_sequence_and_is_delivered() -> None:
+    planner = scheduler()
+    planner.add(sequence(1, prompt=1, stop=frozenset({7})))
+    _, drawn = step(planner)
+    assert [(one.token.token, one.finish) for one in drawn] == [(7, FinishReason.STOP)]
+    assert planner.plan() == []
+
+
+def test_max_tokens_and_the_models_length_end_a_sequence() -> None:
+    planner = scheduler(max_model_len=5)
+    planner.add(sequence(1, prompt=1, max_tokens=2))
+    planner.add(sequence(2, prompt=3, max_tokens=2))
+    step(planner)
+    _, drawn = step(planner)
+    assert [one.finish for one in drawn] == [FinishReason.LENGTH] * 2
+
+
+def test_what_can_run_by_itself_is_bounded_by_the_cache_and_the_model() -> None:
+    planner = scheduler(blocks=4, max_model_len=12)
+    assert planner.fits(12)
+    assert not planner.fits(13)
+    assert scheduler(blocks=4).max_model_len == 16
+
+
+def test_a_sequence_cancelled_in_mid_step_draws_nothing_and_frees_its_blocks() -> None:
+    planner = scheduler()
+    planner.add(sequence(1, prompt=5))
+    slices = planner.plan()
+    planner.remove(1)
+    assert planner.book.used == 0
+    assert planner.apply(slices, [SampledToken(sequence_id=1, token=3)]) == []
+
+
+def test_starting_over_feeds_every_token_again() -> None:
+    planner = scheduler()
+    planner.add(sequence(1, prompt=5))
+    step(planner)
+    step(planner)
+    assert planner.start_over(max_model_len=1000, blocks=16, block_size=4) == []
+    slices, _ = step(planner)
+    assert shape(slices) == [(1, 0, 7, True)]
+    assert slices[0].tokens == [0, 1, 2, 3, 4, 7, 7]
+
+
+def test_starting_over_with_a_smaller_cache_gives_back_what_no_longer_fits() -> None:
+    planner = scheduler()
+    planner.add(sequence(1, prompt=20))
+    planner.add(sequence(2, prompt=2, max_tokens=2))
+    lost = planner.start_over(max_model_len=1000, blocks=2, block_size=4)
+    assert [one.id for one in lost] == [1]
+    assert shape(planner.plan()) == [(2, 0, 2, True)]
+
+
+def test_after_a_fault_suspects_run_alone_until_they_draw() -> None:
+    planner = scheduler()
+    for number in (1, 2, 3):
+        planner.add(sequence(number, prompt=4))
+    slices = planner.plan()
+    assert planner.blame(slices, 2) == []
+    planner.start_over(max_model_len=1000, blocks=16, block_size=4)
+    for number in (1, 2, 3):
+        assert shape(step(planner)[0]) == [(number, 0, 4, True)]
+    assert [part.sequence_id for part in planner.plan()] == [1, 2, 3]
+
+
+def test_a_sequence_that_fails_again_alone_is_given_up_and_no_other() -> None:
+    planner = scheduler()
+    for number in (1, 2):
+        planner.add(sequence(number, prompt=4))
+    planner.blame(planner.plan(), 2)
+    planner.start_over(max_model_len=1000, blocks=16, block_size=4)
+    alone = planner.plan()
+    assert [one.id for one in planner.blame(alone, 2)] == [1]
+    planner.start_over(max_model_len=1000, blocks=16, block_size=4)
+    assert [part.sequence_id for part in step(planner)[0]] == [2]
+    assert planner.waiting == 0
+
+
+def test_lost_processes_are_held_against_nobody_too_soon() -> None:
+    planner = scheduler()
+    planner.add(sequence(1, prompt=4))
+    for _ in range(3):
+        assert planner.blame(planner.plan(), 1) == []
+        planner.start_over(max_model_len=1000, blocks=16, block_size=4)
+    assert [one.id for one in planner.blame(planner.plan(), 1)] == [1]
+
+
+def test_a_suspect_takes_blocks_from_the_others_when_it_must() -> None:
+    planner = scheduler(blocks=4)
+    planner.add(sequence(1, prompt=4, max_tokens=8))
+    planner.add(sequence(2, prompt=12, max_tokens=4))
+    planner.blame(planner.plan(), 2)
+    planner.remove(1)
+    planner.add(sequence(0, prompt=4, max_tokens=8))
+    planner.blame([SequenceSlice(sequence_id=0, position=0, tokens=[], blocks=[])], 2)
+    planner.start_over(max_model_len=1000, blocks=4, block_size=4)
+    assert shape(step(planner)[0]) == [(0, 0, 4, True)]
+    assert shape(step(planner)[0]) == [(2, 0, 12, True)]

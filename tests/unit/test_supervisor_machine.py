@@ -1,0 +1,200 @@
+"""What the supervisor does when something happens."""
+
+from __future__ import annotations
+
+from signal import SIGKILL, SIGTERM
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lockstep_runtime.supervisor.machine import (
+    ENGINE,
+    Finish,
+    Machine,
+    Name,
+    Phase,
+    SayLeaving,
+    Signal,
+    Spawn,
+    backoff,
+)
+
+
+def leader() -> Machine:
+    return Machine(ranks=range(2), is_leader=True, grace_seconds=30.0)
+
+
+def member() -> Machine:
+    return Machine(ranks=range(2, 4), is_leader=False, grace_seconds=30.0)
+
+
+def test_the_leader_starts_workers_then_the_engine_and_a_member_only_workers() -> None:
+    assert leader().start(0.0) == [Spawn(0), Spawn(1), Spawn(ENGINE)]
+    assert member().start(0.0) == [Spawn(2), Spawn(3)]
+
+
+def test_a_healthy_worker_that_dies_is_started_at_once_every_time() -> None:
+    machine = leader()
+    machine.start(0.0)
+    for now in range(20):
+        assert machine.exited(1, healthy=True, now=float(now)) == [Spawn(1)]
+
+
+def test_one_that_never_gets_loaded_waits_longer_and_longer() -> None:
+    machine = leader()
+    machine.start(0.0)
+    now, waits = 0.0, []
+    for _ in range(9):
+        if machine.exited(1, healthy=False, now=now) == [Spawn(1)]:
+            waits.append(0.0)
+            continue
+        due = machine.next_deadline()
+        assert due is not None
+        waits.append(due - now)
+        assert machine.tick(due - 0.01) == []
+        assert machine.tick(due) == [Spawn(1)]
+        now = due
+    assert waits == [0, 1, 2, 4, 8, 16, 30, 30, 30]
+    assert machine.exited(1, healthy=True, now=now) == [Spawn(1)]
+
+
+def test_a_dead_engine_is_started_again_and_the_workers_are_left_alone() -> None:
+    machine = leader()
+    machine.start(0.0)
+    assert machine.exited(ENGINE, healthy=True, now=1.0) == [Spawn(ENGINE)]
+
+
+def test_an_engine_that_can_not_run_here_ends_the_pod_with_code_2() -> None:
+    machine = leader()
+    machine.start(0.0)
+    assert [action.name for action in machine.exited(ENGINE, healthy=False, now=1.0, hopeless=True)
+            if isinstance(action, Signal)] == [0, 1]  # fmt: skip
+    machine.exited(0, healthy=False, now=1.1)
+    assert machine.exited(1, healthy=False, now=1.2) == [Finish(2, "the engine can't run here")]
+
+
+def test_a_leader_drains_its_engine_before_it_ends_its_workers() -> None:
+    machine = leader()
+    machine.start(0.0)
+    assert machine.asked_to_end(10.0, connected=True) == [Signal(ENGINE, SIGTERM, "drain")]
+    assert machine.exited(1, healthy=True, now=11.0) == [Spawn(1)]  # the running requests still need it
+    reason = "the engine has drained"
+    assert machine.exited(ENGINE, healthy=True, now=20.0) == [Signal(0, SIGTERM, reason), Signal(1, SIGTERM, reason)]
+    assert machine.exited(0, healthy=True, now=20.1) == []
+    assert machine.exited(1, healthy=True, now=20.2) == [Finish(0, reason)]
+
+
+def test_a_drain_is_over_when_the_grace_is() -> None:
+    machine = leader()
+    machine.start(0.0)
+    machine.asked_to_end(10.0, connected=True)
+    assert machine.next_deadline() == 45.0
+    assert len(machine.tick(45.0)) == 3
+    assert machine.tick(47.9) == []
+    assert [action for action in machine.tick(48.1) if isinstance(action, Signal) and action.number == SIGKILL]
+
+
+def test_a_member_keeps_its_workers_until_it_is_released() -> None:
+    machine = member()
+    machine.start(0.0)
+    assert machine.released(1.0) == []  # it was not asked to end
+    assert machine.asked_to_end(10.0, connected=True) == [SayLeaving(30.0)]
+    assert machine.phase is Phase.LEAVING
+    assert len(machine.released(12.0)) == 2
+    machine.exited(2, healthy=True, now=12.1)
+    assert machine.exited(3, healthy=True, now=12.2) == [Finish(0, "released")]
+
+
+@pytest.mark.parametrize("how", ["disconnected", "grace", "not connected", "twice"])
+def test_a_member_does_not_wait_for_an_engine_that_is_gone(how: str) -> None:
+    machine = member()
+    machine.start(0.0)
+    actions = machine.asked_to_end(10.0, connected=how != "not connected")
+    if how == "disconnected":
+        actions = machine.disconnected(11.0)
+    elif how == "grace":
+        actions = machine.tick(40.0)
+    elif how == "twice":
+        actions = machine.asked_to_end(11.0, connected=True)
+    assert [action.name for action in actions if isinstance(action, Signal)] == [2, 3]
+
+
+def test_a_lost_connection_alone_ends_nothing() -> None:
+    machine = member()
+    machine.start(0.0)
+    assert machine.disconnected(1.0) == []
+
+
+def test_a_kill_is_for_a_living_worker_of_this_pod() -> None:
+    machine = leader()
+    machine.start(0.0)
+    assert machine.kill(1, "it hangs") == [Signal(1, SIGKILL, "it hangs")]
+    assert machine.kill(5, "it hangs") == []
+    machine.exited(1, healthy=False, now=1.0)
+    machine.exited(1, healthy=False, now=2.0)
+    assert machine.kill(1, "it hangs") == []  # it waits to be started
+
+
+def test_backoff_doubles_up_to_half_a_minute() -> None:
+    assert [backoff(failures) for failures in range(9)] == [0, 0, 1, 2, 4, 8, 16, 30, 30]
+
+
+EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("exit"), st.sampled_from([0, 1, ENGINE]), st.booleans()),
+        st.tuples(st.just("end"), st.just(0), st.booleans()),
+        st.tuples(st.just("wait"), st.integers(0, 60), st.booleans()),
+        st.tuples(st.just("release"), st.just(0), st.booleans()),
+        st.tuples(st.just("disconnect"), st.just(0), st.booleans()),
+    ),
+    max_size=60,
+)
+
+
+@given(is_leader=st.booleans(), events=EVENTS)
+def test_whatever_happens_no_child_is_doubled_or_left_over(
+    is_leader: bool, events: list[tuple[str, Name, bool]]
+) -> None:
+    machine = Machine(ranks=range(2), is_leader=is_leader, grace_seconds=30.0)
+    alive: set[Name] = set()
+    finished = False
+    now = 0.0
+
+    def do(actions: list[object]) -> None:
+        nonlocal finished
+        for action in actions:
+            assert not finished, "it acts after its end"
+            if isinstance(action, Spawn):
+                assert action.name not in alive
+                alive.add(action.name)
+            elif isinstance(action, Signal):
+                assert action.name in alive
+            elif isinstance(action, Finish):
+                finished = True
+                assert not alive
+
+    do([*machine.start(now)])
+    for kind, value, flag in events:
+        if kind == "exit" and value in alive:
+            alive.discard(value)
+            do([*machine.exited(value, healthy=flag, now=now)])
+        elif kind == "end":
+            do([*machine.asked_to_end(now, connected=flag)])
+        elif kind == "wait" and isinstance(value, int):
+            now += value
+            do([*machine.tick(now)])
+        elif kind == "release":
+            do([*machine.released(now)])
+        elif kind == "disconnect":
+            do([*machine.disconnected(now)])
+    if not finished:
+        do([*machine.asked_to_end(now, connected=False)])
+        for _ in range(8):
+            now += 100.0
+            do([*machine.tick(now)])
+            for name in sorted(alive, key=str):
+                if not finished and machine.phase is not Phase.RUNNING:
+                    alive.discard(name)
+                    do([*machine.exited(name, healthy=False, now=now)])
+    assert finished
