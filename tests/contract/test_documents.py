@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import pytest
 import yaml
+from dev.crd_reference import reference
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.support.chart import ROOT
@@ -102,6 +103,11 @@ def _unknown(schema: dict[str, Any], value: object, path: str) -> Iterator[str]:
 def test_models_are_of_the_crd(place: str, model: dict[str, Any]) -> None:
     assert model["apiVersion"] == f"{CRD['spec']['group']}/{CRD['spec']['versions'][0]['name']}"
     assert list(_unknown({**SCHEMA, "required": ["metadata", "spec"]}, model, place)) == []
+
+
+def test_the_reference_is_written_from_the_crd() -> None:
+    page = (ROOT / "docs" / "crd.md").read_text()
+    assert page == reference(CRD), "write it anew: .venv/bin/python -m dev.crd_reference > docs/crd.md"
 
 
 def test_the_checker_of_models_can_say_no() -> None:
