@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,8 +16,8 @@ HEAD: Final = """\
 
 <!-- Written by dev/crd_reference.py from crds/: change the descriptions there. -->
 
-`lockstep.dev/v1alpha1`, short name `tpm`. `kubectl explain tpm.spec --recursive` shows the same for the version that your
-cluster serves. No field has a default in the schema; the descriptions say what unset means.
+`lockstep.dev/v1alpha1`, short name `tpm`. `kubectl explain tpm.spec --recursive` shows the same for the version
+that your cluster serves. No field has a default in the schema; the descriptions say what unset means.
 """
 
 Schema = dict[str, Any]
@@ -91,7 +91,7 @@ def _described(columns: list[Schema]) -> list[Schema]:
     return [column for column in columns if "description" in column]
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     lines = [head, tuple("---" for _ in head), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
