@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import shutil
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +16,7 @@ import yaml
 from dev.crd_reference import reference
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.support.chart import ROOT
+from tests.support.chart import CHART, LEAST_VALUES, ROOT, helm
 
 from lockstep_operator.metrics import Metrics as OperatorMetrics
 from lockstep_runtime.api.metrics import Metrics as EngineMetrics
@@ -103,6 +106,20 @@ def _unknown(schema: dict[str, Any], value: object, path: str) -> Iterator[str]:
 def test_models_are_of_the_crd(place: str, model: dict[str, Any]) -> None:
     assert model["apiVersion"] == f"{CRD['spec']['group']}/{CRD['spec']['versions'][0]['name']}"
     assert list(_unknown({**SCHEMA, "required": ["metadata", "spec"]}, model, place)) == []
+
+
+@pytest.mark.parametrize("namespaces", [[], ["team-a", "team-b"]])
+def test_the_model_that_helm_prints_is_of_the_crd(namespaces: list[str], tmp_path: Path) -> None:
+    chart = shutil.copytree(CHART, tmp_path / "lockstep")
+    unbound = "".join(line for line in (chart / "Chart.yaml").open() if not line.startswith("kubeVersion"))
+    (chart / "Chart.yaml").write_text(unbound)  # without a cluster helm takes itself for an old Kubernetes
+    options = ["--dry-run=client", "-f", LEAST_VALUES, "-f", "-"]
+    result = helm("install", "mine", str(chart), *options, stdin=json.dumps({"watchNamespaces": namespaces}))
+    assert result.returncode == 0, result.stderr
+    notes = textwrap.dedent(result.stdout.partition("<<YAML\n")[2].partition("    YAML\n")[0])
+    model = yaml.safe_load(notes)
+    assert list(_unknown({**SCHEMA, "required": ["metadata", "spec"]}, model, "notes")) == []
+    assert model["metadata"].get("namespace") == (namespaces[0] if namespaces else None)
 
 
 def test_the_reference_is_written_from_the_crd() -> None:
