@@ -111,8 +111,9 @@ def test_models_are_of_the_crd(place: str, model: dict[str, Any]) -> None:
 @pytest.mark.parametrize("namespaces", [[], ["team-a", "team-b"]])
 def test_the_model_that_helm_prints_is_of_the_crd(namespaces: list[str], tmp_path: Path) -> None:
     chart = shutil.copytree(CHART, tmp_path / "lockstep")
-    unbound = "".join(line for line in (chart / "Chart.yaml").open() if not line.startswith("kubeVersion"))
-    (chart / "Chart.yaml").write_text(unbound)  # without a cluster helm takes itself for an old Kubernetes
+    metadata = (chart / "Chart.yaml").read_text()
+    # Without a cluster helm takes itself for an old Kubernetes.
+    (chart / "Chart.yaml").write_text(re.sub(r"^kubeVersion:.*\n", "", metadata, flags=re.MULTILINE))
     options = ["--dry-run=client", "-f", LEAST_VALUES, "-f", "-"]
     result = helm("install", "mine", str(chart), *options, stdin=json.dumps({"watchNamespaces": namespaces}))
     assert result.returncode == 0, result.stderr
