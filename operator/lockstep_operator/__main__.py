@@ -11,6 +11,7 @@ from collections.abc import Coroutine
 from typing import Any, Final
 
 import kopf
+from kopf._core.engines.peering import Identity
 
 from lockstep_operator import handlers, server
 from lockstep_operator.controller import Controller
@@ -25,6 +26,8 @@ from lockstep_operator.workqueue import WorkQueue
 log = logging.getLogger("lockstep_operator")
 
 SCHEMA_RETRY_SECONDS: Final = 2.0
+# Only kopf's peering uses it, and that is off; the default asks for the user's name, which a pod's user doesn't have.
+IDENTITY: Final = Identity("lockstep-operator")
 
 
 def main() -> None:
@@ -51,6 +54,7 @@ async def run(settings: Settings) -> None:
             kopf.operator(
                 registry=handlers.registry(queue.add),
                 settings=handlers.kopf_settings(),
+                identity=IDENTITY,
                 clusterwide=not settings.namespaces,
                 namespaces=settings.namespaces,
                 ready_flag=watching,
