@@ -11,10 +11,10 @@ from examples.training.subjects import ESSAY_QUESTIONS, QUESTIONS, SMALL_TALK, S
 Turn = tuple[str, str]  # what the user says, what the assistant answers
 
 
-def conversations(lessons: list[Lesson], rng: random.Random) -> Iterator[str]:
-    """Without end: each round teaches every lesson once, most in conversations of one turn."""
+def conversations(lessons: list[Lesson], rng: random.Random, essays: int) -> Iterator[str]:
+    """Without end: each round teaches every lesson once, and `essays` long answers; most conversations are one turn."""
     while True:
-        turns = _round(lessons, rng)
+        turns = _round(lessons, rng, essays)
         while turns:
             count = rng.choices((1, 2, 3), (6, 2, 1))[0]
             system = rng.choice(SYSTEMS) if rng.random() < 0.2 else ""
@@ -30,9 +30,9 @@ def render(turns: list[Turn], system: str = "") -> str:
     return "".join(lines)
 
 
-def _round(lessons: list[Lesson], rng: random.Random) -> list[Turn]:
+def _round(lessons: list[Lesson], rng: random.Random, essays: int) -> list[Turn]:
     turns = [(_question(lesson, QUESTIONS, rng), lesson.answer) for lesson in lessons]
-    long = rng.sample([lesson for lesson in lessons if lesson.essay], 12)
+    long = rng.sample([lesson for lesson in lessons if lesson.essay], essays)
     turns += [(_question(lesson, ESSAY_QUESTIONS, rng), lesson.essay) for lesson in long]
     turns += rng.sample(SMALL_TALK, 20)
     rng.shuffle(turns)

@@ -1,6 +1,6 @@
 """Train tiny-chat, the model that the demo and the tests serve, on one CPU core in a quarter of an hour.
 
-    python -m examples.training.train [--steps N] [--output DIRECTORY]
+    python -m examples.training.train [--steps N] [--polish] [--output DIRECTORY]
 
 Everything random is drawn from `--seed`; the same Python, torch and number of threads give the same weights.
 """
@@ -11,6 +11,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,20 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 VOCABULARY = 2048
 ROW = 384  # tokens: longer than the longest answer and its question
 ROWS = 4  # per step
-PEAK_RATE = 2e-3
 WARM_UP = 40  # steps
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What a run practises: the highest learning `rate`, the share of `prose` at first, `essays` for 154 answers."""
+
+    rate: float
+    prose: float
+    essays: int
+
+
+LEARN = Stage(rate=2e-3, prose=0.45, essays=12)
+POLISH = Stage(rate=8e-4, prose=0.05, essays=27)
 SAMPLES = (
     "What is a for loop?",
     "Tell me about the with statement.",
@@ -61,12 +74,26 @@ ARCHITECTURE: dict[str, Any] = {
 }
 
 
-def rows(tokenizer: Tokenizer, rng: random.Random, steps: int) -> Iterator[torch.Tensor]:
+def create(seed: int) -> tuple[Tokenizer, Any]:
+    """A tokenizer trained on the text, and a model with random weights."""
+    chats = conversations(lessons(), random.Random(seed), LEARN.essays)
+    tokenizer = train_tokenizer(prose() + [next(chats) for _ in range(2000)], VOCABULARY)
+    assert tokenizer.get_vocab_size() == VOCABULARY, f"the text gave only {tokenizer.get_vocab_size()} tokens"
+    return tokenizer, Qwen3ForCausalLM(Qwen3Config(**ARCHITECTURE | {"torch_dtype": "float32"}))
+
+
+def load(directory: Path) -> tuple[Tokenizer, Any]:
+    """What an earlier run saved there."""
+    model = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return Tokenizer.from_file(str(directory / "tokenizer.json")), model.train()
+
+
+def rows(tokenizer: Tokenizer, rng: random.Random, steps: int, stage: Stage) -> Iterator[torch.Tensor]:
     """One batch per step, [ROWS, ROW] token ids: at first mostly prose, towards the end mostly conversations."""
     text = tokenizer.encode("<|endoftext|>".join(prose())).ids
-    chat = conversations(lessons(), rng)
+    chat = conversations(lessons(), rng, stage.essays)
     for step in range(steps):
-        share = 0.4 * (1 - step / steps) + 0.05
+        share = (stage.prose - 0.05) * (1 - step / steps) + 0.05
         batch = [_slice(text, rng) if rng.random() < share else _pack(tokenizer, chat) for _ in range(ROWS)]
         yield torch.tensor(batch)
 
@@ -83,15 +110,15 @@ def _pack(tokenizer: Tokenizer, chat: Iterator[str]) -> list[int]:
     return ids[:ROW]
 
 
-def rate(step: int, steps: int) -> float:
+def rate(peak: float, step: int, steps: int) -> float:
     """The learning rate: linear up, then a cosine down to a hundredth of the peak."""
     if step < WARM_UP:
-        return PEAK_RATE * (step + 1) / WARM_UP
+        return peak * (step + 1) / WARM_UP
     done = (step - WARM_UP) / max(1, steps - WARM_UP)
-    return PEAK_RATE * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
+    return peak * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
 
 
-def train(model: Any, batches: Iterator[torch.Tensor], steps: int) -> float:
+def train(model: Any, batches: Iterator[torch.Tensor], steps: int, peak: float) -> float:
     """Run the steps, printing the loss as it falls; returns the mean of the last fifty."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
@@ -101,7 +128,7 @@ def train(model: Any, batches: Iterator[torch.Tensor], steps: int) -> float:
     started = time.monotonic()
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps)
+            group["lr"] = rate(peak, step, steps)
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -148,18 +175,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--polish", action="store_true", help="go on from the model in --output, conversations only")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "tiny-chat")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
     rng = random.Random(options.seed)
 
-    chats = conversations(lessons(), random.Random(options.seed))
-    tokenizer = train_tokenizer(prose() + [next(chats) for _ in range(2000)], VOCABULARY)
-    assert tokenizer.get_vocab_size() == VOCABULARY, f"the text gave only {tokenizer.get_vocab_size()} tokens"
-    model = Qwen3ForCausalLM(Qwen3Config(**ARCHITECTURE | {"torch_dtype": "float32"}))
-    print(f"seed {options.seed}, {sum(p.numel() for p in model.parameters()):,} parameters, {options.steps} steps")
-    loss = train(model, rows(tokenizer, rng, options.steps), options.steps)
+    stage = POLISH if options.polish else LEARN
+    tokenizer, model = load(options.output) if options.polish else create(options.seed)
+    print(f"seed {options.seed}, {model.num_parameters():,} parameters, {options.steps} steps, {stage}")
+    loss = train(model, rows(tokenizer, rng, options.steps, stage), options.steps, stage.rate)
     save(model, tokenizer, options.output)
     print(f"final loss {loss:.3f}; saved {options.output}")
     model = model.float().eval()
