@@ -41,7 +41,9 @@ async def serving(
     config = ServeConfig(model=str(model), served_name=SERVED, limits=engine_limits or EngineLimits())
     app = create_app(config, engine, api_key, limits)
     server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=5))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    # As in the engine process: asyncio sets TCP_NODELAY only on sockets that say TCP.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         running = asyncio.create_task(server.serve(sockets=[listener]))
         try:

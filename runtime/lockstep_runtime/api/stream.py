@@ -72,10 +72,6 @@ def refuse(error: Exception, metrics: Metrics) -> ApiError:
     return refusal
 
 
-class ClientGoneError(Exception):
-    """The client does not take what it is sent."""
-
-
 class Answer(Response):
     """Generates and sends. Nothing runs before it is called as an ASGI application, and nothing after."""
 
@@ -91,8 +87,8 @@ class Answer(Response):
         self._head, self._tail = self._chunk_frame()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.create_task(self._run(scope, receive, self._bounded(send)))
         gone = asyncio.create_task(_disconnected(receive))
+        work = asyncio.create_task(self._run(scope, receive, self._bounded(send, gone)))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -105,18 +101,17 @@ class Answer(Response):
             work.result()
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            async with Merged(self._engine, self._job.requests) as merged:
-                try:
-                    batch = await merged.next(self._limits.headers_seconds)
-                    body = None if self._job.stream else await self._whole(batch, merged)
-                except Exception as error:  # the engine's, early enough to be an HTTP status
-                    return await refuse(error, self._metrics).response()(scope, receive, send)
-                if body is None:
-                    return await self._stream(batch, merged, send)
-            await Response(body, media_type="application/json")(scope, receive, send)
-        except ClientGoneError:
-            self._metrics.failed("disconnected")
+        async with Merged(self._engine, self._job.requests) as merged:
+            try:
+                batch = await merged.next(self._limits.headers_seconds)
+                body = None if self._job.stream else await self._whole(batch, merged)
+            except Exception as error:  # the engine's, early enough to be an HTTP status
+                await refuse(error, self._metrics).response()(scope, receive, send)
+                return
+            if body is None:
+                await self._stream(batch, merged, send)
+            else:
+                await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _whole(self, batch: Batch, merged: Merged) -> bytes:
         pieces: list[list[Piece]] = [[] for _ in self._choices]
@@ -133,20 +128,18 @@ class Answer(Response):
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         openings = [self._form.opening(choice.index) for choice in self._choices]
         events = b"".join(self._event(opening) for opening in openings if opening)
-        try:
-            while True:
-                events += self._events(batch, merged)
-                if not self._unfinished():
-                    break
-                if events:
-                    await _part(send, events)
+        while True:
+            events += self._events(batch, merged)
+            if not self._unfinished():
+                break
+            if events:
+                await _part(send, events)
+            try:
                 batch = await merged.next(self._limits.keep_alive_seconds)
-                events = b"" if batch else KEEP_ALIVE
-            await _part(send, events + self._ending(), more=False)
-        except ClientGoneError:
-            raise
-        except Exception as error:  # the engine's: neither a finish_reason nor [DONE] may follow it
-            await _part(send, b"data: " + refuse(error, self._metrics).body() + b"\n\n", more=False)
+            except Exception as error:  # the engine's: neither a finish_reason nor [DONE] may follow it
+                return await _part(send, b"data: " + refuse(error, self._metrics).body() + b"\n\n", more=False)
+            events = b"" if batch else KEEP_ALIVE
+        return await _part(send, events + self._ending(), more=False)
 
     def _events(self, batch: Batch, merged: Merged) -> bytes:
         parts: list[bytes] = []
@@ -198,13 +191,16 @@ class Answer(Response):
         prompt = self._job.prompt_tokens
         return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
 
-    def _bounded(self, send: Send) -> Send:
+    def _bounded(self, send: Send, gone: asyncio.Task[None]) -> Send:
+        """A client that takes nothing for too long is as good as gone."""
+        loop = asyncio.get_running_loop()
+
         async def bounded(message: Message) -> None:
+            timer = loop.call_later(self._limits.write_seconds, gone.cancel)
             try:
-                async with asyncio.timeout(self._limits.write_seconds):
-                    await send(message)
-            except TimeoutError:
-                raise ClientGoneError from None
+                await send(message)
+            finally:
+                timer.cancel()
 
         return bounded
 

@@ -1,0 +1,446 @@
+"""What stands around the answers: who may ask, how much, when the server is not there yet or soon no more."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import shutil
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from tests.support.api_server import SERVED, TINY_CHAT, serving
+from tests.support.engine import FakeEngine, Part, eventually
+
+from lockstep_runtime.api.limits import Limits
+from lockstep_runtime.config import EngineLimits
+from lockstep_runtime.engine.interface import EngineBusyError, GenerationRequest, Readiness
+
+END = 2047
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+JSON = {"Content-Type": "application/json"}
+MALFORMED_BODIES = 1000
+SEED = 20261121
+
+
+def engine(parts: Iterable[Part] = (70, 71, 72)) -> FakeEngine:
+    kept = list(parts)
+
+    def script(_: GenerationRequest) -> Iterable[Part]:
+        return kept
+
+    return FakeEngine(script, END)
+
+
+def chat(**extra: Any) -> dict[str, Any]:
+    return {"model": SERVED, "messages": [{"role": "user", "content": "Hi"}]} | extra
+
+
+def text(**extra: Any) -> dict[str, Any]:
+    return {"model": SERVED, "prompt": "Hi"} | extra
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[httpx.AsyncClient]:
+    async with serving(engine()) as url, httpx.AsyncClient(base_url=url) as client:
+        yield client
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    assert response.headers["content-type"] == "application/json"
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return error
+
+
+async def test_health_ready_and_nothing_else(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/health")).status_code == 200
+    assert (await client.get("/ready")).json() == {"ready": True, "reason": "all 2 ranks are in step"}
+    for path in ("/docs", "/redoc", "/openapi.json", "/", "/v1", "/v2/chat/completions"):
+        response = await client.get(path)
+        assert response.status_code == 404
+        assert path in error_of(response)["message"]
+
+
+async def test_another_method_is_405_and_says_which(client: httpx.AsyncClient) -> None:
+    response = await client.get(CHAT)
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    error_of(response)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (chat(temperature=-1), "temperature"),
+        (chat(temperature=2.5), "temperature"),
+        (chat(temperature="hot"), "temperature"),
+        (chat(temperature=True), "temperature"),
+        (chat(top_p=0), "top_p"),
+        (chat(top_k=-2), "top_k"),
+        (chat(min_p=1.5), "min_p"),
+        (chat(n=0), "n"),
+        (chat(n=17), "n"),
+        (chat(n=10**40), "n"),
+        (chat(max_tokens=0), "max_tokens"),
+        (chat(max_completion_tokens=1.5), "max_completion_tokens"),
+        (chat(seed=2**64), "seed"),
+        (chat(stop=["a"] * 17), "stop"),
+        (chat(stop=""), "stop[0]"),
+        (chat(stop=["x" * 300]), "stop[0]"),
+        (chat(stop_token_ids=["a"]), "stop_token_ids[0]"),
+        (chat(logprobs=5), "logprobs"),
+        (chat(top_logprobs=5), "top_logprobs"),
+        (chat(logprobs=True, top_logprobs=21), "top_logprobs"),
+        (chat(stream="yes"), "stream"),
+        (chat(stream_options={"include_usage": True}), "stream_options"),
+        (chat(messages=[]), "messages"),
+        (chat(messages="Hi"), "messages"),
+        (chat(messages=[{"role": "king", "content": "Hi"}]), "messages[0].role"),
+        (chat(messages=[{"content": "Hi"}]), "messages[0].role"),
+        (chat(messages=[{"role": "user", "content": 5}]), "messages[0].content"),
+        (chat(messages=[{"role": "user", "content": [5]}]), "messages[0].content"),
+        (chat(messages=[{"role": "user", "content": [{"type": "text"}]}]), "messages[0].content"),
+        (chat(chat_template_kwargs={"messages": []}), "chat_template_kwargs"),
+        ({"model": SERVED}, "messages"),
+        ({"messages": []}, "model"),
+        (chat(model=None), "model"),
+        (text(prompt=[]), "prompt"),
+        (text(prompt=""), "prompt"),
+        (text(prompt=None), "prompt"),
+        (text(prompt=[-1]), "prompt"),
+        (text(prompt=[2048]), "prompt"),
+        (text(prompt=[True]), "prompt"),
+        (text(prompt=["a", 5]), "prompt"),
+        (text(prompt=[[]]), "prompt"),
+        (text(prompt=["a"] * 129), "prompt"),
+        (text(prompt=["a"] * 100, n=2), "n"),
+        (text(logprobs=21), "logprobs"),
+        (text(logprobs=True), "logprobs"),
+        (text(echo=True, logprobs=1), "logprobs"),
+    ],
+)
+async def test_a_wrong_field_is_named(client: httpx.AsyncClient, body: dict[str, Any], param: str) -> None:
+    response = await client.post(TEXT if "prompt" in body else CHAT, json=body)
+    assert response.status_code == 400
+    assert error_of(response)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("field", "neutral", "asking"),
+    [
+        ("frequency_penalty", 0, 0.5),
+        ("presence_penalty", 0.0, 1),
+        ("repetition_penalty", 1.0, 1.1),
+        ("logit_bias", {}, {"5": 10}),
+        ("response_format", {"type": "text"}, {"type": "json_object"}),
+        ("tools", [], [{"type": "function", "function": {"name": "f"}}]),
+        ("tool_choice", "none", "required"),
+        ("best_of", 1, 2),
+        ("min_tokens", 0, 5),
+        ("guided_json", None, {}),
+    ],
+)
+async def test_what_is_not_built_is_taken_only_when_it_asks_for_nothing(
+    client: httpx.AsyncClient, field: str, neutral: object, asking: object
+) -> None:
+    assert (await client.post(CHAT, json=chat(**{field: neutral}))).status_code == 200
+    response = await client.post(CHAT, json=chat(**{field: asking}))
+    assert response.status_code == 400
+    assert (error_of(response)["param"], error_of(response)["code"]) == (field, "unsupported_parameter")
+
+
+async def test_unknown_fields_are_ignored(client: httpx.AsyncClient) -> None:
+    response = await client.post(CHAT, json=chat(user="me", metadata={"a": "b"}, brand_new=[1]))
+    assert response.status_code == 200
+
+
+async def test_parts_of_text_are_joined_and_others_refused(client: httpx.AsyncClient) -> None:
+    parts: list[dict[str, Any]] = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    joined = await client.post(CHAT, json=chat(messages=[{"role": "user", "content": parts}]))
+    plain = await client.post(CHAT, json=chat(messages=[{"role": "user", "content": "one\ntwo"}]))
+    assert joined.json()["usage"] == plain.json()["usage"]
+    parts.append({"type": "image_url", "image_url": {"url": "data:image/png;base64,"}})
+    response = await client.post(CHAT, json=chat(messages=[{"role": "user", "content": parts}]))
+    assert response.status_code == 400
+    assert "image_url" in error_of(response)["message"]
+
+
+async def test_tool_messages_are_refused(client: httpx.AsyncClient) -> None:
+    for message in ({"role": "tool", "content": "5"}, {"role": "assistant", "tool_calls": [{"id": "a"}]}):
+        response = await client.post(CHAT, json=chat(messages=[message]))
+        assert response.status_code == 400
+        assert "tool calling" in error_of(response)["message"]
+
+
+async def test_a_developer_is_the_system(client: httpx.AsyncClient) -> None:
+    developer = await client.post(CHAT, json=chat(messages=[{"role": "developer", "content": "Hi"}]))
+    system = await client.post(CHAT, json=chat(messages=[{"role": "system", "content": "Hi"}]))
+    assert developer.json()["usage"] == system.json()["usage"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"\xff\xfe",
+        b'{"model": "\xff"}',
+        b'{"model": "\\ud800"}',
+        b'{"model": NaN}',
+        b'{"temperature": Infinity}',
+        b'{"temperature": 1e999}',
+        b'{"model": "a"} trailing',
+        b"\x00",
+        b"[" * 100_000,
+        b'{"a":' * 33 + b"1" + b"}" * 33,
+        b'{"messages":' + b"[" * 5_000 + b"]" * 5_000 + b"}",
+    ],
+)
+async def test_what_is_no_json_object_is_400(client: httpx.AsyncClient, body: bytes) -> None:
+    response = await client.post(CHAT, content=body, headers=JSON)
+    assert response.status_code == 400
+    assert error_of(response)["code"] == "invalid_json"
+
+
+async def test_a_text_with_nul_is_text(client: httpx.AsyncClient) -> None:
+    response = await client.post(TEXT, json=text(prompt="a\0b"))
+    assert response.status_code == 200
+
+
+async def test_other_content_types_are_415(client: httpx.AsyncClient) -> None:
+    body = json.dumps(chat()).encode()
+    for headers in ({"Content-Type": "text/plain"}, {}, {**JSON, "Content-Encoding": "gzip"}):
+        response = await client.post(CHAT, content=body, headers=headers)
+        assert response.status_code == 415
+        error_of(response)
+    assert (
+        await client.post(CHAT, content=body, headers={"Content-Type": "application/json; charset=utf-8"})
+    ).is_success
+
+
+async def chunked(parts: int) -> AsyncIterator[bytes]:
+    for _ in range(parts):
+        yield b" " * 1000
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_a_large_body_is_413(announced: bool) -> None:
+    async with serving(engine(), limits=Limits(max_body_bytes=5000)) as url, httpx.AsyncClient(base_url=url) as client:
+        body = b" " * 6000 if announced else chunked(6)
+        response = await client.post(CHAT, content=body, headers=JSON)
+        assert response.status_code == 413
+        assert "5000" in error_of(response)["message"]
+
+
+async def test_a_slow_body_is_given_up() -> None:
+    async with serving(engine(), limits=Limits(body_seconds=0.2)) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(url).port)
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{{"
+        writer.write(head.encode())
+        async with asyncio.timeout(10):
+            assert b" 408 " in await reader.readline()
+        writer.close()
+        await writer.wait_closed()
+
+
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer", "Basic secret", "secret", "Bearer sécret"])
+async def test_without_the_key_nothing_of_v1_is_served(header: str | None) -> None:
+    async with serving(engine(), api_key="secret") as url, httpx.AsyncClient(base_url=url) as client:
+        headers = {} if header is None else {b"Authorization": header.encode()}
+        for method, path in (("GET", "/v1/models"), ("POST", CHAT), ("POST", TEXT)):
+            response = await client.request(method, path, headers=headers)
+            assert response.status_code == 401
+            assert error_of(response)["code"] in ("missing_api_key", "invalid_api_key")
+        for path in ("/health", "/ready", "/metrics"):
+            assert (await client.get(path)).status_code == 200
+
+
+async def test_with_the_key_everything_is() -> None:
+    async with serving(engine(), api_key="secret") as url, httpx.AsyncClient(base_url=url) as client:
+        response = await client.post(CHAT, json=chat(), headers={"Authorization": "Bearer secret"})
+        assert response.status_code == 200
+
+
+async def test_too_many_at_once_are_turned_away_and_told_when_to_come_back() -> None:
+    resume = asyncio.Event()
+    fake = engine([70, resume])
+    limits = EngineLimits(max_sequences=1, max_waiting=1)
+    async with serving(fake, engine_limits=limits) as url, httpx.AsyncClient(base_url=url) as client:
+        running = [asyncio.create_task(client.post(CHAT, json=chat())) for _ in range(2)]
+        await eventually(lambda: len(fake.running) == 2)
+        response = await client.post(CHAT, json=chat())
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        error_of(response)
+        assert (await client.get("/health")).status_code == 200
+        resume.set()
+        assert [task.status_code for task in await asyncio.gather(*running)] == [200, 200]
+        assert (await client.post(CHAT, json=chat())).status_code == 200
+
+
+async def test_until_the_model_is_there_it_says_so_and_then_serves(tmp_path: Path) -> None:
+    place = tmp_path / "model"
+    async with serving(engine(), model=place, wait_loaded=False) as url, httpx.AsyncClient(base_url=url) as client:
+        await _says(client, "does not exist")
+        assert (await client.get("/health")).status_code == 200
+        for method, path in (("GET", "/v1/models"), ("GET", f"/v1/models/{SERVED}"), ("POST", CHAT)):
+            response = await client.request(method, path, json=chat() if method == "POST" else None)
+            assert response.status_code == 503
+            assert (error_of(response)["code"], response.headers["retry-after"]) == ("loading", "5")
+        shutil.copytree(TINY_CHAT, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors"))
+        (tmp_path / "copy").rename(place)
+        await _says(client, "in step")
+        assert (await client.post(CHAT, json=chat())).status_code == 200
+
+
+async def _says(client: httpx.AsyncClient, words: str) -> None:
+    async with asyncio.timeout(20):
+        while words not in (await client.get("/ready")).json()["reason"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+async def test_before_the_engine_knows_the_length_it_is_loading() -> None:
+    fake = engine()
+    async with serving(fake) as url, httpx.AsyncClient(base_url=url) as client:
+        fake.max_model_len = None
+        assert (await client.post(CHAT, json=chat())).status_code == 503
+        fake.max_model_len = 100
+        assert (await client.post(CHAT, json=chat())).status_code == 200
+
+
+async def test_ready_is_the_engines_word() -> None:
+    fake = engine()
+    async with serving(fake) as url, httpx.AsyncClient(base_url=url) as client:
+        fake.state = Readiness(False, "rank 1 is loading")
+        response = await client.get("/ready")
+        assert (response.status_code, response.json()["reason"]) == (503, "rank 1 is loading")
+        assert response.headers.get("connection") != "close"
+
+
+async def test_while_draining_clients_are_told_to_move_on() -> None:
+    fake = engine()
+    async with serving(fake) as url, httpx.AsyncClient(base_url=url) as client:
+        assert (await client.post(CHAT, json=chat())).headers.get("connection") != "close"
+        fake.state = Readiness(False, "asked to end", draining=True)
+        assert (await client.get("/ready")).status_code == 503
+        served = await client.post(CHAT, json=chat())
+        assert (served.status_code, served.headers["connection"]) == (200, "close")
+        fake.refusal = EngineBusyError("the group drains", 1)
+        refused = await client.post(CHAT, json=chat(stream=True))
+        assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+
+
+async def test_a_client_that_takes_nothing_is_given_up() -> None:
+    fake = FakeEngine(lambda _: (70 for _ in range(10**9)), END, max_model_len=10**9)
+    async with serving(fake, limits=Limits(write_seconds=0.3)) as url:
+        _, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(url).port, limit=1024)
+        body = json.dumps(chat(stream=True)).encode()
+        head = (
+            f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        writer.write(head.encode() + body)
+        await eventually(lambda: len(fake.cancelled) == 1, seconds=30)
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_metrics_have_the_names_people_know(client: httpx.AsyncClient) -> None:
+    assert (await client.post(CHAT, json=chat(n=2))).status_code == 200
+    assert (await client.post(CHAT, json=chat(max_tokens=2))).status_code == 200
+    assert (await client.post(CHAT, json=chat(n=0))).status_code == 400
+    page = await client.get("/metrics")
+    assert page.headers["content-type"].startswith("text/plain")
+    samples = {
+        (sample.name, *(value for key, value in sorted(sample.labels.items()) if key != "model_name")): sample.value
+        for family in text_string_to_metric_families(page.text)
+        for sample in family.samples
+        if sample.labels["model_name"] == SERVED and not sample.name.endswith(("_bucket", "_created", "_sum"))
+    }
+    prompt = (await client.post(CHAT, json=chat())).json()["usage"]["prompt_tokens"]
+    assert samples == {
+        ("lockstep_num_requests_running",): 0,
+        ("lockstep_num_requests_waiting",): 3,
+        ("lockstep_kv_cache_usage_ratio",): 0.25,
+        ("lockstep_epoch",): 7,
+        ("lockstep_preemptions_total",): 4,
+        ("lockstep_steps_total",): 5,
+        ("lockstep_recoveries_total",): 6,
+        ("lockstep_last_step_timestamp_seconds",): 8.5,
+        ("lockstep_time_to_first_token_seconds_count",): 3,
+        ("lockstep_inter_token_latency_seconds_count",): 3 + 3 + 1,
+        ("lockstep_e2e_request_latency_seconds_count",): 3,
+        ("lockstep_prompt_tokens_total",): 3 * prompt,
+        ("lockstep_generation_tokens_total",): 4 + 4 + 2,
+        ("lockstep_request_success_total", "stop"): 2,
+        ("lockstep_request_success_total", "length"): 1,
+        ("lockstep_requests_failed_total", "refused"): 1,
+        ("lockstep_requests_failed_total", "failed"): 0,
+        ("lockstep_requests_failed_total", "unavailable"): 0,
+        ("lockstep_requests_failed_total", "disconnected"): 0,
+    }
+
+
+def malformed(random: random.Random) -> bytes:
+    """A body made wrong in one of several ways: bytes, cuts, types, nesting, or nothing but noise."""
+    body = json.dumps(random.choice([chat, text])(stop=["a"], n=1, stream=random.random() < 0.5, seed=1)).encode()
+    way = random.randrange(6)
+    if way == 0:
+        return random.randbytes(random.randrange(200))
+    if way == 1:
+        return body[: random.randrange(len(body))]
+    if way == 2:
+        flipped = bytearray(body)
+        for _ in range(random.randrange(1, 6)):
+            flipped[random.randrange(len(flipped))] = random.randrange(256)
+        return bytes(flipped)
+    if way == 3:
+        depth = random.randrange(20, 2000)
+        return b'{"messages":' + random.choice([b"[", b'{"a":']) * depth + b"]" * depth + b"}"
+    value = json.loads(body)
+    field = random.choice(
+        [*value, "temperature", "logprobs", "top_k", "chat_template_kwargs", "stream_options", "tools"]
+    )
+    value[field] = odd(random, 0)
+    return json.dumps(value).encode()
+
+
+def odd(random: random.Random, depth: int) -> object:
+    values: list[object] = [None, True, -1, 0, 1.5, 1e308, 10**30, -(2**63), "", "\0", "\ud800", "\ufdd0", "x" * 5000]
+    if depth < 3 and random.random() < 0.5:
+        inner = [odd(random, depth + 1) for _ in range(random.randrange(4))]
+        return inner if random.random() < 0.5 else {random.choice(["role", "content", "type", ""]): x for x in inner}
+    return random.choice([*values, float("nan"), float("-inf")])
+
+
+async def test_a_thousand_malformed_bodies_break_nothing(client: httpx.AsyncClient) -> None:
+    print(f"seed {SEED}")
+    source = random.Random(SEED)
+    statuses: dict[int, int] = {}
+    for number in range(MALFORMED_BODIES):
+        body = malformed(source)
+        response = await client.post(source.choice([CHAT, TEXT]), content=body, headers=JSON)
+        assert response.status_code < 500, (number, body)
+        if response.status_code != 200:
+            error_of(response)
+        statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
+    assert statuses[400] > MALFORMED_BODIES / 2, statuses
+    assert (await client.post(CHAT, json=chat())).status_code == 200
+    assert (await client.get("/ready")).status_code == 200
+
+
+async def test_what_is_no_http_breaks_nothing(client: httpx.AsyncClient) -> None:
+    source = random.Random(SEED)
+    for _ in range(200):
+        _, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+        writer.write(source.randbytes(source.randrange(1, 300)) + b"\r\n\r\n")
+        writer.close()
+        await asyncio.wait_for(writer.wait_closed(), 5)
+    assert (await client.post(CHAT, json=chat())).status_code == 200
