@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lockstep_operator import desired
 from lockstep_operator.decide import Action, Apply, CreateToken, Delete
@@ -60,10 +61,24 @@ async def _perform(kube: Kube, model: Model, action: Action) -> frozenset[str]:
                 if not error.already_exists:
                     raise
         case Apply(kind=kind, manifest=manifest):
-            return differences(manifest, await kube.apply(kind, manifest))
+            return await _put_right(kube, kind, manifest)
         case Delete(kind=kind, name=name, uid=uid):
             await kube.delete(kind, model.namespace, name, uid)
     return frozenset()
+
+
+async def _put_right(kube: Kube, kind: str, manifest: Mapping[str, Any]) -> frozenset[str]:
+    """What is left of the differences. Entries that others added to lists survive an apply, or make it invalid."""
+    try:
+        left = differences(manifest, await kube.apply(kind, manifest))
+    except KubeError as error:
+        if error.status != 422:
+            raise
+        try:
+            return differences(manifest, await kube.overwrite(kind, manifest))
+        except KubeError as second:
+            raise (error if second.status in (404, 422) else second) from None
+    return differences(manifest, await kube.overwrite(kind, manifest)) if left and "spec" in manifest else left
 
 
 def _kind(action: Action) -> str:

@@ -1,7 +1,7 @@
 """Where a live object differs from what the operator wants: only fields that it sets count, others are others' to set.
 
-The API server adds defaults, so a plain comparison won't do. Lists with keys are compared by key and may have more
-entries; all other lists, and label selectors, must be equal in length: one more rule in a NetworkPolicy is drift.
+The API server adds defaults, so a plain comparison won't do. Maps may have more entries, apart from label selectors.
+Lists may not, apart from owners: one more container, variable, port or rule is drift. Named lists may be in any order.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _KEYS: Final[Mapping[str, str]] = {
     "imagePullSecrets": "name",
     "ownerReferences": "uid",
 }
+_OPEN_LISTS: Final = frozenset({"ownerReferences"})
 _EXACT_MAPS: Final = frozenset({"selector", "podSelector", "namespaceSelector", "matchLabels"})
 _QUANTITIES: Final = frozenset({"limits", "requests"})
 _QUANTITY: Final = re.compile(r"^([0-9]+(?:\.[0-9]+)?)([EPTGMK]i|[EPTGMkmun])?$")
@@ -79,7 +80,9 @@ def _list(path: str, name: str, desired: list[Any], live: Any) -> Iterator[str]:
     if key and all(isinstance(item, Mapping) for item in desired + live):
         by_key = {item.get(key): item for item in live}
         for item in desired:
-            yield from _any(f"{path}[{item.get(key)}]", "", item, by_key.get(item.get(key)))
+            yield from _any(f"{path}[{item.get(key)}]", "", item, by_key.pop(item.get(key), None))
+        if name not in _OPEN_LISTS:
+            yield from (f"{path}[{extra}] is too much" for extra in by_key)
         return
     if len(desired) != len(live):
         yield f"{path}: {len(live)} entries instead of {len(desired)}"

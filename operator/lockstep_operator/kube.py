@@ -68,6 +68,10 @@ class Kube(Protocol):
         """Server-side apply: takes the fields that the manifest sets from whoever changed them."""
         ...
 
+    async def overwrite(self, kind: str, manifest: Mapping[str, Any]) -> Object:
+        """A merge patch of the spec: replaces whole lists, which an apply can't where others have added to them."""
+        ...
+
     async def apply_status(self, kind: str, manifest: Mapping[str, Any]) -> Object: ...
 
     async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
@@ -100,6 +104,11 @@ class ApiServer:
 
     async def apply(self, kind: str, manifest: Mapping[str, Any]) -> Object:
         return await self._apply(kind, manifest, FIELD_MANAGER, "")
+
+    async def overwrite(self, kind: str, manifest: Mapping[str, Any]) -> Object:
+        path = _path(kind, manifest["metadata"]["namespace"], manifest["metadata"]["name"])
+        body = {"spec": manifest["spec"]}
+        return await self._request("PATCH", path, {"fieldManager": FIELD_MANAGER}, body, "application/merge-patch+json")
 
     async def apply_status(self, kind: str, manifest: Mapping[str, Any]) -> Object:
         return await self._apply(kind, manifest, STATUS_MANAGER, "/status")

@@ -11,6 +11,7 @@ from lockstep_operator import events, spec, status
 from lockstep_operator.apply import Applied, carry_out
 from lockstep_operator.decide import Decision, decide
 from lockstep_operator.group_client import Target
+from lockstep_operator.groups import groups_of
 from lockstep_operator.kube import Kube, KubeError, Object
 from lockstep_operator.metrics import Metrics
 from lockstep_operator.names import API_VERSION, KIND, ModelKey, token_name
@@ -85,7 +86,7 @@ class Reconciler:
             pods=await read_pods(self._kube, model),
             tolerated=self._tolerated.get(model.key, {}),
         )
-        groups = decide(model, observed, self._now(), self._settings).groups
+        groups = groups_of(model, observed)
         leaders = {group.index: group.leader.uid for group in groups if group.leader}
         asked = unexplained(groups, self._now())
         warnings = await read_warnings(self._kube, model.namespace, asked) if asked else {}

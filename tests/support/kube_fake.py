@@ -8,19 +8,20 @@ StatefulSet controller, the garbage collector and the kubelet act one small step
 from __future__ import annotations
 
 import base64
-import copy
 import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from lockstep_operator.kube import KubeError, Object
 from lockstep_operator.moment import text
 from lockstep_operator.names import KIND, POD_INDEX_LABEL, REVISION_LABEL
 
+T = TypeVar("T")
 Identity = tuple[str, str, str]  # kind, namespace, name
 LIST_KEYS = {
     "containers": "name", "volumes": "name", "env": "name", "volumeMounts": "mountPath", "ownerReferences": "uid",
-    "conditions": "type", "groups": "group", "ranks": "rank",
+    "ports": "port", "conditions": "type", "groups": "group", "ranks": "rank",
 }  # fmt: skip
 
 
@@ -47,7 +48,7 @@ class FakeKube:
     async def get(self, kind: str, namespace: str, name: str) -> Object | None:
         self.requests.add(("get", kind))
         found = self.objects.get((kind, namespace, name))
-        return copy.deepcopy(found)
+        return clone(found)
 
     async def find(self, kind: str, namespace: str, *, labels: str = "", fields: str = "") -> list[Object]:
         self.requests.add(("find", kind))
@@ -58,7 +59,7 @@ class FakeKube:
         if fields:
             uid = fields.split(",")[0].partition("=")[2]
             found = [item for item in found if item["involvedObject"]["uid"] == uid]
-        return copy.deepcopy(found)
+        return clone(found)
 
     async def create(self, kind: str, manifest: Mapping[str, Any]) -> Object:
         name = manifest["metadata"]["name"]
@@ -66,7 +67,7 @@ class FakeKube:
             identity = (kind, manifest["metadata"]["namespace"], name)
             if identity in self.objects:
                 raise KubeError(409, "AlreadyExists", f"{kind} {name} already exists")
-            return copy.deepcopy(self.put(kind, manifest))
+            return clone(self.put(kind, manifest))
 
     async def apply(self, kind: str, manifest: Mapping[str, Any]) -> Object:
         name = manifest["metadata"]["name"]
@@ -76,9 +77,21 @@ class FakeKube:
                 live = self.put(kind, manifest)
             else:
                 self._merge(live, manifest, "")
-            self._applied[live["metadata"]["uid"], ""] = copy.deepcopy(dict(manifest))
+            self._applied[live["metadata"]["uid"], ""] = clone(dict(manifest))
             self.admit(live)
-            return copy.deepcopy(live)
+            return clone(live)
+
+    async def overwrite(self, kind: str, manifest: Mapping[str, Any]) -> Object:
+        name = manifest["metadata"]["name"]
+        with self._writing("apply", kind, name):
+            live = self.objects.get((kind, manifest["metadata"]["namespace"], name))
+            if live is None:
+                raise KubeError(404, "NotFound", f"{kind} {name} not found")
+            before = clone(live)
+            live["spec"] = _merge_patched(live["spec"], manifest["spec"])
+            self._bump(live, before)
+            self.admit(live)
+            return clone(live)
 
     async def apply_status(self, kind: str, manifest: Mapping[str, Any]) -> Object:
         metadata = manifest["metadata"]
@@ -89,8 +102,8 @@ class FakeKube:
             if metadata["uid"] != live["metadata"]["uid"]:
                 raise KubeError(409, "Conflict", "the UID differs")
             self._merge(live, {"status": manifest["status"]}, "/status")
-            self._applied[live["metadata"]["uid"], "/status"] = copy.deepcopy({"status": manifest["status"]})
-            return copy.deepcopy(live)
+            self._applied[live["metadata"]["uid"], "/status"] = clone({"status": manifest["status"]})
+            return clone(live)
 
     async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
         with self._writing("delete", kind, name):
@@ -102,7 +115,7 @@ class FakeKube:
 
     def put(self, kind: str, manifest: Mapping[str, Any]) -> Object:
         """Store a new object."""
-        document: Object = copy.deepcopy(dict(manifest))
+        document: Object = clone(dict(manifest))
         document["metadata"] |= {
             "uid": f"uid-{next(self._numbers)}",
             "resourceVersion": str(next(self._numbers)),
@@ -120,7 +133,7 @@ class FakeKube:
     def change(self, kind: str, namespace: str, name: str, edit: Callable[[Object], None]) -> None:
         """As somebody with kubectl does."""
         live = self.objects[kind, namespace, name]
-        before = copy.deepcopy(live)
+        before = clone(live)
         edit(live)
         self._bump(live, before)
 
@@ -167,7 +180,7 @@ class FakeKube:
                     yield lambda pod=pod: self.remove("Pod", pod["metadata"]["namespace"], pod["metadata"]["name"])  # type: ignore[misc]
 
     def _make_pod(self, workload: Object, index: int) -> None:
-        name, template = f"{workload['metadata']['name']}-{index}", copy.deepcopy(workload["spec"]["template"])
+        name, template = f"{workload['metadata']['name']}-{index}", clone(workload["spec"]["template"])
         owner = {
             "kind": "StatefulSet",
             "name": workload["metadata"]["name"],
@@ -195,9 +208,12 @@ class FakeKube:
         return _Write(self, verb, kind, name)
 
     def _merge(self, live: Object, manifest: Mapping[str, Any], subresource: str) -> None:
-        before = copy.deepcopy(live)
+        before = clone(live)
         previous = self._applied.get((live["metadata"]["uid"], subresource), {})
         merged = _applied_over(live, manifest, previous)
+        names = [port.get("name") for port in (merged.get("spec") or {}).get("ports") or []]
+        if len(names) != len(set(names)):
+            raise KubeError(422, "Invalid", f"spec.ports: Duplicate value: {names}")
         merged["metadata"] |= {name: before["metadata"][name] for name in ("uid", "resourceVersion", "generation")}
         live.clear()
         live.update(merged)
@@ -224,6 +240,12 @@ class _Write:
             self._kube.after_write(*self._what)
 
 
+def clone(document: T) -> T:
+    """A deep copy by way of JSON, which is what a network would make of it (and faster than `copy`)."""
+    copied: T = json.loads(json.dumps(document))
+    return copied
+
+
 def owned(child: Mapping[str, Any], owner: Mapping[str, Any]) -> bool:
     references = child["metadata"].get("ownerReferences") or []
     return any(reference["uid"] == owner["metadata"]["uid"] for reference in references)
@@ -247,14 +269,16 @@ def resource(name: str = "chat", namespace: str = "team", **spec: Any) -> Object
 def _applied_over(live: Any, wanted: Any, previous: Any) -> Any:
     """Structured merge: `wanted` over `live`, without what `previous` set and `wanted` doesn't."""
     if not isinstance(wanted, Mapping) or not isinstance(live, Mapping):
-        return copy.deepcopy(wanted)
-    merged = dict(copy.deepcopy(live))
+        return clone(wanted)
+    merged = dict(clone(live))
     before = previous if isinstance(previous, Mapping) else {}
     for name in before:
         if name not in wanted:
             merged.pop(name, None)
     for name, value in wanted.items():
         key = LIST_KEYS.get(name)
+        if key == "port" and value and "containerPort" in value[0]:
+            key = "containerPort"
         if key and isinstance(value, list) and isinstance(live.get(name), list):
             merged[name] = _keyed(live[name], value, before.get(name) or [], key)
         else:
@@ -262,9 +286,16 @@ def _applied_over(live: Any, wanted: Any, previous: Any) -> Any:
     return merged
 
 
+def _merge_patched(live: Any, patch: Any) -> Any:
+    """RFC 7386: maps are merged, all else is replaced."""
+    if not isinstance(patch, Mapping) or not isinstance(live, Mapping):
+        return clone(patch)
+    return dict(live) | {name: _merge_patched(live.get(name), value) for name, value in patch.items()}
+
+
 def _keyed(live: list[Any], wanted: list[Any], previous: list[Any], key: str) -> list[Any]:
-    dropped = {item[key] for item in previous} - {item[key] for item in wanted}
-    by_live, by_previous = {item[key]: item for item in live}, {item[key]: item for item in previous}
+    dropped = {item.get(key) for item in previous} - {item.get(key) for item in wanted}
+    by_live, by_previous = {item.get(key): item for item in live}, {item.get(key): item for item in previous}
     merged = [_applied_over(by_live.get(item[key], {}), item, by_previous.get(item[key], {})) for item in wanted]
-    names = {item[key] for item in wanted} | dropped
-    return merged + [item for item in live if item[key] not in names]
+    names = {item.get(key) for item in wanted} | dropped
+    return merged + [item for item in live if item.get(key) not in names]

@@ -1,0 +1,51 @@
+"""Models, groups and pods as the operator sees them, for tests of its pure modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lockstep_operator.groups import Group
+from lockstep_operator.names import ModelKey
+from lockstep_operator.observe import Pod
+from lockstep_operator.settings import Settings
+from lockstep_operator.spec import HostPath, Model
+
+NOW = 1_800_000_000.0
+SETTINGS = Settings(runtime_image="runtime:1", operator_namespace="lockstep-system")
+
+
+def model(**fields: Any) -> Model:
+    defaults: dict[str, Any] = {
+        "key": ModelKey("team", "chat"), "uid": "uid-m", "generation": 3, "source": HostPath("/models/chat"),
+        "served_name": "chat", "tensor_parallel_size": 2,
+    }  # fmt: skip
+    return Model(**(defaults | fields))
+
+
+def pod(group: int = 0, index: int = 0, revision: str = "new", *, ready: bool = True, **fields: Any) -> Pod:
+    defaults: dict[str, Any] = {
+        "name": f"chat-{group}-{index}", "uid": f"uid-{group}-{index}", "group": group, "index": index,
+        "revision": revision,
+        "ready": ready, "created": NOW - 60, "deleting": None, "ip": "10.0.0.1", "owner_uid": f"uid-{group}",
+        "phase": "Running", "raw": {"metadata": {}, "spec": {}, "status": {}},
+    }  # fmt: skip
+    return Pod(**(defaults | fields))
+
+
+def group(
+    index: int = 0, revision: str = "new", *, ready: bool = True, pods: str | None = None, size: int = 2
+) -> Group:
+    """`revision` of the StatefulSet, `pods` of its pods ("" for none); a group with revision "" doesn't exist."""
+    if not revision:
+        return Group(index=index, workload=None, pods=())
+    workload = {
+        "metadata": {
+            "uid": f"uid-{index}", "name": f"chat-{index}", "generation": 1,
+            "creationTimestamp": "2027-01-15T07:00:00Z",
+        },
+        "spec": {"replicas": size, "template": {"metadata": {"labels": {"lockstep.dev/revision": revision}}}},
+        "status": {"observedGeneration": 1},
+    }  # fmt: skip
+    of_pods = revision if pods is None else pods
+    made = tuple(pod(index, number, of_pods, ready=ready) for number in range(size)) if of_pods else ()
+    return Group(index=index, workload=workload, pods=made)

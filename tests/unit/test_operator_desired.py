@@ -1,0 +1,176 @@
+"""The objects that a model asks for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tests.support.kube_fake import resource
+from tests.support.operator_models import SETTINGS, model
+
+from lockstep_operator import desired
+from lockstep_operator.names import key_of_child
+from lockstep_operator.pod_template import pod_template
+from lockstep_operator.spec import Claim, EmptyDir, Engine, HuggingFace, Model, SecretKey, SpecError, parse
+
+
+def container(made: Model) -> dict[str, Any]:
+    template = pod_template(made, 1, "abc", SETTINGS)
+    found: dict[str, Any] = template["spec"]["containers"][0]
+    return found
+
+
+def environment(made: Model) -> dict[str, Any]:
+    return {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in container(made)["env"]}
+
+
+def test_a_spec_is_parsed_with_the_defaults_that_the_crd_names() -> None:
+    live = resource()
+    live["metadata"] |= {"uid": "u", "generation": 2}
+    parsed = parse(live)
+    assert (parsed.served_name, parsed.ranks_per_pod, parsed.replicas, parsed.dtype, parsed.max_unavailable) == (
+        "chat",
+        1,
+        1,
+        "auto",
+        1,
+    )
+    assert (parsed.pods_per_group, parsed.ranks, parsed.cache, parsed.engine) == (2, 2, EmptyDir(), Engine())
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"tensorParallelSize": 4, "ranksPerPod": 3}, r"ranksPerPod \(3\) must divide tensorParallelSize \(4\)"),
+        ({"model": {}}, "exactly one of huggingFace"),
+        ({"model": {"hostPath": {"path": "/a"}, "huggingFace": {"repo": "a/b"}}}, "exactly one of huggingFace"),
+    ],
+)
+def test_a_spec_that_can_not_be_served_says_what_to_change(spec: dict[str, Any], words: str) -> None:
+    live = resource(**spec)
+    live["metadata"] |= {"uid": "u"}
+    with pytest.raises(SpecError, match=words):
+        parse(live)
+
+
+def test_the_arguments_are_the_runtimes_flags() -> None:
+    made = model(engine=Engine(max_model_len=4096, kv_cache_memory="2Gi"), dtype="bfloat16")
+    assert container(made)["args"] == [
+        "serve", "/model", "--tensor-parallel-size=2", "--ranks-per-pod=1", "--served-name=chat", "--dtype=bfloat16",
+        "--backend=auto", "--max-model-len=4096", "--kv-cache-memory=2Gi", "--lame-duck-seconds=3.0",
+        "--grace-seconds=52.0", "--host=0.0.0.0",
+    ]  # fmt: skip
+
+
+def test_a_shorter_grace_of_the_pod_shortens_that_of_requests() -> None:
+    made = model(template={"spec": {"terminationGracePeriodSeconds": 8}})
+    assert {"--lame-duck-seconds=2.0", "--grace-seconds=1.0"} <= set(container(made)["args"])
+
+
+@pytest.mark.parametrize(
+    ("source", "location", "volume"),
+    [
+        (
+            Claim("models"),
+            "/model",
+            {"name": "model", "persistentVolumeClaim": {"claimName": "models", "readOnly": True}},
+        ),
+        (
+            Claim("models", "a/b"),
+            "/model/a/b",
+            {"name": "model", "persistentVolumeClaim": {"claimName": "models", "readOnly": True}},
+        ),
+        (HuggingFace("Qwen/Qwen3-8B", "main"), "Qwen/Qwen3-8B", {"name": "cache", "emptyDir": {}}),
+    ],
+)
+def test_sources(source: Claim | HuggingFace, location: str, volume: dict[str, Any]) -> None:
+    template = pod_template(model(source=source), 0, "abc", SETTINGS)
+    assert template["spec"]["containers"][0]["args"][1] == location
+    assert template["spec"]["volumes"][2] == volume
+
+
+def test_a_hub_model_knows_its_revision_cache_and_token() -> None:
+    made = model(source=HuggingFace("a/b", "v1", SecretKey("hub", "token")), cache=Claim("cache"))
+    assert {"--revision=v1", "--download-dir=/cache"} <= set(container(made)["args"])
+    assert environment(made)["HF_TOKEN"] == {"secretKeyRef": {"name": "hub", "key": "token"}}
+    assert pod_template(made, 0, "a", SETTINGS)["spec"]["securityContext"]["fsGroup"] == 65532
+
+
+def test_identity_and_secrets_come_by_the_environment() -> None:
+    found = environment(model(api_key=SecretKey("api", "key")))
+    assert found["LOCKSTEP_GROUP"] == "1"
+    assert found["LOCKSTEP_LEADER"] == "chat-1-0.chat-1.team.svc"
+    assert found["LOCKSTEP_SPEC_REVISION"] == "abc"
+    assert found["LOCKSTEP_TOKEN"] == {"secretKeyRef": {"name": "chat-token", "key": "token"}}
+    assert found["LOCKSTEP_API_KEY"] == {"secretKeyRef": {"name": "api", "key": "key"}}
+    assert found["LOCKSTEP_POD_INDEX"] == {"fieldRef": {"fieldPath": "metadata.labels['apps.kubernetes.io/pod-index']"}}
+
+
+def test_pods_keep_to_the_restricted_profile() -> None:
+    spec = pod_template(model(), 0, "abc", SETTINGS)["spec"]
+    assert spec["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    assert (spec["automountServiceAccountToken"], spec["enableServiceLinks"]) == (False, False)
+    assert spec["containers"][0]["securityContext"] == {
+        "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
+    }  # fmt: skip
+
+
+def test_an_accelerator_is_asked_for_once_per_rank_of_the_pod() -> None:
+    made = model(accelerator="nvidia.com/gpu", tensor_parallel_size=8, ranks_per_pod=4)
+    assert container(made)["resources"]["limits"] == {"nvidia.com/gpu": "4"}
+
+
+def test_the_users_template_can_not_move_pods_out_of_the_selectors_reach() -> None:
+    made = model(
+        template={"metadata": {"labels": {"lockstep.dev/model": "x", "team": "blue"}, "annotations": {"a": "b"}}}
+    )
+    metadata = pod_template(made, 0, "abc", SETTINGS)["metadata"]
+    assert (metadata["labels"]["lockstep.dev/model"], metadata["labels"]["team"]) == ("chat", "blue")
+    assert metadata["annotations"] == {"a": "b"}
+
+
+def test_the_serving_service_leads_to_the_first_pods_only() -> None:
+    service = desired.serving_service(model())
+    assert service["metadata"]["name"] == "chat"
+    assert service["spec"]["selector"] == {"lockstep.dev/model": "chat", "apps.kubernetes.io/pod-index": "0"}
+
+
+def test_the_network_policy_lets_only_members_and_the_operator_to_the_rank_ports() -> None:
+    spec = desired.network_policy(model(), 0, SETTINGS)["spec"]
+    members, anyone, operator = spec["ingress"]
+    assert members == {"from": [{"podSelector": spec["podSelector"]}]}
+    assert anyone == {"ports": [{"port": 8000, "protocol": "TCP"}]}
+    assert operator["ports"] == [{"port": 7401, "protocol": "TCP"}]
+    assert operator["from"][0]["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "lockstep-system"}
+    assert len(desired.network_policy(model(), 0, replace(SETTINGS, operator_namespace=None))["spec"]["ingress"]) == 2
+
+
+def test_everything_is_owned_by_the_model_and_says_to_whom_it_belongs() -> None:
+    made = model()
+    manifests = [
+        *desired.shared(made), *desired.of_group(made, 0, SETTINGS), desired.token_secret(made, "t"),
+        desired.stateful_set(made, 0, "abc", SETTINGS),
+    ]  # fmt: skip
+    for manifest in manifests:
+        owner = manifest["metadata"]["ownerReferences"][0]
+        assert (owner["uid"], owner["controller"]) == ("uid-m", True)
+        assert key_of_child(manifest) == made.key
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "float32"}, {"tensor_parallel_size": 4}, {"engine": Engine(max_sequences=2)},
+        {"template": {"spec": {"priorityClassName": "high"}}}, {"source": Claim("other")},
+    ],
+)  # fmt: skip
+def test_what_shapes_pods_makes_a_new_revision(change: dict[str, Any]) -> None:
+    assert desired.revision(model(**change), "token", SETTINGS) != desired.revision(model(), "token", SETTINGS)
+
+
+def test_a_new_token_or_image_makes_a_new_revision_and_a_new_size_does_not() -> None:
+    revision = desired.revision(model(), "token", SETTINGS)
+    assert desired.revision(model(), "other", SETTINGS) != revision
+    assert desired.revision(model(), "token", replace(SETTINGS, runtime_image="runtime:2")) != revision
+    assert desired.revision(model(replicas=5, max_unavailable=2, generation=9), "token", SETTINGS) == revision
