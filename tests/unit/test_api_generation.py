@@ -1,0 +1,164 @@
+"""Token events become pieces: the same text streamed or not, reasoning parted from the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support.api_server import TINY_CHAT
+from tokenizers import AddedToken, Tokenizer
+
+from lockstep_runtime.api.forms import ChatForm, TextForm
+from lockstep_runtime.api.generation import Choice, Job, Piece
+from lockstep_runtime.api.tokenizer import TextTokenizer, UnsupportedTokenizerError
+from lockstep_runtime.engine.interface import FinishReason, GenerationRequest, TokenEvent
+from lockstep_runtime.wire import SampledToken, SamplingParams
+
+
+def thinking_tokenizer() -> TextTokenizer:
+    """Qwen3 marks its reasoning with added tokens that are not special."""
+    tokenizer = Tokenizer.from_file(str(TINY_CHAT / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    return TextTokenizer(tokenizer)
+
+
+TOKENIZER = thinking_tokenizer()
+
+
+def job(*, prompt: Sequence[int] = (5,), stops: Sequence[str] = (), logprobs: int = -1, reasoning: bool = True) -> Job:
+    request = GenerationRequest(
+        request_id="r", prompt=tuple(prompt), max_tokens=1000, sampling=SamplingParams(logprobs=logprobs)
+    )
+    return Job(
+        id="j",
+        created=0,
+        model="m",
+        requests=(request,),
+        prompt_tokens=len(prompt),
+        stops=tuple(stops),
+        reasoning=reasoning,
+        stream=True,
+        include_usage=False,
+    )
+
+
+def run(text: str, job: Job, finish: FinishReason = FinishReason.STOP) -> tuple[list[Piece], Choice]:
+    """As the engine would: a stop token after the text, or the last token of the text ends it."""
+    choice = Choice(job, 0, TOKENIZER)
+    ids = TOKENIZER.encode(text)
+    events = [TokenEvent(SampledToken(sequence_id=0, token=id, logprob=-1.0)) for id in ids]
+    if finish is FinishReason.STOP:
+        events.append(TokenEvent(SampledToken(sequence_id=0, token=2047, logprob=-1.0), finish))
+    else:
+        events[-1] = TokenEvent(events[-1].token, finish)
+    pieces: list[Piece] = []
+    for event in events:
+        if choice.finish_reason is None:
+            pieces += choice.feed(event)
+    return pieces, choice
+
+
+def parts(text: str, job: Job, finish: FinishReason = FinishReason.STOP) -> tuple[str, str]:
+    """Reasoning and answer."""
+    pieces, _ = run(text, job, finish)
+    return (
+        "".join(piece.text for piece in pieces if piece.reasoning),
+        "".join(piece.text for piece in pieces if not piece.reasoning),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>\nhm, ha\n\nso\n</think>\n\nThe answer\n", ("hm, ha\n\nso", "The answer\n")),
+        ("<think>\n\n</think>\n\nAt once", ("", "At once")),
+        ("\n<think>a</think>b", ("a", "\nb")),
+        ("Not <think> here </think>", ("", "Not <think> here </think>")),
+        ("No thought", ("", "No thought")),
+        ("\n\nKept as it is\n", ("", "\n\nKept as it is\n")),
+        ("<think>never done", ("never done", "")),
+        ("<think>a</think>b<think>c</think>", ("a", "b<think>c</think>")),
+    ],
+)
+def test_reasoning_is_parted_from_the_answer(text: str, expected: tuple[str, str]) -> None:
+    assert parts(text, job()) == expected
+
+
+def test_the_template_may_have_opened_the_reasoning() -> None:
+    assert parts("hm</think>\nyes", job(prompt=TOKENIZER.encode("assistant\n<think>\n"))) == ("hm", "yes")
+    assert parts("yes", job(prompt=TOKENIZER.encode("assistant\n<think>\n\n</think>\n\n"))) == ("", "yes")
+
+
+def test_where_reasoning_is_not_asked_for_the_markers_are_text() -> None:
+    assert parts("<think>a</think>b", job(reasoning=False)) == ("", "<think>a</think>b")
+
+
+@given(st.text(max_size=30), st.sampled_from(list(FinishReason)))
+def test_without_markers_the_text_is_untouched(text: str, finish: FinishReason) -> None:
+    ids = TOKENIZER.encode(text)
+    if not ids or TOKENIZER.special_ids.intersection(ids):
+        return
+    assert parts(text, job(), finish)[1] == TOKENIZER.decode(ids)
+
+
+def test_a_stop_string_ends_the_answer_and_nothing_follows() -> None:
+    pieces, choice = run("one two three", job(stops=["tw"]))
+    assert "".join(piece.text for piece in pieces) == "one "
+    assert choice.finish_reason is FinishReason.STOP
+
+
+def test_a_stop_string_ends_the_reasoning_too() -> None:
+    pieces, choice = run("<think>one two</think>three", job(stops=["two"]))
+    assert [(piece.reasoning, piece.text) for piece in pieces if piece.text][-1][0]
+    assert choice.finish_reason is FinishReason.STOP
+
+
+def test_what_was_held_back_comes_out_at_the_end() -> None:
+    assert parts("half a st", job(stops=["stop"]), FinishReason.LENGTH)[1] == "half a st"
+
+
+def test_a_finished_character_is_missing_its_rest() -> None:
+    choice = Choice(job(), 0, TOKENIZER)
+    id = next(id for id in range(TOKENIZER.size) if TOKENIZER.token_bytes(id) == b"\xf0")
+    token = SampledToken(sequence_id=0, token=id)
+    assert choice.feed(TokenEvent(token, FinishReason.LENGTH)) == [Piece("\ufffd")]
+
+
+@pytest.mark.parametrize("finish", list(FinishReason))
+def test_every_token_of_the_text_has_its_log_probability_once(finish: FinishReason) -> None:
+    text = "one two 🎉 three st"
+    pieces, _ = run(text, job(logprobs=0, stops=["stop"]), finish)
+    tokens = [token.token for piece in pieces for token in piece.tokens]
+    assert tokens == TOKENIZER.encode(text)
+
+
+def test_minus_infinity_is_a_number_in_json() -> None:
+    token = SampledToken(sequence_id=0, token=70, logprob=float("-inf"), top=[(71, float("-inf"))])
+    form = ChatForm(TOKENIZER, logprobs=True)
+    entry = form.delta(0, Piece("a", tokens=(token,)))["logprobs"]["content"][0]
+    assert (entry["logprob"], entry["top_logprobs"][0]["logprob"]) == (-9999.0, -9999.0)
+
+
+def test_offsets_go_on_from_chunk_to_chunk() -> None:
+    form = TextForm(TOKENIZER, [""], logprobs=True)
+    pieces, _ = run("one two three", job(logprobs=0))
+    offsets = [offset for piece in pieces for offset in form.delta(0, piece)["logprobs"]["text_offset"]]
+    assert offsets[0] == 0
+    assert offsets == sorted(offsets)
+    assert offsets[-1] < len("one two three")
+
+
+def test_a_tokenizer_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:
+    broken = tmp_path / "tokenizer.json"
+    broken.write_text("{")
+    with pytest.raises(UnsupportedTokenizerError):
+        TextTokenizer.from_file(broken)
+    other = Tokenizer.from_file(str(TINY_CHAT / "tokenizer.json"))
+    from tokenizers.decoders import Metaspace
+
+    other.decoder = Metaspace()
+    with pytest.raises(UnsupportedTokenizerError, match="Metaspace"):
+        TextTokenizer(other)

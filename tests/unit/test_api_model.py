@@ -1,0 +1,101 @@
+"""What the model's files say of its text."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tests.support.api_server import TINY_CHAT
+
+from lockstep_runtime.api.chat import Chat
+from lockstep_runtime.api.model import ModelUnavailableError, SamplingDefaults, ServedModel, load, sampling_defaults
+from lockstep_runtime.config import ServeConfig
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copy(TINY_CHAT / "tokenizer.json", tmp_path)
+    return tmp_path
+
+
+def write(folder: Path, name: str, value: object) -> None:
+    (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
+
+
+def read(folder: Path) -> ServedModel:
+    return load(ServeConfig(model=str(folder), served_name="m"))
+
+
+def rendered(model: ServedModel) -> str:
+    assert model.template is not None
+    return model.template.render(Chat(messages=[]), seconds=5, limit=1000)
+
+
+def test_every_file_has_its_say_on_what_ends_an_answer(folder: Path) -> None:
+    write(folder, "config.json", {"eos_token_id": 5, "text_config": {"eos_token_id": 6}})
+    write(folder, "generation_config.json", {"eos_token_id": [7, 8]})
+    write(folder, "tokenizer_config.json", {"eos_token": {"content": "<|im_end|>"}})
+    assert read(folder).stop_ids == {5, 6, 7, 8, 2047}
+
+
+def test_a_tokenizer_alone_is_a_model_for_completions(folder: Path) -> None:
+    model = read(folder)
+    assert model.template is None
+    assert model.stop_ids == frozenset()
+    assert model.defaults == SamplingDefaults()
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_the_template_may_stand_in_the_settings(folder: Path, listed: bool) -> None:
+    named = [{"name": "tool_use", "template": "b"}, {"name": "default", "template": "a{{ bos_token }}{{ unk_token }}"}]
+    template = named if listed else named[1]["template"]
+    write(folder, "tokenizer_config.json", {"chat_template": template, "bos_token": "<s>", "unk_token": None})
+    assert rendered(read(folder)) == "a<s>"
+
+
+def test_the_templates_own_file_goes_first(folder: Path) -> None:
+    write(folder, "tokenizer_config.json", {"chat_template": "settings"})
+    write(folder, "chat_template.json", {"chat_template": "json"})
+    assert rendered(read(folder)) == "json"
+    write(folder, "chat_template.jinja", "file")
+    assert rendered(read(folder)) == "file"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer.json", "{", "tokenizer.json can't be used"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json can't be read"),
+        ("generation_config.json", "[]", "generation_config.json should hold a JSON object"),
+        ("chat_template.jinja", "{% if %}", "chat template is malformed"),
+    ],
+)
+def test_what_is_wrong_is_named(folder: Path, name: str, content: str, words: str) -> None:
+    write(folder, name, content)
+    with pytest.raises(ModelUnavailableError, match=words):
+        read(folder)
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnavailableError, match=r"no tokenizer\.json"):
+        read(tmp_path)
+    with pytest.raises(ModelUnavailableError, match="does not exist"):
+        read(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        ({}, SamplingDefaults()),
+        ({"do_sample": False, "temperature": 0.6}, SamplingDefaults(temperature=0)),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.1},
+            SamplingDefaults(temperature=0.6, top_p=0.95, top_k=20, min_p=0.1),
+        ),
+        ({"temperature": None, "top_p": 7, "top_k": -1, "min_p": "a"}, SamplingDefaults()),
+    ],
+)
+def test_sampling_that_the_models_authors_advise(generation: dict[str, object], expected: SamplingDefaults) -> None:
+    assert sampling_defaults(generation) == expected
