@@ -29,5 +29,7 @@ RUN --mount=type=bind,source=images/installer.txt,target=/tmp/installer.txt \
     && rm -rf /tmp/installer
 # The same virtual environment, with nothing in it but the project.
 COPY --from=code /opt/lockstep /opt/lockstep
+# The name spares libraries that ask for it a look into /etc/passwd, which knows no such user.
+ENV USER=lockstep
 USER 65532:65532
 ENTRYPOINT ["lockstep-operator"]
