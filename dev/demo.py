@@ -105,17 +105,20 @@ def excerpt(description: str) -> str:
 
 
 def what_next() -> str:
-    settings = f"--context {CONTEXT}" if CONTEXT else ""
-    environment = "" if CONTEXT else "  export KUBECONFIG=$PWD/.dev/kubeconfig PATH=$PWD/.dev/bin:$PATH\n"
-    return f"""
-What to try next:
-{environment}\
-  kubectl {settings} get pods -w                                              # while you do one of these:
-  kubectl {settings} delete pod {MODEL}-0-1                                # it comes back, and the status tells
-  kubectl {settings} scale tpm {MODEL} --replicas 2                        # a second group of ranks
-  kubectl {settings} explain tpm.spec                                         # the manual
-  make cluster-down                                                    # leave nothing behind
-""".replace("kubectl  ", "kubectl ")
+    tool = f"kubectl --context {CONTEXT}" if CONTEXT else "kubectl"
+    commands = {
+        f"{tool} get pods --watch": "while you do one of these:",
+        f"{tool} delete pod {MODEL}-0-1": "it comes back, and the status tells",
+        f"{tool} scale tpm {MODEL} --replicas 2": "a second group of ranks",
+        f"{tool} explain tpm.spec": "the manual",
+        f"{tool} delete tpm {MODEL}": "with all that belongs to it",
+    }
+    lines = ["", "What to try next:"]
+    if not CONTEXT:
+        lines.append("  export KUBECONFIG=$PWD/.dev/kubeconfig PATH=$PWD/.dev/bin:$PATH")
+        commands["make cluster-down"] = "leave nothing behind"
+    width = max(map(len, commands))
+    return "\n".join([*lines, *(f"  {command:{width}}  # {what}" for command, what in commands.items())])
 
 
 def kubectl(*arguments: str) -> str:
