@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -52,12 +52,12 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         parser.add_argument(flag, default=value, help=f"{description} [{variable}]", **more)  # type: ignore[arg-type]
 
     add("--runtime-image", None, "image of the rank pods")
-    add("--runtime-image-pull-policy", "IfNotPresent", "its pull policy", choices=PULL_POLICIES)
+    add("--runtime-image-pull-policy", "IfNotPresent", "its pull policy", type=_one_of(PULL_POLICIES))
     add("--operator-namespace", None, "where the operator runs, for the NetworkPolicies")
     add("--port", "8080", "of /metrics, /healthz and /readyz", type=_positive_int)
     add("--concurrency", "8", "models reconciled at the same time", type=_positive_int)
     add("--resync-seconds", "60", "every model is looked at again after so long", type=_positive_float)
-    add("--log-level", "info", "least severe level to log", choices=LOG_LEVELS)
+    add("--log-level", "info", "least severe level to log", type=_one_of(LOG_LEVELS))
     scope = parser.add_mutually_exclusive_group()
     scope.add_argument(
         "--namespace", action="append", help="serve only this one; may be repeated [LOCKSTEP_NAMESPACES]"
@@ -68,6 +68,17 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
 
 def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _one_of(words: Sequence[str]) -> Callable[[str], str]:
+    """Not argparse's `choices`: those are not checked where the value comes from a variable."""
+
+    def check(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(words)}")
+        return text
+
+    return check
 
 
 def _positive_int(text: str) -> int:

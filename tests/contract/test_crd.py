@@ -1,0 +1,114 @@
+"""The CRD as a document: every field described, nothing defaulted, and the fields that the operator writes.
+
+What the API server makes of its rules is tested on the cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tests.support.kube_world import World, well
+
+from lockstep_operator.names import GROUP, KIND, PLURAL, VERSION
+from lockstep_operator.observe import Report
+from lockstep_runtime.wire import Fault, FaultRecord, Latency
+
+CRD: dict[str, Any] = yaml.safe_load(
+    (Path(__file__).parents[2] / "crds" / "lockstep.dev_tensorparallelmodels.yaml").read_text()
+)
+SERVED = CRD["spec"]["versions"][0]
+SCHEMA = SERVED["schema"]["openAPIV3Schema"]
+
+
+def fields(path: str, schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, field in schema.get("properties", {}).items():
+        yield f"{path}.{name}", field
+        yield from fields(f"{path}.{name}", field)
+    if "items" in schema:
+        yield from fields(f"{path}[]", schema["items"])
+
+
+def test_it_has_the_names_that_the_operator_uses() -> None:
+    assert CRD["metadata"]["name"] == f"{PLURAL}.{GROUP}"
+    assert (CRD["spec"]["names"]["kind"], CRD["spec"]["names"]["shortNames"], SERVED["name"]) == (
+        KIND,
+        ["tpm"],
+        VERSION,
+    )
+
+
+def test_every_field_is_described() -> None:
+    undescribed = [path for path, field in fields("", SCHEMA) if not field.get("description") and path != ".metadata"]
+    assert undescribed == []
+
+
+def test_nothing_is_defaulted_so_that_nothing_drifts() -> None:
+    assert [path for path, field in fields("", SCHEMA) if "default" in field] == []
+
+
+def test_every_rule_says_in_words_what_to_change() -> None:
+    rules = [
+        rule for _, field in [("", SCHEMA), *fields("", SCHEMA)] for rule in field.get("x-kubernetes-validations", [])
+    ]
+    assert len(rules) >= 10
+    assert all(len(rule["message"].split()) >= 6 for rule in rules)
+
+
+def test_the_columns_are_the_ones_that_people_look_at() -> None:
+    shown = [column["name"] for column in SERVED["additionalPrinterColumns"] if not column.get("priority")]
+    assert shown == ["Ready", "Ranks", "Step p50", "Step p99", "Recoveries", "Last fault", "Age"]
+    assert SERVED["subresources"]["scale"]["labelSelectorPath"] == ".status.selector"
+
+
+async def test_the_schema_keeps_every_field_of_the_status_that_the_operator_writes() -> None:
+    world = World()
+    key = world.add()
+    fault = FaultRecord(
+        id=1,
+        fault=Fault.HANG,
+        rank=1,
+        message="stopped",
+        at=world.time,
+        epoch=1,
+        rung="Rebuild",
+        recovered_at=world.time,
+    )
+    latency = Latency(p50_ms=1.0, p99_ms=2.0)
+    said = well(key, 0, "inc", "new")
+    ranks = [type(rank)(**{name: getattr(rank, name) for name in rank.__struct_fields__} | {
+        "step_latency": latency, "last_step_at": world.time, "message": "well"}) for rank in said.ranks]  # fmt: skip
+    whole = type(said)(**{name: getattr(said, name) for name in said.__struct_fields__} | {
+        "faults": [fault], "step_latency": latency, "last_step_at": world.time, "ranks": ranks})  # fmt: skip
+    world.groups.said[key, 0] = Report(status=whole)
+    await world.settle(key)
+    status = world.status(key)
+    assert status["lastFault"]["rung"] == "Rebuild"
+    assert list(unknown("status", status, SCHEMA["properties"]["status"])) == []
+    written = set(paths("", status))
+    assert {path.removeprefix(".status") for path, _ in fields("", SCHEMA) if path.startswith(".status.")} == written
+
+
+def unknown(path: str, value: Any, schema: dict[str, Any]) -> Iterator[str]:
+    """Fields that the API server would drop."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if name not in schema["properties"]:
+                yield f"{path}.{name}"
+            else:
+                yield from unknown(f"{path}.{name}", item, schema["properties"][name])
+    elif isinstance(value, list):
+        for item in value:
+            yield from unknown(f"{path}[]", item, schema["items"])
+
+
+def paths(path: str, value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield f"{path}.{name}"
+            yield from paths(f"{path}.{name}", item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from paths(f"{path}[]", item)

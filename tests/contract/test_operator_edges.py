@@ -1,0 +1,275 @@
+"""The operator's edges over real HTTP: the API server's protocol, a group's status, its own port, kopf's handlers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import kopf
+import msgspec
+import pytest
+from aiohttp import ClientSession, web
+from aiohttp.test_utils import TestServer
+from kubernetes.aio import client
+from tests.support.kube_world import well
+
+from lockstep_operator import handlers
+from lockstep_operator.group_client import GroupClient, Target, lasting
+from lockstep_operator.kube import ApiServer, KubeError
+from lockstep_operator.metrics import Metrics
+from lockstep_operator.names import ModelKey
+from lockstep_operator.server import application
+from lockstep_runtime.wire import GroupState, Latency
+
+KEY = ModelKey("team", "chat")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@asynccontextmanager
+async def serving(handler: Handler) -> AsyncIterator[TestServer]:
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handler)
+    server = TestServer(app)
+    await server.start_server()
+    try:
+        yield server
+    finally:
+        await server.close()
+
+
+# --- the API server ---
+
+
+class Recorder:
+    """Answers every request alike and keeps what was asked."""
+
+    def __init__(self, status: int, document: object) -> None:
+        self.status, self.document = status, document
+        self.asked: list[tuple[str, str, dict[str, str], str, Any]] = []
+
+    async def handle(self, request: web.Request) -> web.Response:
+        body = await request.text()
+        content = request.headers.get("Content-Type", "")
+        self.asked.append(
+            (request.method, request.path, dict(request.query), content, json.loads(body) if body else None)
+        )
+        text = self.document if isinstance(self.document, str) else json.dumps(self.document)
+        return web.Response(status=self.status, text=text, content_type="application/json")
+
+
+@asynccontextmanager
+async def api(status: int, document: object) -> AsyncIterator[tuple[ApiServer, Recorder]]:
+    recorder = Recorder(status, document)
+    async with serving(recorder.handle) as server:
+        api_client = client.ApiClient(client.Configuration(host=str(server.make_url("")).rstrip("/")))
+        yield ApiServer(api_client), recorder
+        await api_client.close()
+
+
+MANIFEST = {"metadata": {"name": "chat", "namespace": "team"}, "spec": {"a": 1}}
+
+
+async def test_reads() -> None:
+    async with api(200, {"items": [{"metadata": {"name": "chat-0"}}]}) as (kube, recorder):
+        found = await kube.find("StatefulSet", "team", labels="lockstep.dev/model=chat")
+        assert found == [{"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": {"name": "chat-0"}}]
+        await kube.get("Service", "team", "chat")
+    assert [entry[:3] for entry in recorder.asked] == [
+        ("GET", "/apis/apps/v1/namespaces/team/statefulsets", {"labelSelector": "lockstep.dev/model=chat"}),
+        ("GET", "/api/v1/namespaces/team/services/chat", {}),
+    ]
+
+
+async def test_writes() -> None:
+    async with api(200, {"done": True}) as (kube, recorder):
+        await kube.apply("Service", MANIFEST)
+        await kube.overwrite("Service", MANIFEST)
+        await kube.apply_status("TensorParallelModel", MANIFEST)
+        await kube.create("EventRecord", MANIFEST)
+        await kube.delete("Pod", "team", "chat-0-0", "uid-1")
+    services = "/api/v1/namespaces/team/services/chat"
+    status = "/apis/lockstep.dev/v1alpha1/namespaces/team/tensorparallelmodels/chat/status"
+    owned, force = {"fieldManager": "lockstep-operator"}, {"force": "true"}
+    by_status = {"fieldManager": "lockstep-operator-status"} | force
+    assert recorder.asked == [
+        ("PATCH", services, owned | force, "application/apply-patch+yaml", MANIFEST),
+        ("PATCH", services, owned, "application/merge-patch+json", {"spec": {"a": 1}}),
+        ("PATCH", status, by_status, "application/apply-patch+yaml", MANIFEST),
+        ("POST", "/apis/events.k8s.io/v1/namespaces/team/events", owned, "application/json", MANIFEST),
+        ("DELETE", "/api/v1/namespaces/team/pods/chat-0-0", {}, "application/json",
+         {"propagationPolicy": "Background", "preconditions": {"uid": "uid-1"}}),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "transient"),
+    [
+        (403, "Forbidden", False),
+        (422, "Invalid", False),
+        (409, "Conflict", True),
+        (429, "TooManyRequests", True),
+        (500, "", True),
+    ],
+)
+async def test_what_the_api_server_says_against_it(status: int, reason: str, transient: bool) -> None:
+    async with api(status, {"reason": reason, "message": "no"}) as (kube, _):
+        with pytest.raises(KubeError) as raised:
+            await kube.apply("Service", MANIFEST)
+    assert (raised.value.status, raised.value.reason, raised.value.message, raised.value.transient) == (
+        status,
+        reason,
+        "no",
+        transient,
+    )
+
+
+async def test_what_is_not_there_is_none_and_deleting_it_is_no_error() -> None:
+    async with api(404, {"reason": "NotFound"}) as (kube, _):
+        assert await kube.get("Service", "team", "chat") is None
+        await kube.delete("Pod", "team", "chat-0-0", "uid-1")
+    async with api(409, {"reason": "Conflict"}) as (kube, _):
+        await kube.delete("Pod", "team", "chat-0-0", "uid-of-another")
+
+
+async def test_no_answer_and_no_json_are_told_as_such() -> None:
+    async with api(200, "<html>") as (kube, _):
+        with pytest.raises(KubeError, match="NotJson"):
+            await kube.get("Service", "team", "chat")
+    async with client.ApiClient(client.Configuration(host="http://127.0.0.1:1")) as api_client:
+        with pytest.raises(KubeError) as raised:
+            await ApiServer(api_client).get("Service", "team", "chat")
+        assert raised.value.transient
+
+
+# --- a group's status ---
+
+
+class Changes:
+    """What the group client asked for, waited for with a deadline."""
+
+    def __init__(self) -> None:
+        self.asked: asyncio.Queue[float] = asyncio.Queue()
+
+    def __call__(self, key: ModelKey, seconds: float) -> None:
+        assert key == KEY
+        self.asked.put_nowait(seconds)
+
+    async def next(self) -> float:
+        async with asyncio.timeout(10):
+            return await self.asked.get()
+
+
+def target(server: TestServer, uid: str = "uid-1") -> Target:
+    assert server.port is not None
+    return Target(pod_uid=uid, address="127.0.0.1", token="secret", port=server.port)
+
+
+async def test_a_status_is_asked_for_with_the_token_and_then_only_its_changes() -> None:
+    asked: list[tuple[str, str]] = []
+    changed = asyncio.Event()
+    first = well(KEY, 0, "inc", "new")
+    slower = msgspec.structs.replace(first, revision=2, step_latency=Latency(p50_ms=5.0))
+    broken = msgspec.structs.replace(slower, revision=3, state=GroupState.RECOVERING)
+
+    async def status(request: web.Request) -> web.Response:
+        asked.append((request.headers["Authorization"], request.query.get("after", "")))
+        if len(asked) == 4:
+            await changed.wait()
+        return web.Response(body=msgspec.json.encode([first, slower, broken, broken][len(asked) - 1]))
+
+    changes, groups = Changes(), None
+    async with serving(status) as server:
+        groups = GroupClient(changes, lambda: 0.0)
+        groups.watch(KEY, {0: target(server)})
+        assert [await changes.next(), await changes.next(), await changes.next()] == [0.0, 15.0, 0.0]
+        reports = groups.reports(KEY, {0: "uid-1"})
+        assert reports[0].status == broken
+        assert groups.reports(KEY, {0: "another pod"}) == {}, "never the words of a pod that is gone"
+        groups.watch(KEY, {})
+        assert groups.reports(KEY, {0: "uid-1"}) == {}
+        changed.set()
+        await groups.close()
+    assert asked[:3] == [("Bearer secret", ""), ("Bearer secret", "1"), ("Bearer secret", "2")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (web.Response(status=401), "status 401"),
+        (web.Response(text="[]"), "Expected `object`"),
+        (web.Response(text="nonsense"), "JSON is malformed"),
+    ],
+)
+async def test_a_group_that_can_not_be_asked_is_tried_again(answer: web.Response, words: str) -> None:
+    well_again = asyncio.Event()
+
+    async def status(request: web.Request) -> web.Response:
+        if well_again.is_set():
+            return web.Response(body=msgspec.json.encode(well(KEY, 0, "inc", "new")))
+        return web.Response(status=answer.status, body=answer.body)
+
+    changes = Changes()
+    groups = GroupClient(changes, lambda: 7.0)
+    async with serving(status) as server:
+        groups.watch(KEY, {0: target(server)})
+        assert await changes.next() == 31.0, "only a long silence is worth a look"
+        report = groups.reports(KEY, {0: "uid-1"})[0]
+        assert report.unreachable_since == 7.0
+        assert words in report.error
+        well_again.set()
+        assert await changes.next() == 0.0
+        assert groups.reports(KEY, {0: "uid-1"})[0].unreachable_since is None
+        await groups.close()
+
+
+def test_measurements_are_not_lasting_and_states_are() -> None:
+    status = well(KEY, 0, "inc", "new")
+    measured = msgspec.structs.replace(status, revision=9, requests_running=3, last_step_at=5.0)
+    assert lasting(status) == lasting(measured)
+    assert lasting(status) != lasting(msgspec.structs.replace(status, epoch=2))
+
+
+# --- the operator's own port, and kopf ---
+
+
+async def test_its_own_port() -> None:
+    metrics, ready = Metrics(), False
+    server = TestServer(application(metrics, lambda: ready))
+    await server.start_server()
+    try:
+        async with ClientSession(server.make_url("")) as session:
+            assert (await session.get("/healthz")).status == 200
+            assert (await session.get("/readyz")).status == 503
+            ready = True
+            assert (await session.get("/readyz")).status == 200
+            metrics.model(KEY, {"conditions": [{"type": "Ready", "status": "True"}], "replicas": 2, "readyReplicas": 1})
+            page = await (await session.get("/metrics")).text()
+            assert 'lockstep_operator_models{state="Ready"} 1.0' in page
+            assert "lockstep_operator_groups_ready 1.0" in page
+            metrics.forget(KEY)
+            assert 'lockstep_operator_models{state="Ready"} 0.0' in await (await session.get("/metrics")).text()
+    finally:
+        await server.close()
+
+
+def test_handlers_only_watch_and_leave_no_trace_on_objects() -> None:
+    registry = handlers.registry(lambda key: None)
+    assert len(registry._watching.get_all_handlers()) == 1 + len(handlers.WATCHED)
+    assert not registry._changing.get_all_handlers()
+    assert not registry._spawning.get_all_handlers()
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [({"lockstep.dev/model": "chat"}, [KEY]), ({}, []), (None, [])],
+)
+def test_a_child_queues_its_model(labels: dict[str, str] | None, expected: list[ModelKey]) -> None:
+    queued: list[ModelKey] = []
+    registry = handlers.registry(queued.append)
+    child = next(handler for handler in registry._watching.get_all_handlers() if handler.id == "child")
+    body: Any = {"metadata": {"namespace": "team", "labels": labels}}
+    child.fn(body=kopf.Body(body))  # type: ignore[call-arg]
+    assert queued == expected

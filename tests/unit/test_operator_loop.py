@@ -1,0 +1,181 @@
+"""The queue of models, the retries around a reconciliation, and the settings."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from lockstep_operator.controller import BUSY_PASSES, Controller
+from lockstep_operator.group_client import backoff
+from lockstep_operator.kube import KubeError
+from lockstep_operator.metrics import Metrics
+from lockstep_operator.names import ModelKey
+from lockstep_operator.reconcile import Outcome
+from lockstep_operator.settings import Settings, read_settings
+from lockstep_operator.workqueue import WorkQueue
+
+KEY = ModelKey("team", "chat")
+
+
+async def soon(queue: WorkQueue[str]) -> str:
+    async with asyncio.timeout(5):
+        return await queue.take()
+
+
+async def test_a_key_waits_only_once_however_often_it_is_asked_for() -> None:
+    queue = WorkQueue[str](lambda: 0.0)
+    for _ in range(3):
+        queue.add("a")
+    queue.add("b")
+    assert [await soon(queue), await soon(queue)] == ["a", "b"]
+    assert len(queue) == 0
+
+
+async def test_a_key_asked_for_while_it_is_worked_on_comes_again_afterwards_and_not_before() -> None:
+    queue = WorkQueue[str](lambda: 0.0)
+    queue.add("a")
+    await soon(queue)
+    queue.add("a")
+    assert len(queue) == 0
+    queue.done("a")
+    assert await soon(queue) == "a"
+
+
+async def test_a_key_that_is_due_later_comes_when_its_time_has_come_and_the_earlier_time_wins() -> None:
+    now = 0.0
+    queue = WorkQueue[str](lambda: now)
+    queue.add_after("a", 20)
+    queue.add_after("a", 10)
+    queue.add_after("a", 30)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await queue.take()
+    now = 10.0
+    queue.add_after("b", 99)  # wakes it, as any news does
+    assert await soon(queue) == "a"
+
+
+async def test_a_waiting_worker_is_woken() -> None:
+    queue = WorkQueue[str](lambda: 0.0)
+    taker = asyncio.create_task(soon(queue))
+    await asyncio.sleep(0)
+    queue.add("a")
+    assert await taker == "a"
+
+
+class Scripted:
+    """Reconciliations that end as told."""
+
+    def __init__(self, *ends: Outcome | Exception) -> None:
+        self.ends = list(ends)
+
+    async def __call__(self, key: ModelKey) -> Outcome:
+        end = self.ends.pop(0)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+
+def controller(*ends: Outcome | Exception) -> Controller:
+    return Controller(WorkQueue(lambda: 0.0), Scripted(*ends), Metrics())
+
+
+async def test_failures_are_retried_with_growing_delays_until_a_success() -> None:
+    error = KubeError(503, "ServiceUnavailable", "later")
+    steps = controller(*[error] * 8, Outcome(again=60.0), error)
+    delays = [await steps.step(KEY) or 0.0 for _ in range(10)]
+    assert 0.25 <= delays[0] <= 0.5
+    assert 30 <= delays[7] <= 60
+    assert 48 <= delays[8] <= 60, "spread, so that not all models come at once"
+    assert delays[9] <= 0.5, "a success begins the count anew"
+
+
+async def test_a_bug_in_one_model_stops_no_other() -> None:
+    steps = controller(ValueError("a bug"), Outcome(again=10.0))
+    assert (await steps.step(KEY) or 0) >= 1.0
+    assert await steps.step(ModelKey("team", "other")) is not None
+
+
+async def test_what_was_refused_is_tried_again_ever_more_seldom() -> None:
+    steps = controller(*[Outcome(again=0.0, wrote=True, refused=True)] * 12)
+    delays = [await steps.step(KEY) or 0.0 for _ in range(12)]
+    assert delays[0] <= 2.0
+    assert 150 <= delays[-1] <= 300
+
+
+async def test_a_fight_with_another_writer_is_slowed_down() -> None:
+    steps = controller(*[Outcome(again=0.0, wrote=True)] * (BUSY_PASSES + 8))
+    delays = [await steps.step(KEY) or 0.0 for _ in range(BUSY_PASSES + 8)]
+    assert delays[:BUSY_PASSES] == [0.0] * BUSY_PASSES
+    assert delays[-1] >= 30
+
+
+async def test_a_model_that_is_gone_is_not_looked_at_again() -> None:
+    assert await controller(Outcome(again=None)).step(KEY) is None
+
+
+async def test_workers_run_models_at_the_same_time_but_no_model_twice() -> None:
+    queue, running, most, done = (
+        WorkQueue[ModelKey](asyncio.get_running_loop().time),
+        set[ModelKey](),
+        0,
+        asyncio.Event(),
+    )
+    seen: list[ModelKey] = []
+
+    async def reconcile(key: ModelKey) -> Outcome:
+        nonlocal most
+        assert key not in running
+        running.add(key)
+        most = max(most, len(running))
+        queue.add(key)
+        await asyncio.sleep(0.001)
+        running.discard(key)
+        seen.append(key)
+        if len(seen) >= 12:
+            done.set()
+        return Outcome(again=None)
+
+    task = asyncio.create_task(Controller(queue, reconcile, Metrics()).run(3))
+    for name in "abcd":
+        queue.add(ModelKey("team", name))
+    async with asyncio.timeout(10):
+        await done.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert most == 3
+
+
+def test_backoff_grows_and_ends() -> None:
+    assert 0.5 <= backoff(1, 1.0, 60.0) <= 1.0
+    assert 30 <= backoff(1000, 1.0, 60.0) <= 60
+
+
+def test_settings_come_from_flags_then_variables_then_defaults() -> None:
+    environment = {"LOCKSTEP_RUNTIME_IMAGE": "env:1", "LOCKSTEP_NAMESPACES": "a, b", "LOCKSTEP_PORT": "9000"}
+    assert read_settings([], environment) == Settings(runtime_image="env:1", namespaces=("a", "b"), port=9000)
+    flags = ["--runtime-image", "flag:1", "--namespace", "c", "--concurrency", "2", "--resync-seconds", "5"]
+    assert read_settings(flags, environment) == Settings(
+        runtime_image="flag:1", namespaces=("c",), port=9000, concurrency=2, resync_seconds=5.0
+    )
+    assert read_settings(["--all-namespaces"], environment).namespaces == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        ([], {}, "--runtime-image"),
+        (["--port", "0"], {"LOCKSTEP_RUNTIME_IMAGE": "a"}, "0 is not above 0"),
+        ([], {"LOCKSTEP_RUNTIME_IMAGE": "a", "LOCKSTEP_PORT": "x"}, "invalid _positive_int value"),
+        ([], {"LOCKSTEP_RUNTIME_IMAGE": "a", "LOCKSTEP_LOG_LEVEL": "loud"}, "loud"),
+        (["--namespace", "a", "--all-namespaces"], {"LOCKSTEP_RUNTIME_IMAGE": "a"}, "not allowed with"),
+    ],
+)
+def test_settings_that_make_no_sense_end_with_a_sentence(
+    arguments: list[str], environment: dict[str, str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        read_settings(arguments, environment)
+    assert words in f"{ended.value} {capsys.readouterr().err}"

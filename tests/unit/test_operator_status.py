@@ -1,0 +1,310 @@
+"""What the status says of what there is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+from tests.support.kube_world import well
+from tests.support.operator_models import NOW, group, model, pod
+
+from lockstep_operator.conditions import render
+from lockstep_operator.decide import Decision
+from lockstep_operator.events import occurrences
+from lockstep_operator.groups import Group
+from lockstep_operator.moment import text
+from lockstep_operator.names import ModelKey
+from lockstep_operator.observe import Observed, Report
+from lockstep_operator.rollout import plan
+from lockstep_operator.status import build, invalid, worth_writing
+from lockstep_operator.troubles import trouble, unexplained
+from lockstep_runtime.wire import Fault, FaultRecord, GroupState, GroupStatus, Latency, RankState
+
+KEY = ModelKey("team", "chat")
+
+
+def said(index: int = 0, **fields: Any) -> GroupStatus:
+    status = well(KEY, index, "inc", "new")
+    return replace_struct(status, **fields)
+
+
+def replace_struct(status: GroupStatus, **fields: Any) -> GroupStatus:
+    return msgspec.structs.replace(status, **fields)
+
+
+def failed(message: str) -> GroupStatus:
+    status = said(state=GroupState.LOADING)
+    ranks = [
+        msgspec.structs.replace(status.ranks[0]),
+        msgspec.structs.replace(status.ranks[1], state=RankState.FAILED, message=message),
+    ]
+    return replace_struct(status, ranks=ranks)
+
+
+def seen(*reports: GroupStatus, status: Mapping[str, Any] | None = None, **fields: Any) -> Observed:
+    spoken = {report.group: Report(status=report) for report in reports}
+    return Observed(
+        **({"status": status or {}, "resource_version": "1", "token": "t", "children": {}, "reports": spoken} | fields)
+    )
+
+
+def decided(*groups: Group, **fields: Any) -> Decision:
+    return Decision(revision="new", groups=groups, turns=plan(groups, "new", 1), **fields)
+
+
+def status_of(
+    decision: Decision, observed: Observed, *, refused: str = "", now: float = NOW, **spec: Any
+) -> dict[str, Any]:
+    return build(model(replicas=len(decision.groups), **spec), observed, decision, refused, now)
+
+
+def condition(status: Mapping[str, Any], name: str) -> tuple[str, str, str]:
+    found = next(item for item in status["conditions"] if item["type"] == name)
+    return found["status"], found["reason"], found["message"]
+
+
+def test_a_serving_model() -> None:
+    status = status_of(decided(group()), seen(said(step_latency=Latency(p50_ms=12.34, p99_ms=20.0), last_step_at=NOW)))
+    assert {item["type"]: item["status"] for item in status["conditions"]} == {
+        "Ready": "True", "Available": "True", "ModelLoaded": "True", "CollectivesHealthy": "True",
+        "Poisoned": "False", "Reconciling": "False", "Stalled": "False",
+    }  # fmt: skip
+    assert condition(status, "Ready") == ("True", "Ready", "1 group of 2 ranks serve")
+    assert (status["ranks"], status["readyReplicas"], status["updatedReplicas"], status["replicas"]) == ("2/2", 1, 1, 1)
+    assert status["stepLatency"] == {"p50": "12.3ms", "p99": "20.0ms"}
+    rank = status["groups"][0]["ranks"][1]
+    assert (rank["pod"], rank["node"], rank["state"], rank["epoch"], rank["respawns"]) == (
+        "chat-0-1",
+        "node-1",
+        "Ready",
+        1,
+        0,
+    )
+
+
+def test_the_workers_own_words_are_in_model_loaded() -> None:
+    status = status_of(decided(group(ready=False)), seen(failed("no config.json in /model")))
+    assert condition(status, "ModelLoaded") == (
+        "False", "LoadFailed", "group 0: rank 1 can't load the model: no config.json in /model",
+    )  # fmt: skip
+    assert condition(status, "Stalled")[:2] == ("True", "ModelLoadFailed")
+    assert condition(status, "Reconciling")[:2] == ("False", "Stalled")
+
+
+def test_a_worker_that_tries_again_does_not_hide_why_it_failed() -> None:
+    before = status_of(decided(group(ready=False)), seen(failed("no config.json in /model")))
+    trying = replace_struct(said(state=GroupState.LOADING), ranks=[])
+    after = status_of(decided(group(ready=False)), seen(trying, status=before))
+    assert condition(after, "ModelLoaded") == condition(before, "ModelLoaded")
+    assert condition(after, "Stalled")[0] == "True"
+    changed = status_of(decided(group(ready=False)), seen(trying, status=before), generation=4)
+    assert condition(changed, "ModelLoaded")[1] == "Loading", "a new spec begins anew"
+    mended = status_of(decided(group()), seen(said(), status=before))
+    assert condition(mended, "ModelLoaded")[0] == "True"
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "words"),
+    [
+        (GroupState.RECOVERING, "Recovering", "group 0 recovers: rank 1 was lost"),
+        (GroupState.POISONED, "Poisoned", "group 0 can't serve and can't heal itself: rank 1 was lost"),
+        (GroupState.DRAINING, "Draining", "group 0 finishes its requests: rank 1 was lost"),
+        (GroupState.STARTING, "Starting", "group 0 waits for its 2 ranks: rank 1 was lost"),
+    ],
+)
+def test_ready_says_what_a_group_is_at(state: GroupState, reason: str, words: str) -> None:
+    status = status_of(decided(group(ready=False)), seen(said(state=state, message="rank 1 was lost")))
+    assert condition(status, "Ready") == ("False", reason, words)
+    assert condition(status, "Poisoned")[0] == str(state is GroupState.POISONED)
+
+
+def test_a_recovery_names_its_fault_and_is_progress_and_no_stall() -> None:
+    fault = FaultRecord(id=4, fault=Fault.HANG, rank=1, message="rank 1 stopped", at=NOW, epoch=2)
+    status = status_of(
+        decided(group(ready=False)), seen(said(state=GroupState.RECOVERING, faults=[fault], recoveries=3))
+    )
+    assert condition(status, "CollectivesHealthy") == ("False", "Hang", "group 0: rank 1 stopped")
+    assert (condition(status, "Reconciling")[0], condition(status, "Stalled")[0]) == ("True", "False")
+    assert status["lastFault"] == {
+        "fault": "Hang",
+        "group": 0,
+        "rank": 1,
+        "message": "rank 1 stopped",
+        "time": text(NOW),
+    }
+    assert status["groups"][0]["lastFaultID"] == 4
+
+
+def test_old_pods_that_serve_during_a_rollout_are_available_but_not_ready() -> None:
+    status = status_of(
+        decided(group(0, "old"), group(1, "new", ready=False)), seen(said(0), said(1, state=GroupState.LOADING))
+    )
+    assert condition(status, "Ready")[:2] == ("False", "RollingOut")
+    assert "group 0 keeps revision old until group 1 is Ready" in condition(status, "Ready")[2]
+    assert condition(status, "Available") == ("True", "Serving", "1 of 2 groups take requests")
+    assert (status["readyReplicas"], status["updatedReplicas"]) == (1, 0)
+
+
+def test_a_refused_write_and_a_conflict_stall_the_model() -> None:
+    refused = status_of(decided(group()), seen(said()), refused="the API server refuses a change (x): Forbidden: quota")
+    assert condition(refused, "Stalled") == ("True", "Refused", "the API server refuses a change (x): Forbidden: quota")
+    conflict = status_of(replace(decided(group()), conflict="Service chat exists"), seen(said()))
+    assert condition(conflict, "Ready") == ("False", "NameConflict", "Service chat exists")
+
+
+def test_a_restarted_operator_trusts_the_last_words_while_the_pod_is_the_same() -> None:
+    before = status_of(decided(group()), seen(said(step_latency=Latency(p50_ms=1.0, p99_ms=2.0), last_step_at=NOW)))
+    silent = seen(status=before)
+    after = status_of(decided(group()), silent, now=NOW + 500)
+    assert worth_writing(before, after, NOW + 500) == (None, None)
+    other = replace(group(), pods=tuple(pod(0, index, uid=f"other-{index}") for index in range(2)))
+    assert condition(status_of(decided(other), silent), "ModelLoaded")[0] == "False"
+
+
+def test_a_group_that_does_not_answer_for_long_is_unknown() -> None:
+    report = Report(status=said(), unreachable_since=NOW - 31, error="connection refused")
+    status = status_of(decided(group()), seen(reports={0: report}))
+    assert condition(status, "CollectivesHealthy") == (
+        "Unknown", "Unreachable", "pod chat-0-0 doesn't answer the operator: connection refused",
+    )  # fmt: skip
+    assert status["groups"][0]["state"] == "Unknown"
+    brief = seen(reports={0: replace(report, unreachable_since=NOW - 5)})
+    assert condition(status_of(decided(group()), brief), "CollectivesHealthy")[0] == "True"
+
+
+def test_recoveries_are_counted_over_processes_and_groups() -> None:
+    first = status_of(decided(group()), seen(said(recoveries=2)))
+    assert first["recoveries"] == 2
+    again = status_of(decided(group()), seen(said(recoveries=2), status=first))
+    assert again["recoveries"] == 2
+    anew = status_of(decided(group()), seen(said(recoveries=1, incarnation="other"), status=again))
+    assert anew["recoveries"] == 3
+
+
+def test_latency_alone_is_written_every_15_seconds_at_most() -> None:
+    def at(seconds: float, milliseconds: float, old: Mapping[str, Any]) -> dict[str, Any]:
+        report = said(step_latency=Latency(p50_ms=milliseconds, p99_ms=9.0), last_step_at=NOW + seconds)
+        return status_of(decided(group()), seen(report, status=old), now=NOW + seconds)
+
+    written, _ = worth_writing({}, at(0, 1.0, {}), NOW)
+    assert written is not None
+    assert worth_writing(written, at(5, 2.0, written), NOW + 5) == (None, 10.0)
+    later, _ = worth_writing(written, at(15, 2.0, written), NOW + 15)
+    assert later is not None
+    assert (later["stepLatency"]["p50"], later["stepLatencyTime"]) == ("2.0ms", text(NOW + 15))
+    assert worth_writing(later, at(99, 2.0, later) | {}, NOW + 99)[0] is not None, "the time of the last step moved"
+
+
+def test_a_condition_keeps_its_time_until_its_status_changes() -> None:
+    first = status_of(decided(group(ready=False)), seen())
+    second = status_of(decided(group(ready=False)), seen(said(state=GroupState.LOADING), status=first), now=NOW + 9)
+    third = status_of(decided(group()), seen(said(), status=second), now=NOW + 20)
+    times = [
+        next(item["lastTransitionTime"] for item in s["conditions"] if item["type"] == "Ready")
+        for s in (first, second, third)
+    ]
+    assert times == [text(NOW), text(NOW), text(NOW + 20)]
+    assert render({}, 1, [], NOW) == []
+
+
+def test_a_spec_that_can_not_be_understood_keeps_what_was_known() -> None:
+    before = status_of(decided(group()), seen(said()))
+    after = invalid(4, before, "ranksPerPod must divide", NOW + 1)
+    assert condition(after, "Stalled") == ("True", "InvalidSpec", "ranksPerPod must divide")
+    assert condition(after, "Available") == condition(before, "Available")
+    assert (after["observedGeneration"], after["ranks"]) == (4, "2/2")
+
+
+def waiting(reason: str, message: str = "", **more: Any) -> dict[str, Any]:
+    container = {
+        "name": "lockstep",
+        "image": "runtime:1",
+        "state": {"waiting": {"reason": reason, "message": message}},
+        **more,
+    }
+    return {"metadata": {}, "spec": {"nodeName": "n1"}, "status": {"containerStatuses": [container]}}
+
+
+ENDED: dict[str, Any] = {"lastState": {"terminated": {"reason": "OOMKilled", "exitCode": 137, "message": "a\nb\nc\nd"}}}
+UNPLACED = {
+    "type": "PodScheduled",
+    "status": "False",
+    "message": "0/1 nodes are available: 1 Insufficient nvidia.com/gpu.",
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason", "words"),
+    [
+        (
+            {"raw": waiting("ImagePullBackOff", "not found")},
+            "ImagePullFailed",
+            "pod chat-0-0 can't get image runtime:1: not found",
+        ),
+        (
+            {"raw": waiting("CreateContainerConfigError", 'secret "hub" not found')},
+            "ContainerRefused",
+            'secret "hub" not found',
+        ),
+        ({"raw": waiting("CrashLoopBackOff", **ENDED)}, "CrashLoop", "keeps ending: OOMKilled, exit code 137: b c d"),
+        ({"raw": {"metadata": {}, "status": {"conditions": [UNPLACED]}}}, "Unschedulable", "finds no node: 0/1 nodes"),
+        (
+            {"phase": "Failed", "raw": {"metadata": {}, "status": {"reason": "Evicted", "message": "low on memory"}}},
+            "PodFailed",
+            "has failed: Evicted low on memory",
+        ),
+        (
+            {"deleting": NOW - 40, "raw": {"metadata": {}, "spec": {"nodeName": "n1"}}},
+            "PodStuck",
+            "hasn't: is node n1 alive?",
+        ),
+        (
+            {"phase": "Pending", "warning": "FailedMount: no such claim"},
+            "MountFailed",
+            "can't start: FailedMount: no such claim",
+        ),
+    ],
+)
+def test_what_keeps_pods_from_running(fields: dict[str, Any], reason: str, words: str) -> None:
+    warning = fields.pop("warning", "")
+    troubled = replace(group(ready=False), pods=(pod(ready=False, **fields), pod(0, 1, ready=False)))
+    found = trouble(troubled, {"uid-0-0": warning} if warning else {}, NOW)
+    assert found is not None
+    assert found.reason == reason
+    assert words in found.message
+    status = status_of(decided(troubled), seen(warnings={"uid-0-0": warning} if warning else {}))
+    assert condition(status, "Stalled")[:2] == ("True", reason)
+
+
+def test_pods_that_can_not_be_created_are_asked_about_and_explained() -> None:
+    lacking = group(0, "new", pods="")
+    assert unexplained([lacking], NOW) == ["uid-0"]
+    found = trouble(lacking, {"uid-0": "FailedCreate: exceeded quota"}, NOW)
+    assert found is not None
+    assert found.message == "pods of group 0 can't be created: FailedCreate: exceeded quota"
+    assert unexplained([group()], NOW) == []
+
+
+def test_events_are_named_by_what_happened_so_that_none_is_told_twice() -> None:
+    fault = FaultRecord(id=1, fault=Fault.RANK_LOST, rank=1, message="it was killed", at=NOW, epoch=1)
+    observed = seen(said(faults=[fault]))
+    status = status_of(decided(group()), observed)
+    told = occurrences(observed, status, [])
+    assert [(item.reason, item.note) for item in told] == [
+        ("Created", "pods and Services are being made"),
+        ("Ready", "1 group of 2 ranks serve"),
+        ("RankLost", "group 0 rank 1: it was killed"),
+    ]
+    assert [item.key for item in occurrences(observed, status, [])] == [item.key for item in told]
+    assert occurrences(replace(observed, status=status), status, []) == []
+
+
+def test_a_new_revision_is_an_event() -> None:
+    before = status_of(decided(group()), seen(said()))
+    observed = seen(said(), status=before)
+    after = before | {"revision": "newer", "observedGeneration": 4}
+    notes = [item.note for item in occurrences(observed, after, [])]
+    assert notes == ["the spec asks for revision newer instead of new: groups are replaced in turn"]
