@@ -23,11 +23,11 @@ LEAST_VALUES: Final = str(CHART / "ci" / "test-values.yaml")
 Manifest = dict[str, Any]
 
 
-def helm(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+def helm(*arguments: str, stdin: str | None = None, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     """Runs helm. Without a built one the test fails: a chart that nobody rendered is not a tested chart."""
     if not HELM.exists():
         pytest.fail(f"{HELM.relative_to(ROOT)} is missing: `make cluster-up` builds it")
-    return subprocess.run([HELM, *arguments], input=stdin, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([HELM, *arguments], input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def template(

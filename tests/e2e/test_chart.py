@@ -1,0 +1,31 @@
+"""The chart as it is installed: its own test passes, and nothing in its namespace breaks the restricted profile."""
+
+from __future__ import annotations
+
+from tests.support import kubectl
+from tests.support.chart import RELEASE, helm
+from tests.support.cluster_api import ClusterApi
+from tests.support.cluster_model import OPERATOR_NAMESPACE, operator_pods
+from tests.support.pod_security import violations
+
+
+def test_helm_test_passes() -> None:
+    where = ("--kubeconfig", str(kubectl.KUBECONFIG), "--namespace", OPERATOR_NAMESPACE)
+    result = helm("test", RELEASE, *where, "--logs", "--timeout", "2m", timeout=150)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "ok operator" in result.stdout
+    assert "ok models" in result.stdout
+
+
+def test_the_operators_pod_keeps_to_the_restricted_profile(api: ClusterApi) -> None:
+    pods = operator_pods(api)
+    assert pods
+    assert [violations(pod["spec"]) for pod in pods] == [[] for _ in pods]
+
+
+def test_the_operator_may_not_list_secrets(api: ClusterApi) -> None:
+    [pod] = operator_pods(api)
+    account = f"system:serviceaccount:{OPERATOR_NAMESPACE}:{pod['spec']['serviceAccountName']}"
+    for verb in ("list", "watch", "update", "patch", "deletecollection"):
+        asked = kubectl.attempt("auth", "can-i", verb, "secrets", "--all-namespaces", "--as", account)
+        assert asked.stdout.strip() == "no", verb
