@@ -17,10 +17,12 @@ from tests.support.api_server import SERVED, TINY_CHAT, serving
 from tests.support.engine import FakeEngine, Part, eventually
 
 from lockstep_runtime.api.limits import Limits
+from lockstep_runtime.api.tokenizer import TextTokenizer
 from lockstep_runtime.config import EngineLimits
 from lockstep_runtime.engine.interface import EngineBusyError, GenerationRequest, Readiness
 
-END = 2047
+TOKENIZER = TextTokenizer.from_file(TINY_CHAT / "tokenizer.json")
+END = TOKENIZER.id_of("<|im_end|>") or 0
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 JSON = {"Content-Type": "application/json"}
@@ -114,7 +116,7 @@ async def test_another_method_is_405_and_says_which(client: httpx.AsyncClient) -
         (text(prompt=""), "prompt"),
         (text(prompt=None), "prompt"),
         (text(prompt=[-1]), "prompt"),
-        (text(prompt=[2048]), "prompt"),
+        (text(prompt=[TOKENIZER.size]), "prompt"),
         (text(prompt=[True]), "prompt"),
         (text(prompt=["a", 5]), "prompt"),
         (text(prompt=[[]]), "prompt"),

@@ -26,6 +26,7 @@ def thinking_tokenizer() -> TextTokenizer:
 
 
 TOKENIZER = thinking_tokenizer()
+END = TOKENIZER.id_of("<|im_end|>") or 0
 
 
 def job(*, prompt: Sequence[int] = (5,), stops: Sequence[str] = (), logprobs: int = -1, reasoning: bool = True) -> Job:
@@ -51,7 +52,7 @@ def run(text: str, job: Job, finish: FinishReason = FinishReason.STOP) -> tuple[
     ids = TOKENIZER.encode(text)
     events = [TokenEvent(SampledToken(sequence_id=0, token=id, logprob=-1.0)) for id in ids]
     if finish is FinishReason.STOP:
-        events.append(TokenEvent(SampledToken(sequence_id=0, token=2047, logprob=-1.0), finish))
+        events.append(TokenEvent(SampledToken(sequence_id=0, token=END, logprob=-1.0), finish))
     else:
         events[-1] = TokenEvent(events[-1].token, finish)
     pieces: list[Piece] = []
