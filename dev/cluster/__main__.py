@@ -1,10 +1,18 @@
 """python3 -m dev.cluster up | down | status | leftovers | purge | images"""
 
 import argparse
+import fcntl
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Final
 
 from dev.cluster import images, lifecycle, traces
+from dev.cluster.layout import DEV
 from dev.cluster.progress import Failure, say
+
+
+CHANGING: Final = ("up", "down", "purge", "images")
 
 
 def main() -> int:
@@ -18,10 +26,24 @@ def main() -> int:
     commands.add_parser("purge", help="stop it and remove .dev")
     arguments = parser.parse_args()
     try:
-        return _run(arguments.command)
+        with _alone() if arguments.command in CHANGING else nullcontext():
+            return _run(arguments.command)
     except Failure as failure:
         print(failure, file=sys.stderr)
         return 1
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One command at a time may change the cluster; another waits."""
+    DEV.mkdir(exist_ok=True)
+    with (DEV / "cluster.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another command on the cluster")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _run(command: str) -> int:

@@ -29,10 +29,11 @@ def make(names: tuple[str, ...] = NAMES) -> None:
         if _loaded(name):
             say(f"image lockstep/{name}:dev is up to date")
             continue
+        digest = inputs_digest(name)  # taken before the build: what changes meanwhile is for the next one
         _build(name)
         build_store.load(f"localhost/lockstep/{name}:dev", f"docker.io/lockstep/{name}:dev")
         _stamp(name).parent.mkdir(parents=True, exist_ok=True)
-        _stamp(name).write_text(inputs_digest(name))
+        _stamp(name).write_text(digest)
         say(f"loaded lockstep/{name}:dev")
     _prune()
 
