@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from lockstep_operator import voices
 from lockstep_operator.decide import Decision
@@ -16,7 +16,8 @@ from lockstep_operator.troubles import Trouble
 from lockstep_operator.voices import Voice
 from lockstep_runtime.wire import GroupState, GroupStatus
 
-MESSAGE_LIMIT = 2000
+MESSAGE_LIMIT: Final = 2000
+_NOT_SERVING: Final = frozenset({GroupState.RECOVERING, GroupState.POISONED, GroupState.FAILED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,10 @@ def explain(view: View, size: int) -> Finding:
         return Finding("False", view.trouble.reason, view.trouble.message, stalled=view.trouble.reason != "PodPending")
     if not group.exists or group.deleting:
         return Finding("False", "Starting", f"{name} is being made")
+    if group.strays and not group.pods:
+        return Finding(
+            "False", "Starting", f"{name} waits until {group.strays} older pods of the same names have ended"
+        )
     if status is None:
         running = sum(pod.phase == "Running" and pod.deleting is None for pod in group.pods)
         words = (
@@ -124,7 +129,7 @@ def _load_failure(status: GroupStatus) -> str:
 
 def _ready(model: Model, decision: Decision, views: Sequence[View], refused: str, old: Mapping[str, Any]) -> Finding:
     if decision.conflict:
-        return Finding("False", "NameConflict", decision.conflict, stalled=True)
+        return Finding("False", "NameConflict", decision.conflict, stalled=not decision.conflict_ends)
     if refused:
         return Finding("False", "Refused", refused, stalled=True)
     if decision.excess:
@@ -132,14 +137,14 @@ def _ready(model: Model, decision: Decision, views: Sequence[View], refused: str
         return Finding("False", "ScalingDown", f"group {listed} finishes its requests and is removed")
     if model.replicas == 0:
         return Finding("True", "ScaledToZero", "replicas is 0: nothing is served, as asked")
-    behind = [view for view in views if not (decision.revision and view.group.ready_at(decision.revision))]
+    behind = [view for view in views if not (_serves(view) and view.group.ready_at(decision.revision))]
     if not behind:
         return Finding("True", "Ready", f"{_groups(len(views))} of {model.tensor_parallel_size} ranks serve")
     return _not_ready(model, decision, behind, old)
 
 
 def _not_ready(model: Model, decision: Decision, behind: Sequence[View], old: Mapping[str, Any]) -> Finding:
-    current = [view for view in behind if not view.group.ready]  # the others serve, with an older revision
+    current = [view for view in behind if not _serves(view)]  # the others serve, with an older revision
     findings = [explain(view, model.tensor_parallel_size) for view in current]
     worst = next((finding for finding in findings if finding.stalled), findings[0] if findings else None)
     waiting = [turn.reason for turn in decision.turns if turn.step in (Step.WAIT, Step.REPLACE)]
@@ -148,9 +153,17 @@ def _not_ready(model: Model, decision: Decision, behind: Sequence[View], old: Ma
     if worst and (worst.stalled or not waiting):
         return Finding("False", worst.reason, "; ".join([worst.message, *waiting[:1]]), worst.stalled)
     words = [*([worst.message] if worst else []), *waiting[:1]]
+    if not decision.revision:
+        return Finding("False", "Starting", "the model's token is being made")
     return Finding(
         "False", "RollingOut", "; ".join(words) or f"pods of revision {decision.revision} replace older ones"
     )
+
+
+def _serves(view: View) -> bool:
+    """By its pods, which the Service goes by, and by its own words, which are quicker."""
+    status = view.voice.status
+    return view.group.ready and not (status and status.state in _NOT_SERVING)
 
 
 def _sticky(model: Model, old: Mapping[str, Any]) -> Finding | None:

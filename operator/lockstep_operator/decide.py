@@ -57,6 +57,7 @@ class Decision:
     turns: tuple[Turn, ...] = ()
     excess: tuple[Group, ...] = ()
     conflict: str = ""  # a sentence: something else has a name that the model needs
+    conflict_ends: bool = False  # by itself
 
     @property
     def sentence(self) -> str:
@@ -67,6 +68,8 @@ def decide(model: Model, observed: Observed, now: float, settings: Settings) -> 
     """`now` is unix seconds; recovery of failed groups will need it."""
     del now
     groups, excess = groups_of(model, observed), excess_groups(model, observed)
+    if remnant := _remnant(model, observed):
+        return Decision(groups=groups, excess=excess, conflict=remnant, conflict_ends=True)
     if conflict := _conflict(model, observed):
         return Decision(groups=groups, excess=excess, conflict=conflict)
     shared = [*_token(model, observed), *_repaired(model, observed, desired.shared(model))]
@@ -84,15 +87,24 @@ def decide(model: Model, observed: Observed, now: float, settings: Settings) -> 
     return Decision(actions=actions, revision=revision, groups=groups, turns=turns, excess=excess)
 
 
-def _conflict(model: Model, observed: Observed) -> str:
-    """Never take over what belongs to someone else."""
+def _foreign(model: Model, observed: Observed) -> Iterator[tuple[str, str, Mapping[str, Any] | None]]:
+    """Kind, name and owner of what has a name that the model needs and isn't its own."""
     for kind, name in expected_names(model):
         child = observed.child(kind, name)
-        if child is None or is_ours(model, child):
-            continue
-        owner = controller(child)
+        if child is not None and not is_ours(model, child):
+            yield kind, name, controller(child)
+
+
+def _remnant(model: Model, observed: Observed) -> str:
+    for kind, name, owner in _foreign(model, observed):
         if owner is not None and owner.get("kind") == KIND and owner.get("name") == model.name:
             return f"{kind} {name} of a deleted model of the same name is still there; it is waited for"
+    return ""
+
+
+def _conflict(model: Model, observed: Observed) -> str:
+    """Never take over what belongs to someone else."""
+    for kind, name, owner in _foreign(model, observed):
         whose = f"belongs to {owner['kind']} {owner['name']}" if owner else "isn't Lockstep's"
         return f"{kind} {name} exists and {whose}: delete it, or give the model another name"
     return ""

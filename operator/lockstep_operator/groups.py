@@ -18,6 +18,7 @@ class Group:
     index: int
     workload: Mapping[str, Any] | None  # its StatefulSet
     pods: tuple[Pod, ...]
+    strays: int = 0  # pods of a StatefulSet of the same name that is gone: they hold the names until they have ended
 
     @property
     def exists(self) -> bool:
@@ -87,8 +88,9 @@ def is_ours(model: Model, child: Mapping[str, Any]) -> bool:
 def _group(model: Model, observed: Observed, index: int) -> Group:
     workload = observed.child("StatefulSet", group_name(model.name, index))
     uid = workload["metadata"]["uid"] if workload else ""
-    pods = sorted((pod for pod in observed.pods_of(index) if pod.owner_uid == uid), key=lambda pod: pod.index)
-    return Group(index=index, workload=workload, pods=tuple(pods))
+    labelled = observed.pods_of(index)
+    pods = sorted((pod for pod in labelled if pod.owner_uid == uid), key=lambda pod: pod.index)
+    return Group(index=index, workload=workload, pods=tuple(pods), strays=len(labelled) - len(pods))
 
 
 def _group_label(child: Mapping[str, Any]) -> str:

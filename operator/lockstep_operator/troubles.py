@@ -47,7 +47,7 @@ def trouble(group: Group, warnings: Mapping[str, str], now: float) -> Trouble | 
 
 
 def _lacks_pods(group: Group, now: float) -> bool:
-    if group.workload is None or group.deleting:
+    if group.workload is None or group.deleting or group.strays:
         return False
     return (
         len(group.pods) < group.wanted and now - unix(group.workload["metadata"]["creationTimestamp"]) > PENDING_SECONDS

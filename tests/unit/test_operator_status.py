@@ -175,6 +175,26 @@ def test_a_group_that_does_not_answer_for_long_is_unknown() -> None:
     assert condition(status_of(decided(group()), brief), "CollectivesHealthy")[0] == "True"
 
 
+def test_a_group_that_recovers_is_not_ready_though_its_pods_still_look_it() -> None:
+    status = status_of(decided(group()), seen(said(state=GroupState.RECOVERING, message="rank 1 was lost")))
+    assert condition(status, "Ready") == ("False", "Recovering", "group 0 recovers: rank 1 was lost")
+    assert condition(status, "Available")[0] == "True", "the Service still sends it requests, which wait"
+
+
+def test_what_a_deleted_model_left_is_waited_for_and_no_stall() -> None:
+    status = status_of(replace(decided(group()), conflict="Service chat is still there", conflict_ends=True), seen())
+    assert (condition(status, "Reconciling")[0], condition(status, "Stalled")[0]) == ("True", "False")
+    waiting = replace(group(0, "new", pods=""), strays=2)
+    assert trouble(waiting, {"uid-0": "FailedCreate: object is being deleted"}, NOW) is None
+    words = condition(status_of(decided(waiting), seen()), "Ready")[2]
+    assert words == "group 0 waits until 2 older pods of the same names have ended"
+
+
+def test_without_a_token_nothing_is_ready() -> None:
+    status = status_of(Decision(groups=(group(),)), seen(said(), token=None))
+    assert condition(status, "Ready") == ("False", "Starting", "the model's token is being made")
+
+
 def test_recoveries_are_counted_over_processes_and_groups() -> None:
     first = status_of(decided(group()), seen(said(recoveries=2)))
     assert first["recoveries"] == 2

@@ -1,0 +1,197 @@
+"""What is done about a model, in which order and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.support.operator_models import NOW, SETTINGS, model, pod
+
+from lockstep_operator import desired
+from lockstep_operator.decide import Apply, CreateToken, Decision, Delete, decide
+from lockstep_operator.names import API_VERSION, KIND
+from lockstep_operator.observe import Observed, Pod, token_of
+from lockstep_operator.spec import Model
+
+Child = dict[str, Any]
+TOKEN = "t"
+REVISION = desired.revision(model(), TOKEN, SETTINGS)
+
+
+def live(manifest: Child, **metadata: Any) -> Child:
+    uid = f"uid-{manifest['metadata']['name'].rpartition('-')[2]}"
+    extra = {"uid": uid, "resourceVersion": "7", "generation": 1, "creationTimestamp": "2027-01-15T07:00:00Z"}
+    return manifest | {"metadata": manifest["metadata"] | extra | metadata, "status": {"observedGeneration": 1}}
+
+
+def everything(made: Model, revision: str | None = None, *, groups: int | None = None) -> dict[tuple[str, str], Child]:
+    found = desired.revision(made, TOKEN, SETTINGS) if revision is None else revision
+    count = made.replicas if groups is None else groups
+    manifests = [desired.token_secret(made, TOKEN), *desired.shared(made)]
+    for index in range(count):
+        manifests += [*desired.of_group(made, index, SETTINGS), desired.stateful_set(made, index, found, SETTINGS)]
+    return {(item["kind"], item["metadata"]["name"]): live(item) for item in manifests}
+
+
+def pods(made: Model, revision: str, groups: int | None = None) -> tuple[Pod, ...]:
+    count = made.replicas if groups is None else groups
+    return tuple(pod(index, number, revision) for index in range(count) for number in range(made.pods_per_group))
+
+
+def decided(made: Model, children: dict[tuple[str, str], Child], of: tuple[Pod, ...] = (), **fields: Any) -> Decision:
+    found: dict[str, Any] = {"status": {}, "resource_version": "1", "token": TOKEN, "children": children, "pods": of}
+    return decide(made, Observed(**(found | fields)), NOW, SETTINGS)
+
+
+def reasons(decision: Decision) -> list[str]:
+    return [action.reason for action in decision.actions]
+
+
+def test_nothing_is_done_when_everything_is_as_the_spec_asks() -> None:
+    made = model(replicas=2)
+    decision = decided(made, everything(made), pods(made, REVISION))
+    assert decision.actions == ()
+    assert decision.sentence == "everything is as the spec asks"
+
+
+def test_a_new_model_gets_its_token_first_and_no_pods_before_it() -> None:
+    decision = decided(model(), {}, token=None)
+    assert decision.actions[0] == CreateToken("chat-token", "Secret chat-token with the group's token is missing")
+    assert reasons(decision)[1:] == ["ServiceAccount chat-ranks is missing", "Service chat is missing"]
+    assert decision.revision == ""
+
+
+def test_then_each_groups_names_and_walls_come_before_its_pods() -> None:
+    made = model()
+    children = {key: child for key, child in everything(made).items() if not key[1].endswith("-0")}
+    assert reasons(decided(made, children)) == [
+        "Service chat-0 is missing", "NetworkPolicy chat-0 is missing", "StatefulSet chat-0 is missing",
+    ]  # fmt: skip
+
+
+def test_a_secret_without_its_token_is_made_anew() -> None:
+    made = model()
+    decision = decided(made, everything(made), token=None)
+    assert decision.actions == (
+        Delete("Secret", "chat-token", "uid-token", "Secret chat-token has lost its token and is made anew"),
+    )
+
+
+def test_drift_is_told_apart_from_a_wish_of_ours() -> None:
+    made = model()
+    children = everything(made)
+    children["Service", "chat"]["spec"] = children["Service", "chat"]["spec"] | {"type": "NodePort"}
+    changed = children["ServiceAccount", "chat-ranks"]
+    changed["metadata"] = changed["metadata"] | {"annotations": {"lockstep.dev/applied": "older"}}
+    drifted = [action for action in decided(made, children, pods(made, REVISION)).actions if isinstance(action, Apply)]
+    assert [(action.kind, bool(action.repairs)) for action in drifted] == [("ServiceAccount", False), ("Service", True)]
+    assert drifted[1].reason == "Service chat differs: spec.type: NodePort instead of ClusterIP"
+
+
+def test_what_the_server_rewrites_is_left_alone() -> None:
+    made = model()
+    children = everything(made)
+    children["Service", "chat"]["spec"] = children["Service", "chat"]["spec"] | {"type": "NodePort"}
+    tolerated = {("Service", "chat"): frozenset({"spec.type: NodePort instead of ClusterIP"})}
+    assert decided(made, children, pods(made, REVISION), tolerated=tolerated).actions == ()
+
+
+def test_a_changed_spec_first_changes_the_statefulset_whose_turn_it_is() -> None:
+    made = model(replicas=2)
+    decision = decided(made, everything(made, "old"), pods(made, "old"))
+    assert reasons(decision) == [f"group 1 takes revision {REVISION}: its turn has come"]
+
+
+def test_then_its_pods_go_once_the_controller_has_seen_the_new_template() -> None:
+    made = model()
+    children = everything(made)
+    unseen = {
+        **children,
+        ("StatefulSet", "chat-0"): children["StatefulSet", "chat-0"] | {"status": {"observedGeneration": 0}},
+    }
+    assert decided(made, unseen, pods(made, "old")).actions == ()
+    assert decided(made, children, pods(made, "old")).actions == (
+        Delete("Pod", "chat-0-0", "uid-0-0", f"pod chat-0-0 has revision old instead of {REVISION}"),
+        Delete("Pod", "chat-0-1", "uid-0-1", f"pod chat-0-1 has revision old instead of {REVISION}"),
+    )
+    ending = tuple(pod(0, index, "old", deleting=NOW + 30) for index in range(2))
+    assert decided(made, children, ending).actions == ()
+
+
+def test_a_statefulset_that_can_not_be_changed_is_made_anew() -> None:
+    made = model()
+    children = everything(made)
+    workload = children["StatefulSet", "chat-0"]
+    children["StatefulSet", "chat-0"] = workload | {"spec": workload["spec"] | {"podManagementPolicy": "OrderedReady"}}
+    (action,) = decided(made, children, pods(made, REVISION)).actions
+    assert isinstance(action, Delete)
+    found = "podManagementPolicy: OrderedReady instead of Parallel"
+    assert action.reason == f"StatefulSet chat-0 can't be changed in place ({found}) and is made anew"
+
+
+def test_groups_beyond_replicas_lose_their_pods_first_and_then_their_names() -> None:
+    made = model(replicas=1)
+    children = everything(made, groups=2)
+    first = decided(made, children, pods(made, REVISION, groups=2))
+    assert reasons(first) == ["group 1 is beyond replicas 1"]
+    del children["StatefulSet", "chat-1"]
+    assert decided(made, children, pods(made, REVISION, groups=2)).actions == ()
+    assert reasons(decided(made, children, pods(made, REVISION))) == [
+        "Service chat-1 of the removed group is left over", "NetworkPolicy chat-1 of the removed group is left over",
+    ]  # fmt: skip
+
+
+OLDER = {"apiVersion": API_VERSION, "kind": KIND, "name": "chat", "uid": "uid-older", "controller": True}
+OTHER = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "web", "uid": "uid-web", "controller": True}
+
+
+@pytest.mark.parametrize(
+    ("owners", "words", "ends"),
+    [
+        ([], "Service chat exists and isn't Lockstep's: delete it, or give the model another name", False),
+        (
+            [OTHER],
+            "Service chat exists and belongs to Deployment web: delete it, or give the model another name",
+            False,
+        ),
+        ([OLDER], "Service chat of a deleted model of the same name is still there; it is waited for", True),
+    ],
+)
+def test_what_belongs_to_others_is_never_touched(owners: list[Child], words: str, ends: bool) -> None:
+    made = model()
+    children = everything(made)
+    service = children["Service", "chat"]
+    children["Service", "chat"] = service | {"metadata": service["metadata"] | {"ownerReferences": owners}}
+    decision = decided(made, children, pods(made, "old"))
+    assert (decision.actions, decision.conflict, decision.conflict_ends) == ((), words, ends)
+
+
+def test_a_child_on_its_way_out_is_waited_for() -> None:
+    made = model()
+    children = everything(made)
+    for key, child in children.items():
+        children[key] = child | {
+            "metadata": child["metadata"] | {"deletionTimestamp": "2027-01-15T08:00:00Z", "labels": {}}
+        }
+    assert decided(made, children, pods(made, REVISION)).actions == ()
+
+
+def test_pods_of_an_earlier_statefulset_do_not_count() -> None:
+    made = model()
+    strays = tuple(pod(0, index, REVISION, owner_uid="uid-gone") for index in range(2))
+    (found,) = decided(made, everything(made), strays).groups
+    assert (found.pods, found.strays, found.ready) == ((), 2, False)
+
+
+@pytest.mark.parametrize(
+    ("secret", "token"),
+    [
+        ({"data": {"token": "dA=="}}, "t"),
+        ({"data": {}}, None),
+        ({"data": {"token": ""}}, None),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_the_token_is_read_from_its_secret(secret: Child | None, token: str | None) -> None:
+    assert token_of(secret) == token
