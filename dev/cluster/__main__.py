@@ -11,7 +11,6 @@ from dev.cluster import images, lifecycle, traces
 from dev.cluster.layout import DEV
 from dev.cluster.progress import Failure, say
 
-
 CHANGING: Final = ("up", "down", "purge", "images")
 
 

@@ -29,6 +29,18 @@ def import_archive(archive: Path) -> None:
         raise Failure(f"containerd refused {archive.name}: {done.stderr.decode().strip()}")
 
 
+def forget_replaced_images() -> None:
+    """Remove the references by configuration (`sha256:...`) that the CRI plugin made for images now replaced.
+
+    Without one, containerd lets go of an old image's layers; a running container keeps those that it stands on.
+    """
+    listed = [line.split() for line in ctr("images", "list").splitlines()[1:]]
+    named = {fields[2] for fields in listed if not fields[0].startswith("sha256:")}
+    for fields in listed:
+        if fields[0].startswith("sha256:") and fields[2] not in named:
+            ctr("images", "remove", fields[0])
+
+
 def remove_all() -> None:
     """Every container with its task and its snapshot; images stay."""
     names = ctr("containers", "list", "--quiet").split()

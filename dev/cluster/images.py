@@ -35,6 +35,7 @@ def make(names: tuple[str, ...] = NAMES) -> None:
         _stamp(name).parent.mkdir(parents=True, exist_ok=True)
         _stamp(name).write_text(digest)
         say(f"loaded lockstep/{name}:dev")
+    containers.forget_replaced_images()
     _prune()
 
 
@@ -99,7 +100,8 @@ def _make_base() -> None:
 
 
 def _prune() -> None:
-    """Old versions of the images; what the named ones are made of stays as the next build's cache."""
+    """Old versions of the images, and what failed builds left; the parts of named images stay as a cache."""
+    subprocess.run(_command("rm", "--all"), capture_output=True, env=_environment())
     subprocess.run(_command("rmi", "--prune"), capture_output=True, env=_environment())
 
 

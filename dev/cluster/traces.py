@@ -20,7 +20,6 @@ from typing import Final
 from dev.cluster.layout import (
     CGROUP,
     CNI_NETWORK,
-    CONTAINERD_ROOT,
     CONTAINERD_SOCKET,
     DEV,
     INTERFACE,
@@ -96,7 +95,7 @@ def mounts() -> list[str]:
     """Mounts under .dev, the innermost first, so that each can be unmounted in turn."""
     points = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
     inside = [point.encode().decode("unicode_escape") for point in points]
-    return [point for point in reversed(inside) if point.startswith((f"{RUN}/", f"{CONTAINERD_ROOT}/"))]
+    return [point for point in reversed(inside) if point.startswith(f"{DEV}/")]
 
 
 def interfaces() -> list[str]:
