@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import httpx
 import pytest
@@ -15,22 +15,26 @@ from lockstep_runtime.supervisor.readiness import api_ready
 from lockstep_runtime.supervisor.server import create_app
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def api(answer: bytes) -> AsyncIterator[int]:
     """A port that answers everything so; without an answer it keeps silent."""
+
+    handled: asyncio.Queue[None] = asyncio.Queue()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(answer)
-        if answer:
-            writer.close()
-        else:
+        if not answer:
             await reader.read()
-            writer.close()
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+        handled.put_nowait(None)
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    yield server.sockets[0].getsockname()[1]
-    server.close()
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        yield server.sockets[0].getsockname()[1]
+        async with asyncio.timeout(10):
+            await handled.get()
 
 
 async def probe(board: StatusBoard | None, port: int) -> int:
