@@ -176,12 +176,9 @@ class RankGroup:
 
     def _explain(self, rank: int, words: str) -> None:
         """Better words for a loss that has not been raised yet."""
-        self._evidence = [
-            replace(one, message=words)
-            if one.rank == rank and one.fault is Fault.RANK_LOST and not one.hearsay
-            else one
-            for one in self._evidence
-        ]
+        for index, one in enumerate(self._evidence):
+            if one.rank == rank and one.fault is Fault.RANK_LOST and not one.hearsay:
+                self._evidence[index] = replace(one, message=words)
 
     def _from_worker(self, member: Member, message: wire.FromWorker) -> None:
         match message:
