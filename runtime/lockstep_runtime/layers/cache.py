@@ -24,16 +24,31 @@ class CacheShape:
         return 2 * self.layers * self.kv_heads * self.head_dim * BLOCK_SIZE * dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """[slots, kv_heads, head_dim] each."""
+
+    keys: Tensor
+    values: Tensor
+
+    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put one key and value per token, [tokens, kv_heads, head_dim], into the tokens' slots."""
+        self.keys.index_copy_(0, slots, keys)
+        self.values.index_copy_(0, slots, values)
+
+
 class KVCache:
-    """`layers[i]` is [slots, 2, kv_heads, head_dim]: keys at 0, values at 1, so that a token is written in one go."""
+    """`layers[i]` is the layer's keys and values, each [slots, kv_heads, head_dim]."""
 
     def __init__(self, shape: CacheShape, blocks: int, placement: Placement) -> None:
-        size = (blocks * BLOCK_SIZE, 2, shape.kv_heads, shape.head_dim)
-        self.layers: list[Tensor] = [
-            torch.zeros(size, dtype=placement.activation, device=placement.device) for _ in range(shape.layers)
-        ]
+        size = (blocks * BLOCK_SIZE, shape.kv_heads, shape.head_dim)
+        self.layers = [LayerCache(_zeros(size, placement), _zeros(size, placement)) for _ in range(shape.layers)]
         self.blocks = blocks
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
+
+def _zeros(size: tuple[int, ...], placement: Placement) -> Tensor:
+    return torch.zeros(size, dtype=placement.activation, device=placement.device)

@@ -26,32 +26,20 @@ Multiply = Callable[[Tensor], Tensor]
 
 
 class Matrix(Weight, Protocol):
-    """`rows` outputs, as many inputs as the cuts have columns."""
-
-    rows: int
-
-    def take(self, data: Tensor) -> None:
-        """Be the matrix `data` [rows, inputs], which is already in memory, instead of reading one."""
+    """As many outputs as the cuts have rows, as many inputs as they have columns."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: [tokens, inputs] -> [tokens, rows]."""
+        """x: [tokens, inputs] -> [tokens, outputs]."""
 
 
-def matrix(*cuts: Cut, placement: Placement, rows: int | None = None) -> Matrix:
-    """The kind of matrix that suits the placement; rows beyond the cuts (padding) give zeros."""
-    kinds: dict[Packing, type[PlainMatrix] | type[PackedMatrix]] = {Packing.NONE: PlainMatrix}
-    return kinds.get(placement.packing, PackedMatrix)(*cuts, placement=placement, rows=rows)
+def matrix(*cuts: Cut, placement: Placement) -> Matrix:
+    """The kind of matrix that suits the placement."""
+    kind = PlainMatrix if placement.packing is Packing.NONE else PackedMatrix
+    return kind(*cuts, placement=placement)
 
 
 class PlainMatrix(PlainWeight):
     """Row-major, multiplied by `F.linear`."""
-
-    def __init__(self, *cuts: Cut, placement: Placement, rows: int | None = None) -> None:
-        super().__init__(*cuts, placement=placement, rows=rows)
-        self.rows = self._rows
-
-    def take(self, data: Tensor) -> None:
-        self.data = data
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.data)
@@ -60,9 +48,8 @@ class PlainMatrix(PlainWeight):
 class PackedMatrix:
     """Laid out for the CPU's fastest kernel, in one or several windows of rows."""
 
-    def __init__(self, *cuts: Cut, placement: Placement, rows: int | None = None) -> None:
+    def __init__(self, *cuts: Cut, placement: Placement) -> None:
         self.cuts = cuts
-        self.rows = rows if rows is not None else stacked_rows(cuts)
         self._pack = pack_fbgemm if placement.packing is Packing.FBGEMM else pack_onednn
         self._staged = torch.float32 if placement.packing is Packing.FBGEMM else placement.dtype
         self._windows: list[Multiply] = []
@@ -75,16 +62,10 @@ class PackedMatrix:
             yield start, stop, staging
             self._windows.append(self._pack(staging))
 
-    def take(self, data: Tensor) -> None:
-        for start, stop, staging in self.receive():
-            staging.copy_(data[start:stop])
-
     def __call__(self, x: Tensor) -> Tensor:
-        if len(self._windows) == 1 and self.rows == stacked_rows(self.cuts):
+        if len(self._windows) == 1:
             return self._windows[0](x)
-        outputs = [window(x) for window in self._windows]
-        padding = self.rows - stacked_rows(self.cuts)
-        return torch.cat([*outputs, x.new_zeros(x.shape[0], padding)], dim=1)
+        return torch.cat([x.new_empty(x.shape[0], 0), *(window(x) for window in self._windows)], dim=1)
 
 
 def pack_onednn(rows: Tensor) -> Multiply:
@@ -112,9 +93,14 @@ def _fbgemm_multiply(rows: Tensor) -> Multiply:
     pack = getattr(torch.ops.aten, "fbgemm_pack_gemm_matrix_fp16", None)
     multiply = getattr(torch.ops.aten, "fbgemm_linear_fp16_weight_fp32_activation", None)
     if pack is not None and multiply is not None:
-        packed, call = pack(rows), multiply.default
-        call(rows[:1], packed, None)  # it warns at its first call: here, where warnings are off
-        return lambda x: call(x, packed, None)
+        packed, outputs = pack(rows), rows.shape[0]
+        multiply.out(rows[:1], packed, None, rows.new_empty(1, outputs))  # warns at its first call, and here unheard
+        call = multiply.out
+
+        def product(x: Tensor) -> Tensor:
+            return call(x, packed, None, x.new_empty(x.shape[0], outputs))  # type: ignore[no-any-return]
+
+        return product
     held = torch.ops.quantized.linear_prepack_fp16(rows, None)
     dynamic = torch.ops.quantized.linear_dynamic_fp16.default
     return lambda x: dynamic(x, held)

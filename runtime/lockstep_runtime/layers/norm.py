@@ -25,7 +25,8 @@ class RMSNorm:
 def rms_normalize(x: Tensor, epsilon: float, weight: Tensor) -> Tensor:
     """x: [..., n]; weight: broadcast over it. In float32 inside, whatever x's type."""
     if x.device.type == "cpu" and x.dtype == torch.float32:
-        # torch's own costs 33 µs a call on a CPU, which is an eighth of a decode step of a small model
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        return (x * mean_square.add_(epsilon).rsqrt_()).mul_(weight)
+        # torch's own costs 33 us a call on a CPU, which is an eighth of a decode step of a small model
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse: Tensor = norm.mul_(norm).mul_(1.0 / x.shape[-1]).add_(epsilon).rsqrt_()
+        return (x * inverse).mul_(weight)
     return F.rms_norm(x, x.shape[-1:], None, epsilon) * weight

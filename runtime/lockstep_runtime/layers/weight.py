@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Final, Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.weights.plan import Cut
+from lockstep_runtime.weights.read import StoredRows
 
 WINDOW_BYTES: Final = 16 * 1024 * 1024  # what is staged at once, so that loading needs little more than the weights
 
@@ -25,27 +27,45 @@ class Weight(Protocol):
 
 
 class PlainWeight:
-    """A stack of cuts as one row-major tensor, `data`; rows beyond the cuts are zero."""
+    """A stack of cuts as one row-major tensor, `data`."""
 
-    def __init__(self, *cuts: Cut, placement: Placement, rows: int | None = None, dtype: torch.dtype | None = None):
+    def __init__(self, *cuts: Cut, placement: Placement, dtype: torch.dtype | None = None) -> None:
         self.cuts = cuts
         self._placement = placement
         self._dtype = dtype or placement.activation
-        self._rows = rows if rows is not None else stacked_rows(cuts)
         self.data: Tensor
 
     def receive(self) -> Iterator[tuple[int, int, Tensor]]:
-        shape = (self._rows, *self.cuts[0].local_shape[1:])
-        filled = stacked_rows(self.cuts)
-        self.data = torch.empty(shape, dtype=self._dtype, device=self._placement.device)
-        self.data[filled:].zero_()
+        rows, *rest = stacked_rows(self.cuts), *self.cuts[0].local_shape[1:]
+        self.data = torch.empty((rows, *rest), dtype=self._dtype, device=self._placement.device)
         if self._placement.device.type == "cpu":
-            yield 0, filled, self.data[:filled]
+            yield 0, rows, self.data
             return
-        for start, stop in windows(filled, self.data[0].nbytes if filled else 1):
-            staging = torch.empty((stop - start, *shape[1:]), dtype=self._dtype, pin_memory=True)
+        for start, stop in windows(rows, math.prod(rest) * self._dtype.itemsize):
+            staging = torch.empty((stop - start, *rest), dtype=self._dtype, pin_memory=True)
             yield start, stop, staging
             self.data[start:stop].copy_(staging)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """indices: [n] -> those rows."""
+        return self.data.index_select(0, indices)
+
+
+class StoredTable:
+    """A table of which few rows are used at a time, left in the checkpoint's file and read from there.
+
+    For an embedding that is tied to a packed output head: the packed form can't be looked up, and both forms in memory
+    would be a quarter more than the whole slice of a small model. A row is read in two microseconds from the page
+    cache, which loading has just filled.
+    """
+
+    def __init__(self, cut: Cut) -> None:
+        self.cut = cut
+        self.rows: StoredRows
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """indices: [n] -> [n, columns], in the file's type."""
+        return self.rows.read(indices.tolist())
 
 
 def stacked_rows(cuts: tuple[Cut, ...]) -> int:

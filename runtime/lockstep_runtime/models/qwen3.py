@@ -16,11 +16,11 @@ from torch import Tensor
 
 from lockstep_runtime.layers.attention import attend
 from lockstep_runtime.layers.batch import Batch
-from lockstep_runtime.layers.cache import CacheShape, KVCache
+from lockstep_runtime.layers.cache import CacheShape, KVCache, LayerCache
 from lockstep_runtime.layers.norm import RMSNorm, rms_normalize
-from lockstep_runtime.layers.placement import Placement
+from lockstep_runtime.layers.placement import Packing, Placement
 from lockstep_runtime.layers.rotary import build_rotary, rotate_
-from lockstep_runtime.layers.weight import PlainWeight, Weight
+from lockstep_runtime.layers.weight import PlainWeight, StoredTable, Weight
 from lockstep_runtime.parallel.embedding import VocabularyEmbedding, VocabularyHead
 from lockstep_runtime.parallel.group import Group
 from lockstep_runtime.parallel.linear import ColumnLinear, RowLinear
@@ -60,10 +60,11 @@ class Qwen3:
         _check(config, shard)
         self._config, self._placement = config, placement
         vocabulary = (config.vocab_size, config.hidden_size, shard, placement)
-        self._embedding = VocabularyEmbedding("model.embed_tokens.weight", *vocabulary)
+        tied = config.tie_word_embeddings
+        self._share = tied and placement.packing is Packing.NONE  # one tensor for both; a packed one can't be looked up
+        self._embedding = VocabularyEmbedding("model.embed_tokens.weight", *vocabulary, stored=tied and not self._share)
         self._layers = [Layer(config, index, shard, placement) for index in range(config.num_hidden_layers)]
         self._norm = RMSNorm(whole("model.norm.weight", config.hidden_size), config.rms_norm_eps, placement)
-        tied = config.tie_word_embeddings
         self._head = VocabularyHead("model.embed_tokens.weight" if tied else "lm_head.weight", *vocabulary)
         theta = float(config.rope.get("rope_theta", config.rope_theta))
         self._rotary = build_rotary(config.head_dim, theta, config.rope, config.max_position_embeddings)
@@ -80,16 +81,16 @@ class Qwen3:
             raise ModelError(f"config.json: {error}") from None
         return cls(config, shard, placement)
 
-    def weights(self) -> Iterator[Weight]:
+    def weights(self) -> Iterator[Weight | StoredTable]:
         yield from self._embedding.weights()
         for layer in self._layers:
             yield from layer.weights()
         yield self._norm.weight
-        if not self._config.tie_word_embeddings:
+        if not self._share:
             yield from self._head.weights()
 
     def loaded(self) -> None:
-        if self._config.tie_word_embeddings:
+        if self._share:
             self._head.tie(self._embedding)
         for layer in self._layers:
             layer.loaded()
@@ -97,12 +98,15 @@ class Qwen3:
     def forward(self, batch: Batch, cache: KVCache, group: Group) -> Tensor:
         cos, sin = self._rotary.table(batch.positions, self._placement.activation)
         hidden = self._embedding(batch.tokens, group)
-        for layer, keys_values in zip(self._layers, cache.layers, strict=True):
-            hidden = layer(hidden, keys_values, batch, cos, sin, group)
+        for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
+            hidden = layer(hidden, layer_cache, batch, cos, sin, group)
         return self._norm(hidden[batch.last])
 
     def logits(self, hidden: Tensor, group: Group) -> Tensor | None:
         return self._head(hidden, group)
+
+    def best(self, hidden: Tensor, group: Group) -> tuple[Tensor, Tensor] | None:
+        return self._head.best(hidden, group)
 
 
 class Layer:
@@ -124,9 +128,9 @@ class Layer:
         self._attention.loaded()
 
     def __call__(
-        self, hidden: Tensor, keys_values: Tensor, batch: Batch, cos: Tensor, sin: Tensor, group: Group
+        self, hidden: Tensor, cache: LayerCache, batch: Batch, cos: Tensor, sin: Tensor, group: Group
     ) -> Tensor:
-        hidden.add_(self._attention(self._input_norm(hidden), keys_values, batch, cos, sin, group))
+        hidden.add_(self._attention(self._input_norm(hidden), cache, batch, cos, sin, group))
         return hidden.add_(self._mlp(self._post_norm(hidden), group))
 
 
@@ -163,13 +167,12 @@ class Attention:
         q, k = self._q_norm.data, self._k_norm.data
         self._norms = torch.cat((q.expand(self._q_heads, -1), k.expand(self._kv_heads, -1)))
 
-    def __call__(self, x: Tensor, keys_values: Tensor, batch: Batch, cos: Tensor, sin: Tensor, group: Group) -> Tensor:
+    def __call__(self, x: Tensor, cache: LayerCache, batch: Batch, cos: Tensor, sin: Tensor, group: Group) -> Tensor:
         qkv = self._qkv(x).view(x.shape[0], -1, self._width)
         normed = self._q_heads + self._kv_heads
         turned = rotate_(rms_normalize(qkv[:, :normed], self._epsilon, self._norms), cos, sin)
-        keys_values[batch.slots, 0] = turned[:, self._q_heads :]
-        keys_values[batch.slots, 1] = qkv[:, normed:]
-        return self._out(attend(turned[:, : self._q_heads], keys_values, batch), group)
+        cache.write(batch.slots, turned[:, self._q_heads :], qkv[:, normed:])
+        return self._out(attend(turned[:, : self._q_heads], cache, batch), group)
 
 
 class MLP:

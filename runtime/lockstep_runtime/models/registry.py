@@ -10,7 +10,7 @@ from torch import Tensor
 from lockstep_runtime.layers.batch import Batch
 from lockstep_runtime.layers.cache import CacheShape, KVCache
 from lockstep_runtime.layers.placement import Placement
-from lockstep_runtime.layers.weight import Weight
+from lockstep_runtime.layers.weight import StoredTable, Weight
 from lockstep_runtime.models.qwen3 import Qwen3
 from lockstep_runtime.parallel.group import Group
 from lockstep_runtime.weights.errors import ModelError
@@ -29,7 +29,7 @@ class Model(Protocol):
     @property
     def cache_shape(self) -> CacheShape: ...
 
-    def weights(self) -> Iterable[Weight]:
+    def weights(self) -> Iterable[Weight | StoredTable]:
         """In the order in which they are read."""
 
     def loaded(self) -> None:
@@ -43,6 +43,9 @@ class Model(Protocol):
 
     def logits(self, hidden: Tensor, group: Group) -> Tensor | None:
         """[n, hidden] -> [n, vocabulary] in float32 on rank 0; None on the others."""
+
+    def best(self, hidden: Tensor, group: Group) -> tuple[Tensor, Tensor] | None:
+        """The likeliest token of each row and its logit, [n] both, on rank 0: cheaper than all the logits."""
 
 
 ARCHITECTURES: Final[Mapping[str, Callable[[Mapping[str, Any], Shard, Placement], Model]]] = {

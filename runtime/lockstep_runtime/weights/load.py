@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lockstep_runtime.layers.weight import Weight
+from lockstep_runtime.layers.weight import StoredTable, Weight
 from lockstep_runtime.weights.read import Checkpoint
 
 
@@ -16,7 +16,9 @@ class Loaded:
     read_bytes: int
 
 
-def load_weights(directory: Path, weights: Iterable[Weight], progress: Callable[[int, int], None]) -> Loaded:
+def load_weights(
+    directory: Path, weights: Iterable[Weight | StoredTable], progress: Callable[[int, int], None]
+) -> Loaded:
     """Fill every weight. `progress(done, total)` is called often, in bytes of the checkpoint.
 
     All tensors are looked up before the first is read, so that what is missing is told at once.
@@ -24,12 +26,17 @@ def load_weights(directory: Path, weights: Iterable[Weight], progress: Callable[
     Raises:
         ModelError: a tensor or a file is missing, malformed, or of another shape than expected.
     """
-    weights = list(weights)
     total = 0
     checkpoint = Checkpoint(directory, lambda _: progress(checkpoint.bytes_read, total))
     try:
-        total = sum(checkpoint.nbytes(cut) for weight in weights for cut in weight.cuts)
+        wanted: list[Weight] = []
         for weight in weights:
+            if isinstance(weight, StoredTable):
+                weight.rows = checkpoint.rows(weight.cut)
+            else:
+                wanted.append(weight)
+        total = sum(checkpoint.nbytes(cut) for weight in wanted for cut in weight.cuts)
+        for weight in wanted:
             for start, stop, buffer in weight.receive():
                 checkpoint.read(weight.cuts, start, stop, buffer)
         return Loaded(weight_bytes=total, read_bytes=checkpoint.bytes_read)

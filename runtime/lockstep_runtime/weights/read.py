@@ -91,6 +91,13 @@ class Checkpoint:
             else:
                 self._read_converted(entry, rows, target)
 
+    def rows(self, cut: Cut) -> StoredRows:
+        """The cut's rows, left where they are and read when asked for."""
+        entry = self.find(cut)
+        row_bytes = math.prod(cut.shape[1:]) * entry.dtype.itemsize
+        descriptor = os.dup(self._open(entry.file))
+        return StoredRows(entry, descriptor, entry.offset + cut.start * row_bytes, cut.rows, cut.shape[1])
+
     def _read_converted(self, entry: Entry, rows: Rows, out: Tensor) -> None:
         row_bytes = math.prod(rows.cut.local_shape[1:]) * entry.dtype.itemsize
         at_once = max(1, STAGING_BYTES // row_bytes)
@@ -111,31 +118,59 @@ class Checkpoint:
         cut, descriptor = rows.cut, self._open(entry.file)
         whole_row = math.prod(cut.shape[1:]) * entry.dtype.itemsize
         if cut.dim == 0:
-            self._fill(entry, descriptor, buffer, entry.offset + (cut.start + rows.start) * whole_row)
+            _fill(entry, descriptor, buffer, entry.offset + (cut.start + rows.start) * whole_row)
         else:
             inner = math.prod(cut.shape[2:]) * entry.dtype.itemsize
             part = (cut.stop - cut.start) * inner
             offset = entry.offset + rows.start * whole_row + cut.start * inner
             for row in range(rows.stop - rows.start):
-                self._fill(entry, descriptor, buffer[row * part : (row + 1) * part], offset + row * whole_row)
+                _fill(entry, descriptor, buffer[row * part : (row + 1) * part], offset + row * whole_row)
         self.bytes_read += len(buffer)
         self._progress(len(buffer))
-
-    def _fill(self, entry: Entry, descriptor: int, buffer: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(buffer):
-            try:
-                got = os.preadv(descriptor, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise ModelError(f"{entry.file} can't be read: {error}") from error
-            if got == 0:
-                raise ModelError(f"{entry.file} is truncated: it ends at byte {offset + done}, within a tensor")
-            done += got
 
     def _open(self, file: Path) -> int:
         if file not in self._descriptors:
             self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         return self._descriptors[file]
+
+
+class StoredRows:
+    """Rows of a tensor that stay in the file; its descriptor is held open, so the file may be unlinked or replaced."""
+
+    def __init__(self, entry: Entry, descriptor: int, offset: int, rows: int, columns: int) -> None:
+        self._entry, self._descriptor, self._offset = entry, descriptor, offset
+        self._rows, self._columns = rows, columns
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def read(self, indices: list[int]) -> Tensor:
+        """[len(indices), columns] in the file's type.
+
+        Raises:
+            ModelError: the file can't be read (any more).
+            IndexError: no such row.
+        """
+        out = torch.empty(len(indices), self._columns, dtype=self._entry.dtype)
+        buffer = out.view(torch.uint8).reshape(-1).numpy().data
+        size = self._columns * self._entry.dtype.itemsize
+        for place, index in enumerate(indices):
+            if not 0 <= index < self._rows:
+                raise IndexError(f"row {index} of {self._rows}")
+            _fill(self._entry, self._descriptor, buffer[place * size : (place + 1) * size], self._offset + index * size)
+        return out
+
+
+def _fill(entry: Entry, descriptor: int, buffer: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(buffer):
+        try:
+            got = os.preadv(descriptor, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise ModelError(f"{entry.file} can't be read: {error}") from error
+        if got == 0:
+            raise ModelError(f"{entry.file} is truncated: it ends at byte {offset + done}, within a tensor")
+        done += got
 
 
 def read_header(file: Path) -> dict[str, Entry]:

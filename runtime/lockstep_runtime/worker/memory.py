@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 from typing import Final
@@ -10,7 +11,22 @@ import torch
 
 CPU_SHARE: Final = 0.5  # of what is free: the page cache, the engine and other programs live there too
 CUDA_SHARE: Final = 0.9  # of the whole device, weights and workspace included
+M_TRIM_THRESHOLD: Final = -1  # of malloc.h
+M_MMAP_THRESHOLD: Final = -3
+KEPT_BYTES: Final = 512 * 1024 * 1024
 CGROUP: Final = Path("/sys/fs/cgroup")
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what a step frees for the next step.
+
+    It would otherwise map and unmap every tensor beyond 128 KiB, and the kernel zero its pages each time. For after
+    loading, whose buffers are to be given back.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's own; musl has none
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def used_bytes(device: torch.device) -> int:

@@ -22,8 +22,8 @@ from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.weights.load import load_weights
 from lockstep_runtime.weights.plan import Shard
 from lockstep_runtime.weights.source import find_model, read_config
-from lockstep_runtime.worker.memory import cache_budget, used_bytes
-from lockstep_runtime.worker.sampler import sample
+from lockstep_runtime.worker.memory import cache_budget, keep_freed_memory, used_bytes
+from lockstep_runtime.worker.sampler import draw_of, is_plain_greedy, sample, take_best
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -69,6 +69,7 @@ class Runner:
             self._model = build_model(settings, shard, self._placement)
             loaded = load_weights(directory, self._model.weights(), progress)
             self._model.loaded()
+        keep_freed_memory()
         return LoadReport(
             weight_bytes=loaded.weight_bytes,
             read_bytes=loaded.read_bytes,
@@ -96,16 +97,22 @@ class Runner:
         with torch.inference_mode():
             batch = build_batch(step.sequences, self._device)
             hidden = self._model.forward(batch, self._cache, group)
-            drawn = [row for row, sequence in enumerate(step.sequences) if sequence.sample is not None]
-            sampled: list[wire.SampledToken] = []
-            if drawn:
-                rows = hidden if len(drawn) == len(step.sequences) else hidden[drawn]
-                logits = self._model.logits(rows, group)
-                if logits is not None:
-                    sampled = _sample(logits, [step.sequences[row] for row in drawn])
+            sampled = self._draw(step.sequences, hidden, group)
             fingerprint = _fingerprint(hidden)
             group.check()
             return StepOutput(fingerprint=fingerprint, sampled=sampled)
+
+    def _draw(self, sequences: list[wire.SequenceSlice], hidden: Tensor, group: Group) -> list[wire.SampledToken]:
+        drawn = [row for row, sequence in enumerate(sequences) if sequence.sample is not None]
+        if not drawn:
+            return []
+        rows = hidden if len(drawn) == len(sequences) else hidden[drawn]
+        draws = [draw_of(sequences[row]) for row in drawn]
+        if all(is_plain_greedy(draw.params) for draw in draws):
+            best = self._model.best(rows, group)
+            return [] if best is None else take_best(*best, draws)
+        logits = self._model.logits(rows, group)
+        return [] if logits is None else sample(logits, draws)
 
     def _room(self) -> int:
         """Blocks that fit; never more than all sequences at full length could use."""
@@ -117,15 +124,6 @@ class Runner:
         if blocks < 1:
             raise ModelError(f"no room for a KV cache: {budget} bytes are left beside the weights")
         return blocks
-
-
-def _sample(logits: Tensor, sequences: list[wire.SequenceSlice]) -> list[wire.SampledToken]:
-    return sample(
-        logits,
-        [sequence.sequence_id for sequence in sequences],
-        [sequence.position + len(sequence.tokens) for sequence in sequences],
-        [sequence.sample or wire.SamplingParams() for sequence in sequences],
-    )
 
 
 def _fingerprint(hidden: Tensor) -> int:

@@ -8,12 +8,13 @@ batch, on what was drawn before, or on a preemption or repair in between.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from lockstep_runtime.wire import SampledToken, SamplingParams
+from lockstep_runtime.wire import SampledToken, SamplingParams, SequenceSlice
 
 MASK: Final = (1 << 64) - 1
 NUCLEUS_GUESS: Final = 1024  # likeliest tokens tried for top_p before the whole vocabulary is sorted
@@ -21,6 +22,54 @@ NUCLEUS_GUESS: Final = 1024  # likeliest tokens tried for top_p before the whole
 
 class NonFiniteError(ArithmeticError):
     """The logits hold a NaN or an infinity: some rank computed garbage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One token to be drawn: `position` is the one it will have in its sequence."""
+
+    sequence_id: int
+    position: int
+    params: SamplingParams
+
+
+def draw_of(sequence: SequenceSlice) -> Draw:
+    position = sequence.position + len(sequence.tokens)
+    return Draw(sequence.sequence_id, position, sequence.sample or SamplingParams())
+
+
+def is_plain_greedy(params: SamplingParams) -> bool:
+    """Whether the likeliest token is all that is asked for."""
+    return (params.temperature <= 0 or params.top_k == 1) and params.logprobs < 0
+
+
+def take_best(tokens: Tensor, logits: Tensor, draws: Sequence[Draw]) -> list[SampledToken]:
+    """tokens and logits: [n], the likeliest token of each row and its logit.
+
+    Raises:
+        NonFiniteError: a NaN anywhere in a row shows in its maximum.
+    """
+    check_finite(logits[:, None])
+    return [
+        SampledToken(sequence_id=draw.sequence_id, token=token)
+        for draw, token in zip(draws, tokens.tolist(), strict=True)
+    ]
+
+
+def sample(logits: Tensor, draws: Sequence[Draw]) -> list[SampledToken]:
+    """logits: [n, vocabulary], float32, one row per draw.
+
+    Raises:
+        NonFiniteError: instead of drawing from garbage.
+    """
+    check_finite(logits)
+    greedy = logits.argmax(dim=-1).tolist()
+    return [
+        _describe(
+            logits[row], draw.sequence_id, _draw(logits[row], greedy[row], draw.position, draw.params), draw.params
+        )
+        for row, draw in enumerate(draws)
+    ]
 
 
 def check_finite(logits: Tensor) -> None:
@@ -32,22 +81,6 @@ def check_finite(logits: Tensor) -> None:
         bad = int((~torch.isfinite(logits)).any(dim=-1).sum())
         if bad:
             raise NonFiniteError(f"the logits of {bad} of {logits.shape[0]} sequences hold NaN or infinity")
-
-
-def sample(
-    logits: Tensor, sequence_ids: Sequence[int], positions: Sequence[int], parameters: Sequence[SamplingParams]
-) -> list[SampledToken]:
-    """logits: [n, vocabulary], float32; `positions` are those that the drawn tokens will have in their sequences.
-
-    Raises:
-        NonFiniteError: instead of drawing from garbage.
-    """
-    check_finite(logits)
-    greedy = logits.argmax(dim=-1).tolist()
-    return [
-        _describe(logits[row], sequence_id, _draw(logits[row], greedy[row], position, params), params)
-        for row, (sequence_id, position, params) in enumerate(zip(sequence_ids, positions, parameters, strict=True))
-    ]
 
 
 def uniform(seed: int, position: int) -> float:
