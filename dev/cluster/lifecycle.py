@@ -138,8 +138,11 @@ def _make_cgroups() -> None:
     """The kubelet wants its root cgroup to exist, in every hierarchy of version 1 or with all controllers of 2."""
     top = Path("/sys/fs/cgroup")
     if (top / "cgroup.controllers").exists():
-        controllers = (top / "cgroup.controllers").read_text().split()
-        (top / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in controllers))
+        for name in (top / "cgroup.controllers").read_text().split():
+            with contextlib.suppress(
+                OSError
+            ):  # some can't be delegated here; the kubelet says which of its own it lacks
+                (top / "cgroup.subtree_control").write_text(f"+{name}")
         (top / CGROUP).mkdir(exist_ok=True)
         return
     for hierarchy in top.iterdir():
