@@ -10,11 +10,11 @@ import secrets
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, get_args
 
 import lockstep_runtime
 from lockstep_runtime import log, wire
-from lockstep_runtime.config import TOKEN_VARIABLE, EngineLimits, ServeConfig
+from lockstep_runtime.config import TOKEN_VARIABLE, Backend, DType, EngineLimits, ServeConfig
 
 _UNITS: Final = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
                  "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}  # fmt: skip
@@ -74,6 +74,17 @@ def build_parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     return parser
 
 
+def _one_of(*choices: str) -> Callable[[str], str]:
+    """argparse's own `choices` are not held against defaults, and so not against the environment."""
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
 def _add_flags(serve: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
     def flag(group: Any, name: str, parse: Callable[[str], Any], default: Any, text: str, **more: Any) -> None:
         given = environment.get("LOCKSTEP_" + name.upper().replace("-", "_"))
@@ -86,12 +97,12 @@ def _add_flags(serve: argparse.ArgumentParser, environment: Mapping[str, str]) -
     flag(model, "served-name", str, None, "the name that clients call; default: the last part of MODEL")
     flag(model, "revision", str, None, "branch, tag or commit of a hub id")
     flag(model, "download-dir", str, None, "where hub models are kept; default: the hub client's cache")
-    flag(model, "dtype", str, "auto", "of weights and cache", choices=["auto", "float32", "bfloat16", "float16"])
+    flag(model, "dtype", _one_of(*get_args(DType)), "auto", f"of weights and cache: {', '.join(get_args(DType))}")
 
     ranks = serve.add_argument_group("ranks")
     flag(ranks, "tensor-parallel-size", _positive, 1, "ranks that the model is split over", metavar="N")
     flag(ranks, "ranks-per-pod", _positive, None, "ranks that run here; default: all of them", metavar="K")
-    flag(ranks, "backend", str, "auto", "of the collectives", choices=["auto", "gloo", "nccl"])
+    flag(ranks, "backend", _one_of(*get_args(Backend)), "auto", f"of the collectives: {', '.join(get_args(Backend))}")
     flag(ranks, "threads-per-rank", _positive, None, "CPU threads; default: the cores, divided by the ranks here")
 
     engine = serve.add_argument_group("engine")

@@ -65,9 +65,19 @@ class Control:
         self._socket: socket.socket | None = None
         self._connections = 0
         self._send_lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
 
     def start(self) -> None:
-        threading.Thread(target=self._run, name="control", daemon=True).start()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Close the connection and make no other."""
+        self._stopped.set()
+        with self._send_lock:
+            if self._socket is not None:
+                self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
 
     def send(self, message: wire.FromWorker) -> None:
         """Send, or drop: after a lost connection the engine asks anew."""
@@ -89,7 +99,7 @@ class Control:
 
     def _run(self) -> None:
         pause = RETRY_SECONDS[0]
-        while True:
+        while not self._stopped.is_set():
             try:
                 self._one_connection()
                 pause = RETRY_SECONDS[0]
@@ -98,7 +108,7 @@ class Control:
             if self._socket is not None:
                 self._lose()
                 pause = RETRY_SECONDS[0]
-            threading.Event().wait(pause * random.uniform(0.5, 1.0))
+            self._stopped.wait(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 1.5, RETRY_SECONDS[1])
 
     def _lose(self) -> None:

@@ -1,0 +1,121 @@
+"""The command line: flags, their environment variables, and what is wrong with them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import socket
+
+import pytest
+from tests.support.live_engine import free_port
+
+from lockstep_runtime.cli import UsageError, build_parser, byte_size, config_from, open_ports, token_for
+from lockstep_runtime.config import EngineLimits, ServeConfig
+
+
+def config(*arguments: str, **environment: str) -> ServeConfig:
+    return config_from(build_parser(environment).parse_args(["serve", *arguments]))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("2Gi", 2**31), ("512Mi", 2**29), ("1.5G", 1_500_000_000), ("7", 7), ("10k", 10_000), ("1Ti", 2**40)],
+)
+def test_sizes_are_written_as_in_kubernetes(text: str, size: int) -> None:
+    assert byte_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "2gb", "-1Gi", "0", "1e9", "2 Gi"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="write it like 2Gi"):
+        byte_size(text)
+
+
+def test_defaults_are_a_group_on_one_machine() -> None:
+    found = config("models/Qwen3-8B/", "--tensor-parallel-size", "4")
+    assert found.served_name == "Qwen3-8B"
+    assert (found.ranks_per_pod, found.pods, list(found.ranks), found.is_leader) == (4, 1, [0, 1, 2, 3], True)
+    assert found.host == "127.0.0.1"
+    assert found.limits == EngineLimits()
+
+
+def test_every_flag_arrives() -> None:
+    found = config(
+        "org/model", "--served-name", "m", "--revision", "abc", "--download-dir", "/models", "--dtype", "bfloat16",
+        "--tensor-parallel-size", "4", "--ranks-per-pod", "2", "--backend", "gloo", "--threads-per-rank", "3",
+        "--max-model-len", "4096", "--max-sequences", "8", "--max-batch-tokens", "512", "--kv-cache-memory", "2Gi",
+        "--max-waiting", "9", "--host", "0.0.0.0", "--port", "1", "--bus-port", "2", "--status-port", "3",
+        "--grace-seconds", "12.5", "--lame-duck-seconds", "4", "--model-name", "cr", "--group", "1",
+        "--spec-revision", "r", "--pod-index", "1", "--pod", "cr-1-1", "--node", "n", "--leader", "cr-1-0.cr-1",
+    )  # fmt: skip
+    assert found == ServeConfig(
+        model="org/model", served_name="m", model_revision="abc", download_dir="/models", dtype="bfloat16",
+        tensor_parallel_size=4, ranks_per_pod=2, backend="gloo", threads_per_rank=3,
+        limits=EngineLimits(max_model_len=4096, max_sequences=8, max_batch_tokens=512, kv_cache_bytes=2**31,
+                            max_waiting=9),
+        host="0.0.0.0", api_port=1, bus_port=2, status_port=3, grace_seconds=12.5, lame_duck_seconds=4.0,
+        model_name="cr", group=1, spec_revision="r", pod_index=1, pod="cr-1-1", node="n", leader="cr-1-0.cr-1",
+    )  # fmt: skip
+
+
+def test_every_flag_is_a_variable_and_the_flag_goes_first() -> None:
+    environment = {"LOCKSTEP_POD_INDEX": "1", "LOCKSTEP_RANKS_PER_POD": "1", "LOCKSTEP_KV_CACHE_MEMORY": "1Gi"}
+    found = config("m", "--tensor-parallel-size", "2", **environment)
+    assert (found.pod_index, found.limits.kv_cache_bytes) == (1, 2**30)
+    assert config("m", "--tensor-parallel-size", "2", "--pod-index", "0", **environment).pod_index == 0
+
+
+def test_a_variable_is_checked_like_its_flag() -> None:
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as ended:
+        config("m", LOCKSTEP_DTYPE="float8")
+    assert ended.value.code == 2
+    assert "float8" in errors.getvalue()
+
+
+def test_ranks_per_pod_must_divide() -> None:
+    with pytest.raises(UsageError, match="--ranks-per-pod 3 does not divide --tensor-parallel-size 4"):
+        config("m", "--tensor-parallel-size", "4", "--ranks-per-pod", "3")
+
+
+def test_a_pod_beyond_the_group_is_refused() -> None:
+    with pytest.raises(UsageError, match="a group of 2 pods has the indexes 0 to 1"):
+        config("m", "--tensor-parallel-size", "2", "--ranks-per-pod", "1", "--pod-index", "2")
+
+
+def test_one_machine_makes_its_own_token_and_several_pods_need_one() -> None:
+    alone = config("m")
+    assert len(token_for(alone, {})) >= 32
+    assert token_for(alone, {}) != token_for(alone, {})
+    assert token_for(alone, {"LOCKSTEP_TOKEN": "secret"}) == "secret"
+    with pytest.raises(UsageError, match="LOCKSTEP_TOKEN in each of them"):
+        token_for(config("m", "--tensor-parallel-size", "2", "--ranks-per-pod", "1"), {})
+
+
+@pytest.mark.parametrize("flag", ["--port", "--bus-port", "--status-port"])
+def test_a_taken_port_is_named_with_its_flag(flag: str) -> None:
+    ports = {name: str(free_port()) for name in ("--port", "--bus-port", "--status-port")}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ports[flag] = str(taken.getsockname()[1])
+        with pytest.raises(UsageError, match=f"choose another with {flag}$"):
+            open_ports(config("m", *(word for pair in ports.items() for word in pair)))
+
+
+def test_a_member_needs_only_its_status_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        member = config(
+            "m", "--tensor-parallel-size", "2", "--ranks-per-pod", "1", "--pod-index", "1",
+            "--port", port, "--bus-port", port, "--status-port", str(free_port()),
+        )  # fmt: skip
+        open_ports(member).close()
+
+
+def test_help_lists_every_flag_with_what_it_means(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        build_parser({}).parse_args(["serve", "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for name in ("--tensor-parallel-size", "--kv-cache-memory", "--grace-seconds", "LOCKSTEP_MAX_MODEL_LEN"):
+        assert name in text

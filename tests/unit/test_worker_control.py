@@ -1,0 +1,267 @@
+"""The worker's two threads against a real bus: what it answers, and how it leaves a collective."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from tests.support.live_engine import free_port
+
+from lockstep_runtime import wire
+from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.engine.bus import Bus, FromPeer, Peer
+from lockstep_runtime.engine.main import listen
+from lockstep_runtime.parallel.errors import GroupAborted, GroupError
+from lockstep_runtime.progress import Progress, Stage, new_memory
+from lockstep_runtime.wire import Fault
+from lockstep_runtime.worker.control import Control, Dismissed
+from lockstep_runtime.worker.main import Worker, classify
+from lockstep_runtime.worker.runner import LoadReport, StepOutput
+
+TOKEN = "a token"
+SECONDS = 10.0
+
+
+@dataclass
+class Script:
+    """The engine's side of the bus: notes what it hears."""
+
+    peers: list[Peer] = field(default_factory=list)
+    heard: list[FromPeer] = field(default_factory=list)
+    epoch: int = 1
+    answer: wire.Refused | None = None
+
+    def admit(self, hello: wire.Hello) -> wire.Welcome | wire.Refused:
+        return self.answer or wire.Welcome(epoch=self.epoch)
+
+    def connected(self, peer: Peer) -> None:
+        self.peers.append(peer)
+
+    def received(self, peer: Peer, message: FromPeer) -> None:
+        self.heard.append(message)
+
+    def lost(self, peer: Peer) -> None: ...
+
+    async def hear(self, kind: type[Any], count: int = 1) -> Any:
+        """The count-th message of a kind."""
+        async with asyncio.timeout(SECONDS):
+            while len(found := [one for one in self.heard if isinstance(one, kind)]) < count:  # noqa: ASYNC110 - see meet
+                await asyncio.sleep(0.005)
+        return found[count - 1]
+
+    async def meet(self, count: int) -> Peer:
+        async with asyncio.timeout(SECONDS):
+            while len(self.peers) < count:  # noqa: ASYNC110 - the bus calls back on its own terms
+                await asyncio.sleep(0.005)
+        return self.peers[count - 1]
+
+
+class FakeGroup:
+    """A communicator whose collective blocks until it is aborted."""
+
+    rank, size = 0, 2
+
+    def __init__(self) -> None:
+        self.aborted = threading.Event()
+        self.closed = False
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+    def close(self) -> None:
+        self.closed = True
+
+    def block(self) -> None:
+        assert self.aborted.wait(SECONDS)
+        raise GroupAborted("aborted")
+
+
+@dataclass
+class FakeRendezvous:
+    address: str = "shm:///somewhere"
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class FakeEdge:
+    """Stands in for torch: `step` is what the next steps do."""
+
+    groups: list[FakeGroup] = field(default_factory=list)
+    step_work: Callable[[FakeGroup], int] = lambda group: 42
+
+    def open_rendezvous(self, config: ServeConfig, epoch: int) -> Any:
+        return FakeRendezvous()
+
+    def join(self, config: ServeConfig, rank: int, epoch: int, address: str, timeout: float) -> Any:
+        self.groups.append(FakeGroup())
+        return self.groups[-1]
+
+    def load(self, progress: Callable[[int, int], None]) -> LoadReport:
+        progress(0, 10)
+        progress(10, 10)
+        return LoadReport(weight_bytes=10, read_bytes=10, cache_blocks=5, block_size=16, memory_bytes=99)
+
+    def allocate(self, blocks: int) -> int:
+        return blocks * 100
+
+    def step(self, step: wire.Step, group: Any) -> StepOutput:
+        return StepOutput(fingerprint=self.step_work(group), sampled=[])
+
+
+@dataclass
+class Scene:
+    script: Script
+    edge: FakeEdge
+    progress: Progress
+    control: Control
+    thread: threading.Thread
+
+    async def joined(self, epoch: int) -> Peer:
+        peer = self.script.peers[-1]
+        before = sum(isinstance(one, wire.Joined) for one in self.script.heard)
+        peer.send(wire.Rendezvous(epoch=epoch))
+        await self.script.hear(wire.RendezvousOpened)
+        peer.send(wire.Join(epoch=epoch, address="shm:///somewhere"))
+        await self.script.hear(wire.Joined, before + 1)
+        return peer
+
+
+@pytest.fixture
+async def scene() -> Any:
+    config = ServeConfig(model="toy", served_name="toy", tensor_parallel_size=2, ranks_per_pod=2, bus_port=free_port())
+    script, edge = Script(), FakeEdge()
+    bus = Bus(TOKEN, script)
+    await bus.open(listen("127.0.0.1", config.bus_port))
+    progress = Progress(new_memory("test"))
+    control = Control(config, 0, TOKEN, "incarnation")
+    worker = Worker(config, 0, control, progress, edge)
+
+    def live() -> None:
+        worker.load(edge)  # type: ignore[arg-type] # the edge plays the runner too
+        worker.run()
+
+    control.start()
+    thread = threading.Thread(target=live, daemon=True)
+    thread.start()
+    await script.meet(1)
+    await script.hear(wire.Loaded)
+    yield Scene(script, edge, progress, control, thread)
+    control.inbox.put(Dismissed("the test is over"))
+    await asyncio.to_thread(thread.join, SECONDS)
+    control.stop()
+    await bus.close()
+
+
+def step(epoch: int, number: int) -> wire.Step:
+    return wire.Step(epoch=epoch, step=number, sequences=[])
+
+
+async def test_it_tells_who_it_is_and_what_it_loaded(scene: Scene) -> None:
+    hello = scene.script.peers[0].hello
+    assert (hello.role, hello.rank, hello.incarnation, hello.pid) == (wire.Role.WORKER, 0, "incarnation", os.getpid())
+    loaded = await scene.script.hear(wire.Loaded)
+    assert (loaded.weight_bytes, loaded.cache_blocks, loaded.block_size, loaded.memory_bytes) == (10, 5, 16, 99)
+    assert scene.progress.read().stage is Stage.LOADED
+
+
+async def test_the_dance_and_a_step(scene: Scene) -> None:
+    peer = await scene.joined(1)
+    peer.send(wire.AllocateCache(epoch=1, blocks=3))
+    assert (await scene.script.hear(wire.CacheAllocated)).memory_bytes == 300
+    peer.send(step(1, 7))
+    done = await scene.script.hear(wire.StepDone)
+    assert (done.epoch, done.step, done.fingerprint) == (1, 7, 42)
+    record = scene.progress.read()
+    assert (record.epoch, record.step, record.in_step) == (1, 7, False)
+
+
+async def test_an_abort_ends_a_blocked_collective_and_is_answered_once(scene: Scene) -> None:
+    scene.edge.step_work = lambda group: group.block() or 0  # type: ignore[func-returns-value]
+    peer = await scene.joined(1)
+    peer.send(step(1, 1))
+    async with asyncio.timeout(SECONDS):
+        while not scene.progress.read().in_step:  # noqa: ASYNC110 - shared memory has no event
+            await asyncio.sleep(0.005)
+    peer.send(wire.Abort(epoch=2))
+    assert (await scene.script.hear(wire.Aborted)).epoch == 2
+    assert not [one for one in scene.script.heard if isinstance(one, wire.StepFailed)]
+    assert scene.edge.groups[0].closed
+    scene.edge.step_work = lambda group: 5
+    peer = await scene.joined(2)
+    peer.send(step(1, 2))  # of the past
+    peer.send(step(2, 3))
+    assert (await scene.script.hear(wire.StepDone)).step == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "fault", "message"),
+    [
+        (ValueError("no such block"), Fault.STEP_FAILED, "ValueError: no such block"),
+        (MemoryError("4 GB"), Fault.STEP_FAILED, "MemoryError: 4 GB"),
+        (GroupError("peer closed"), Fault.RANK_LOST, "the collective broke: peer closed"),
+    ],
+)
+async def test_a_step_that_raises_is_reported_and_the_process_goes_on(
+    scene: Scene, error: Exception, fault: Fault, message: str
+) -> None:
+    def fail(group: FakeGroup) -> int:
+        raise error
+
+    scene.edge.step_work = fail
+    peer = await scene.joined(1)
+    peer.send(step(1, 1))
+    failed = await scene.script.hear(wire.StepFailed)
+    assert (failed.epoch, failed.step, failed.fault, failed.message) == (1, 1, fault, message)
+    assert classify(error) == (fault, message)
+    scene.edge.step_work = lambda group: 5
+    peer.send(wire.Abort(epoch=2))
+    peer = await scene.joined(2)
+    peer.send(step(2, 2))
+    assert (await scene.script.hear(wire.StepDone)).step == 2
+
+
+async def test_a_step_before_joining_is_a_failure_and_no_crash(scene: Scene) -> None:
+    scene.script.peers[0].send(step(1, 1))
+    assert "before the communicator was joined" in (await scene.script.hear(wire.StepFailed)).message
+
+
+async def test_a_lost_connection_keeps_the_weights_and_drops_the_communicator(scene: Scene) -> None:
+    scene.edge.step_work = lambda group: group.block() or 0  # type: ignore[func-returns-value]
+    peer = await scene.joined(1)
+    peer.send(step(1, 1))
+    scene.script.epoch = 6
+    peer.close()
+    again = await scene.script.meet(2)
+    assert (again.hello.incarnation, again.hello.epoch) == ("incarnation", 1)
+    await scene.script.hear(wire.Loaded, 2)
+    assert scene.edge.groups[0].closed
+    scene.edge.step_work = lambda group: 5
+    await scene.joined(6)
+    again.send(step(6, 9))
+    assert (await scene.script.hear(wire.StepDone)).step == 9
+
+
+async def test_nonsense_from_the_engine_costs_the_connection_only(scene: Scene) -> None:
+    scene.script.peers[0].send_frame(b"\x00\x00\x00\x02\xff\xff")
+    await scene.script.meet(2)
+    await scene.script.hear(wire.Loaded, 2)
+    assert scene.thread.is_alive()
+
+
+async def test_a_worker_that_was_replaced_ends(scene: Scene) -> None:
+    scene.script.answer = wire.Refused(reason="another process has taken the place", retry=False)
+    scene.script.peers[0].close()
+    await asyncio.to_thread(scene.thread.join, SECONDS)
+    assert not scene.thread.is_alive()
+
+
+async def test_shutdown_ends_it(scene: Scene) -> None:
+    scene.script.peers[0].send(wire.Shutdown(reason="done"))
+    await asyncio.to_thread(scene.thread.join, SECONDS)
+    assert not scene.thread.is_alive()
