@@ -110,7 +110,7 @@ def _by_state(status: GroupStatus, name: str, size: int) -> Finding:
         case GroupState.DRAINING:
             return Finding("False", "Draining", f"{name} finishes its requests{words}")
         case GroupState.LOADING:
-            return Finding("False", "Loading", f"{name} has read {voices.progress(status)} % of its weights{words}")
+            return Finding("False", "Loading", f"{name} has read {voices.progress(status)} % of its weights")
         case GroupState.READY:
             return Finding("False", "Starting", f"{name} has joined its {size} ranks and is about to take requests")
         case _:

@@ -19,7 +19,7 @@ from lockstep_operator.names import ModelKey
 from lockstep_operator.observe import Report
 from lockstep_operator.status import LATENCY_SECONDS
 from lockstep_operator.voices import SILENT_SECONDS, progress
-from lockstep_runtime.wire import STATUS_PORT, GroupStatus, Latency
+from lockstep_runtime.wire import STATUS_PORT, GroupState, GroupStatus, Latency
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +144,7 @@ def lasting(status: GroupStatus) -> object:
     bare = msgspec.structs.replace(
         status,
         revision=0,
+        message="" if status.state is GroupState.LOADING else status.message,  # it counts megabytes
         ranks=[],
         step_latency=Latency(),
         last_step_at=None,

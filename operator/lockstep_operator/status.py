@@ -13,7 +13,7 @@ from lockstep_operator.observe import Observed
 from lockstep_operator.spec import Model
 from lockstep_operator.troubles import trouble
 from lockstep_operator.voices import block_of, listen
-from lockstep_runtime.wire import FaultRecord, GroupStatus, Latency, RankState, RankStatus
+from lockstep_runtime.wire import FaultRecord, GroupState, GroupStatus, Latency, RankState, RankStatus
 
 Status = dict[str, Any]
 LATENCY_SECONDS: Final = 15.0  # latency alone is written no more often
@@ -81,7 +81,7 @@ def _group(view: View, model: Model, old: Mapping[str, Any]) -> Status:
         "group": group.index,
         "ready": group.ready,
         "state": str(said.state) if said else ("Unknown" if view.voice.silence else "Starting"),
-        "message": (said.message if said else "") if group.ready else explain(view, model.tensor_parallel_size).message,
+        "message": _words(view, model.tensor_parallel_size),
         "revision": group.revision,
         "leader": group.leader.name if group.leader else None,
         "leaderUID": group.leader.uid if group.leader else None,
@@ -99,6 +99,16 @@ def _group(view: View, model: Model, old: Mapping[str, Any]) -> Status:
         "lastStepTime": _moment(said.last_step_at),
         "ranks": [_rank(rank) for rank in sorted(said.ranks, key=lambda rank: rank.rank)],
     }
+
+
+def _words(view: View, size: int) -> str:
+    """Never our own sentence about the group's words: those are read back as its words after a restart."""
+    said = view.voice.status
+    if view.trouble:
+        return view.trouble.message
+    if said and said.state is not GroupState.LOADING:
+        return said.message
+    return "" if view.group.ready else explain(view, size).message
 
 
 def _rank(rank: RankStatus) -> Status:

@@ -164,6 +164,16 @@ def test_a_restarted_operator_trusts_the_last_words_while_the_pod_is_the_same() 
     assert condition(status_of(decided(other), silent), "ModelLoaded")[0] == "False"
 
 
+@pytest.mark.parametrize("state", [state for state in GroupState if state is not GroupState.READY])
+def test_last_words_that_are_read_back_stay_as_they_were(state: GroupState) -> None:
+    groups = decided(group(ready=False))
+    heard = status_of(groups, seen(said(state=state, message="asked to end")))
+    remembered = status_of(groups, seen(status=heard))
+    again = status_of(groups, seen(status=remembered))
+    assert again == remembered
+    assert condition(again, "Ready")[2].count("asked to end") <= 1
+
+
 def test_a_group_that_does_not_answer_for_long_is_unknown() -> None:
     report = Report(status=said(), unreachable_since=NOW - 31, error="connection refused")
     status = status_of(decided(group()), seen(reports={0: report}))
