@@ -48,6 +48,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def oracle() -> dict[str, str]:
     """What transformers' greedy `generate` answers, as text."""
+    torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(TINY_CHAT)
     model = AutoModelForCausalLM.from_pretrained(TINY_CHAT, dtype=torch.float32)
     answers = {}

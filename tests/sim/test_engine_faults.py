@@ -391,3 +391,16 @@ async def test_a_member_that_leaves_is_released_at_once() -> None:
         await live.until(lambda: 1 in live.links and live.links[1].connected, "the pod is connected")
         live.links[1].send(wire.Leaving(grace_seconds=30.0))
         await live.until(lambda: any(isinstance(one, wire.Release) for one in live.told), "it is released")
+
+
+async def test_a_member_that_leaves_with_the_leader_is_kept_until_the_drain_is_done() -> None:
+    async with live_engine(grace_seconds=10.0) as live:
+        await live.until(lambda: 1 in live.links and live.links[1].connected, "the pod is connected")
+        running = asyncio.create_task(live.generate((1, 2), 240))
+        await live.until(lambda: live.engine.stats().requests_running == 1, "it runs")
+        live.links[1].send(wire.Leaving(grace_seconds=30.0))
+        draining = asyncio.create_task(live.engine.drain())
+        await asyncio.gather(running, draining)
+        assert not [one for one in live.told if isinstance(one, wire.Release)]
+        live.engine.release()
+        await live.until(lambda: sum(isinstance(one, wire.Release) for one in live.told) == 2, "both are released")

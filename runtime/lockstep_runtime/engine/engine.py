@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 STEP_SECONDS: Final = 120.0  # a step without an answer for so long is a hang
 RETRY_SECONDS: Final = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)  # between attempts to form the group
+LEAVE_SECONDS: Final = 1.0  # between a member pod's Leaving and its Release
 QUIET_STATUS_SECONDS: Final = 1.0  # between reports that only bring latencies
 
 
@@ -301,9 +302,12 @@ class Engine:
         self._changed(True)
 
     def _leave(self, pod_index: int) -> None:
-        """A member pod was asked to end: it may, at once; only our own drain has requests to finish first."""
+        """A member pod was asked to end: it may soon. When all pods are, our own drain begins within that second."""
+        asyncio.get_running_loop().call_later(LEAVE_SECONDS, self._let_go, pod_index)
+
+    def _let_go(self, pod_index: int) -> None:
         if self._draining:
-            return
+            return  # its rank is needed until the running requests are done; `release` follows
         logger.info("pod %d was asked to end and is released", pod_index)
         if supervisor := self.group.supervisors.get(pod_index):
             supervisor.send(wire.Release())
