@@ -1,4 +1,4 @@
-"""Train tiny-chat, the model that the demo and the tests serve, on one CPU core in a quarter of an hour.
+"""Train tiny-chat, the model that the demo and the tests serve, on one CPU core in half an hour.
 
     python -m examples.training.train [--steps N] [--polish] [--output DIRECTORY]
 
@@ -41,7 +41,7 @@ LEARN = Stage(rate=2e-3, prose=0.45, essays=12)
 POLISH = Stage(rate=8e-4, prose=0.05, essays=27)
 SAMPLES = (
     "What is a for loop?",
-    "Tell me about the with statement.",
+    "Tell me about the `with` statement.",
     "What does __len__ do?",
     "Explain lambda expressions.",
     "Who are you?",
@@ -89,7 +89,7 @@ def load(directory: Path) -> tuple[Tokenizer, Any]:
 
 
 def rows(tokenizer: Tokenizer, rng: random.Random, steps: int, stage: Stage) -> Iterator[torch.Tensor]:
-    """One batch per step, [ROWS, ROW] token ids: at first mostly prose, towards the end mostly conversations."""
+    """One batch per step, [ROWS, ROW] token ids: `stage.prose` of it prose at first, then ever less."""
     text = tokenizer.encode("<|endoftext|>".join(prose())).ids
     chat = conversations(lessons(), rng, stage.essays)
     for step in range(steps):
@@ -175,7 +175,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--polish", action="store_true", help="go on from the model in --output, conversations only")
+    parser.add_argument(
+        "--polish", action="store_true", help="go on from the model in --output, almost only conversations"
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "tiny-chat")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
