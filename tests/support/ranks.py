@@ -1,0 +1,78 @@
+"""A whole group of runners in threads of the test's process, each with its own end of a shared-memory communicator."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+from lockstep_runtime import wire
+from lockstep_runtime.config import DType, EngineLimits, ServeConfig
+from lockstep_runtime.parallel.group import Group, join, open_rendezvous
+from lockstep_runtime.worker.runner import LoadReport, Runner, StepOutput
+
+
+class Ranks:
+    """Use as a context manager; `step` runs every rank and checks that their fingerprints agree."""
+
+    def __init__(self, model: Path, size: int, *, dtype: DType = "auto", blocks: int = 64) -> None:
+        self.config = ServeConfig(
+            model=str(model), served_name="test", tensor_parallel_size=size, ranks_per_pod=size, backend="gloo",
+            dtype=dtype, threads_per_rank=1, limits=EngineLimits(kv_cache_bytes=1 << 26),
+        )  # fmt: skip
+        self._pool = ThreadPoolExecutor(size)
+        self._meeting = open_rendezvous(self.config, 1)
+        self._steps = 0
+        started = list(self._pool.map(lambda rank: self._start(rank, blocks), range(size)))
+        self.runners: list[Runner] = [runner for runner, _, _ in started]
+        self.reports: list[LoadReport] = [report for _, report, _ in started]
+        self.groups: list[Group] = [group for _, _, group in started]
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for group in self.groups:
+            group.close()
+        self._meeting.close()
+        self._pool.shutdown()
+
+    def step(self, *sequences: wire.SequenceSlice) -> StepOutput:
+        step = wire.Step(epoch=1, step=self._steps, sequences=list(sequences))
+        self._steps += 1
+        outputs: list[StepOutput] = list(
+            self._pool.map(lambda pair: pair[0].step(step, pair[1]), zip(self.runners, self.groups, strict=True))
+        )
+        assert len({output.fingerprint for output in outputs}) == 1
+        assert all(output.sampled == [] for output in outputs[1:])
+        return outputs[0]
+
+    def greedy(self, prompt: list[int], tokens: int, blocks: list[int]) -> list[int]:
+        """The whole prompt in one chunk, then token by token."""
+        drawn: list[int] = []
+        feed, position = prompt, 0
+        for _ in range(tokens):
+            output = self.step(piece(0, position, feed, blocks, wire.SamplingParams(temperature=0)))
+            position += len(feed)
+            feed = [output.sampled[0].token]
+            drawn += feed
+        return drawn
+
+    def _start(self, rank: int, blocks: int) -> tuple[Runner, LoadReport, Group]:
+        runner = Runner(self.config, rank)
+        report = runner.load(lambda done, total: None)
+        runner.allocate(blocks)
+        return runner, report, join(self.config, rank, 1, self._meeting.address, timeout=60)
+
+
+def piece(
+    sequence_id: int, position: int, tokens: list[int], blocks: list[int], sample: wire.SamplingParams | None = None
+) -> wire.SequenceSlice:
+    return wire.SequenceSlice(sequence_id=sequence_id, position=position, tokens=tokens, blocks=blocks, sample=sample)
+
+
+def everything(vocabulary: int) -> wire.SamplingParams:
+    """Greedy, with the log probabilities of all tokens."""
+    return wire.SamplingParams(temperature=0, logprobs=vocabulary)

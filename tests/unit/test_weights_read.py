@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tests.support.models import ModelShape, write_model
+from tests.support.ranks import Ranks
+
+from lockstep_runtime.weights import read
+from lockstep_runtime.weights.errors import ModelError
+from lockstep_runtime.weights.plan import Cut, Shard, split, whole
+from lockstep_runtime.weights.read import Checkpoint, read_header
+from lockstep_runtime.weights.source import find_model, read_config
+
+A = torch.arange(60, dtype=torch.float32).view(12, 5)
+B = torch.arange(100, 160, dtype=torch.float32).view(12, 5)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    save_file({"a": A, "b": B.bfloat16(), "n": torch.arange(7.0)}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def take(directory: Path, *cuts: Cut, start: int = 0, stop: int | None = None) -> tuple[torch.Tensor, int]:
+    checkpoint = Checkpoint(directory)
+    stop = sum(cut.rows for cut in cuts) if stop is None else stop
+    out = torch.full((stop - start, *cuts[0].local_shape[1:]), float("nan"))
+    checkpoint.read(cuts, start, stop, out)
+    checkpoint.close()
+    return out, checkpoint.bytes_read
+
+
+def test_rows_columns_and_stacks_are_read_to_the_byte(directory: Path) -> None:
+    rows, count = take(directory, split("a", 12, 5, shard=Shard(1, 3)))
+    assert rows.equal(A[4:8])
+    assert count == rows.nbytes
+    columns, count = take(directory, split("a", 12, 5, shard=Shard(1, 2), dim=1))
+    assert columns.equal(A[:, 2:])
+    assert count == columns.nbytes
+    stacked, count = take(directory, whole("a", 12, 5), whole("b", 12, 5), start=10, stop=15)
+    assert stacked.equal(torch.cat((A, B))[10:15])
+    assert count == 2 * 5 * 4 + 3 * 5 * 2  # b is bfloat16 in the file
+
+
+def test_conversion_goes_by_bounded_pieces(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read, "STAGING_BYTES", 30)  # three rows
+    assert take(directory, whole("b", 12, 5))[0].equal(B)
+    assert take(directory, split("b", 12, 5, shard=Shard(0, 2), dim=1))[0].equal(B[:, :2])
+
+
+def test_stored_rows_outlive_the_file_name(directory: Path) -> None:
+    checkpoint = Checkpoint(directory)
+    rows = checkpoint.rows(split("b", 12, 5, shard=Shard(1, 2)))
+    checkpoint.close()
+    (directory / "model.safetensors").unlink()
+    assert rows.read([5, 0, 5]).float().equal(B[[11, 6, 11]])
+    with pytest.raises(IndexError):
+        rows.read([6])
+
+
+def test_missing_tensor_and_wrong_shape_are_named(directory: Path) -> None:
+    with pytest.raises(ModelError, match=r"the tensor q is missing from"):
+        take(directory, whole("q", 2))
+    with pytest.raises(
+        ModelError, match=r"tensor a in model.safetensors has shape \[12, 5\]; config.json implies \[5, 12\]"
+    ):
+        take(directory, whole("a", 5, 12))
+
+
+def test_truncated_files_are_named(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    content = file.read_bytes()
+    for size, words in ((len(content) - 1, "would end at byte"), (40, "its header alone"), (3, "no safetensors file")):
+        file.write_bytes(content[:size])
+        with pytest.raises(ModelError, match=words) as caught:
+            Checkpoint(directory)
+        assert "model.safetensors" in str(caught.value)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_named(directory: Path) -> None:
+    checkpoint = Checkpoint(directory)
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ModelError, match="is truncated: it ends at byte"):
+        checkpoint.read((whole("a", 12, 5), whole("b", 12, 5)), 0, 24, torch.empty(24, 5))
+
+
+def header(entries: Any) -> bytes:
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(64)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (struct.pack("<Q", 2**40) + b"{}", "1099511627776 bytes as its header"),
+        (struct.pack("<Q", 4) + b"\xff\xfe\x00\x01", "no readable"),
+        (struct.pack("<Q", 200_000) + b"[" * 200_000, "no readable"),
+        (header([1]), "not a JSON object"),
+        (header({"x": 3}), "the header's entry of x is malformed"),
+        (header({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}), "entry of x is malformed"),
+        (header({"x": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}), "x has the type F8_E4M3"),
+        (header({"x": {"dtype": "F32", "shape": [-2], "data_offsets": [0, -8]}}), "can't take up bytes"),
+        (header({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}), "can't take up bytes 0 to 4"),
+        (header({"x": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}), "can't take up bytes"),
+        (b"", "no safetensors file"),
+    ],
+)
+def test_garbage_headers_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match=words):
+        read_header(file)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_give_a_header_or_a_model_error(content: bytes) -> None:
+    import tempfile
+
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        try:
+            read_header(Path(file.name))
+        except ModelError:
+            return
+
+
+def test_an_index_may_only_name_files_beside_it(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "../secret.safetensors"}}))
+    with pytest.raises(ModelError, match="not in the model's own directory"):
+        Checkpoint(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"x": "part.safetensors"}}))
+    with pytest.raises(ModelError, match=r"part\.safetensors is missing"):
+        Checkpoint(tmp_path)
+    index.write_text("{")
+    with pytest.raises(ModelError, match="no index"):
+        Checkpoint(tmp_path)
+
+
+def test_where_models_come_from(tmp_path: Path) -> None:
+    assert find_model(str(tmp_path)) == tmp_path
+    with pytest.raises(ModelError, match=r"the model directory .*absent does not exist"):
+        find_model(str(tmp_path / "absent"))
+    with pytest.raises(ModelError, match=r"config.json is missing"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ModelError, match="not a JSON object"):
+        read_config(tmp_path)
+    with pytest.raises(ModelError, match="holds no safetensors file"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ranks_read_their_slices_and_no_more(tmp_path: Path, tied: bool, dtype: str) -> None:
+    path = write_model(tmp_path, ModelShape(tied=tied, dtype=dtype, vocabulary=128), shards=2)
+    stored = sum(entry.stat().st_size for entry in path.glob("*.safetensors"))
+    with Ranks(path, 2) as ranks:
+        for report in ranks.reports:
+            assert report.read_bytes == report.weight_bytes
+            assert report.weight_bytes < stored * 0.55
