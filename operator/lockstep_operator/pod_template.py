@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Final
 
+from lockstep_operator.drift import quantity
 from lockstep_operator.names import (
     APP_LABELS,
     CONTAINER,
@@ -30,6 +31,7 @@ TERMINATION_SECONDS: Final = 60  # running requests finish in it
 LAME_DUCK_SECONDS: Final = 3.0  # until every node has taken the pod out of the Service
 EXIT_SECONDS: Final = 5.0  # for processes to end after the last request
 CPU_PER_RANK: Final = 0.25
+THREADS: Final = "LOCKSTEP_THREADS_PER_RANK"
 MEMORY_PER_RANK_MIB: Final = 512
 CACHE_GROUP: Final = 65532  # of files on a cache volume, so that any user of the pod may write them
 
@@ -37,10 +39,28 @@ CACHE_GROUP: Final = 65532  # of files on a cache volume, so that any user of th
 def pod_template(model: Model, group: int, revision: str, settings: Settings) -> dict[str, Any]:
     """A PodTemplateSpec: ours, with the user's laid over it and then our labels, which selectors rely on."""
     ours: dict[str, Any] = {"metadata": {"labels": {}}, "spec": _pod_spec(model, group, revision, settings)}
-    merged = overlay(ours, model.template)
+    merged = _with_threads(overlay(ours, model.template), model)
     labels = {**merged["metadata"].get("labels", {}), **pod_labels(model, group), REVISION_LABEL: revision}
     merged["metadata"] = {**merged["metadata"], "labels": labels}
     return merged
+
+
+def _with_threads(template: dict[str, Any], model: Model) -> dict[str, Any]:
+    """Each rank on CPUs computes with as many threads as it asks for CPUs: a pod sees all cores of its node, and ranks
+    that take them all wait for each other's threads."""
+    containers = [
+        _threaded(one, model) if one.get("name") == CONTAINER else one for one in template["spec"]["containers"]
+    ]
+    return {**template, "spec": {**template["spec"], "containers": containers}}
+
+
+def _threaded(container: dict[str, Any], model: Model) -> dict[str, Any]:
+    environment = container.get("env") or []
+    asked = quantity(((container.get("resources") or {}).get("requests") or {}).get("cpu", ""))
+    if model.accelerator or asked is None or any(entry.get("name") == THREADS for entry in environment):
+        return container
+    threads = max(1, math.ceil(asked / model.ranks_per_pod))
+    return {**container, "env": [*environment, {"name": THREADS, "value": str(threads)}]}
 
 
 def pod_labels(model: Model, group: int) -> dict[str, str]:

@@ -69,6 +69,21 @@ def test_a_shorter_grace_of_the_pod_shortens_that_of_requests() -> None:
 
 
 @pytest.mark.parametrize(
+    ("cpu", "ranks_per_pod", "threads"), [("250m", 1, "1"), ("1500m", 1, "2"), (2, 2, "1"), ("8", 2, "4")]
+)
+def test_a_rank_on_cpus_has_as_many_threads_as_cpus(cpu: str | int, ranks_per_pod: int, threads: str) -> None:
+    asked: dict[str, Any] = {"name": "lockstep", "resources": {"requests": {"cpu": cpu}}}
+    made = model(ranks_per_pod=ranks_per_pod, template={"spec": {"containers": [asked]}})
+    assert environment(made)["LOCKSTEP_THREADS_PER_RANK"] == threads
+
+
+def test_threads_are_left_alone_where_somebody_chose_them_or_gpus_compute() -> None:
+    chosen = {"name": "lockstep", "env": [{"name": "LOCKSTEP_THREADS_PER_RANK", "value": "7"}]}
+    assert environment(model(template={"spec": {"containers": [chosen]}}))["LOCKSTEP_THREADS_PER_RANK"] == "7"
+    assert "LOCKSTEP_THREADS_PER_RANK" not in environment(model(accelerator="nvidia.com/gpu"))
+
+
+@pytest.mark.parametrize(
     ("source", "location", "volume"),
     [
         (
