@@ -1,8 +1,9 @@
 """Loading a Qwen3-0.6B shape in bfloat16 with two ranks: bytes read, peak memory and rate, beside a plain read.
 
 Each rank loads in a process of its own, one after the other, so that rates are not shared. The bytes read are the
-kernel's own count (`rchar` of /proc/self/io); the peak is the most that was resident (`VmHWM`), less that of a process which has
-imported the same and loaded nothing. The file is read whole once before, so that every read comes from the page cache.
+kernel's own count (`rchar` of /proc/self/io); the peak is the most that was resident (`VmHWM`), less that of a
+process which has imported the same and loaded nothing. The file is read whole once before, so that every read comes
+from the page cache.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from bench.decode import model_directory
 from bench.report import Row, report
+
 from lockstep_runtime.config import EngineLimits, ServeConfig
 
 RANKS = 2

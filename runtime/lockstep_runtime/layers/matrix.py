@@ -21,7 +21,7 @@ from lockstep_runtime.layers.weight import PlainWeight, Weight, stacked_rows, wi
 from lockstep_runtime.weights.plan import Cut
 
 FLOAT16_MAX = 65504.0
-PACKED_WINDOW_BYTES = 32 * 1024 * 1024  # in float32; a larger matrix is several packed ones
+PACKED_WINDOW_BYTES = 16 * 1024 * 1024  # in float32; a larger matrix is several packed ones
 Multiply = Callable[[Tensor], Tensor]
 
 
@@ -81,7 +81,8 @@ def pack_fbgemm(rows: Tensor) -> Multiply:
     bfloat16 values between 6.1e-5 and 65504 are exact in float16; smaller ones are off by 3e-8 at most. A window with a
     larger value (or a NaN) is kept in float32 instead.
     """
-    if not bool(rows.abs().max() <= FLOAT16_MAX):
+    least, greatest = (float(bound) for bound in torch.aminmax(rows))
+    if not -FLOAT16_MAX <= least <= greatest <= FLOAT16_MAX:
         return functools.partial(F.linear, weight=rows)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "deprecated": see _fbgemm_multiply

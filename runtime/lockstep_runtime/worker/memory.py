@@ -13,20 +13,32 @@ CPU_SHARE: Final = 0.5  # of what is free: the page cache, the engine and other 
 CUDA_SHARE: Final = 0.9  # of the whole device, weights and workspace included
 M_TRIM_THRESHOLD: Final = -1  # of malloc.h
 M_MMAP_THRESHOLD: Final = -3
+LARGE_BYTES: Final = 128 * 1024
 KEPT_BYTES: Final = 512 * 1024 * 1024
 CGROUP: Final = Path("/sys/fs/cgroup")
+
+
+def give_back_freed_memory() -> None:
+    """Have the C library return every large buffer to the kernel as soon as it is freed: for loading.
+
+    By itself it raises its threshold with the first such buffer, and later ones leave holes between the weights.
+    """
+    _malloc_option(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def keep_freed_memory() -> None:
     """Have the C library keep what a step frees for the next step.
 
-    It would otherwise map and unmap every tensor beyond 128 KiB, and the kernel zero its pages each time. For after
-    loading, whose buffers are to be given back.
+    It would otherwise map and unmap every large tensor, and the kernel zero its pages each time.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's own; musl has none
+    _malloc_option(M_MMAP_THRESHOLD, KEPT_BYTES)
+    _malloc_option(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def _malloc_option(option: int, value: int) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it, others need not
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(option, value)
 
 
 def used_bytes(device: torch.device) -> int:

@@ -22,7 +22,7 @@ from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.weights.load import load_weights
 from lockstep_runtime.weights.plan import Shard
 from lockstep_runtime.weights.source import find_model, read_config
-from lockstep_runtime.worker.memory import cache_budget, keep_freed_memory, used_bytes
+from lockstep_runtime.worker.memory import cache_budget, give_back_freed_memory, keep_freed_memory, used_bytes
 from lockstep_runtime.worker.sampler import draw_of, is_plain_greedy, sample, take_best
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,6 +65,7 @@ class Runner:
         dtype = _dtype(config.dtype, str(settings.get("dtype") or settings.get("torch_dtype") or "float32"))
         self._placement = choose_placement(self._device, dtype)
         shard = Shard(self._rank, config.tensor_parallel_size)
+        give_back_freed_memory()
         with torch.inference_mode():
             self._model = build_model(settings, shard, self._placement)
             loaded = load_weights(directory, self._model.weights(), progress)
