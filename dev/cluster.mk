@@ -5,6 +5,9 @@ CONTEXT ?=
 HELM_ARGS ?=
 export CONTEXT HELM_ARGS
 
+.dev/bin/helm: # which the chart's tests need too, on any machine
+	@python3 -c 'from dev.cluster import toolchain; toolchain.ensure()'
+
 .PHONY: cluster-up
 cluster-up: ## start the embedded Kubernetes (root on Linux); kubeconfig at .dev/kubeconfig
 	@$(CLUSTER) up
