@@ -16,7 +16,7 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 CONTEXT: Final = os.environ.get("CONTEXT", "")
 MODEL: Final = "tiny-chat"
 PATIENCE_S: Final = 180.0
-QUESTIONS: Final = ("Hello! What can you tell me about Python?", "How do I write a for loop?")
+QUESTIONS: Final = ("Who are you?", "What is a for loop?", "Explain lambda expressions.")
 
 
 def main() -> int:

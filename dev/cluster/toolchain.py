@@ -98,7 +98,9 @@ def _version(go: str) -> tuple[int, int]:
 
 
 def _build(go: str, package: str, target: Path, flags: str) -> None:
-    command = [go, "build", "-trimpath", "-buildvcs=false", "-ldflags", f"-s -w {flags}", "-o", str(target), package]
+    fresh = target.with_suffix(".new")  # a cluster may be running the old one
+    command = [go, "build", "-trimpath", "-buildvcs=false", "-ldflags", f"-s -w {flags}", "-o", str(fresh), package]
     environment = {**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": ""}
     if subprocess.run(command, cwd=SOURCES, env=environment, stdout=sys.stderr).returncode != 0:
         raise Failure(f"go build of {target.name} failed; its own words are above.")
+    fresh.replace(target)
