@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.support.models import ModelShape, write_model
+from tests.support.ranks import Ranks, piece
+
+from lockstep_runtime.config import EngineLimits, ServeConfig
+from lockstep_runtime.layers.cache import BLOCK_SIZE
+from lockstep_runtime.layers.matrix import pack_fbgemm
+from lockstep_runtime.weights.errors import ModelError
+from lockstep_runtime.wire import SamplingParams
+from lockstep_runtime.worker.runner import Runner
+from lockstep_runtime.worker.sampler import NonFiniteError
+
+GREEDY = SamplingParams(temperature=0)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model", ModelShape())
+
+
+def config(model: Path, limits: EngineLimits | None = None) -> ServeConfig:
+    return ServeConfig(model=str(model), served_name="test", backend="gloo", limits=limits or EngineLimits())
+
+
+def test_progress_ends_at_the_total(model: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    report = Runner(config(model), 0).load(lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (report.weight_bytes, report.weight_bytes)
+
+
+def test_the_cache_is_what_was_asked_for_or_what_can_be_used(model: Path) -> None:
+    block = 2 * 2 * 2 * 16 * 4 * BLOCK_SIZE  # keys and values, layers, kv heads, width, bytes
+    report = Runner(config(model, EngineLimits(kv_cache_bytes=block * 10 + 5)), 0).load(lambda done, total: None)
+    assert report.cache_blocks == 10
+    report = Runner(config(model, EngineLimits(max_model_len=100, max_sequences=3)), 0).load(lambda done, total: None)
+    assert report.cache_blocks == 3 * 4
+    with pytest.raises(ModelError, match="no room for a KV cache"):
+        Runner(config(model, EngineLimits(kv_cache_bytes=10)), 0).load(lambda done, total: None)
+    runner = Runner(config(model), 0)
+    runner.load(lambda done, total: None)
+    assert runner.allocate(7) == 7 * block
+    assert runner.allocate(5) == 5 * block
+
+
+def test_a_slice_without_room_is_refused_before_any_collective(model: Path) -> None:
+    with Ranks(model, 2) as ranks:
+        with pytest.raises(ValueError, match=r"sequence 3: 1 blocks for 40 tokens"):
+            ranks.step(piece(3, 0, list(range(40)), [0], GREEDY))
+        with pytest.raises(ValueError, match="sequence 4"):
+            ranks.step(piece(4, 0, [], [0], GREEDY))
+        assert len(ranks.step(piece(3, 0, [1, 2], [0], GREEDY)).sampled) == 1
+
+
+def test_drawing_all_logits_or_only_the_best_agree(model: Path) -> None:
+    with Ranks(model, 4) as ranks:
+        plain = ranks.step(*(piece(n, 0, [n, 7, n + 1], [n], GREEDY) for n in range(9)))
+        mixed = ranks.step(
+            *(piece(n, 0, [n, 7, n + 1], [n], SamplingParams(temperature=0, logprobs=0)) for n in range(9))
+        )
+    assert plain.fingerprint == mixed.fingerprint
+    assert [drawn.token for drawn in plain.sampled] == [drawn.token for drawn in mixed.sampled]
+
+
+def test_a_step_may_draw_for_some_or_for_none(model: Path) -> None:
+    with Ranks(model, 2) as ranks:
+        output = ranks.step(piece(1, 0, [1, 2], [0]), piece(2, 0, [3], [1], GREEDY), piece(3, 0, [4], [2]))
+        assert [drawn.sequence_id for drawn in output.sampled] == [2]
+        assert ranks.step(piece(1, 2, [5], [0])).sampled == []
+
+
+@pytest.mark.parametrize("logprobs", [-1, 3])
+def test_a_nan_in_the_weights_shows_as_non_finite(model: Path, logprobs: int) -> None:
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, file)
+    with Ranks(model, 2) as ranks, pytest.raises(NonFiniteError, match="1 of 1 sequences"):
+        ranks.step(piece(1, 0, [1, 2, 3], [0], SamplingParams(temperature=0, logprobs=logprobs)))
+
+
+def test_values_beyond_float16_stay_exact() -> None:
+    rows = torch.randn(32, 16)
+    rows[5, 5] = 1e6
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(pack_fbgemm(rows)(x), x @ rows.T)
+
+
+def test_bfloat16_weights_are_exact_in_the_packed_form() -> None:
+    rows = torch.randn(48, 64).bfloat16().float()
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(pack_fbgemm(rows)(x), x @ rows.T, atol=1e-5, rtol=1e-5)
+
+
+def test_an_unknown_type_is_named(tmp_path: Path) -> None:
+    path = write_model(tmp_path, ModelShape())
+    settings = path / "config.json"
+    settings.write_text(settings.read_text().replace('"float32"', '"float8_e4m3fn"'))
+    with pytest.raises(ModelError, match="the model's type is float8_e4m3fn"):
+        Runner(config(path), 0).load(lambda done, total: None)
