@@ -21,7 +21,7 @@ clean-cluster: ## stop it and remove .dev with its binaries and images
 	@$(CLUSTER) purge
 
 .PHONY: images
-images: $(if $(CONTEXT),,cluster-up) ## build the images and load them into the embedded cluster
+images: ## build the images and load them into the embedded cluster, which they bring up
 	@$(CLUSTER) images
 
 .PHONY: deploy

@@ -33,9 +33,8 @@ class Phase:
 PHASES = (
     Phase("venv"),
     Phase("lint", ("venv",)),
+    Phase("images", ("venv",)),
     Phase("test-unit", ("venv",)),
-    Phase("cluster-up", ("venv",)),
-    Phase("images", ("cluster-up",)),
     Phase("deploy", ("images",)),
     Phase("test-e2e", ("deploy",)),
 )

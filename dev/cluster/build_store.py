@@ -36,9 +36,9 @@ class Image:
     layers: tuple[Path, ...]
 
 
-def load(local_name: str, target_name: str) -> None:
-    """Make `local_name` of buildah's store (`localhost/lockstep/x:dev`) known to the cluster as `target_name`."""
-    image = find(local_name)
+def load(name: str) -> None:
+    """Make the image `name` of buildah's store (`localhost/lockstep/x:dev`) known to the cluster by the same name."""
+    image = find(name)
     chain = chain_ids(image.diff_ids)
     present = {line.split()[0] for line in containers.ctr("snapshots", "list").splitlines()[1:] if line}
     made = []
@@ -48,17 +48,17 @@ def load(local_name: str, target_name: str) -> None:
             made.append(key)
     archive = SCRATCH / "image.tar"
     SCRATCH.mkdir(parents=True, exist_ok=True)
-    archive.write_bytes(layout(image, target_name))
+    archive.write_bytes(layout(image, name))
     containers.import_archive(archive)
     archive.unlink()
     for key in made:  # from here on the image's own reference keeps them, and lets them go with it
         containers.ctr("snapshots", "label", key, "containerd.io/gc.root=")
 
 
-def find(local_name: str) -> Image:
-    entry = next((each for each in _read("images") if local_name in each.get("names", [])), None)
+def find(name: str) -> Image:
+    entry = next((each for each in _read("images") if name in each.get("names", [])), None)
     if entry is None:
-        raise Failure(f"buildah's store has no image {local_name}")
+        raise Failure(f"buildah's store has no image {name}")
     folder = GRAPH / "overlay-images" / entry["id"]
     config = (folder / _file_name(f"sha256:{entry['id']}")).read_bytes()
     diff_ids = tuple(json.loads(config)["rootfs"]["diff_ids"])

@@ -1,17 +1,22 @@
-"""Build the images from their Dockerfiles, on a local base, and load them into the cluster."""
+"""Build the images from their Dockerfiles, on a local base, and load them into the cluster.
+
+A build downloads and writes, while building the cluster's programs computes: the first time they run side by side.
+"""
 
 import hashlib
 import os
 import subprocess
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, TextIO
 
-from dev.cluster import build_store, containers, host
-from dev.cluster.layout import BUILD_STORE, DEV, LOGS, ROOT, SCRATCH
+from dev.cluster import build_store, containers, host, lifecycle, toolchain
+from dev.cluster.layout import BUILD_STORE, DEV, ROOT, SCRATCH
 from dev.cluster.progress import Failure, say
 
 BASE: Final = "localhost/lockstep/base:dev"
+LOCAL: Final = "localhost/lockstep/{}:dev"  # buildah's name for an image of no registry; the cluster's too
 CODE: Final = "localhost/lockstep/{}-code:dev"  # the stage that builds the wheel, named so that `_prune` leaves it
 NAMES: Final = ("operator", "runtime")
 # The machine's ways to the package index, which are no business of a Dockerfile.
@@ -23,18 +28,16 @@ _BASE_PACKAGES: Final = "python3,python3-venv,ca-certificates"
 
 
 def make(names: tuple[str, ...] = NAMES) -> None:
-    """Build and load what changed; the cluster must be up."""
+    """Build what changed, bring the cluster up, and load into it what it has not."""
+    host.check()
     host.install_packages()
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        builds = beside.submit(_build_all, names)
+        toolchain.ensure()
+        builds.result()
+    lifecycle.up()
     for name in names:
-        if _loaded(name):
-            say(f"image lockstep/{name}:dev is up to date")
-            continue
-        digest = inputs_digest(name)  # taken before the build: what changes meanwhile is for the next one
-        _build(name)
-        build_store.load(f"localhost/lockstep/{name}:dev", f"docker.io/lockstep/{name}:dev")
-        _stamp(name).parent.mkdir(parents=True, exist_ok=True)
-        _stamp(name).write_text(digest)
-        say(f"loaded lockstep/{name}:dev")
+        _load(name)
     containers.forget_replaced_images()
     _prune()
 
@@ -54,13 +57,33 @@ def inputs(name: str) -> list[Path]:
     return [ROOT / path for path in single] + [path for path in trees if path.is_file() and path.suffix != ".pyc"]
 
 
+def _build_all(names: tuple[str, ...]) -> None:
+    for name in names:
+        _build(name)
+
+
 def _build(name: str) -> None:
+    digest = inputs_digest(name)  # taken before the build: what changes meanwhile is for the next one
+    if _read(_built(name)) == digest and _exists(LOCAL.format(name)):
+        return
     if not _exists(BASE):
         _make_base()
     dockerfile = f"images/{name}.Dockerfile"
     say(f"building lockstep/{name}:dev (its dependencies take minutes when they changed, else seconds)")
     _bud(dockerfile, CODE.format(name), "--target", "code")
-    _bud(dockerfile, f"localhost/lockstep/{name}:dev")
+    _bud(dockerfile, LOCAL.format(name))
+    _built(name).parent.mkdir(parents=True, exist_ok=True)
+    _built(name).write_text(digest)
+
+
+def _load(name: str) -> None:
+    digest = _read(_built(name))
+    if _read(_stamp(name)) == digest and LOCAL.format(name) in containers.ctr("images", "list", "--quiet").split():
+        say(f"image lockstep/{name}:dev is up to date")
+        return
+    build_store.load(LOCAL.format(name))
+    _stamp(name).write_text(digest)
+    say(f"loaded lockstep/{name}:dev")
 
 
 def _bud(dockerfile: str, tag: str, *options: str) -> None:
@@ -105,20 +128,22 @@ def _prune() -> None:
     subprocess.run(_command("rmi", "--prune"), capture_output=True, env=_environment())
 
 
-def _loaded(name: str) -> bool:
-    stamp = _stamp(name)
-    listed = containers.ctr("images", "list", "--quiet").split()
-    current = stamp.exists() and stamp.read_text() == inputs_digest(name)
-    return current and f"docker.io/lockstep/{name}:dev" in listed
-
-
 def _exists(image: str) -> bool:
     command = _command("inspect", "--type", "image", image)
     return subprocess.run(command, capture_output=True, env=_environment()).returncode == 0
 
 
+def _built(name: str) -> Path:
+    return DEV / "images" / f"{name}.built.sha256"
+
+
 def _stamp(name: str) -> Path:
+    """Of what is loaded; `dev/deploy` tells the Deployment by it that the image behind the tag is another."""
     return DEV / "images" / f"{name}.sha256"
+
+
+def _read(stamp: Path) -> str:
+    return stamp.read_text() if stamp.exists() else ""
 
 
 def _buildah(*arguments: str) -> str:
@@ -129,8 +154,9 @@ def _buildah(*arguments: str) -> str:
 
 
 def _log(name: str) -> TextIO:
-    LOGS.mkdir(parents=True, exist_ok=True)
-    return (LOGS / f"{name}.log").open("a")
+    folder = DEV / "images"  # not among the cluster's logs, which start anew with it
+    folder.mkdir(parents=True, exist_ok=True)
+    return (folder / f"{name}.log").open("a")
 
 
 def _command(*arguments: str) -> list[str]:

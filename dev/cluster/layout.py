@@ -49,4 +49,4 @@ NFT_TABLES: Final = (("ip", "lockstep"), ("ip", "kube-proxy"), ("ip6", "kube-pro
 NODE_NAME: Final = "lockstep"
 CGROUP: Final = "lockstep"
 CNI_NETWORK: Final = "lockstep"
-PAUSE_IMAGE: Final = "docker.io/lockstep/pause:dev"
+PAUSE_IMAGE: Final = "localhost/lockstep/pause:dev"

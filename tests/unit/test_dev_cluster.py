@@ -37,10 +37,10 @@ def test_a_snapshots_own_files_are_found_in_its_mount_command(command: str, fold
 
 def test_the_archive_of_a_linked_image_names_it_and_carries_no_layer() -> None:
     image = build_store.Image(b'{"layers": []}', b"{}", (A,), (Path("/layer"),))
-    with tarfile.open(fileobj=io.BytesIO(build_store.layout(image, "docker.io/x:dev"))) as archive:
+    with tarfile.open(fileobj=io.BytesIO(build_store.layout(image, "localhost/x:dev"))) as archive:
         index = json.load(archive.extractfile("index.json") or io.BytesIO())
         names = {Path(name).name for name in archive.getnames() if name.startswith("blobs/")}
-    assert index["manifests"][0]["annotations"] == {"io.containerd.image.name": "docker.io/x:dev"}
+    assert index["manifests"][0]["annotations"] == {"io.containerd.image.name": "localhost/x:dev"}
     assert names == {hashlib.sha256(content).hexdigest() for content in (image.manifest, image.config)}
 
 
