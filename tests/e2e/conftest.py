@@ -64,7 +64,8 @@ def operator_stays_healthy(api: ClusterApi) -> Iterator[None]:
 
 
 def _is_suspicious(line: str) -> bool:
-    return any(word in line for word in ("Forbidden", "forbidden", "Traceback", "CRITICAL"))
+    """A missing permission ("... is forbidden: User ... cannot ..."), or an exception; not a namespace that goes away."""
+    return any(word in line for word in ("forbidden: User", "Traceback", "CRITICAL"))
 
 
 @pytest.fixture(scope="session")

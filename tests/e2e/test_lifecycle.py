@@ -10,6 +10,7 @@ from tests.support.cluster_lifecycle import (
     DAMAGES,
     change_spec,
     deleted,
+    patched,
     scale,
     shape,
     uids,
@@ -83,6 +84,23 @@ def test_what_somebody_does_to_a_child_is_undone(living: Model, damage: str) -> 
     living.until_serving(1)
 
 
+def test_a_child_that_is_nobodys_is_not_taken_over_but_reported(living: Model) -> None:
+    wanted = shape(with_groups(living, 1))
+    patched("service", "-0", '{"metadata": {"ownerReferences": null}}')(living)
+
+    living.until("the conflict in a condition", lambda: "Service living-0 exists" in _stalled(living), 30)
+
+    assert "delete it" in _stalled(living), "the message says what to do"
+    deleted("service", "-0")(living)
+    until_shape(living, wanted)
+    living.until_serving(1)
+
+
+def _stalled(model: Model) -> str:
+    message: str = model.condition("Stalled").get("message", "")
+    return message
+
+
 def test_a_deleted_statefulset_comes_back_with_its_pods(living: Model) -> None:
     wanted = shape(with_groups(living, 1))
 
@@ -97,6 +115,8 @@ def test_a_deleted_token_is_replaced_by_another_in_new_pods(living: Model) -> No
     before, token = uids(living), _token(living)
 
     deleted("secret", "-token")(living)
+    # The operator may not watch Secrets: it looks at its own every minute, or when something of the model changes.
+    living.kubectl("annotate", "tpm", "living", "e2e/nudge=1")
 
     until_rolled_out(living, before)
     assert _token(living) != token

@@ -79,7 +79,6 @@ DAMAGES: Final[dict[str, Damage]] = {
     "StatefulSet's template edited": patched(
         "statefulset", "-0", '{"spec": {"template": {"spec": {"terminationGracePeriodSeconds": 1}}}}'
     ),
-    "owner taken away": patched("service", "-0", '{"metadata": {"ownerReferences": null}}'),
 }
 
 
