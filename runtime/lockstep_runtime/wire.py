@@ -77,7 +77,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class SequenceSlice(msgspec.Struct, frozen=True, kw_only=True):
-    """One sequence's part of a step: feed `tokens` at `position`, and draw a token after the last if `sample` is set."""
+    """One sequence's part of a step: feed `tokens` at `position`; with `sample` set, draw a token after the last."""
 
     sequence_id: int
     position: int  # of tokens[0] in the sequence

@@ -64,7 +64,7 @@ def operator_stays_healthy(api: ClusterApi) -> Iterator[None]:
 
 
 def _is_suspicious(line: str) -> bool:
-    """A missing permission ("... is forbidden: User ... cannot ..."), or an exception; not a namespace that goes away."""
+    """A missing permission ("... is forbidden: User ... cannot ..."), or an exception."""
     return any(word in line for word in ("forbidden: User", "Traceback", "CRITICAL"))
 
 
