@@ -63,6 +63,7 @@ def test_a_member_pod_learns_who_it_is() -> None:
         pod="chat-3-1",
         node="node-7",
         leader="chat-3-0.chat-3.team.svc",
+        threads_per_rank=1,  # as many as it asks for CPUs
         host="0.0.0.0",
         lame_duck_seconds=config.lame_duck_seconds,
         grace_seconds=config.grace_seconds,
