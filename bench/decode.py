@@ -57,6 +57,11 @@ def compare(ours: Lockstep, theirs: Transformers, batch: int, tokens: int, round
     for _ in range(rounds):
         mine.append(ours.run(prompts, tokens))
         other.append(theirs.run(prompts, tokens))
+        print(
+            f"batch {batch}: {batch * tokens / mine[-1][1]:.1f} tok/s, "
+            f"{PEER} {batch * tokens / other[-1][1]:.1f} tok/s",
+            flush=True,
+        )
     first, rest = (statistics.median(run[part] for run in mine) for part in (0, 1))
     their_first, their_rest = (statistics.median(run[part] for run in other) for part in (0, 1))
     case = f"batch {batch}"

@@ -7,8 +7,9 @@ rank's counter reaches s + 1 only after it has read the slots of s: so nothing i
 
 Counters and data are plain stores, so this relies on stores becoming visible in their order (x86-64 does that).
 
-Waiting costs a decode step 56 exchanges of a small model, so a rank spins: first flat out, then giving way to any other
-process, and after a millisecond sleeping in small steps. With fewer cores than ranks it gives way at once.
+A decode step of a small model makes 57 exchanges, so a rank spins for its peers, but not for long: on a busy machine
+the peer may be waiting for this very core. After that it sleeps in small steps. It never calls sched_yield, after which
+the scheduler lets every other process go first. With fewer cores than ranks it sleeps at once.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ COUNTERS_BYTES: Final = 4096
 CACHE_LINE_WORDS: Final = 8  # a counter per line: no rank's store takes another's line away
 ABORTED: Final = 0  # the word that says so; rank r's counter is word (1 + r) * CACHE_LINE_WORDS
 MAX_RANKS: Final = COUNTERS_BYTES // 8 // CACHE_LINE_WORDS - 1
-LOOKS_BEFORE_CLOCK: Final = 400  # about 30 µs
-YIELD_SECONDS: Final = 1e-3
+SPIN_SECONDS: Final = 200e-6  # longer than ranks of one machine are usually apart
+LOOKS: Final = 400  # between two looks at the clock, about 30 µs
 SLEEP_SECONDS: Final = 50e-6
 
 
@@ -80,7 +81,7 @@ class SharedMemoryGroup:
         self._sequence = 0
         self._slots = torch.frombuffer(self._map, dtype=torch.uint8, offset=COUNTERS_BYTES).view(2, size, SLOT_BYTES)
         self._views: dict[tuple[torch.dtype, int], tuple[tuple[Tensor, ...], ...]] = {}
-        self._looks = LOOKS_BEFORE_CLOCK if size <= len(os.sched_getaffinity(0)) else 1
+        self._spin = SPIN_SECONDS if size <= len(os.sched_getaffinity(0)) else 0.0
         self._deadline: float | None = time.monotonic() + timeout
         self._meet()
         if rank == 0:  # everyone has mapped it: nothing stays behind, however the ranks end
@@ -160,20 +161,26 @@ class SharedMemoryGroup:
 
     def _wait(self, other: int, sequence: int) -> None:
         words = self._words
-        for _ in range(self._looks):
-            if words[other] >= sequence:
-                return
         started = time.monotonic()
-        while words[other] < sequence:
+        while True:
+            for _ in range(LOOKS if self._spin else 1):
+                if words[other] >= sequence:
+                    return
+            now = time.monotonic()
             if words[ABORTED]:
                 raise GroupAborted("the communicator was aborted in a collective")
-            now = time.monotonic()
             if self._deadline is not None and now > self._deadline:
                 raise GroupError(f"rank {other // CACHE_LINE_WORDS - 1} did not join in time")
-            if now - started < YIELD_SECONDS:
-                os.sched_yield()
-            else:
-                time.sleep(SLEEP_SECONDS)
+            if now - started >= self._spin:
+                self._sleep(other, sequence)
+
+    def _sleep(self, other: int, sequence: int) -> None:
+        """Until the other is there, or there is reason to look at the clock and the abort flag again."""
+        words = self._words
+        for _ in range(20):
+            time.sleep(SLEEP_SECONDS)
+            if words[other] >= sequence:
+                return
 
 
 def _map_file(path: Path, size: int) -> mmap.mmap:
