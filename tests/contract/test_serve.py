@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import httpx
@@ -109,7 +109,7 @@ def test_processes_show_what_they_are(server: Served) -> None:
 
 
 def test_status_is_for_those_with_the_token_and_tells_every_rank(server: Served) -> None:
-    assert httpx.get(f"{server.status_url}/healthz").status_code == 200
+    assert httpx.get(f"{server.status_url}/healthz", timeout=60).status_code == 200
     assert httpx.get(f"{server.status_url}/status").status_code == 401
     wrong = {"Authorization": "Bearer wrong"}
     assert httpx.get(f"{server.status_url}/status", headers=wrong).status_code == 401
@@ -181,10 +181,12 @@ def test_a_thousand_malformed_messages_on_every_port(server: Served, port: str) 
     if port == "bus":
         number = int(_flag(server, "--bus-port"))
     for _ in range(1000):
-        with socket.create_connection(("127.0.0.1", number), timeout=10) as connection:
-            connection.sendall(chance.choice(NONSENSE)(chance))
+        message = chance.choice(NONSENSE)(chance)
+        # The server may close before all has been sent: its right.
+        with socket.create_connection(("127.0.0.1", number), timeout=60) as connection, suppress(ConnectionError):
+            connection.sendall(message)
     assert server.child_pids() == before
-    assert httpx.get(f"{server.status_url}/healthz").status_code == 200
+    assert httpx.get(f"{server.status_url}/healthz", timeout=60).status_code == 200
     assert server.complete("The", 3)
     assert "Traceback" not in server.log.read_text()
 
@@ -217,7 +219,7 @@ def test_sigterm_drains_the_running_stream_is_finished_and_nothing_is_left(tmp_p
         serve.until(lambda: not serve.is_ready(), "it is unready")
         stream.wait()
         assert (stream.error, stream.finish) in (("", "length"), ("", "stop"))
-        assert serve.process.wait(20) == 0
+        assert serve.process.wait(60) == 0
         assert not [pid for pid in children if is_running(pid)]
 
 

@@ -21,7 +21,7 @@ from lockstep_runtime import wire
 TINY_CHAT = Path(__file__).parents[2] / "examples" / "tiny-chat"
 TOKEN = "a token of the tests"
 START_SECONDS = 180.0  # importing torch twice on a machine that does other things too
-END_SECONDS = 20.0
+END_SECONDS = 60.0
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Served:
     children: list[int] = field(default_factory=list)
 
     def status(self) -> wire.GroupStatus:
-        answer = httpx.get(f"{self.status_url}/status", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=10)
+        answer = httpx.get(f"{self.status_url}/status", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
         answer.raise_for_status()
         return msgspec.json.decode(answer.content, type=wire.GroupStatus)
 
@@ -45,7 +45,7 @@ class Served:
 
     def is_ready(self) -> bool:
         try:
-            return httpx.get(f"{self.api}/ready", timeout=10).status_code == 200
+            return httpx.get(f"{self.api}/ready", timeout=60).status_code == 200
         except httpx.TransportError:
             return False
 
