@@ -14,7 +14,16 @@ from typing import Any, Final, NoReturn, get_args
 
 import lockstep_runtime
 from lockstep_runtime import log, wire
-from lockstep_runtime.config import TOKEN_VARIABLE, Backend, DType, EngineLimits, ServeConfig
+from lockstep_runtime.config import (
+    TOKEN_VARIABLE,
+    Backend,
+    DType,
+    EngineLimits,
+    ServeConfig,
+    Strategy,
+    Watchdog,
+    WeightCache,
+)
 
 _UNITS: Final = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
                  "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}  # fmt: skip
@@ -54,6 +63,24 @@ def _seconds(text: str) -> float:
     if not re.fullmatch(r"\d+(\.\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
     return float(text)
+
+
+def _some_seconds(text: str) -> float:
+    if not (seconds := _seconds(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
+def _factor(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", text) or float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return float(text)
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1")
 
 
 def build_parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
@@ -113,6 +140,18 @@ def _add_flags(serve: argparse.ArgumentParser, environment: Mapping[str, str]) -
     flag(engine, "kv-cache-memory", byte_size, None, "per rank, such as 2Gi; default: what there is", metavar="SIZE")
     flag(engine, "max-waiting", _positive, defaults.max_waiting, "queued requests before new ones are turned away")
 
+    repair = serve.add_argument_group("watchdog and recovery")
+    watchdog = Watchdog()
+    flag(repair, "step-timeout", _some_seconds, None, "a step's deadline; default: learned from the steps before",
+         metavar="SECONDS")  # fmt: skip
+    flag(repair, "watchdog-floor", _some_seconds, watchdog.floor, "the shortest deadline that is learned",
+         metavar="SECONDS")  # fmt: skip
+    flag(repair, "watchdog-factor", _factor, watchdog.factor, "how many times the expected time a step may take")
+    flag(repair, "recovery-strategy", _one_of(*get_args(Strategy)), "Ladder",
+         "Ladder heals in the group; RecyclePods aborts, reports Poisoned and waits for the operator")  # fmt: skip
+    flag(repair, "weight-cache", _one_of(*get_args(WeightCache)), "Memory", "where a restarted rank finds its weights")
+    flag(repair, "allow-faults", _switch, False, "let `lockstep inject` break things", nargs="?", const=True)
+
     network = serve.add_argument_group("network")
     flag(network, "host", str, "127.0.0.1", "address to listen on")
     flag(network, "port", _port, wire.API_PORT, "of the HTTP API")
@@ -169,6 +208,12 @@ def config_from(options: argparse.Namespace) -> ServeConfig:
             kv_cache_bytes=options.kv_cache_memory,
             max_waiting=options.max_waiting,
         ),
+        watchdog=Watchdog(
+            step_timeout=options.step_timeout, floor=options.watchdog_floor, factor=options.watchdog_factor
+        ),
+        recovery_strategy=options.recovery_strategy,
+        weight_cache=options.weight_cache,
+        allow_faults=options.allow_faults,
         host=options.host,
         api_port=options.port,
         bus_port=options.bus_port,
