@@ -36,6 +36,7 @@ class FakeKube:
         self.now = now
         self.objects: dict[Identity, Object] = {}
         self.writes: list[tuple[str, str, str]] = []  # verb, kind, name
+        self.deleted: list[tuple[str, str, str, int | None]] = []  # kind, name, UID, grace: that had an effect
         self.requests: set[tuple[str, str]] = set()  # verb, kind
         self.before_write: Callable[[str, str, str], None] = lambda verb, kind, name: None
         self.after_write: Callable[[str, str, str], None] = lambda verb, kind, name: None
@@ -101,15 +102,21 @@ class FakeKube:
                 raise KubeError(404, "NotFound", f"{kind} {metadata['name']} not found")
             if metadata["uid"] != live["metadata"]["uid"]:
                 raise KubeError(409, "Conflict", "the UID differs")
+            if (
+                metadata.get("resourceVersion", live["metadata"]["resourceVersion"])
+                != live["metadata"]["resourceVersion"]
+            ):
+                raise KubeError(409, "Conflict", "the object has been modified")
             self._merge(live, {"status": manifest["status"]}, "/status")
             self._applied[live["metadata"]["uid"], "/status"] = clone({"status": manifest["status"]})
             return clone(live)
 
-    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
+    async def delete(self, kind: str, namespace: str, name: str, uid: str, grace: int | None = None) -> None:
         with self._writing("delete", kind, name):
             live = self.objects.get((kind, namespace, name))
             if live is not None and live["metadata"]["uid"] == uid:
-                self.remove(kind, namespace, name)
+                self.deleted.append((kind, name, uid, grace))
+                self.remove(kind, namespace, name, grace)
 
     # --- everybody else's side ---
 
@@ -137,10 +144,11 @@ class FakeKube:
         edit(live)
         self._bump(live, before)
 
-    def remove(self, kind: str, namespace: str, name: str) -> None:
-        """Pods end gracefully: the kubelet removes them later. All else goes at once."""
-        if kind == "Pod":
-            self.objects[kind, namespace, name]["metadata"].setdefault("deletionTimestamp", text(self.now() + 60))
+    def remove(self, kind: str, namespace: str, name: str, grace: int | None = None) -> None:
+        """Pods end gracefully: the kubelet removes them later, unless no grace is given. All else goes at once."""
+        if kind == "Pod" and grace != 0:
+            seconds = 60 if grace is None else grace
+            self.objects[kind, namespace, name]["metadata"].setdefault("deletionTimestamp", text(self.now() + seconds))
         else:
             del self.objects[kind, namespace, name]
 

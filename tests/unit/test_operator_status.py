@@ -13,7 +13,7 @@ from tests.support.operator_models import NOW, group, model, pod
 
 from lockstep_operator.conditions import render
 from lockstep_operator.decide import Decision
-from lockstep_operator.events import occurrences
+from lockstep_operator.events import Occurrence, Pass, occurrences
 from lockstep_operator.groups import Group
 from lockstep_operator.moment import text
 from lockstep_operator.names import ModelKey
@@ -64,6 +64,10 @@ def status_of(
 def condition(status: Mapping[str, Any], name: str) -> tuple[str, str, str]:
     found = next(item for item in status["conditions"] if item["type"] == name)
     return found["status"], found["reason"], found["message"]
+
+
+def happened(observed: Observed, new: Mapping[str, Any]) -> list[Occurrence]:
+    return occurrences(Pass(observed=observed, new=new, done=(), memories={}, now=NOW))
 
 
 def test_a_serving_model() -> None:
@@ -322,19 +326,19 @@ def test_events_are_named_by_what_happened_so_that_none_is_told_twice() -> None:
     fault = FaultRecord(id=1, fault=Fault.RANK_LOST, rank=1, message="it was killed", at=NOW, epoch=1)
     observed = seen(said(faults=[fault]))
     status = status_of(decided(group()), observed)
-    told = occurrences(observed, status, [])
+    told = happened(observed, status)
     assert [(item.reason, item.note) for item in told] == [
         ("Created", "pods and Services are being made"),
         ("Ready", "1 group of 2 ranks serve"),
         ("RankLost", "group 0 rank 1: it was killed"),
     ]
-    assert [item.key for item in occurrences(observed, status, [])] == [item.key for item in told]
-    assert occurrences(replace(observed, status=status), status, []) == []
+    assert [item.key for item in happened(observed, status)] == [item.key for item in told]
+    assert happened(replace(observed, status=status), status) == []
 
 
 def test_a_new_revision_is_an_event() -> None:
     before = status_of(decided(group()), seen(said()))
     observed = seen(said(), status=before)
     after = before | {"revision": "newer", "observedGeneration": 4}
-    notes = [item.note for item in occurrences(observed, after, [])]
+    notes = [item.note for item in happened(observed, after)]
     assert notes == ["the spec asks for revision newer instead of new: groups are replaced in turn"]

@@ -1,0 +1,81 @@
+"""What calls for a step of recovery (pure): a group that says it is poisoned, or a first pod that hangs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from lockstep_operator.groups import Group
+from lockstep_operator.moment import text, unix
+from lockstep_operator.observe import Pod, Report
+from lockstep_runtime.wire import Fault, GroupState, GroupStatus
+
+HUNG_SECONDS: Final = 90.0  # the kubelet's liveness probe has had its turn by then
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trigger:
+    """`key` tells it from every earlier one of the group."""
+
+    key: str
+    fault: str
+    rank: int | None  # the suspect
+    message: str
+    noticed: float  # unix seconds
+    pod: Pod | None  # the suspect's
+
+
+def find_trigger(group: Group, report: Report | None, now: float) -> Trigger | None:
+    """None as long as the group serves, heals itself, or isn't known."""
+    if report is None:
+        return None
+    if report.unreachable_since is not None:
+        return _hung(group, report, now)
+    if report.status is None or report.status.state is not GroupState.POISONED:
+        return None
+    return _poisoned(group, report.status, now)
+
+
+def _poisoned(group: Group, status: GroupStatus, now: float) -> Trigger:
+    newest = max(status.faults, key=lambda fault: fault.id, default=None)
+    return Trigger(
+        key=f"{status.incarnation}/{newest.id if newest else 0}",
+        fault=str(newest.fault) if newest else "Poisoned",
+        rank=newest.rank if newest else None,
+        message=newest.message if newest else (status.message or "it has not said why"),
+        noticed=newest.at if newest else (status.since or now),
+        pod=_pod_of(group, status, newest.rank) if newest else None,
+    )
+
+
+def _pod_of(group: Group, status: GroupStatus, rank: int | None) -> Pod | None:
+    index = next((known.pod_index for known in status.ranks if known.rank == rank), None)
+    return next((pod for pod in group.pods if pod.index == index), None)
+
+
+def _hung(group: Group, report: Report, now: float) -> Trigger | None:
+    """A first pod that runs and answers neither the operator nor its kubelet. One that its kubelet finds Ready is well:
+    then something lies between it and the operator, and replacing pods would not mend that."""
+    leader, silent_since = group.leader, report.unreachable_since
+    if leader is None or leader.ready or leader.deleting is not None or silent_since is None:
+        return None
+    started = _started(leader)
+    if started is None or now - max(started, silent_since) < HUNG_SECONDS:
+        return None
+    return Trigger(
+        key=f"silent/{leader.uid}/{text(started)}",
+        fault=str(Fault.HANG),
+        rank=None,
+        message=f"pod {leader.name} runs and has not answered for {HUNG_SECONDS:g} s: {report.error}",
+        noticed=silent_since,
+        pod=leader,
+    )
+
+
+def _started(pod: Pod) -> float | None:
+    """When its containers were last started; None when one doesn't run."""
+    containers = (pod.raw.get("status") or {}).get("containerStatuses") or []
+    running = [state for container in containers if (state := (container.get("state") or {}).get("running"))]
+    if not running or pod.phase != "Running" or len(running) < len(containers):
+        return None
+    return max(unix(state["startedAt"]) for state in running)
