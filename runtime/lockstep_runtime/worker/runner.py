@@ -21,9 +21,9 @@ from lockstep_runtime.layers.cache import BLOCK_SIZE, KVCache
 from lockstep_runtime.layers.placement import choose_placement
 from lockstep_runtime.layers.weight import PlainWeight, StoredTable, Weight
 from lockstep_runtime.models.registry import Model, build_model
+from lockstep_runtime.owned_files import cache_file
 from lockstep_runtime.parallel.group import Group, choose_backend
 from lockstep_runtime.weights.cache import CacheError, Identity, WeightCache, open_cache
-from lockstep_runtime.weights.cache_files import cache_file
 from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.weights.load import Loaded, adopt_weights, fill_cache, load_weights
 from lockstep_runtime.weights.plan import Shard
