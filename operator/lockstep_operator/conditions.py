@@ -233,8 +233,7 @@ def _collectives(model: Model, views: Sequence[View]) -> Finding:
         if status and status.state in (GroupState.RECOVERING, GroupState.POISONED):
             newest = max(status.faults, key=lambda fault: fault.id, default=None)
             words = newest.message if newest else status.message
-            reason = str(newest.fault) if newest else str(status.state)
-            return Finding("False", reason, f"group {view.group.index}: {words or 'its ranks were parted'}")
+            return Finding("False", _fault_of(view), f"group {view.group.index}: {words or 'its ranks were parted'}")
     for view in views:
         status = view.voice.status
         if status is None or status.state not in (GroupState.READY, GroupState.DRAINING):
@@ -247,11 +246,18 @@ def _poisoned(views: Sequence[View]) -> Finding:
     for view in views:
         status = view.voice.status
         if status and status.state is GroupState.POISONED:
-            newest = max(status.faults, key=lambda fault: fault.id, default=None)
-            reason = str(newest.fault) if newest else "Poisoned"
             words = view.remedy or f"group {view.group.index}: {status.message or 'it can not heal itself'}"
-            return Finding("True", reason, words)
+            return Finding("True", _fault_of(view), words)
     return Finding("False", "NotPoisoned", "no group has reported a fault that it can't heal")
+
+
+def _fault_of(view: View) -> str:
+    """The newest fault's name; of a group that only the status tells of, the one that is being repaired."""
+    status, memory = view.voice.status, view.verdict.memory if view.verdict else None
+    newest = max(status.faults if status else (), key=lambda fault: fault.id, default=None)
+    if newest:
+        return str(newest.fault)
+    return memory.plan.fault if memory and memory.plan and memory.plan.fault else str(status.state if status else "")
 
 
 def _flag(raised: bool, ready: Finding, reason: str, message: str) -> Finding:
