@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NoReturn, get_args
 
 import lockstep_runtime
-from lockstep_runtime import log, wire
+from lockstep_runtime import fault_box, inject_client, log, wire
 from lockstep_runtime.config import (
     TOKEN_VARIABLE,
     Backend,
@@ -98,6 +98,7 @@ def build_parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     )
     serve.add_argument("model", help="a directory with config.json and safetensors, or a hub id such as Qwen/Qwen3-8B")
     _add_flags(serve, environment)
+    inject_client.add_parser(commands)
     return parser
 
 
@@ -266,8 +267,21 @@ async def _supervise(config: ServeConfig, token: str, listening: socket.socket) 
     return await Supervisor(config, token).run(listening)
 
 
+def check_faults(config: ServeConfig, environment: Mapping[str, str]) -> None:
+    """
+    Raises:
+        UsageError: a fault is asked for in words that mean none.
+    """
+    if config.allow_faults and (once := environment.get(fault_box.ONCE_VARIABLE)):
+        try:
+            fault_box.parse_once(once)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+
 def _serve(options: argparse.Namespace) -> int:
     config = config_from(options)
+    check_faults(config, os.environ)
     token = token_for(config, os.environ)
     listening = open_ports(config)
     log.configure("supervisor")
@@ -281,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script; exit code 2 for what the user can mend on the command line."""
     options = build_parser(os.environ).parse_args(arguments)
     try:
-        sys.exit(_serve(options))
+        sys.exit(_serve(options) if options.command == "serve" else inject_client.run(options))
     except UsageError as error:
         print(f"lockstep: {error}", file=sys.stderr)
         sys.exit(2)

@@ -24,10 +24,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from lockstep_runtime.owned_files import SHARED_MEMORY, owner, owner_of
 from lockstep_runtime.parallel.errors import GroupAborted, GroupError
 
 SCHEME: Final = "shm://"
-FOLDER: Final = Path("/dev/shm")  # noqa: S108 - memory that processes share, which is the point
+FOLDER: Final = SHARED_MEMORY
 SLOT_BYTES: Final = 1024 * 1024
 COUNTERS_BYTES: Final = 4096
 CACHE_LINE_WORDS: Final = 8  # a counter per line: no rank's store takes another's line away
@@ -46,7 +47,7 @@ class SharedFile:
     """The meeting place: rank 0 makes it, every rank maps it, and it is unlinked when all have."""
 
     def __init__(self, size: int) -> None:
-        path = FOLDER / f"lockstep-{secrets.token_hex(8)}"
+        path = _new_path()
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, COUNTERS_BYTES + 2 * size * SLOT_BYTES)
@@ -87,7 +88,7 @@ class SharedMemoryGroup:
             Path(address.removeprefix(SCHEME)).unlink(missing_ok=True)
         self._deadline = None
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor, place: str = "") -> Tensor:
         """Sum over ranks, in place; contiguous, on the CPU."""
         flat = tensor.view(-1)
         at_once = SLOT_BYTES // tensor.itemsize
@@ -98,7 +99,7 @@ class SharedMemoryGroup:
                 self._sum(piece)
         return tensor
 
-    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+    def gather(self, tensor: Tensor, place: str = "") -> list[Tensor] | None:
         """Every rank's tensor (of one shape), in rank order, on rank 0; None elsewhere."""
         parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
         flats = [part.view(-1) for part in parts or ()]
@@ -174,6 +175,15 @@ class SharedMemoryGroup:
                 os.sched_yield()
             else:
                 time.sleep(SLEEP_SECONDS)
+
+
+def _new_path() -> Path:
+    """Named for its supervisor, if any. What an epoch left whose rank 0 was killed before all had come, goes."""
+    supervisor = owner(os.environ)
+    if supervisor is not None:
+        for stale in FOLDER.glob(f"lockstep-group-{supervisor}-*"):
+            stale.unlink(missing_ok=True)
+    return FOLDER / f"lockstep-group-{supervisor or owner_of(os.getpid())}-{secrets.token_hex(8)}"
 
 
 def _map_file(path: Path, size: int) -> mmap.mmap:
