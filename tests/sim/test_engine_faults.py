@@ -136,31 +136,6 @@ async def test_no_token_of_a_desynchronised_step_gets_out() -> None:
         assert (fault.fault, fault.rank) == (Fault.DESYNC, 0)
 
 
-async def test_a_hanging_rank_that_can_be_aborted_keeps_its_process() -> None:
-    def silence(self: FakeRank, step: wire.Step) -> None:
-        self.misdeed = None
-
-    async with live_engine(step_seconds=0.3) as live:
-        live.ranks[1].misdeed = silence
-        assert await live.generate((5, 6), 20) == continuation((5, 6), 20)
-        [fault] = live.engine.status().faults
-        assert (fault.fault, fault.rank, fault.rung) == (Fault.HANG, 1, "Rebuild")
-        assert "rank 1: no StepDone within 0.3 s" in fault.message
-        assert fault.phases["detect"] == pytest.approx(0.3)
-
-
-async def test_a_rank_that_does_not_answer_the_abort_is_killed() -> None:
-    def freeze(self: FakeRank, step: wire.Step) -> None:
-        self.misdeed, self.deaf = None, True
-
-    async with live_engine(step_seconds=0.3) as live:
-        live.ranks[1].misdeed = freeze
-        assert await live.generate((5, 6), 20) == continuation((5, 6), 20)
-        [fault] = live.engine.status().faults
-        assert (fault.fault, fault.rank, fault.rung) == (Fault.HANG, 1, "Respawn")
-        assert [one.respawns for one in live.engine.status().ranks] == [0, 1]
-
-
 async def test_the_cause_is_named_and_not_the_peer_that_suffered_from_it() -> None:
     def suffers(self: FakeRank, step: wire.Step) -> wire.StepFailed:
         self.misdeed = None
