@@ -145,7 +145,7 @@ def _arguments(model: Model) -> list[str]:
 
 
 def _plain(number: float | None) -> str | None:
-    return None if number is None else f"{number:.10g}"
+    return None if number is None else f"{number:.3f}".rstrip("0").rstrip(".")
 
 
 def _location(model: Model) -> str:

@@ -66,10 +66,10 @@ class Engine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watchdog:
-    """Of the runtime's step deadlines, in seconds; None leaves them to the runtime."""
+    """Of the runtime's step deadlines; None leaves them to the runtime."""
 
-    step_timeout: float | None = None
-    floor: float | None = None
+    step_timeout: float | None = None  # seconds; fixed, without learning
+    floor: float | None = None  # seconds
     factor: float | None = None
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+from collections.abc import Iterator
 from random import Random
 from typing import Any, Final
 
 import pytest
 from tests.support.fault_world import FaultWorld, Illness, shape
-from tests.support.kube_fake import is_ready
+from tests.support.kube_fake import Killed, is_ready
 
 from lockstep_operator.memory import Rung
 from lockstep_operator.names import ModelKey
 
-SCHEDULES: Final = int(os.environ.get("LOCKSTEP_SIM_WORLDS", "40"))
+SCHEDULES: Final = int(os.environ.get("LOCKSTEP_SIM_WORLDS", "24"))
 FIRST: Final = int(os.environ.get("LOCKSTEP_SIM_FIRST", "0"))  # repeats a schedule of an earlier run
 RECOVERY: Final[dict[str, Any]] = {
     "budget": {"attempts": 2, "window": "20m"},
@@ -189,6 +190,34 @@ async def test_what_befell_while_no_operator_was_there_is_told_when_one_is() -> 
     assert {"Hang", "RecyclePod", "Recovered"} <= {*reasons(world)}
     assert world.status(key)["lastRecovery"]["phases"]["detect"] >= 0
     assert world.status(key)["recoveries"] == 1
+
+
+@pytest.mark.parametrize("when", ["before_write", "after_write"])
+@pytest.mark.parametrize("illness", ["pod", "node"])
+async def test_killed_before_or_after_any_write_the_next_operator_goes_on(when: str, illness: str) -> None:
+    """The writes of a whole recovery in turn, until there are no more: of the long one every fourth."""
+    for number in itertools.count(0, 4 if illness == "node" else 1):
+        world, key = await serving()
+        wanted, before = shape(world), uids(world, key)
+        sick = Illness(rank=1, pods=frozenset(before[1:])) if illness == "pod" else Illness(rank=1, node="node-1")
+        world.sick.ill[key, 0] = sick
+        left = itertools.count(number, -1)
+
+        def die(verb: str, kind: str, name: str, left: Iterator[int] = left) -> None:
+            if next(left) == 0:
+                raise Killed
+
+        setattr(world.kube, when, die)
+        await pass_time(world, key, 120 if illness == "node" else 20, step=3 if illness == "node" else 2)
+        assert world.serving(key) == 1
+        rungs = [plan.rung for plan, _ in world.plans[0]]
+        assert rungs == [*Rung][: 3 if illness == "node" else 1], "none twice, and none left out"
+        last = next(left)
+        await world.recovered(key)
+        assert (shape(world), world.status(key)["recoveries"]) == (wanted, 1)
+        if last >= 0:
+            assert number > 5, "there are more writes than that in a recovery"
+            return
 
 
 def disturb(world: FaultWorld, key: ModelKey) -> None:
