@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from lockstep_operator.memory import Memory, from_status
+from lockstep_operator.memory import Memory, Rung, from_status
 from lockstep_operator.moment import text, unix
 from lockstep_operator.voices import block_of
 from lockstep_runtime.wire import FaultRecord, GroupStatus
@@ -111,11 +111,14 @@ def repair_of(group: int, fault: FaultRecord) -> Repair:
 def last_recovery(
     old: Mapping[str, Any], said: Sequence[GroupStatus], by_operator: Sequence[Repair]
 ) -> dict[str, Any] | None:
-    """As `status.lastRecovery`: the newest of all. An older one of the same time gives way, for its first token."""
+    """As `status.lastRecovery`: the newest of all. One that is known is told anew, for its first token; but a step of the
+    operator stays what helped, though the group tells of the same repair."""
     known: dict[str, Any] | None = old.get("lastRecovery")
     own = [repair_of(status.group, fault) for status in said for fault in _closed(status)]
-    newest = max([*own, *by_operator], key=lambda repair: repair.finished, default=None)
-    if newest is None or (known and unix(known["finishedAt"]) > newest.finished):
+    newest = max([*by_operator, *own], key=lambda repair: repair.finished, default=None)
+    if newest is None:
+        return known
+    if known and unix(known["finishedAt"]) - newest.finished > (-1.0 if known["rung"] in list(Rung) else 0.0):
         return known
     return {
         "fault": newest.fault,
