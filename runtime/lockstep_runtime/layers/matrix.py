@@ -53,6 +53,8 @@ class PackedMatrix:
 
     def __init__(self, *cuts: Cut, placement: Placement) -> None:
         self.cuts = cuts
+        if placement.packing is Packing.FBGEMM:
+            _hear_fbgemm_out()  # before several threads pack: filters of warnings belong to all of them
         self._pack = pack_fbgemm if placement.packing is Packing.FBGEMM else pack_onednn
         self._activation = placement.activation
         self._staged = torch.float32 if placement.packing is Packing.FBGEMM else placement.dtype
@@ -104,9 +106,16 @@ def pack_fbgemm(rows: Tensor) -> Multiply:
     """
     if not bool(rows.abs().max() <= FLOAT16_MAX):
         return functools.partial(F.linear, weight=rows)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "deprecated": see _fbgemm_multiply
-        return _fbgemm_multiply(rows)
+    _hear_fbgemm_out()
+    return _fbgemm_multiply(rows)
+
+
+@functools.cache
+def _hear_fbgemm_out() -> None:
+    """Its functions say once that they are deprecated (see `_fbgemm_multiply`); that is heard here, and ignored."""
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore", UserWarning)
+        _fbgemm_multiply(torch.ones(16, 16))(torch.ones(1, 16))
 
 
 def _fbgemm_multiply(rows: Tensor) -> Multiply:
@@ -114,9 +123,7 @@ def _fbgemm_multiply(rows: Tensor) -> Multiply:
     pack = getattr(torch.ops.aten, "fbgemm_pack_gemm_matrix_fp16", None)
     multiply = getattr(torch.ops.aten, "fbgemm_linear_fp16_weight_fp32_activation", None)
     if pack is not None and multiply is not None:
-        packed, outputs = pack(rows), rows.shape[0]
-        multiply.out(rows[:1], packed, None, rows.new_empty(1, outputs))  # warns at its first call, and here unheard
-        call = multiply.out
+        packed, outputs, call = pack(rows), rows.shape[0], multiply.out
 
         def product(x: Tensor) -> Tensor:
             return call(x, packed, None, x.new_empty(x.shape[0], outputs))  # type: ignore[no-any-return]

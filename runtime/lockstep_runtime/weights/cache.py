@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lockstep_runtime.weights.checksum import checksum
 from lockstep_runtime.weights.plan import Cut
+from lockstep_runtime.weights.threads import in_threads
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +110,9 @@ class WeightCache:
         Raises:
             CacheError: a tensor is not what was written, and which.
         """
-        for one in self.header.slices:
-            if checksum(_over(self._memory, one)) != one.checksum:
+        slices = self.header.slices
+        for one, found in zip(slices, in_threads(lambda one: checksum(_over(self._memory, one)), slices), strict=True):
+            if found != one.checksum:
                 raise CacheError(f"{self.path} is damaged: {one.wanted.cuts[0].tensor} is not what was written")
 
 
@@ -186,8 +188,9 @@ class CacheWriter:
 
     def publish(self) -> WeightCache:
         """Take the checksums, and give the file its name."""
+        sums = in_threads(lambda one: checksum(_over(self._memory, one)), self._header.slices)
         slices = [
-            msgspec.structs.replace(one, checksum=checksum(_over(self._memory, one))) for one in self._header.slices
+            msgspec.structs.replace(one, checksum=found) for one, found in zip(self._header.slices, sums, strict=True)
         ]
         raw = msgspec.json.encode(msgspec.structs.replace(self._header, slices=slices))
         self._memory[: _PREFIX.size + len(raw)] = _PREFIX.pack(MAGIC, len(raw), _digest(raw)) + raw

@@ -13,6 +13,7 @@ from lockstep_runtime.layers.weight import StoredTable, Weight
 from lockstep_runtime.weights.cache import CacheWriter, Identity, Wanted, WeightCache
 from lockstep_runtime.weights.plan import Cut
 from lockstep_runtime.weights.read import Checkpoint
+from lockstep_runtime.weights.threads import in_threads
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -87,11 +88,15 @@ def adopt_weights(cache: WeightCache, weights: Sequence[Weight | StoredTable], p
     Raises:
         CacheError: it does not hold what the weights are made of.
     """
-    done, total = 0, sum(cache.tensor(weight.cuts, weight.cached_dtype).nbytes for weight in weights)
-    for weight in weights:
-        stored = cache.tensor(weight.cuts, weight.cached_dtype)
-        weight.adopt(stored)
-        done += stored.nbytes
+    stored = [cache.tensor(weight.cuts, weight.cached_dtype) for weight in weights]
+    done, total = 0, sum(one.nbytes for one in stored)
+
+    def adopt(index: int) -> int:
+        weights[index].adopt(stored[index])
+        return stored[index].nbytes
+
+    for nbytes in in_threads(adopt, range(len(weights))):
+        done += nbytes
         progress(done, total)
     return Loaded(weight_bytes=cache.header.weight_bytes, read_bytes=0)
 
