@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from lockstep_operator.memory import Memory, Rung, from_status
 from lockstep_operator.moment import text, unix
+from lockstep_operator.triggers import answers
 from lockstep_operator.voices import block_of
 from lockstep_runtime.wire import FaultRecord, GroupStatus
 
@@ -58,7 +59,7 @@ def ended(
     for status in said:
         known, plan = _told(old, status, "lastRepairID"), memories.get(status.group, Memory()).plan
         for fault in _repaired(status, now):
-            if fault.id > known and not (plan and plan.trigger == _key(status, fault) and not plan.only_said):
+            if fault.id > known and not (plan and answers(plan.trigger, status, fault) and not plan.only_said):
                 yield status, fault
 
 
@@ -79,7 +80,7 @@ def healed(
         if plan is None or not plan.healed or plan.only_said or known is None or known.healed:
             continue
         closed = next(
-            (fault for status in said for fault in _closed(status) if _key(status, fault) == plan.trigger), None
+            (fault for status in said for fault in _closed(status) if answers(plan.trigger, status, fault)), None
         )
         took = {"detect": max(0.0, plan.since - plan.noticed), "recycle": max(0.0, now - plan.since)}
         yield Repair(
@@ -111,8 +112,8 @@ def repair_of(group: int, fault: FaultRecord) -> Repair:
 def last_recovery(
     old: Mapping[str, Any], said: Sequence[GroupStatus], by_operator: Sequence[Repair]
 ) -> dict[str, Any] | None:
-    """As `status.lastRecovery`: the newest of all. One that is known is told anew, for its first token; but a step of the
-    operator stays what helped, though the group tells of the same repair."""
+    """As `status.lastRecovery`: the newest of all. A known one is told anew, for its first token; but a step of the operator
+    stays what helped, though the group tells of the same repair."""
     known: dict[str, Any] | None = old.get("lastRecovery")
     own = [repair_of(status.group, fault) for status in said for fault in _closed(status)]
     newest = max([*by_operator, *own], key=lambda repair: repair.finished, default=None)
@@ -134,11 +135,6 @@ def last_recovery(
 def _told(old: Mapping[str, Any], status: GroupStatus, name: str) -> int:
     block = block_of(old, status.group)
     return int(block.get(name, 0)) if block.get("incarnation") == status.incarnation else 0
-
-
-def _key(status: GroupStatus, fault: FaultRecord) -> str:
-    """As `triggers` names it."""
-    return f"{status.incarnation}/{fault.id}"
 
 
 def _closed(status: GroupStatus) -> list[FaultRecord]:

@@ -8,7 +8,7 @@ from typing import Final
 from lockstep_operator.groups import Group
 from lockstep_operator.moment import text, unix
 from lockstep_operator.observe import Pod, Report
-from lockstep_runtime.wire import Fault, GroupState, GroupStatus
+from lockstep_runtime.wire import Fault, FaultRecord, GroupState, GroupStatus
 
 HUNG_SECONDS: Final = 90.0  # the kubelet's liveness probe has had its turn by then
 
@@ -39,13 +39,22 @@ def find_trigger(group: Group, report: Report | None, now: float) -> Trigger | N
 def _poisoned(group: Group, status: GroupStatus, now: float) -> Trigger:
     newest = max(status.faults, key=lambda fault: fault.id, default=None)
     return Trigger(
-        key=f"{status.incarnation}/{newest.id if newest else 0}",
+        key=f"{fault_key(status, newest)}@{status.since:.0f}",  # the same fault again, once it was tried to heal it
         fault=str(newest.fault) if newest else "Poisoned",
         rank=newest.rank if newest else None,
         message=newest.message if newest else (status.message or "it has not said why"),
         noticed=newest.at if newest else (status.since or now),
         pod=_pod_of(group, status, newest.rank) if newest else None,
     )
+
+
+def fault_key(status: GroupStatus, fault: FaultRecord | None) -> str:
+    return f"{status.incarnation}/{fault.id if fault else 0}"
+
+
+def answers(trigger: str, status: GroupStatus, fault: FaultRecord) -> bool:
+    """Whether a trigger's key is about this fault."""
+    return trigger.partition("@")[0] == fault_key(status, fault)
 
 
 def _pod_of(group: Group, status: GroupStatus, rank: int | None) -> Pod | None:

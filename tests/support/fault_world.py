@@ -86,7 +86,7 @@ class SickGroups(Groups):
         number = list(illness.seen).index(try_) + 1
         fault = FaultRecord(id=number, fault=Fault.HANG, rank=illness.rank, message="it stopped", at=at, epoch=number)
         status = well(key, group, uid, revision_of(leader))
-        return Report(status=msgspec.structs.replace(status, state=GroupState.POISONED, faults=[fault]))
+        return Report(status=msgspec.structs.replace(status, state=GroupState.POISONED, faults=[fault], since=at))
 
 
 class FaultWorld(World):

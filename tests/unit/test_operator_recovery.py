@@ -149,6 +149,13 @@ def test_a_new_fault_after_a_repair_means_that_it_failed_and_the_next_rung_waits
     assert later.memory.failures == 2
 
 
+def test_the_same_fault_after_another_try_is_a_new_one() -> None:
+    planned = decided(report=poisoned(since=NOW - 5)).memory
+    anew = replace(on_nodes("n1", "n2"), pods=(placed(0, "n1"), placed(1, "n2", uid="later", created=NOW + 1)))
+    assert rungs(decided(planned, of=anew, report=poisoned(since=NOW - 5), now=NOW + 20)) is Rung.RECYCLE_POD
+    assert rungs(decided(planned, of=anew, report=poisoned(since=NOW + 15), now=NOW + 20)) is Rung.RECYCLE_GROUP
+
+
 def plan(rung: Rung, **fields: Any) -> Plan:
     defaults: dict[str, Any] = {
         "rung": rung, "trigger": "inc/1", "fault": "Hang", "rank": 1, "reason": "because", "pods": (),
@@ -305,7 +312,7 @@ def test_poisoned_without_a_fault_is_still_poisoned() -> None:
     )
     trigger = find_trigger(group(), Report(status=status), NOW)
     assert trigger is not None
-    assert (trigger.key, trigger.fault, trigger.message, trigger.noticed) == ("inc/0", "Poisoned", "no idea", 1.0)
+    assert (trigger.key, trigger.fault, trigger.message, trigger.noticed) == ("inc/0@1", "Poisoned", "no idea", 1.0)
 
 
 counts = st.dictionaries(st.sampled_from(list(Rung)), st.integers(1, 9))
