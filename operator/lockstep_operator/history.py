@@ -112,8 +112,8 @@ def repair_of(group: int, fault: FaultRecord) -> Repair:
 def last_recovery(
     old: Mapping[str, Any], said: Sequence[GroupStatus], by_operator: Sequence[Repair]
 ) -> dict[str, Any] | None:
-    """As `status.lastRecovery`: the newest of all. A known one is told anew, for its first token; but a step of the operator
-    stays what helped, though the group tells of the same repair."""
+    """As `status.lastRecovery`: the newest of all. A known one is told anew, for its first token; but a step of the
+    operator stays what helped, though the group tells of the same repair."""
     known: dict[str, Any] | None = old.get("lastRecovery")
     own = [repair_of(status.group, fault) for status in said for fault in _closed(status)]
     newest = max([*by_operator, *own], key=lambda repair: repair.finished, default=None)
