@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import resource
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import msgspec
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from lockstep_runtime import fault_box, wire
 from lockstep_runtime.child import PARENT_VARIABLE
-from lockstep_runtime.cli import UsageError, check_faults
+from lockstep_runtime.cli import UsageError, check_faults, main
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.owned_files import FOLDER_VARIABLE, remove
 from lockstep_runtime.parallel.errors import GroupAborted
@@ -279,3 +281,54 @@ async def test_the_endpoint_is_there_only_where_faults_are_allowed() -> None:
     assert taken == [wire.Inject(rank=0, kind=Injection.EXIT)]
     async with client(lambda _: False) as http:
         assert (await http.post("/inject", content=body)).status_code == 503
+
+
+class _Answering(http.server.BaseHTTPRequestHandler):
+    """Takes what it is sent; refuses faults of rank 9."""
+
+    taken: ClassVar[list[tuple[str, str, wire.Inject]]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        fault = msgspec.json.decode(body, type=wire.Inject)
+        self.taken.append((self.path, self.headers["Authorization"], fault))
+        self.send_response(202 if fault.rank != 9 else 503)
+        self.end_headers()
+        self.wfile.write(b"there is no engine just now\n")
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@pytest.fixture
+def leader() -> Iterator[str]:
+    with http.server.HTTPServer(("127.0.0.1", 0), _Answering) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_the_command_asks_for_the_fault_it_was_told(
+    leader: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCKSTEP_TOKEN", "secret")
+    words = ["hang", "--rank", "1", "--phase", "decode", "--at", "inside", "--place", "layers.2.mlp", "--url", leader]
+    with pytest.raises(SystemExit) as ended:
+        main(["inject", *words])
+    assert ended.value.code == 0
+    wanted = wire.Inject(rank=1, kind=Injection.HANG, phase=Phase.DECODE, at=Moment.INSIDE, place="layers.2.mlp")
+    assert _Answering.taken[-1] == ("/inject", "Bearer secret", wanted)
+    assert "hang on rank 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rank", "url", "words"), [("9", "", "there is no engine just now"), ("1", "http://127.0.0.1:1", "no answer from")]
+)
+def test_the_command_says_why_it_could_not(
+    leader: str, rank: str, url: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["inject", "exit", "--rank", rank, "--url", url or leader])
+    assert ended.value.code == 1
+    assert words in capsys.readouterr().err
