@@ -106,7 +106,8 @@ async def test_a_failed_step_is_repaired_with_every_process_kept(fault: Fault) -
         fails_once(live.ranks[1], fault)
         assert await live.generate((5, 6), 20) == continuation((5, 6), 20)
         status = live.engine.status()
-        assert [(one.fault, one.rank, one.rung) for one in status.faults] == [(fault, 1, "Rebuild")]
+        suspect = None if fault is Fault.NON_FINITE else 1  # a NaN is in every rank's sum
+        assert [(one.fault, one.rank, one.rung) for one in status.faults] == [(fault, suspect, "Rebuild")]
         assert "rank 1: out of memory" in status.faults[0].message
         assert [one.respawns for one in status.ranks] == [0, 0]
 

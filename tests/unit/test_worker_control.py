@@ -101,7 +101,9 @@ class FakeEdge:
     def open_rendezvous(self, config: ServeConfig, epoch: int) -> Any:
         return FakeRendezvous()
 
-    def join(self, config: ServeConfig, rank: int, epoch: int, address: str, timeout: float) -> Any:
+    def join(
+        self, config: ServeConfig, rank: int, epoch: int, address: str, timeout: float, cancelled: Callable[[], bool]
+    ) -> Any:
         self.groups.append(FakeGroup())
         return self.groups[-1]
 

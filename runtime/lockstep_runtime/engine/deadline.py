@@ -12,7 +12,7 @@ The engine's own delays are none of a rank's doing: `Patience` counts only the t
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -99,8 +99,7 @@ class DeadlineModel:
         if not marks:
             return None
         size = _size(work)
-        nearest = min(marks, key=lambda other: (abs(other[0] - size[0]) + abs(other[1] - size[1]), other))
-        mark = marks[nearest]
+        mark = marks.get(size) or marks[_nearest(size, marks)]
         more = max(1.0, work.tokens / mark.tokens) * max(1.0, work.context / mark.context)
         return mark.seconds * more * self._stretch
 
@@ -122,6 +121,10 @@ class DeadlineModel:
 
 def _size(work: Work) -> _Size:
     return work.tokens.bit_length(), work.context.bit_length()
+
+
+def _nearest(size: _Size, others: Iterable[_Size]) -> _Size:
+    return min(others, key=lambda other: (abs(other[0] - size[0]) + abs(other[1] - size[1]), other))
 
 
 class Patience:

@@ -57,6 +57,7 @@ class Engine:
             on_exit=self._exited,
             on_leaving=self._leave,
             on_phase=self._log_phase,
+            on_death=self._died_young,
         )
         self._deadlines = DeadlineModel(config.watchdog)
         self._ladder = Ladder(config.tensor_parallel_size, config.recovery_strategy)
@@ -256,7 +257,10 @@ class Engine:
         begun = time.monotonic()
         prints = []
         for slices in probe_steps(formed.blocks, formed.block_size):
-            prints.append((await self._run_step(slices)).fingerprint)
+            try:
+                prints.append((await self._run_step(slices)).fingerprint)
+            except StepRefusedError as refusal:
+                raise GroupFaultError(refusal.evidence[0], refusal.evidence) from refusal
         incarnations = [member.last_incarnation for member in self.group.members]
         if wrong := self._probe.judge(tuple(prints), incarnations):
             evidence = Evidence(wire.Fault.CORRUPTION, None, wrong)
@@ -350,9 +354,7 @@ class Engine:
         self._deadlines.learn(work, time.monotonic() - begun)
         return done
 
-    def _refused(
-        self, scheduler: Scheduler, slices: list[wire.SequenceSlice], refusal: StepRefusedError
-    ) -> None:
+    def _refused(self, scheduler: Scheduler, slices: list[wire.SequenceSlice], refusal: StepRefusedError) -> None:
         """No rank could begin the step, none was harmed: rung 0, once the request is known that is the cause."""
         self._refusals += 1
         cause = refusal.evidence[0]
@@ -410,6 +412,13 @@ class Engine:
         """While the group is formed again, a rank had to be killed."""
         self._faults.name(rank, f"{how} and was killed", Rung.RESPAWN)
         self._changed(True)
+
+    def _died_young(self, rank: int, words: str) -> None:
+        """A process that was to take a lost one's place has ended, too."""
+        words = f"{words} before it was loaded"
+        logger.warning("respawn: fault %d epoch %d: %s", self._faults.open_id, self.group.epoch, words)
+        if not self._ladder.another_death():
+            self.group.break_off(Evidence(wire.Fault.RANK_LOST, rank, f"{words}, again and again"))
 
     def _leave(self, pod_index: int) -> None:
         """A member pod was asked to end: it may soon. When all pods are, our own drain begins within that second."""
@@ -476,4 +485,3 @@ class Engine:
                     await self._report_urgent.wait()
             except TimeoutError:
                 pass
-

@@ -88,9 +88,7 @@ class FaultBook:
                 merged = {**record.phases, **phases}
                 rung = "Respawn" if respawned else "Rebuild"  # a lost rank may only have lost its connection
                 self._replace(
-                    msgspec.structs.replace(
-                        record, recovered_at=at, phases=merged, requests_resumed=resumed, rung=rung
-                    )
+                    msgspec.structs.replace(record, recovered_at=at, phases=merged, requests_resumed=resumed, rung=rung)
                 )
         self._open.clear()
         self.recoveries += 1

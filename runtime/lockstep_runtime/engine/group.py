@@ -33,7 +33,7 @@ _A = TypeVar("_A", wire.RendezvousOpened, wire.Joined, wire.CacheAllocated, wire
 Answer = wire.RendezvousOpened | wire.Joined | wire.CacheAllocated | wire.StepDone
 
 RENDEZVOUS: Final = Deadline(15.0, 15.0, extends=False, reason="")
-JOIN: Final = Deadline(5.0, 60.0, extends=True, reason="")  # as long as no rank holds up the others
+JOIN: Final = Deadline(2.5, 60.0, extends=True, reason="")  # as long as no rank holds up the others
 ALLOCATE: Final = Deadline(120.0, 120.0, extends=False, reason="")
 ABORT_SECONDS: Final = 1.5  # a rank that has not left its collective by then is killed
 ABORT_JOIN_SECONDS: Final = 15.0  # joining can't be interrupted; it ends by itself, sooner than this
@@ -41,6 +41,7 @@ HEARSAY_SECONDS: Final = 0.5  # how long to wait for the cause when ranks only r
 UNTOUCHED_SECONDS: Final = 0.1  # and for the other ranks to say that they could not begin the step either
 RECONNECT_SECONDS: Final = 5.0  # a process whose connection is lost and that does not come back is killed
 LOADING_SECONDS: Final = 120.0  # without a byte more
+RELOADING_SECONDS: Final = 60.0  # the same where the model is here already: nothing has to be downloaded first
 
 
 class GroupFaultError(RuntimeError):
@@ -94,7 +95,8 @@ class _Question:
 class RankGroup:
     """The bus's listener. `on_change(urgent)` is called when the status changed, `on_break` when evidence came in,
     `on_exit` with a rank and what became of its process, `on_leaving` with a pod that was asked to end, `on_phase` with
-    a phase of the forming that is over, its seconds and a sentence."""
+    a phase of the forming that is over, its seconds and a sentence, `on_death` with a rank whose new process ended
+    before it was loaded, though the group has served before."""
 
     def __init__(
         self,
@@ -105,7 +107,8 @@ class RankGroup:
         on_break: Callable[[], None],
         on_exit: Callable[[int, str], None],
         on_leaving: Callable[[int], None],
-        on_phase: Callable[[str, float, str], None] = lambda name, seconds, words: None,
+        on_phase: Callable[[str, float, str], None],
+        on_death: Callable[[int, str], None],
     ) -> None:
         self._config = config
         self.members = [
@@ -117,7 +120,8 @@ class RankGroup:
         self._joined = False  # in this epoch, whatever became of it
         self.on_stuck: Callable[[int, str], None] = lambda rank, how: None
         self.pods_seen = 0  # rises with every new supervisor
-        self._on_phase = on_phase
+        self._on_phase, self._on_death = on_phase, on_death
+        self._has_served = False
         self._look = Look(self.supervisors)
         self._on_change, self._on_break, self._on_exit, self._on_leaving = on_change, on_break, on_exit, on_leaving
         self._evidence: list[Evidence] = []
@@ -226,6 +230,9 @@ class RankGroup:
             words = f"rank {message.rank} (pid {message.pid}) {text}"
             self._explain(message.rank, words)
             self._on_exit(message.rank, words)
+            young = member.loaded is None and member.arrived_epoch >= self.epoch
+            if self._gathering and self._has_served and young and member.condemned != message.incarnation:
+                self._on_death(message.rank, words)
             if member.peer is not None:
                 gone = member.peer
                 self._miss(member, text)
@@ -286,16 +293,18 @@ class RankGroup:
         if message.epoch != self.epoch:
             return
         hearsay = message.fault is Fault.RANK_LOST  # of itself, a rank that speaks can't say so
-        evidence = Evidence(message.fault, member.rank, f"rank {member.rank}: {message.message}", hearsay)
+        # NaN in one rank's part is NaN in the sum of all: whoever finds it need not be its source.
+        suspect = None if message.fault is Fault.NON_FINITE and len(self.members) > 1 else member.rank
+        evidence = Evidence(message.fault, suspect, f"rank {member.rank}: {message.message}", hearsay)
         question = self._question
         if message.untouched and message.fault is Fault.STEP_FAILED and question and message.step == question.step:
-            self._refuse(question, evidence)
+            self._refuse(question, member.rank, evidence)
         else:
             self._add(evidence)
 
-    def _refuse(self, question: _Question, evidence: Evidence) -> None:
+    def _refuse(self, question: _Question, rank: int, evidence: Evidence) -> None:
         """A rank could not begin the step. When all say so, the step is at fault and the group as good as before."""
-        question.refused[evidence.rank or 0] = evidence
+        question.refused[rank] = evidence
         if len(question.refused) == len(question.ranks):
             question.settle()
         elif len(question.refused) == 1:
@@ -377,7 +386,7 @@ class RankGroup:
         """The group was proved: it serves from now on."""
         for member in self.members:
             member.state = RankState.READY
-        self.formed = True
+        self.formed = self._has_served = True
         self._changed()
 
     def give_up(self) -> None:
@@ -418,13 +427,14 @@ class RankGroup:
                     member.abort_sent_at = now
 
     def _kill_stuck(self, now: float) -> None:
-        loading = self._config.watchdog.step_timeout or LOADING_SECONDS
+        again = self._has_served
+        loading = self._config.watchdog.step_timeout or (RELOADING_SECONDS if again else LOADING_SECONDS)
         for member in self.members:
             if member.abort_sent_at is not None and now - member.abort_sent_at > self._patience:
                 how = f"rank {member.rank} did not leave its collective within {self._patience:g} s"
             elif member.is_cut_off(now, RECONNECT_SECONDS):
                 how = f"rank {member.rank} lost its connection and did not come back within {RECONNECT_SECONDS:g} s"
-            elif member.stands_still(now, loading):
+            elif member.stands_still(now, loading, again=again):
                 how = f"rank {member.rank} has read none of its weights for {loading:g} s"
             else:
                 continue
@@ -489,20 +499,17 @@ class RankGroup:
             patience.woke(time.monotonic())
             if question.done.done() or not patience.is_over:
                 continue
-            suspicion = await self._suspect(question)
+            records = await self._look.at_everyone()
             if question.done.done():
                 return
+            suspicion = suspect(
+                records, epoch=self.epoch, step=question.step, silent=question.silent, size=len(self.members)
+            )
             if more := self._grace(question, deadline, patience, suspicion):
                 patience.extend(more)
                 continue
             self._evidence.append(silent(question.silent, question.kind.__name__, patience.waited, suspicion))
             return
-
-    async def _suspect(self, question: _Question) -> Suspicion:
-        records = await self._look.at_everyone()
-        return suspect(
-            records, epoch=self.epoch, step=question.step, silent=question.silent, size=len(self.members)
-        )
 
     def _grace(self, question: _Question, deadline: Deadline, patience: Patience, suspicion: Suspicion) -> float:
         """Seconds more; 0: it hangs. Ranks that are all joining wait for the network, not for each other."""

@@ -37,6 +37,7 @@ class Member:
     condemned: str = ""  # the incarnation that is being killed
     ended: str = ""  # the incarnation whose end is known
     left_at: float | None = None  # on the monotonic clock: when its connection was lost
+    arrived_epoch: int = -1
     heard_at: float = 0.0  # and when it last got further in loading
 
     def arrive(self, peer: Peer, epoch: int) -> None:
@@ -53,7 +54,7 @@ class Member:
         if self.state is not RankState.FAILED:  # why the last one failed stays to be read until this one gets further
             self.state, self.message = RankState.STARTING, ""
         self.loaded = None
-        self.welcome_epoch = epoch
+        self.welcome_epoch = self.arrived_epoch = epoch
         self.idle_epoch = -1
         self.abort_sent_at = None
 
@@ -72,9 +73,10 @@ class Member:
         unknown = self.last_incarnation not in (self.condemned, self.ended)
         return self.peer is None and unknown and self.left_at is not None and now - self.left_at > seconds
 
-    def stands_still(self, now: float, seconds: float) -> bool:
-        """It is loading and has not got any further for so long."""
-        loading = self.peer is not None and self.state is RankState.LOADING
+    def stands_still(self, now: float, seconds: float, *, again: bool) -> bool:
+        """It is loading and has got no further for so long. Before a first loading a download may take any time."""
+        states = (RankState.LOADING, RankState.STARTING) if again else (RankState.LOADING,)
+        loading = self.peer is not None and self.state in states
         return loading and self.condemned != self.last_incarnation and now - self.heard_at > seconds
 
     def set_progress(self, progress: wire.LoadProgress) -> None:

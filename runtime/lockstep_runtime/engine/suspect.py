@@ -24,9 +24,7 @@ class Suspicion:
     moved_ago: float | None
 
 
-def suspect(
-    records: Sequence[ProgressRecord], *, epoch: int, step: int, silent: Sequence[int], size: int
-) -> Suspicion:
+def suspect(records: Sequence[ProgressRecord], *, epoch: int, step: int, silent: Sequence[int], size: int) -> Suspicion:
     """`silent`: the ranks of `size` that have not answered this step; the others are done with it."""
     known = {record.rank: record for record in records if record.rank in silent}
     places = {rank: _place(record, epoch, step) for rank, record in known.items()}

@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 import torch
@@ -81,17 +82,26 @@ def open_rendezvous(config: ServeConfig, epoch: int) -> Rendezvous:
     return StoreServer(own_address(config.leader, time.monotonic() + 10.0))
 
 
-def join(config: ServeConfig, rank: int, epoch: int, address: str, timeout: float) -> Group:
+def join(
+    config: ServeConfig,
+    rank: int,
+    epoch: int,
+    address: str,
+    timeout: float,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Group:
     """Meet the other ranks there, and prove the communicator: an all-reduce of ones must give the group's size.
 
+    `cancelled` is asked while the others are waited for, where that is possible: in shared memory.
+
     Raises:
-        GroupError: not everyone came within `timeout` seconds, or the proof failed.
+        GroupError: not everyone came within `timeout` seconds, it was cancelled, or the proof failed.
     """
     size = config.tensor_parallel_size
     if size == 1:
         return SingleGroup()
     if address.startswith(SCHEME):
-        return SharedMemoryGroup(address, rank, size, timeout)
+        return SharedMemoryGroup(address, rank, size, timeout, cancelled)
     deadline = time.monotonic() + timeout
     try:
         store = _connect(address, epoch, deadline)

@@ -18,6 +18,7 @@ import os
 import platform
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -66,10 +67,12 @@ class SharedFile:
 class SharedMemoryGroup:
     """One rank's end. All methods but `abort` belong to one thread."""
 
-    def __init__(self, address: str, rank: int, size: int, timeout: float) -> None:
+    def __init__(
+        self, address: str, rank: int, size: int, timeout: float, cancelled: Callable[[], bool] = lambda: False
+    ) -> None:
         """
         Raises:
-            GroupError: no such meeting place, or not everyone was there in time.
+            GroupError: no such meeting place, not everyone was there in time, or it was cancelled meanwhile.
         """
         if size > MAX_RANKS:
             raise GroupError(f"shared memory serves {MAX_RANKS} ranks at most, not {size}")
@@ -83,6 +86,7 @@ class SharedMemoryGroup:
         self._views: dict[tuple[torch.dtype, int], tuple[tuple[Tensor, ...], ...]] = {}
         self._looks = LOOKS_BEFORE_CLOCK if size <= len(os.sched_getaffinity(0)) else 1
         self._deadline: float | None = time.monotonic() + timeout
+        self._cancelled = cancelled
         self._meet()
         if rank == 0:  # everyone has mapped it: nothing stays behind, however the ranks end
             Path(address.removeprefix(SCHEME)).unlink(missing_ok=True)
@@ -169,12 +173,18 @@ class SharedMemoryGroup:
             if words[ABORTED]:
                 raise GroupAborted("the communicator was aborted in a collective")
             now = time.monotonic()
-            if self._deadline is not None and now > self._deadline:
-                raise GroupError(f"rank {other // CACHE_LINE_WORDS - 1} did not join in time")
+            if self._deadline is not None:
+                self._check_meeting(other, now, self._deadline)
             if now - started < YIELD_SECONDS:
                 os.sched_yield()
             else:
                 time.sleep(SLEEP_SECONDS)
+
+    def _check_meeting(self, other: int, now: float, deadline: float) -> None:
+        if self._cancelled():
+            raise GroupAborted("the meeting was called off")
+        if now > deadline:
+            raise GroupError(f"rank {other // CACHE_LINE_WORDS - 1} did not join in time")
 
 
 def _new_path() -> Path:

@@ -7,6 +7,7 @@ import os
 import queue
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NoReturn, Protocol
 
 import msgspec
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+JOIN_STEP: Final = -1  # joining, in the progress record
 JOIN_SECONDS: Final = 10.0  # the engine waits longer than this before it kills a rank that joins
 PROGRESS_SECONDS: Final = 0.2  # between two LoadProgress messages
 LOAD_FAILED_EXIT: Final = 3
@@ -38,7 +40,15 @@ class Collectives(Protocol):
 
     def open_rendezvous(self, config: ServeConfig, epoch: int) -> Rendezvous: ...
 
-    def join(self, config: ServeConfig, rank: int, epoch: int, address: str, timeout: float) -> Group: ...
+    def join(
+        self,
+        config: ServeConfig,
+        rank: int,
+        epoch: int,
+        address: str,
+        timeout: float,
+        cancelled: Callable[[], bool],
+    ) -> Group: ...
 
 
 class Worker:
@@ -154,9 +164,15 @@ class Worker:
 
     def _join(self, command: wire.Join) -> wire.Joined:
         begun = time.monotonic()
+        self._progress.enter(command.epoch, JOIN_STEP)
         if self._faults is not None:
             self._faults.joining()
-        group = self._collectives.join(self._config, self._rank, command.epoch, command.address, JOIN_SECONDS)
+        self._progress.enter_collective("the meeting place")
+        group = self._collectives.join(
+            self._config, self._rank, command.epoch, command.address, JOIN_SECONDS,
+            lambda: self._control.fence > command.epoch,
+        )  # fmt: skip
+        self._progress.leave(command.epoch, JOIN_STEP)
         self._group, self._epoch = WatchedGroup(group, self._progress), command.epoch
         if self._control.fence > command.epoch:  # an abort that came before there was a group to abort
             self._group.abort()
