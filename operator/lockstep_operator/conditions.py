@@ -114,6 +114,8 @@ def explain(view: View, size: int) -> Finding:
         return Finding("False", "ModelLoadFailed", f"{name}: {_load_failure(status)}", stalled=True)
     if status.state is GroupState.POISONED:
         return _unhealed(view, status, name)
+    if view.remedy and status.state is GroupState.READY:  # by its own words, and yet its first pod hangs
+        return Finding("False", "RecoveryExhausted" if view.given_up else "Recovering", view.remedy, view.given_up)
     return _by_state(status, name, size)
 
 

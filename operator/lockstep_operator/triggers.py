@@ -31,9 +31,9 @@ def find_trigger(group: Group, report: Report | None, now: float) -> Trigger | N
         return None
     if report.unreachable_since is not None:
         return _hung(group, report, now)
-    if report.status is None or report.status.state is not GroupState.POISONED:
-        return None
-    return _poisoned(group, report.status, now)
+    if report.status is not None and report.status.state is GroupState.POISONED:
+        return _poisoned(group, report.status, now)
+    return _stuck(group, report.status, now) if report.status else None
 
 
 def _poisoned(group: Group, status: GroupStatus, now: float) -> Trigger:
@@ -68,17 +68,44 @@ def _hung(group: Group, report: Report, now: float) -> Trigger | None:
     leader, silent_since = group.leader, report.unreachable_since
     if leader is None or leader.ready or leader.deleting is not None or silent_since is None:
         return None
+    words = f"has not answered for {HUNG_SECONDS:g} s: {report.error}"
+    return _replaceable(leader, silent_since, words, now)
+
+
+def _stuck(group: Group, status: GroupStatus, now: float) -> Trigger | None:
+    """A first pod whose supervisor answers and says that all is well, but whose engine has not been Ready for long and
+    has done no step meanwhile. One that was never Ready waits for something; one that does steps is only busy."""
+    leader = group.leader
+    if leader is None or leader.ready or leader.deleting is not None or status.state is not GroupState.READY:
+        return None
+    started, unready_since = _started(leader), _unready_since(leader)
+    if started is None or unready_since is None or unready_since <= started:
+        return None
+    words = f"takes no requests and has done no step for {HUNG_SECONDS:g} s, though its ranks are well"
+    return _replaceable(leader, max(unready_since, status.last_step_at or 0.0), words, now)
+
+
+def _replaceable(leader: Pod, since: float, words: str, now: float) -> Trigger | None:
     started = _started(leader)
-    if started is None or now - max(started, silent_since) < HUNG_SECONDS:
+    if started is None or now - max(started, since) < HUNG_SECONDS:
         return None
     return Trigger(
         key=f"silent/{leader.uid}/{text(started)}",
         fault=str(Fault.HANG),
         rank=None,
-        message=f"pod {leader.name} runs and has not answered for {HUNG_SECONDS:g} s: {report.error}",
-        noticed=silent_since,
+        message=f"pod {leader.name} runs and {words}",
+        noticed=since,
         pod=leader,
     )
+
+
+def _unready_since(pod: Pod) -> float | None:
+    """Since when its kubelet has found it not Ready; None when it is Ready or its node isn't heard from."""
+    conditions = (pod.raw.get("status") or {}).get("conditions") or []
+    ready = next((condition for condition in conditions if condition["type"] == "Ready"), None)
+    if ready is None or ready["status"] != "False" or not ready.get("reason") or "lastTransitionTime" not in ready:
+        return None
+    return unix(ready["lastTransitionTime"])
 
 
 def _started(pod: Pod) -> float | None:

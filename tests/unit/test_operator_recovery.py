@@ -299,6 +299,40 @@ def test_a_first_pod_that_may_only_be_out_of_reach_is_left_alone(found: Group, r
     assert find_trigger(found, report, NOW) is None
 
 
+def unready(since: float, started: float = NOW - 500) -> Group:
+    found = hanging(started)
+    ready = {"type": "Ready", "status": "False", "reason": "ContainersNotReady", "lastTransitionTime": text(since)}
+    leader = found.pods[0]
+    raw = {**leader.raw, "status": {**leader.raw["status"], "conditions": [ready]}}
+    return replace(found, pods=(replace(leader, raw=raw), found.pods[1]))
+
+
+def at_rest(last_step: float | None = NOW - 200, **fields: Any) -> Report:
+    status = well(KEY, 0, "inc", "new")
+    return Report(status=msgspec.structs.replace(status, last_step_at=last_step, **fields))
+
+
+def test_a_first_pod_whose_engine_hangs_is_replaced() -> None:
+    verdict = decided(of=unready(NOW - HUNG_SECONDS), report=at_rest())
+    assert rungs(verdict) is Rung.RECYCLE_POD
+    assert "pod chat-0-0 runs and takes no requests and has done no step for 90 s, though" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("found", "report"),
+    [
+        (unready(NOW - 89), at_rest()),
+        (unready(NOW - 200), at_rest(NOW - 80)),  # busy, and slow to say that it is ready
+        (unready(NOW - 500), at_rest()),  # never was Ready: it waits for something
+        (unready(NOW - 200, started=NOW - 89), at_rest()),
+        (unready(NOW - 200), at_rest(state=GroupState.LOADING)),
+        (hanging(NOW - 500, ready=True), at_rest()),
+    ],
+)
+def test_a_first_pod_that_is_only_busy_or_not_yet_ready_is_left_alone(found: Group, report: Report) -> None:
+    assert find_trigger(found, report, NOW) is None
+
+
 def test_nothing_is_decided_on_what_nobody_has_heard() -> None:
     silent = recover(POLICY, Situation(seed="s", group=on_nodes("n1"), memory=Memory()), NOW)
     assert silent == Verdict(memory=Memory())

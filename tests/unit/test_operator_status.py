@@ -15,9 +15,11 @@ from lockstep_operator.conditions import render
 from lockstep_operator.decide import Decision
 from lockstep_operator.events import Occurrence, Pass, occurrences
 from lockstep_operator.groups import Group
+from lockstep_operator.memory import Memory
 from lockstep_operator.moment import text
 from lockstep_operator.names import ModelKey
 from lockstep_operator.observe import Observed, Report
+from lockstep_operator.recovery import Verdict
 from lockstep_operator.rollout import plan
 from lockstep_operator.status import build, invalid, worth_writing
 from lockstep_operator.troubles import trouble, unexplained
@@ -123,6 +125,25 @@ def test_ready_says_what_a_group_is_at(state: GroupState, reason: str, words: st
     status = status_of(decided(group(ready=False)), seen(said(state=state, message="rank 1 was lost")))
     assert condition(status, "Ready") == ("False", reason, words)
     assert condition(status, "Poisoned")[0] == str(state is GroupState.POISONED)
+
+
+@pytest.mark.parametrize(
+    ("state", "memory", "found"),
+    [
+        (GroupState.POISONED, Memory(), ("Poisoned", False)),
+        (GroupState.POISONED, Memory(stalled=True), ("RecoveryExhausted", True)),
+        (GroupState.READY, Memory(), ("Recovering", False)),
+        (GroupState.READY, Memory(stalled=True), ("RecoveryExhausted", True)),
+    ],
+)
+def test_what_the_operator_does_is_progress_until_its_budget_is_spent(
+    state: GroupState, memory: Memory, found: tuple[str, bool]
+) -> None:
+    verdict = Verdict(memory=memory, reason="pod chat-0-1 is replaced")
+    status = status_of(decided(group(ready=False), verdicts={0: verdict}), seen(said(state=state)))
+    assert condition(status, "Ready") == ("False", found[0], "pod chat-0-1 is replaced")
+    assert condition(status, "Stalled")[0] == str(found[1])
+    assert condition(status, "Reconciling")[0] == str(not found[1])
 
 
 def test_a_recovery_names_its_fault_and_is_progress_and_no_stall() -> None:
