@@ -62,8 +62,8 @@ async def _perform(kube: Kube, model: Model, action: Action) -> frozenset[str]:
                     raise
         case Apply(kind=kind, manifest=manifest):
             return await _put_right(kube, kind, manifest)
-        case Delete(kind=kind, name=name, uid=uid):
-            await kube.delete(kind, model.namespace, name, uid)
+        case Delete(kind=kind, name=name, uid=uid, grace=grace):
+            await kube.delete(kind, model.namespace, name, uid, grace)
     return frozenset()
 
 

@@ -10,6 +10,7 @@ from lockstep_operator import voices
 from lockstep_operator.decide import Decision
 from lockstep_operator.groups import Group
 from lockstep_operator.moment import text
+from lockstep_operator.recovery import Verdict
 from lockstep_operator.rollout import Step
 from lockstep_operator.spec import Model
 from lockstep_operator.troubles import Trouble
@@ -17,6 +18,7 @@ from lockstep_operator.voices import Voice
 from lockstep_runtime.wire import GroupState, GroupStatus
 
 MESSAGE_LIMIT: Final = 2000
+_PASSING: Final = frozenset({"PodPending", "NodeLost"})  # troubles that end without a person
 _NOT_SERVING: Final = frozenset({GroupState.RECOVERING, GroupState.POISONED, GroupState.FAILED})
 
 
@@ -37,6 +39,18 @@ class View:
     group: Group
     voice: Voice
     trouble: Trouble | None
+    verdict: Verdict | None = None
+
+    @property
+    def remedy(self) -> str:
+        """What recovery does about it, in a sentence; empty if nothing."""
+        return self.verdict.reason if self.verdict else ""
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it needs a person: the budget is spent, or nothing may be done."""
+        memory = self.verdict.memory if self.verdict else None
+        return memory is not None and (memory.stalled or bool(memory.plan and memory.plan.only_said))
 
 
 def conditions(
@@ -82,7 +96,7 @@ def explain(view: View, size: int) -> Finding:
     """Why a group isn't Ready."""
     group, status, name = view.group, view.voice.status, f"group {view.group.index}"
     if view.trouble:
-        return Finding("False", view.trouble.reason, view.trouble.message, stalled=view.trouble.reason != "PodPending")
+        return Finding("False", view.trouble.reason, view.trouble.message, view.trouble.reason not in _PASSING)
     if not group.exists or group.deleting:
         return Finding("False", "Starting", f"{name} is being made")
     if group.strays and not group.pods:
@@ -94,17 +108,27 @@ def explain(view: View, size: int) -> Finding:
         words = (
             view.voice.silence or f"{running} of {group.wanted} pods of {name} run; its first pod hasn't reported yet"
         )
-        return Finding("False", "Unreachable" if view.voice.silence else "Starting", words)
+        words = "; ".join(part for part in (words, view.remedy) if part)
+        return Finding("False", "Unreachable" if view.voice.silence else "Starting", words, view.given_up)
     if voices.failed_ranks(status) or status.state is GroupState.FAILED:
         return Finding("False", "ModelLoadFailed", f"{name}: {_load_failure(status)}", stalled=True)
+    if status.state is GroupState.POISONED:
+        return _unhealed(view, status, name)
+    if view.remedy and status.state is GroupState.READY:  # by its own words, and yet its first pod hangs
+        return Finding("False", "RecoveryExhausted" if view.given_up else "Recovering", view.remedy, view.given_up)
     return _by_state(status, name, size)
+
+
+def _unhealed(view: View, status: GroupStatus, name: str) -> Finding:
+    """Progress, as long as the operator has a remedy."""
+    words = view.remedy or f"{name} can't serve and can't heal itself{f': {status.message}' if status.message else ''}"
+    reason = "RecoveryExhausted" if view.given_up else "Poisoned"
+    return Finding("False", reason, words, view.given_up)
 
 
 def _by_state(status: GroupStatus, name: str, size: int) -> Finding:
     words = f": {status.message}" if status.message else ""
     match status.state:
-        case GroupState.POISONED:
-            return Finding("False", "Poisoned", f"{name} can't serve and can't heal itself{words}", stalled=True)
         case GroupState.RECOVERING:
             return Finding("False", "Recovering", f"{name} recovers{words}")
         case GroupState.DRAINING:
@@ -211,8 +235,7 @@ def _collectives(model: Model, views: Sequence[View]) -> Finding:
         if status and status.state in (GroupState.RECOVERING, GroupState.POISONED):
             newest = max(status.faults, key=lambda fault: fault.id, default=None)
             words = newest.message if newest else status.message
-            reason = str(newest.fault) if newest else str(status.state)
-            return Finding("False", reason, f"group {view.group.index}: {words or 'its ranks were parted'}")
+            return Finding("False", _fault_of(view), f"group {view.group.index}: {words or 'its ranks were parted'}")
     for view in views:
         status = view.voice.status
         if status is None or status.state not in (GroupState.READY, GroupState.DRAINING):
@@ -225,10 +248,18 @@ def _poisoned(views: Sequence[View]) -> Finding:
     for view in views:
         status = view.voice.status
         if status and status.state is GroupState.POISONED:
-            newest = max(status.faults, key=lambda fault: fault.id, default=None)
-            reason = str(newest.fault) if newest else "Poisoned"
-            return Finding("True", reason, f"group {view.group.index}: {status.message or 'it can not heal itself'}")
+            words = view.remedy or f"group {view.group.index}: {status.message or 'it can not heal itself'}"
+            return Finding("True", _fault_of(view), words)
     return Finding("False", "NotPoisoned", "no group has reported a fault that it can't heal")
+
+
+def _fault_of(view: View) -> str:
+    """The newest fault's name; of a group that only the status tells of, the one that is being repaired."""
+    status, memory = view.voice.status, view.verdict.memory if view.verdict else None
+    newest = max(status.faults if status else (), key=lambda fault: fault.id, default=None)
+    if newest:
+        return str(newest.fault)
+    return memory.plan.fault if memory and memory.plan and memory.plan.fault else str(status.state if status else "")
 
 
 def _flag(raised: bool, ready: Finding, reason: str, message: str) -> Finding:

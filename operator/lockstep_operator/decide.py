@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from lockstep_operator import desired, rollout
 from lockstep_operator.drift import differences
 from lockstep_operator.groups import Group, excess_groups, groups_of, is_ours
+from lockstep_operator.memory import from_status
 from lockstep_operator.names import GROUP_LABEL, KIND, group_name, token_name
 from lockstep_operator.observe import Observed, controller, expected_names
+from lockstep_operator.recovery import Situation, Verdict, recover
 from lockstep_operator.rollout import Step, Turn
 from lockstep_operator.settings import Settings
 from lockstep_operator.spec import Model
+from lockstep_operator.troubles import lost, trouble
+from lockstep_operator.voices import block_of
 
+RECYCLE_GRACE_SECONDS: Final = 5  # a group that can't serve has nothing to finish
 _FIXED_IN_STATEFUL_SETS = ("serviceName", "podManagementPolicy", "selector")
 
 
@@ -40,10 +45,13 @@ class Apply:
 
 @dataclass(frozen=True, slots=True)
 class Delete:
+    """`grace` in seconds; None leaves it to the object, 0 doesn't wait for anybody."""
+
     kind: str
     name: str
     uid: str
     reason: str
+    grace: int | None = None
 
 
 Action = CreateToken | Apply | Delete
@@ -58,6 +66,12 @@ class Decision:
     excess: tuple[Group, ...] = ()
     conflict: str = ""  # a sentence: something else has a name that the model needs
     conflict_ends: bool = False  # by itself
+    verdicts: Mapping[int, Verdict] = field(default_factory=dict)  # of recovery, by group
+
+    @property
+    def again(self) -> float | None:
+        """In how many seconds recovery must look once more."""
+        return min((v.again for v in self.verdicts.values() if v.again is not None), default=None)
 
     @property
     def sentence(self) -> str:
@@ -65,8 +79,7 @@ class Decision:
 
 
 def decide(model: Model, observed: Observed, now: float, settings: Settings) -> Decision:
-    """`now` is unix seconds; recovery of failed groups will need it."""
-    del now
+    """`now` is unix seconds."""
     groups, excess = groups_of(model, observed), excess_groups(model, observed)
     if remnant := _remnant(model, observed):
         return Decision(groups=groups, excess=excess, conflict=remnant, conflict_ends=True)
@@ -78,13 +91,38 @@ def decide(model: Model, observed: Observed, now: float, settings: Settings) -> 
         return Decision(actions=(*shared, *removed), groups=groups, excess=excess)
     revision = desired.revision(model, observed.token, settings)
     turns = rollout.plan(groups, revision, model.max_unavailable)
+    verdicts = {
+        group.index: recover(model.recovery, _situation(model, observed, group, turn, now), now)
+        for group, turn in zip(groups, turns, strict=True)
+    }
     per_group = [
         action
         for group, turn in zip(groups, turns, strict=True)
-        for action in _group(model, observed, group, turn, revision, settings)
+        for action in _group(model, observed, group, turn, revision, settings, verdicts[group.index])
     ]
-    actions = (*shared, *per_group, *removed)
-    return Decision(actions=actions, revision=revision, groups=groups, turns=turns, excess=excess)
+    actions = (*shared, *per_group, *removed, *_lost_pods(model, observed, now))
+    return Decision(actions=actions, revision=revision, groups=groups, turns=turns, excess=excess, verdicts=verdicts)
+
+
+def _situation(model: Model, observed: Observed, group: Group, turn: Turn, now: float) -> Situation:
+    replaced = turn.step is Step.REPLACE or any(pod.revision != group.revision for pod in group.pods)
+    return Situation(
+        seed=f"{model.uid}/{group.index}",
+        group=group,
+        memory=from_status(block_of(observed.status, group.index).get("recovery")),
+        report=observed.reports.get(group.index),
+        trouble=trouble(group, observed.warnings, now),
+        moving=f"group {group.index} is being replaced by revision {group.revision} anyway" if replaced else "",
+    )
+
+
+def _lost_pods(model: Model, observed: Observed, now: float) -> Iterator[Action]:
+    if model.recovery.observe:
+        return
+    for pod in observed.pods:
+        if lost(pod, now):
+            reason = f"pod {pod.name} is lost with its node {pod.node}, which isn't heard from: it is given up"
+            yield Delete("Pod", pod.name, pod.uid, reason, grace=0)
 
 
 def _foreign(model: Model, observed: Observed) -> Iterator[tuple[str, str, Mapping[str, Any] | None]]:
@@ -120,12 +158,22 @@ def _token(model: Model, observed: Observed) -> Iterator[Action]:
 
 
 def _group(
-    model: Model, observed: Observed, group: Group, turn: Turn, revision: str, settings: Settings
+    model: Model,
+    observed: Observed,
+    group: Group,
+    turn: Turn,
+    revision: str,
+    settings: Settings,
+    verdict: Verdict,
 ) -> Iterator[Action]:
     yield from _repaired(model, observed, desired.of_group(model, group.index, settings))
-    if turn.step is Step.WAIT or group.deleting:
+    if group.deleting:
         return
-    manifest = desired.stateful_set(model, group.index, revision, settings)
+    if turn.step is Step.WAIT:
+        yield from _recycled(verdict)
+        return
+    written = from_status(block_of(observed.status, group.index).get("recovery"))
+    manifest = desired.stateful_set(model, group.index, revision, settings, sorted(written.avoided))
     if group.workload and (fixed := _fixed_differences(manifest, group.workload)):
         reason = f"StatefulSet {manifest['metadata']['name']} can't be changed in place ({fixed}) and is made anew"
         yield Delete("StatefulSet", manifest["metadata"]["name"], group.uid, reason)
@@ -133,9 +181,15 @@ def _group(
     if turn.step is Step.REPLACE:
         yield Apply("StatefulSet", manifest, turn.reason)
         return
-    yield from _repaired(model, observed, [manifest])
+    first = [*_repaired(model, observed, [manifest])]
     if group.settled:
-        yield from _outdated(group, revision)
+        first += _outdated(group, revision)
+    yield from first or _recycled(verdict)  # whose successors would else be made from the old template
+
+
+def _recycled(verdict: Verdict) -> Iterator[Action]:
+    for pod in verdict.targets:
+        yield Delete("Pod", pod.name, pod.uid, verdict.reason, grace=RECYCLE_GRACE_SECONDS)
 
 
 def _outdated(group: Group, revision: str) -> Iterator[Action]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lockstep_operator.names import (
@@ -90,8 +90,8 @@ def network_policy(model: Model, group: int, settings: Settings) -> Manifest:
     return _sealed({**policy, "spec": {"podSelector": members, "policyTypes": ["Ingress"], "ingress": rules}})
 
 
-def stateful_set(model: Model, group: int, revision: str, settings: Settings) -> Manifest:
-    """One group. OnDelete: the operator decides when its pods are replaced, all of them together."""
+def stateful_set(model: Model, group: int, revision: str, settings: Settings, avoid: Collection[str] = ()) -> Manifest:
+    """One group, kept away from the nodes in `avoid`. OnDelete: the operator decides when its pods are replaced."""
     name = group_name(model.name, group)
     spec = {
         "serviceName": name,
@@ -99,7 +99,7 @@ def stateful_set(model: Model, group: int, revision: str, settings: Settings) ->
         "podManagementPolicy": "Parallel",
         "updateStrategy": {"type": "OnDelete"},
         "selector": {"matchLabels": {MODEL_LABEL: model.name, GROUP_LABEL: str(group)}},
-        "template": pod_template(model, group, revision, settings),
+        "template": pod_template(model, group, revision, settings, avoid),
     }
     workload = _object("apps/v1", "StatefulSet", name, model, group)
     workload["metadata"]["labels"][REVISION_LABEL] = revision

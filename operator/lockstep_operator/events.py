@@ -7,12 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lockstep_operator.decide import Action, Apply
+from lockstep_operator import history
+from lockstep_operator.decide import Action, Apply, Delete
+from lockstep_operator.history import Repair
+from lockstep_operator.memory import Memory, from_status
 from lockstep_operator.moment import micro
 from lockstep_operator.names import API_VERSION, KIND
-from lockstep_operator.observe import Observed, Report
+from lockstep_operator.observe import Observed
 from lockstep_operator.spec import Model
 from lockstep_operator.voices import block_of
+from lockstep_runtime.wire import GroupStatus
 
 NOTE_LIMIT = 1000
 
@@ -27,10 +31,44 @@ class Occurrence:
     warning: bool = False
 
 
-def occurrences(observed: Observed, new: Mapping[str, Any], done: Sequence[Action]) -> list[Occurrence]:
-    """What this pass found or did, by the status before and after it and the actions that succeeded."""
-    old = observed.status
-    return [*_beginnings(old, new), *_turns(old, new), *_faults(old, observed.reports), *_repairs(observed, done)]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """One look: the status before and after it, the actions that succeeded, and what recovery remembers now."""
+
+    observed: Observed
+    new: Mapping[str, Any]
+    done: Sequence[Action]
+    memories: Mapping[int, Memory]
+    now: float
+
+    @property
+    def old(self) -> Mapping[str, Any]:
+        return self.observed.status
+
+    @property
+    def said(self) -> list[GroupStatus]:
+        """What groups said to this operator."""
+        return [report.status for _, report in sorted(self.observed.reports.items()) if report.status]
+
+    @property
+    def repairs(self) -> list[Repair]:
+        """Groups that were healed, by themselves or by the operator."""
+        own = history.ended(self.old, self.said, self.memories, self.now)
+        by_operator = history.healed(self.old, self.said, self.memories, self.now)
+        return [*(history.repair_of(status.group, fault) for status, fault in own), *by_operator]
+
+
+def occurrences(seen: Pass) -> list[Occurrence]:
+    """What this pass found or did."""
+    return [
+        *_beginnings(seen.old, seen.new),
+        *_turns(seen.old, seen.new),
+        *_faults(seen),
+        *_steps(seen.old, seen.memories),
+        *_healed(seen),
+        *_repairs(seen.observed, seen.done),
+        *_given_up(seen.done),
+    ]
 
 
 def manifest(model: Model, occurrence: Occurrence, now: float) -> dict[str, Any]:
@@ -80,21 +118,32 @@ def _turns(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Occurrenc
             yield Occurrence(key, name if name == "Poisoned" else now["reason"], now["message"], warning=True)
 
 
-def _faults(old: Mapping[str, Any], reports: Mapping[int, Report]) -> Iterator[Occurrence]:
-    for group, report in sorted(reports.items()):
-        if report.status is None:
-            continue
-        block, incarnation = block_of(old, group), report.status.incarnation
-        told = block.get("lastFaultID", 0) if block.get("incarnation") == incarnation else 0
-        for fault in sorted(report.status.faults, key=lambda fault: fault.id):
-            if fault.id > told:
-                where = f"group {group}" if fault.rank is None else f"group {group} rank {fault.rank}"
-                yield Occurrence(
-                    f"fault/{group}/{incarnation}/{fault.id}",
-                    str(fault.fault),
-                    f"{where}: {fault.message}",
-                    warning=True,
-                )
+def _faults(seen: Pass) -> Iterator[Occurrence]:
+    for status, fault in history.begun(seen.old, seen.said):
+        where = f"group {status.group}" if fault.rank is None else f"group {status.group} rank {fault.rank}"
+        key = f"fault/{status.group}/{status.incarnation}/{fault.id}"
+        yield Occurrence(key, str(fault.fault), f"{where}: {fault.message}", warning=True)
+
+
+def _steps(old: Mapping[str, Any], memories: Mapping[int, Memory]) -> Iterator[Occurrence]:
+    """Decisions of recovery that were not in the status before."""
+    for group, memory in sorted(memories.items()):
+        plan, known = memory.plan, from_status(block_of(old, group).get("recovery")).plan
+        if plan and not plan.healed and (known is None or (plan.trigger, plan.since) != (known.trigger, known.since)):
+            reason = f"Would{plan.rung}" if plan.only_said else str(plan.rung)
+            yield Occurrence(f"step/{group}/{plan.trigger}/{plan.since:.0f}", reason, plan.reason, warning=True)
+
+
+def _healed(seen: Pass) -> Iterator[Occurrence]:
+    for repair in seen.repairs:
+        key = f"healed/{repair.group}/{repair.noticed:.3f}/{repair.finished:.3f}"
+        yield Occurrence(key, "Recovered", repair.sentence)
+
+
+def _given_up(done: Sequence[Action]) -> Iterator[Occurrence]:
+    for action in done:
+        if isinstance(action, Delete) and action.grace == 0:
+            yield Occurrence(f"lost/{action.uid}", "PodLost", action.reason, warning=True)
 
 
 def _repairs(observed: Observed, done: Sequence[Action]) -> Iterator[Occurrence]:

@@ -72,10 +72,12 @@ class Kube(Protocol):
         """A merge patch of the spec: replaces whole lists, which an apply can't where others have added to them."""
         ...
 
-    async def apply_status(self, kind: str, manifest: Mapping[str, Any]) -> Object: ...
+    async def apply_status(self, kind: str, manifest: Mapping[str, Any]) -> Object:
+        """A conflict when the manifest names a resource version and the object has another by now."""
+        ...
 
-    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
-        """Delete this very object; another of the same name, or none, is left alone."""
+    async def delete(self, kind: str, namespace: str, name: str, uid: str, grace: int | None = None) -> None:
+        """Delete this very object; another of the same name, or none, is left alone. `grace` in seconds."""
         ...
 
 
@@ -113,8 +115,10 @@ class ApiServer:
     async def apply_status(self, kind: str, manifest: Mapping[str, Any]) -> Object:
         return await self._apply(kind, manifest, STATUS_MANAGER, "/status")
 
-    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
-        body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
+    async def delete(self, kind: str, namespace: str, name: str, uid: str, grace: int | None = None) -> None:
+        body: Object = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
+        if grace is not None:
+            body["gracePeriodSeconds"] = grace
         try:
             await self._request("DELETE", _path(kind, namespace, name), {}, body)
         except KubeError as error:

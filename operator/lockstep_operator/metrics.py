@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter as Tally
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
+from lockstep_operator.history import Repair
 from lockstep_operator.names import ModelKey
+from lockstep_operator.observe import Report
 
 STATES = ("Ready", "Progressing", "Stalled")
+CONDITIONS = ("Ready", "Available", "Poisoned", "Stalled")
+PHASE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class _LastSteps(Collector):
+    """Asked when scraped, so that the time goes on while nothing happens."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self.at: dict[ModelKey, dict[int, float]] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(
+            "lockstep_operator_seconds_since_last_step",
+            "Since the group's last step ended; it rises while there is nothing to do, too",
+            labels=["namespace", "model", "group"],
+        )
+        now = self._now()
+        for key, groups in self.at.items():
+            for group, at in groups.items():
+                family.add_metric([key.namespace, key.name, str(group)], max(0.0, now - at))
+        yield family
 
 
 class Metrics:
     """Models are counted by what their newest status says."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.time) -> None:
         self.registry = CollectorRegistry()
         self.reconciles = Counter(
             "lockstep_operator_reconciles", "Reconciliations by result", ["result"], registry=self.registry
@@ -34,6 +61,28 @@ class Metrics:
         self._models = Gauge("lockstep_operator_models", "Models by state", ["state"], registry=self.registry)
         self._groups = Gauge("lockstep_operator_groups", "Groups that exist", registry=self.registry)
         self._ready = Gauge("lockstep_operator_groups_ready", "Groups that take requests", registry=self.registry)
+        self._recoveries = Counter(
+            "lockstep_operator_recoveries",
+            "Faults that a group was healed from, by fault and by the rung that helped",
+            ["namespace", "model", "fault", "rung"],
+            registry=self.registry,
+        )
+        self._phases = Histogram(
+            "lockstep_operator_recovery_seconds",
+            "How long recoveries took, by phase; total is from the fault to serving again",
+            ["phase"],
+            buckets=PHASE_BUCKETS,
+            registry=self.registry,
+        )
+        self._conditions = Gauge(
+            "lockstep_operator_condition",
+            "1 where the model's condition is True, else 0",
+            ["namespace", "model", "condition"],
+            registry=self.registry,
+        )
+        self._steps = _LastSteps(now)
+        self.registry.register(self._steps)
+        self._counted: dict[ModelKey, set[tuple[str, str]]] = {}
         self._known: dict[ModelKey, tuple[str, int, int]] = {}
         self._publish()
 
@@ -41,10 +90,31 @@ class Metrics:
         true = {condition["type"] for condition in status.get("conditions") or [] if condition["status"] == "True"}
         state = next((name for name in ("Ready", "Stalled") if name in true), "Progressing")
         self._known[key] = (state, status.get("replicas", 0), status.get("readyReplicas", 0))
+        for condition in CONDITIONS:
+            self._conditions.labels(key.namespace, key.name, condition).set(condition in true)
         self._publish()
 
+    def repaired(self, key: ModelKey, repairs: Iterable[Repair]) -> None:
+        """Each repair once: those that the status just written is the first to tell of."""
+        for repair in repairs:
+            self._recoveries.labels(key.namespace, key.name, repair.fault, repair.rung).inc()
+            self._counted.setdefault(key, set()).add((repair.fault, repair.rung))
+            for phase, seconds in repair.phases.items():
+                self._phases.labels(phase).observe(seconds)
+            self._phases.labels("total").observe(repair.finished - repair.noticed)
+
+    def stepped(self, key: ModelKey, reports: Mapping[int, Report]) -> None:
+        said = {group: report.status for group, report in reports.items() if report.status}
+        self._steps.at[key] = {group: s.last_step_at for group, s in said.items() if s.last_step_at is not None}
+
     def forget(self, key: ModelKey) -> None:
-        self._known.pop(key, None)
+        """Of a model that is gone, no series stays."""
+        if self._known.pop(key, None):
+            for condition in CONDITIONS:
+                self._conditions.remove(key.namespace, key.name, condition)
+        for fault, rung in self._counted.pop(key, set()):
+            self._recoveries.remove(key.namespace, key.name, fault, rung)
+        self._steps.at.pop(key, None)
         self._publish()
 
     def _publish(self) -> None:

@@ -43,6 +43,11 @@ class Pod:
     phase: str
     raw: Mapping[str, Any] = field(repr=False)
 
+    @property
+    def node(self) -> str:
+        """Empty before it is scheduled."""
+        return str((self.raw.get("spec") or {}).get("nodeName", ""))
+
 
 @dataclass(frozen=True, slots=True)
 class Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from lockstep_operator.drift import quantity
@@ -33,15 +34,23 @@ EXIT_SECONDS: Final = 5.0  # for processes to end after the last request
 CPU_PER_RANK: Final = 0.25
 THREADS: Final = "LOCKSTEP_THREADS_PER_RANK"
 MEMORY_PER_RANK_MIB: Final = 512
+_REQUIRED: Final = "requiredDuringSchedulingIgnoredDuringExecution"
 CACHE_GROUP: Final = 65532  # of files on a cache volume, so that any user of the pod may write them
 
 
-def pod_template(model: Model, group: int, revision: str, settings: Settings) -> dict[str, Any]:
-    """A PodTemplateSpec: ours, with the user's laid over it and then our labels, which selectors rely on."""
+def pod_template(
+    model: Model, group: int, revision: str, settings: Settings, avoid: Collection[str] = ()
+) -> dict[str, Any]:
+    """A PodTemplateSpec: ours, with the user's laid over it and then our labels, which selectors rely on.
+
+    `avoid` names nodes that the pods are kept away from.
+    """
     ours: dict[str, Any] = {"metadata": {"labels": {}}, "spec": _pod_spec(model, group, revision, settings)}
     merged = _with_threads(overlay(ours, model.template), model)
     labels = {**merged["metadata"].get("labels", {}), **pod_labels(model, group), REVISION_LABEL: revision}
     merged["metadata"] = {**merged["metadata"], "labels": labels}
+    if avoid:
+        merged["spec"] = {**merged["spec"], "affinity": _away_from(avoid, merged["spec"].get("affinity") or {})}
     return merged
 
 
@@ -61,6 +70,18 @@ def _threaded(container: dict[str, Any], model: Model) -> dict[str, Any]:
         return container
     threads = max(1, math.ceil(asked / model.ranks_per_pod))
     return {**container, "env": [*environment, {"name": THREADS, "value": str(threads)}]}
+
+
+def _away_from(nodes: Collection[str], affinity: Mapping[str, Any]) -> dict[str, Any]:
+    """The affinity with these nodes ruled out. A pod may go where any term matches, so each term needs it."""
+    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in sorted(nodes)]
+    by_node = affinity.get("nodeAffinity") or {}
+    required = by_node.get(_REQUIRED) or {}
+    terms = [
+        {**term, "matchFields": [*(term.get("matchFields") or []), *fields]}
+        for term in required.get("nodeSelectorTerms") or [{}]
+    ]
+    return {**affinity, "nodeAffinity": {**by_node, _REQUIRED: {**required, "nodeSelectorTerms": terms}}}
 
 
 def pod_labels(model: Model, group: int) -> dict[str, str]:
@@ -130,12 +151,21 @@ def _arguments(model: Model) -> list[str]:
         ("max-sequences", model.engine.max_sequences),
         ("max-batch-tokens", model.engine.max_batch_tokens),
         ("kv-cache-memory", model.engine.kv_cache_memory),
+        ("step-timeout", _plain(model.watchdog.step_timeout)),
+        ("watchdog-floor", _plain(model.watchdog.floor)),
+        ("watchdog-factor", _plain(model.watchdog.factor)),
+        ("recovery-strategy", model.recovery.strategy),
+        ("weight-cache", model.recovery.weight_cache),
         ("lame-duck-seconds", lame_duck),
         ("grace-seconds", max(0.0, seconds - lame_duck - EXIT_SECONDS)),
         ("host", "0.0.0.0"),
         *_source_options(model),
     ]
     return ["serve", _location(model), *(f"--{name}={value}" for name, value in options if value is not None)]
+
+
+def _plain(number: float | None) -> str | None:
+    return None if number is None else f"{number:.3f}".rstrip("0").rstrip(".")
 
 
 def _location(model: Model) -> str:
@@ -199,9 +229,13 @@ def _resources(model: Model) -> dict[str, Any]:
 
 
 def _volumes(model: Model) -> list[dict[str, Any]]:
-    """Memory-backed volumes count towards the container's memory limit; their own limits keep them small."""
+    """Memory-backed volumes count towards the container's memory limit, which bounds them where they have no own.
+
+    /dev/shm holds the weight cache: how large the pod's slices are, only the checkpoint knows.
+    """
+    cached = model.recovery.weight_cache != "Off"
     volumes: list[dict[str, Any]] = [
-        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", **({} if cached else {"sizeLimit": SHARED_MEMORY})}},
         {"name": "tmp", "emptyDir": {"medium": "Memory", "sizeLimit": SCRATCH}},
     ]
     match model.source:

@@ -97,18 +97,24 @@ class Reconciler:
     ) -> Outcome:
         now = self._now()
         built = status.build(model, observed, decision, applied.refused, now)
-        for occurrence in events.occurrences(observed, built, applied.effective):
+        memories = status.memories_of(decision, observed)
+        seen = events.Pass(observed=observed, new=built, done=applied.effective, memories=memories, now=now)
+        for occurrence in events.occurrences(seen):
             await self._record(events.manifest(model, occurrence, now))
         document, due = status.worth_writing(observed.status, built, now)
         if document is not None:
             await self._write_status(resource, document)
         self._metrics.model(model.key, built)
+        self._metrics.repaired(model.key, seen.repairs)
+        self._metrics.stepped(model.key, observed.reports)
         if applied.done:
             return Outcome(again=0.0, wrote=True, refused=bool(applied.refused))
         settled = (
             self._settings.resync_seconds if _ready(built) else min(UNSETTLED_SECONDS, self._settings.resync_seconds)
         )
-        return Outcome(again=min(settled, due if due is not None else settled), refused=bool(applied.refused))
+        again = min(seconds for seconds in (settled, due, decision.again) if seconds is not None)
+        planned = decision.again == 0.0  # a step is written now, and taken in the next pass
+        return Outcome(again=again, wrote=planned, refused=bool(applied.refused))
 
     async def _report_invalid(self, key: ModelKey, resource: Object, message: str) -> Outcome:
         old = resource.get("status") or {}
@@ -120,7 +126,9 @@ class Reconciler:
         return Outcome(again=self._settings.resync_seconds)
 
     async def _write_status(self, resource: Object, document: Mapping[str, Any]) -> None:
-        metadata = {name: resource["metadata"][name] for name in ("name", "namespace", "uid")}
+        """Counts and budgets are made from what was read: what someone else wrote since is never overwritten."""
+        identity = ("name", "namespace", "uid", "resourceVersion")
+        metadata = {name: resource["metadata"][name] for name in identity}
         manifest = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "status": document}
         await self._kube.apply_status(KIND, manifest)
         self._metrics.writes.labels(KIND, "Status").inc()

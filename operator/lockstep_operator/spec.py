@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
+from lockstep_operator.moment import duration
 from lockstep_operator.names import ModelKey
+
+DEFAULT_ATTEMPTS: Final = 3
+DEFAULT_WINDOW: Final = 3600.0
+DEFAULT_INITIAL: Final = 10.0
+DEFAULT_MAX: Final = 600.0
 
 
 class SpecError(ValueError):
@@ -59,6 +65,28 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Watchdog:
+    """Of the runtime's step deadlines; None leaves them to the runtime."""
+
+    step_timeout: float | None = None  # seconds; fixed, without learning
+    floor: float | None = None  # seconds
+    factor: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """What is done about groups that can't heal themselves, and how often. Times in seconds."""
+
+    strategy: str | None = None  # Ladder (also when None) or RecyclePods
+    observe: bool = False  # say what would be done, and do nothing
+    weight_cache: str | None = None  # Memory (also when None) or Off
+    attempts: int = DEFAULT_ATTEMPTS  # of each of the operator's rungs, for each group
+    window: float = DEFAULT_WINDOW  # of healthy time, in which a spent budget is whole again
+    initial: float = DEFAULT_INITIAL  # between the first attempt and the second
+    most: float = DEFAULT_MAX  # between later ones
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """A TensorParallelModel."""
 
@@ -75,6 +103,8 @@ class Model:
     backend: str = "auto"
     accelerator: str | None = None
     engine: Engine = field(default_factory=Engine)
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    recovery: Recovery = field(default_factory=Recovery)
     api_key: SecretKey | None = None
     max_unavailable: int = 1
     template: Mapping[str, Any] = field(default_factory=dict)
@@ -118,6 +148,8 @@ def parse(resource: Mapping[str, Any]) -> Model:
         backend=spec.get("backend", "auto"),
         accelerator=(spec.get("accelerator") or {}).get("resourceName"),
         engine=_engine(spec.get("engine") or {}),
+        watchdog=_watchdog(spec.get("watchdog") or {}),
+        recovery=_recovery(spec.get("recovery") or {}),
         api_key=_secret_key(spec.get("apiKeySecretRef")),
         max_unavailable=(spec.get("rollout") or {}).get("maxUnavailable", 1),
         template=spec.get("template") or {},
@@ -156,6 +188,37 @@ def _engine(engine: Mapping[str, Any]) -> Engine:
         max_batch_tokens=engine.get("maxBatchTokens"),
         kv_cache_memory=None if memory is None else str(memory),
     )
+
+
+def _watchdog(watchdog: Mapping[str, Any]) -> Watchdog:
+    return Watchdog(
+        step_timeout=_duration(watchdog, "stepTimeout"),
+        floor=_duration(watchdog, "floor"),
+        factor=watchdog.get("factor"),
+    )
+
+
+def _recovery(recovery: Mapping[str, Any]) -> Recovery:
+    budget, backoff = recovery.get("budget") or {}, recovery.get("backoff") or {}
+    found = Recovery(
+        strategy=recovery.get("strategy"),
+        observe=recovery.get("mode") == "Observe",
+        weight_cache=recovery.get("weightCache"),
+        attempts=budget.get("attempts", DEFAULT_ATTEMPTS),
+        window=_duration(budget, "window") or DEFAULT_WINDOW,
+        initial=_duration(backoff, "initial") or DEFAULT_INITIAL,
+        most=_duration(backoff, "max") or DEFAULT_MAX,
+    )
+    return replace(found, most=max(found.initial, found.most)) if "max" not in backoff else found
+
+
+def _duration(block: Mapping[str, Any], name: str) -> float | None:
+    if name not in block:
+        return None
+    try:
+        return duration(block[name])
+    except ValueError as error:
+        raise SpecError(f"{name}: {error}") from None
 
 
 def _secret_key(reference: Mapping[str, Any] | None) -> SecretKey | None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from lockstep_operator import history
 from lockstep_operator.conditions import Finding, View, conditions, explain, render
 from lockstep_operator.decide import Decision
+from lockstep_operator.history import Repair
+from lockstep_operator.memory import Memory, from_status, to_status
 from lockstep_operator.moment import text, unix
 from lockstep_operator.names import MODEL_LABEL, POD_INDEX_LABEL
 from lockstep_operator.observe import Observed
@@ -17,14 +20,30 @@ from lockstep_runtime.wire import FaultRecord, GroupState, GroupStatus, Latency,
 
 Status = dict[str, Any]
 LATENCY_SECONDS: Final = 15.0  # latency alone is written no more often
+_COUNTERS: Final = ("incarnation", "recoveries", "lastFaultID", "lastRepairID")
 _VOLATILE: Final = frozenset({"stepLatency", "lastStepTime", "stepLatencyTime"})
 
 
 def views_of(decision: Decision, observed: Observed, now: float) -> tuple[View, ...]:
     return tuple(
-        View(group=group, voice=listen(group, observed, now), trouble=trouble(group, observed.warnings, now))
+        View(
+            group=group,
+            voice=listen(group, observed, now),
+            trouble=trouble(group, observed.warnings, now),
+            verdict=decision.verdicts.get(group.index),
+        )
         for group in decision.groups
     )
+
+
+def memories_of(decision: Decision, observed: Observed) -> dict[int, Memory]:
+    """What recovery remembers of each group after this pass: what it did before, where nothing was decided."""
+    return {
+        group.index: decision.verdicts[group.index].memory
+        if group.index in decision.verdicts
+        else from_status(block_of(observed.status, group.index).get("recovery"))
+        for group in decision.groups
+    }
 
 
 def build(model: Model, observed: Observed, decision: Decision, refused: str, now: float) -> Status:
@@ -32,6 +51,8 @@ def build(model: Model, observed: Observed, decision: Decision, refused: str, no
     old, views = observed.status, views_of(decision, observed, now)
     findings = conditions(model, decision, views, refused, old)
     said = [view.voice.status for view in views if view.voice.status]
+    memories = memories_of(decision, observed)
+    by_operator = list(history.healed(old, said, memories, now))
     ready_ranks = sum(rank.state is RankState.READY for status in said for rank in status.ranks)
     status: Status = {
         "observedGeneration": model.generation,
@@ -46,9 +67,10 @@ def build(model: Model, observed: Observed, decision: Decision, refused: str, no
         "ranks": f"{ready_ranks}/{model.ranks}",
         "stepLatency": _latency(_slowest([status.step_latency for status in said])),
         "stepLatencyTime": old.get("stepLatencyTime"),
-        "recoveries": _recoveries(old, said),
+        "recoveries": _recoveries(old, said, by_operator),
         "lastFault": _last_fault(old, said),
-        "groups": [_group(view, model, old) for view in views],
+        "lastRecovery": history.last_recovery(old, said, by_operator),
+        "groups": [_group(view, model, old, memories[view.group.index], now) for view in views],
     }
     return _without_none(status)
 
@@ -75,7 +97,7 @@ def worth_writing(old: Mapping[str, Any], new: Status, now: float) -> tuple[Stat
     return ({**new, "stepLatencyTime": text(now)} if moved else new), None
 
 
-def _group(view: View, model: Model, old: Mapping[str, Any]) -> Status:
+def _group(view: View, model: Model, old: Mapping[str, Any], memory: Memory, now: float) -> Status:
     group, said = view.group, view.voice.status
     block: Status = {
         "group": group.index,
@@ -85,16 +107,16 @@ def _group(view: View, model: Model, old: Mapping[str, Any]) -> Status:
         "revision": group.revision,
         "leader": group.leader.name if group.leader else None,
         "leaderUID": group.leader.uid if group.leader else None,
+        "recovery": to_status(memory),
     }
-    if said is None:
-        return block
-    same = block_of(old, group.index).get("incarnation") == said.incarnation
-    before = block_of(old, group.index).get("lastFaultID", 0) if same else 0
+    if said is None:  # counters go on where they were when the same process is heard again
+        return block | {name: block_of(old, group.index).get(name) for name in _COUNTERS}
     return block | {
         "epoch": said.epoch,
         "incarnation": said.incarnation,
         "recoveries": said.recoveries,
-        "lastFaultID": max((fault.id for fault in said.faults), default=before),
+        "lastFaultID": history.last_fault_id(old, said),
+        "lastRepairID": history.last_repair_id(old, said, now),
         "stepLatency": _latency(said.step_latency),
         "lastStepTime": _moment(said.last_step_at),
         "ranks": [_rank(rank) for rank in sorted(said.ranks, key=lambda rank: rank.rank)],
@@ -125,9 +147,9 @@ def _rank(rank: RankStatus) -> Status:
     }
 
 
-def _recoveries(old: Mapping[str, Any], said: Sequence[GroupStatus]) -> int:
+def _recoveries(old: Mapping[str, Any], said: Sequence[GroupStatus], by_operator: Sequence[Repair]) -> int:
     """Over all groups and for ever: a new process counts from 0 again, and a removed group's count stays."""
-    total = int(old.get("recoveries", 0))
+    total = int(old.get("recoveries", 0)) + sum(not repair.counted for repair in by_operator)
     for status in said:
         block = block_of(old, status.group)
         counted = int(block.get("recoveries", 0)) if block.get("incarnation") == status.incarnation else 0

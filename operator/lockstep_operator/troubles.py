@@ -10,6 +10,7 @@ from lockstep_operator.groups import Group
 from lockstep_operator.moment import unix
 from lockstep_operator.observe import Pod
 
+LOST_SECONDS: Final = 60.0  # past its grace, a pod whose node isn't heard from is taken for lost
 PENDING_SECONDS: Final = 10.0  # a pod that isn't made by then is asked about
 OVERDUE_SECONDS: Final = 30.0  # past its grace, a pod that ends is stuck
 _IMAGE: Final = frozenset({"ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull"})
@@ -46,6 +47,22 @@ def trouble(group: Group, warnings: Mapping[str, str], now: float) -> Trouble | 
     return None
 
 
+def unheard(pod: Pod) -> bool:
+    """Whether its node has stopped reporting, by what the control plane left on the pod: the node controller turns
+    Ready to False and gives no reason, which a kubelet always does, and evicts the pod after a while."""
+    conditions = {condition["type"]: condition for condition in (pod.raw.get("status") or {}).get("conditions") or []}
+    ready, disruption = conditions.get("Ready", {}), conditions.get("DisruptionTarget", {})
+    evicted = disruption.get("status") == "True" and disruption.get("reason") == "DeletionByTaintManager"
+    return evicted or (ready.get("status") == "False" and not ready.get("reason"))
+
+
+def lost(pod: Pod, now: float) -> bool:
+    """Whether it should have ended long ago on a node that isn't heard from. Taking it off the API server lets its
+    successor start; if it still runs somewhere, epochs and the group's token fence it off."""
+    finalizers = pod.raw["metadata"].get("finalizers")
+    return pod.deleting is not None and now - pod.deleting > LOST_SECONDS and unheard(pod) and not finalizers
+
+
 def _lacks_pods(group: Group, now: float) -> bool:
     if group.workload is None or group.deleting or group.strays:
         return False
@@ -57,6 +74,9 @@ def _lacks_pods(group: Group, now: float) -> bool:
 def _of_pod(pod: Pod, warning: str, now: float) -> Trouble | None:
     if pod.deleting is not None:
         return _ending(pod, now)
+    if pod.phase == "Running" and unheard(pod):
+        words = f"node {pod.node} of pod {pod.name} isn't heard from: Kubernetes replaces the pod if that lasts"
+        return Trouble("NodeLost", words)
     status = pod.raw.get("status") or {}
     for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
         if found := _of_container(pod, container):
@@ -66,7 +86,9 @@ def _of_pod(pod: Pod, warning: str, now: float) -> Trouble | None:
             return Trouble("Unschedulable", f"pod {pod.name} finds no node: {condition.get('message', '')}")
     if pod.phase == "Failed":
         return Trouble(
-            "PodFailed", f"pod {pod.name} has failed: {status.get('reason', '')} {status.get('message', '')}".strip()
+            "PodFailed",
+            f"pod {pod.name} has failed: {status.get('reason', '')} {status.get('message', '')}".strip()
+            + "; its StatefulSet makes it anew",
         )
     if pod.phase == "Pending" and now - pod.created > PENDING_SECONDS and warning:
         reason = "MountFailed" if warning.startswith(_MOUNT) else "PodPending"
@@ -78,9 +100,11 @@ def _ending(pod: Pod, now: float) -> Trouble | None:
     late = now - (pod.deleting or now)
     if late < OVERDUE_SECONDS:
         return None
-    node = (pod.raw.get("spec") or {}).get("nodeName", "")
     finalizers = ", ".join(pod.raw["metadata"].get("finalizers") or [])
-    cause = f"its finalizers {finalizers} hold it" if finalizers else f"is node {node} alive?"
+    if unheard(pod) and not finalizers:
+        words = f"pod {pod.name} can't end, because its node {pod.node} isn't heard from: it is given up for lost soon"
+        return Trouble("NodeLost", words)
+    cause = f"its finalizers {finalizers} hold it" if finalizers else f"is node {pod.node} alive?"
     return Trouble("PodStuck", f"pod {pod.name} should have ended and hasn't: {cause}")
 
 
@@ -89,7 +113,8 @@ def _of_container(pod: Pod, container: Mapping[str, Any]) -> Trouble | None:
     reason, message = waiting.get("reason", ""), waiting.get("message", "")
     if reason in _IMAGE:
         return Trouble(
-            "ImagePullFailed", f"pod {pod.name} can't get image {container.get('image', '')}: {message or reason}"
+            "ImagePullFailed",
+            f"pod {pod.name} can't get image {container.get('image', '')}: {message or reason}; it tries on",
         )
     if reason in _CONFIG:
         return Trouble(
@@ -97,7 +122,9 @@ def _of_container(pod: Pod, container: Mapping[str, Any]) -> Trouble | None:
         )
     if reason == "CrashLoopBackOff":
         return Trouble(
-            "CrashLoop", f"container {container['name']} of pod {pod.name} keeps ending: {_last_words(container)}"
+            "CrashLoop",
+            f"container {container['name']} of pod {pod.name} keeps ending: {_last_words(container)};"
+            " its kubelet starts it again, ever more seldom",
         )
     return None
 

@@ -8,6 +8,8 @@ import signal
 import sys
 from typing import Final
 
+import msgspec
+
 from lockstep_runtime import log
 
 PARENT_VARIABLE: Final = "LOCKSTEP_PARENT"
@@ -15,6 +17,12 @@ INCARNATION_VARIABLE: Final = "LOCKSTEP_INCARNATION"
 PROGRESS_VARIABLE: Final = "LOCKSTEP_PROGRESS_FD"
 HISTORY_VARIABLE: Final = "LOCKSTEP_HISTORY"
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+
+
+class Promotion(msgspec.Struct, frozen=True, kw_only=True):
+    """What a spare is told, one line of JSON on its standard input: the rank that it is from now on."""
+
+    rank: int
 
 
 def become(part: str, title: str) -> None:

@@ -13,8 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NoReturn, get_args
 
 import lockstep_runtime
-from lockstep_runtime import log, wire
-from lockstep_runtime.config import TOKEN_VARIABLE, Backend, DType, EngineLimits, ServeConfig
+from lockstep_runtime import fault_box, inject_client, log, wire
+from lockstep_runtime.config import (
+    TOKEN_VARIABLE,
+    Backend,
+    DType,
+    EngineLimits,
+    ServeConfig,
+    Strategy,
+    Watchdog,
+    WeightCache,
+)
 
 _UNITS: Final = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
                  "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}  # fmt: skip
@@ -56,6 +65,24 @@ def _seconds(text: str) -> float:
     return float(text)
 
 
+def _some_seconds(text: str) -> float:
+    if not (seconds := _seconds(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
+def _factor(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", text) or float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return float(text)
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1")
+
+
 def build_parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     """The whole command line; defaults come from the environment where it names them."""
     parser = argparse.ArgumentParser(
@@ -71,6 +98,7 @@ def build_parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     )
     serve.add_argument("model", help="a directory with config.json and safetensors, or a hub id such as Qwen/Qwen3-8B")
     _add_flags(serve, environment)
+    inject_client.add_parser(commands)
     return parser
 
 
@@ -112,6 +140,18 @@ def _add_flags(serve: argparse.ArgumentParser, environment: Mapping[str, str]) -
     flag(engine, "max-batch-tokens", _positive, defaults.max_batch_tokens, "tokens in one step")
     flag(engine, "kv-cache-memory", byte_size, None, "per rank, such as 2Gi; default: what there is", metavar="SIZE")
     flag(engine, "max-waiting", _positive, defaults.max_waiting, "queued requests before new ones are turned away")
+
+    repair = serve.add_argument_group("watchdog and recovery")
+    watchdog = Watchdog()
+    flag(repair, "step-timeout", _some_seconds, None, "a step's deadline; default: learned from the steps before",
+         metavar="SECONDS")  # fmt: skip
+    flag(repair, "watchdog-floor", _some_seconds, watchdog.floor, "the shortest deadline that is learned",
+         metavar="SECONDS")  # fmt: skip
+    flag(repair, "watchdog-factor", _factor, watchdog.factor, "how many times the expected time a step may take")
+    flag(repair, "recovery-strategy", _one_of(*get_args(Strategy)), "Ladder",
+         "Ladder heals in the group; RecyclePods aborts, reports Poisoned and waits for the operator")  # fmt: skip
+    flag(repair, "weight-cache", _one_of(*get_args(WeightCache)), "Memory", "where a restarted rank finds its weights")
+    flag(repair, "allow-faults", _switch, False, "let `lockstep inject` break things", nargs="?", const=True)
 
     network = serve.add_argument_group("network")
     flag(network, "host", str, "127.0.0.1", "address to listen on")
@@ -169,6 +209,12 @@ def config_from(options: argparse.Namespace) -> ServeConfig:
             kv_cache_bytes=options.kv_cache_memory,
             max_waiting=options.max_waiting,
         ),
+        watchdog=Watchdog(
+            step_timeout=options.step_timeout, floor=options.watchdog_floor, factor=options.watchdog_factor
+        ),
+        recovery_strategy=options.recovery_strategy,
+        weight_cache=options.weight_cache,
+        allow_faults=options.allow_faults,
         host=options.host,
         api_port=options.port,
         bus_port=options.bus_port,
@@ -221,8 +267,21 @@ async def _supervise(config: ServeConfig, token: str, listening: socket.socket) 
     return await Supervisor(config, token).run(listening)
 
 
+def check_faults(config: ServeConfig, environment: Mapping[str, str]) -> None:
+    """
+    Raises:
+        UsageError: a fault is asked for in words that mean none.
+    """
+    if config.allow_faults and (once := environment.get(fault_box.ONCE_VARIABLE)):
+        try:
+            fault_box.parse_once(once)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+
 def _serve(options: argparse.Namespace) -> int:
     config = config_from(options)
+    check_faults(config, os.environ)
     token = token_for(config, os.environ)
     listening = open_ports(config)
     log.configure("supervisor")
@@ -236,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script; exit code 2 for what the user can mend on the command line."""
     options = build_parser(os.environ).parse_args(arguments)
     try:
-        sys.exit(_serve(options))
+        sys.exit(_serve(options) if options.command == "serve" else inject_client.run(options))
     except UsageError as error:
         print(f"lockstep: {error}", file=sys.stderr)
         sys.exit(2)

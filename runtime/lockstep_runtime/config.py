@@ -18,6 +18,8 @@ API_KEY_VARIABLE: Final = "LOCKSTEP_API_KEY"  # clients must send it when it is 
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Backend = Literal["auto", "gloo", "nccl"]
+Strategy = Literal["Ladder", "RecyclePods"]
+WeightCache = Literal["Memory", "Off"]
 
 
 class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,6 +30,14 @@ class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_tokens: int = 2048  # in one step: the chunk of a chunked prefill
     kv_cache_bytes: int | None = None  # per rank
     max_waiting: int = 1024  # requests queued before new ones are turned away with 503
+
+
+class Watchdog(msgspec.Struct, frozen=True, kw_only=True):
+    """How long a step may take. None learns it from the steps before; a number of seconds is taken as it is."""
+
+    step_timeout: float | None = None
+    floor: float = 2.0  # seconds: the shortest deadline that is learned
+    factor: float = 5.0  # of the expected time
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +62,11 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     backend: Backend = "auto"  # auto: nccl where there is CUDA, else gloo (shared memory within one pod)
     threads_per_rank: int | None = None  # CPU threads; None: the cores there are, divided by the pod's ranks
     limits: EngineLimits = EngineLimits()
+
+    watchdog: Watchdog = Watchdog()
+    recovery_strategy: Strategy = "Ladder"  # RecyclePods: abort, report Poisoned, and leave the rest to the operator
+    weight_cache: WeightCache = "Memory"
+    allow_faults: bool = False  # `lockstep inject` works
 
     host: str = "127.0.0.1"  # of every listener of this pod: pods set it to 0.0.0.0
     api_port: int = wire.API_PORT

@@ -1,6 +1,7 @@
-"""The progress record of one worker: a page of memory that its supervisor can read without asking it.
+"""The progress record of one worker: memory that its supervisor can read without asking it.
 
-The supervisor makes the memory (memfd), the worker inherits it and alone writes to it, one field at a time.
+The supervisor makes the memory (memfd), the worker inherits it and alone writes to it: 64-bit words, one store each,
+and a table of the names of places (modules that call collectives), which only grows. Writing costs well below 1 µs.
 """
 
 from __future__ import annotations
@@ -8,14 +9,13 @@ from __future__ import annotations
 import enum
 import mmap
 import os
-import struct
+import time
 from dataclasses import dataclass
 from typing import Final
 
-SIZE: Final = mmap.PAGESIZE
-_STAGE: Final = struct.Struct("<q")
-_STEP: Final = struct.Struct("<qqq")  # epoch, step, 1 while in it
-_STEP_OFFSET: Final = 8
+SIZE: Final = 16 * mmap.PAGESIZE
+_STAGE, _EPOCH, _STEP, _IN_STEP, _POSITION, _PLACE, _MOVED, _NAMES_LENGTH = range(8)  # words
+_NAMES_OFFSET: Final = 512
 
 
 class Stage(enum.IntEnum):
@@ -28,10 +28,16 @@ class Stage(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Record:
+    """`collective` counts those of the step from 1 (0: before the first); `inside`: entered and not left."""
+
     stage: Stage
     epoch: int
     step: int
     in_step: bool
+    collective: int
+    inside: bool
+    place: str
+    moved: float  # on this machine's monotonic clock, seconds
 
 
 class Progress:
@@ -39,23 +45,73 @@ class Progress:
 
     def __init__(self, descriptor: int) -> None:
         self._memory = mmap.mmap(descriptor, SIZE)
+        self._view = memoryview(self._memory)
+        self._words = self._view[:_NAMES_OFFSET].cast("q")
+        self._places: dict[str, int] = {}  # name -> its number, from 1
 
     def set_stage(self, stage: Stage) -> None:
-        _STAGE.pack_into(self._memory, 0, stage)
+        self._words[_STAGE] = stage
+        self._words[_MOVED] = time.monotonic_ns()
 
     def enter(self, epoch: int, step: int) -> None:
-        _STEP.pack_into(self._memory, _STEP_OFFSET, epoch, step, 1)
+        words = self._words
+        words[_POSITION] = words[_PLACE] = 0
+        words[_EPOCH], words[_STEP], words[_IN_STEP] = epoch, step, 1
+        words[_MOVED] = time.monotonic_ns()
 
     def leave(self, epoch: int, step: int) -> None:
-        _STEP.pack_into(self._memory, _STEP_OFFSET, epoch, step, 0)
+        self._words[_IN_STEP] = 0
+        self._words[_MOVED] = time.monotonic_ns()
+
+    def enter_collective(self, place: str) -> None:
+        words = self._words
+        words[_PLACE] = self._places.get(place) or self._number(place)
+        words[_POSITION] += 1 if words[_POSITION] & 1 == 0 else 2  # odd: inside; a raise leaves without saying so
+        words[_MOVED] = time.monotonic_ns()
+
+    def leave_collective(self) -> None:
+        self._words[_POSITION] += 1
+        self._words[_MOVED] = time.monotonic_ns()
+
+    @property
+    def collectives(self) -> int:
+        """Entered in this step."""
+        return (self._words[_POSITION] + 1) // 2
 
     def read(self) -> Record:
-        (stage,) = _STAGE.unpack_from(self._memory, 0)
-        epoch, step, in_step = _STEP.unpack_from(self._memory, _STEP_OFFSET)
-        return Record(Stage(stage), epoch, step, bool(in_step))
+        words = self._words
+        position = words[_POSITION]
+        return Record(
+            stage=Stage(words[_STAGE]),
+            epoch=words[_EPOCH],
+            step=words[_STEP],
+            in_step=bool(words[_IN_STEP]),
+            collective=(position + 1) // 2,
+            inside=bool(position & 1),
+            place=self._name(words[_PLACE]),
+            moved=words[_MOVED] / 1e9,
+        )
 
     def close(self) -> None:
+        self._words.release()
+        self._view.release()
         self._memory.close()
+
+    def _number(self, place: str) -> int:
+        """Add a name to the table; 0, no name, when it is full or there is nothing to add."""
+        line = place.encode() + b"\n"
+        start = _NAMES_OFFSET + self._words[_NAMES_LENGTH]
+        if not place or b"\n" in line[:-1] or start + len(line) > SIZE:
+            return 0
+        self._view[start : start + len(line)] = line
+        self._words[_NAMES_LENGTH] += len(line)
+        self._places[place] = len(self._places) + 1
+        return self._places[place]
+
+    def _name(self, number: int) -> str:
+        length = self._words[_NAMES_LENGTH]
+        names = bytes(self._view[_NAMES_OFFSET : _NAMES_OFFSET + length]).decode().split("\n")
+        return names[number - 1] if 0 < number < len(names) else ""
 
 
 def new_memory(name: str) -> int:

@@ -130,6 +130,60 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     retry: bool
 
 
+# --- faults on purpose ----------------------------------------------------------------------------------------------
+
+
+class Injection(enum.StrEnum):
+    """What can be done to a rank, where the group was started with `--allow-faults`."""
+
+    RAISE = "raise"
+    HANG = "hang"
+    SIGKILL = "sigkill"
+    SIGSTOP = "sigstop"
+    SIGSEGV = "sigsegv"  # a real one: the process reads address 0
+    EXIT = "exit"  # with code 1
+    MEMORY = "memory"  # a real allocation that fails, under a lowered limit
+    NAN = "nan"  # in this rank's part of a sum
+    INPUT = "input"  # this rank gets another token than the others
+    ACTIVATION = "activation"  # this rank alters the result of a sum
+    FLIP_BIT = "flip-bit"  # in this rank's weights
+    SLOW = "slow"
+    CLOSE_BUS = "close-bus"
+
+
+class Phase(enum.StrEnum):
+    """When an injected fault acts."""
+
+    NOW = "now"  # at once where that needs no step, else in the next one
+    IDLE = "idle"  # between two commands
+    PREFILL = "prefill"  # in a step that feeds more than one token of a sequence
+    DECODE = "decode"  # in a step that does not
+    JOINING = "joining"  # while a communicator is made: another recovery is under way
+    LOADING = "loading"  # when the rank's next process loads
+
+
+class Moment(enum.StrEnum):
+    """Where in a step, seen from a collective."""
+
+    BEFORE = "before"
+    INSIDE = "inside"  # entered, and left only by an abort
+    AFTER = "after"
+
+
+class Inject(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Do this to a rank, once. From `POST /inject` by way of supervisor and engine to the worker."""
+
+    rank: int
+    kind: Injection
+    phase: Phase = Phase.NOW
+    at: Moment = Moment.BEFORE
+    place: str = ""  # part of the name of a collective's place, such as layers.2.mlp; empty: the step's first
+    skip: int = 0  # steps of that phase that pass unharmed first
+    seconds: float = 0.1  # SLOW: longer each step
+    times: int = 1  # SLOW: so many steps
+    number: int = 0  # FLIP_BIT: which
+
+
 # --- bus: engine -> worker -------------------------------------------------------------------------------------------
 
 
@@ -221,12 +275,16 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class StepFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The step (or joining, or allocating: `step` is then -1) raised on this rank."""
+    """The step (or joining, or allocating: `step` is then -1) raised on this rank.
+
+    `untouched`: before any collective, so that a step that fails so on every rank has harmed nothing but itself.
+    """
 
     epoch: int
     step: int
     fault: Fault
     message: str
+    untouched: bool = False
 
 
 class Aborted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -247,6 +305,40 @@ class ProcessExited(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     incarnation: str
     exit_code: int | None = None
     signal: int | None = None
+
+
+class ProcessStopped(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A worker process was stopped (SIGSTOP and the like) and has not gone on since."""
+
+    rank: int
+    pid: int
+    incarnation: str
+    signal: int
+
+
+class ReadProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a supervisor: read the progress records of your workers now. Answered by `ProgressReport`."""
+
+    asked: int  # comes back with the answer
+
+
+class ProgressRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """How far one worker has come, by its own record, read without asking it."""
+
+    rank: int
+    incarnation: str
+    epoch: int
+    step: int
+    in_step: bool
+    collective: int  # of the step, counted from 1; 0 before the first
+    inside: bool  # has entered it and not left it
+    place: str  # the module that called it; empty where none said so
+    age: float  # seconds since the record last changed
+
+
+class ProgressReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    asked: int
+    records: list[ProgressRecord]
 
 
 class Leaving(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -338,9 +430,9 @@ class GroupStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     faults: list[FaultRecord] = []  # the newest 32
 
 
-ToWorker = Welcome | Refused | Rendezvous | Join | AllocateCache | Step | Abort | Shutdown
+ToWorker = Welcome | Refused | Rendezvous | Join | AllocateCache | Step | Abort | Shutdown | Inject
 FromWorker = (
     LoadProgress | Loaded | LoadFailed | RendezvousOpened | Joined | CacheAllocated | StepDone | StepFailed | Aborted
 )
-ToSupervisor = Welcome | Refused | KillWorker | Release | StatusReport
-FromSupervisor = ProcessExited | Leaving
+ToSupervisor = Welcome | Refused | KillWorker | Release | StatusReport | ReadProgress | Inject
+FromSupervisor = ProcessExited | ProcessStopped | Leaving | ProgressReport | Inject

@@ -10,12 +10,14 @@ import yaml
 from tests.support.chart import ROOT
 from tests.support.pod_security import violations
 
+from lockstep_operator.moment import duration
 from lockstep_operator.pod_template import pod_template
 from lockstep_operator.settings import Settings
-from lockstep_operator.spec import parse
+from lockstep_operator.spec import Recovery, parse
 from lockstep_runtime import wire
 from lockstep_runtime.cli import build_parser, config_from
-from lockstep_runtime.config import API_KEY_VARIABLE, TOKEN_VARIABLE, EngineLimits, ServeConfig
+from lockstep_runtime.config import API_KEY_VARIABLE, TOKEN_VARIABLE, EngineLimits, ServeConfig, Watchdog
+from lockstep_runtime.engine.deadline import CEILING_SECONDS
 
 SETTINGS = Settings(runtime_image="registry.example/runtime:1", operator_namespace="lockstep-system")
 HUB = {"huggingFace": {"repo": "Qwen/Qwen3-8B"}}
@@ -83,6 +85,8 @@ def test_every_setting_of_the_spec_arrives() -> None:
         "backend": "gloo",
         "engine": {"maxModelLen": 4096, "maxSequences": 8, "maxBatchTokens": 512, "kvCacheMemory": "1.5Gi"},
         "apiKeySecretRef": {"name": "keys", "key": "chat"},
+        "watchdog": {"floor": "1m30s", "factor": 2.5},
+        "recovery": {"strategy": "RecyclePods", "weightCache": "Off"},
     }
     config, environment = started(spec, index=0)
     assert config.is_leader
@@ -91,6 +95,10 @@ def test_every_setting_of_the_spec_arrives() -> None:
     assert config.limits == EngineLimits(
         max_model_len=4096, max_sequences=8, max_batch_tokens=512, kv_cache_bytes=3 * 2**29
     )
+    assert config.watchdog == Watchdog(floor=90.0, factor=2.5)
+    assert (config.recovery_strategy, config.weight_cache) == ("RecyclePods", "Off")
+    fixed, _ = started({"model": HUB, "tensorParallelSize": 1, "watchdog": {"stepTimeout": "500ms"}}, index=0)
+    assert fixed.watchdog == Watchdog(step_timeout=0.5)
     assert environment[API_KEY_VARIABLE] == "secret keys/chat"
     assert environment["HF_TOKEN"] == "secret hub/token"
 
@@ -121,6 +129,34 @@ def test_the_runtime_takes_the_sizes_that_the_crd_takes(quantity: str) -> None:
     except SystemExit:
         understood = False
     assert understood == admitted
+
+
+def test_the_defaults_that_the_crd_names_are_the_runtimes() -> None:
+    watchdog, repair = SCHEMA["properties"]["watchdog"]["properties"], SCHEMA["properties"]["recovery"]["properties"]
+    config, _ = started({"model": HUB, "tensorParallelSize": 1}, index=0)
+    assert watchdog["floor"]["description"].endswith(f"Unset means {config.watchdog.floor:g}s.")
+    assert watchdog["factor"]["description"].endswith(f"Unset means {config.watchdog.factor:g}.")
+    assert config.watchdog.step_timeout is None
+    whole = SCHEMA["properties"]["watchdog"]["description"]
+    assert whole.endswith(f"none is longer than {CEILING_SECONDS:g}s.")
+    assert repair["strategy"]["description"].startswith(f"{config.recovery_strategy} (also when unset)")
+    assert repair["weightCache"]["description"].startswith(f"{config.weight_cache} (also when unset)")
+    budget, backoff = repair["budget"]["properties"], repair["backoff"]["properties"]
+    policy = Recovery()
+    assert f"Unset means {policy.attempts}." in budget["attempts"]["description"]
+    assert (duration("1h"), "Unset means 1h." in budget["window"]["description"]) == (policy.window, True)
+    assert (duration("10s"), "Unset means 10s." in backoff["initial"]["description"]) == (policy.initial, True)
+    assert (duration("10m"), "Unset means 10m" in backoff["max"]["description"]) == (policy.most, True)
+
+
+def test_weights_are_cached_in_shared_memory_that_only_the_pods_limit_bounds() -> None:
+    def shared(**recovery: str) -> dict[str, Any]:
+        volumes = pod({"model": HUB, "tensorParallelSize": 2, "recovery": recovery})["volumes"]
+        found: dict[str, Any] = next(volume["emptyDir"] for volume in volumes if volume["name"] == "shm")
+        return found
+
+    assert shared() == shared(weightCache="Memory") == {"medium": "Memory"}
+    assert shared(weightCache="Off") == {"medium": "Memory", "sizeLimit": "1Gi"}
 
 
 def test_a_model_on_a_volume_is_read_where_it_is() -> None:

@@ -99,9 +99,13 @@ def test_greedy_answers_equal_transformers_for_concurrent_prompts(server: Served
 
 
 def test_processes_show_what_they_are(server: Served) -> None:
-    titles = sorted(title_of(pid) for pid in (server.process.pid, *server.child_pids()))
-    assert titles == [
+    def titles() -> list[str]:
+        return sorted(title_of(pid) for pid in (server.process.pid, *server.child_pids()))
+
+    server.until(lambda: any(title.startswith("lockstep: spare") for title in titles()), "there is a spare", 120)
+    assert titles() == [
         "lockstep: engine model=local group=0",
+        "lockstep: spare model=local group=0",
         "lockstep: supervisor model=local group=0",
         "lockstep: worker model=local group=0 rank=0",
         "lockstep: worker model=local group=0 rank=1",

@@ -36,6 +36,18 @@ def cache(**kinds: Any) -> Object:
     return spec(model=HUB | {"cache": kinds})
 
 
+def watchdog(**fields: Any) -> Object:
+    return spec(watchdog=fields)
+
+
+def budget(**fields: Any) -> Object:
+    return spec(recovery={"budget": fields})
+
+
+def backoff(**fields: Any) -> Object:
+    return spec(recovery={"backoff": fields})
+
+
 GPU: Final[Object] = {"resourceName": "nvidia.com/gpu"}
 
 
@@ -112,6 +124,26 @@ RULES: Final = (
         (spec(accelerator=GPU), spec(accelerator={"resourceName": "amd.com/gpu"})),
         (spec(accelerator={"resourceName": "gpu"}), spec(accelerator={"resourceName": "cpu/"})),
     ),
+    Rule(
+        "stepTimeout is a fixed deadline",
+        (watchdog(stepTimeout="30s"), watchdog(floor="500ms", factor=2.5), watchdog(factor=3), watchdog()),
+        (watchdog(stepTimeout="30s", floor="1s"), watchdog(stepTimeout="30s", factor=3)),
+    ),
+    Rule(
+        "floor must not be longer than 120s",
+        (watchdog(floor="120s"), watchdog(floor="2m"), watchdog(floor="1m30s")),
+        (watchdog(floor="121s"), watchdog(floor="1h")),
+    ),
+    Rule(
+        "max must not be shorter than initial",
+        (backoff(max="10s"), backoff(initial="20s", max="20s"), backoff(initial="20m"), backoff()),
+        (backoff(max="9s"), backoff(initial="1m", max="59s")),
+    ),
+    Rule("stepTimeout must be a duration", (watchdog(stepTimeout="1ms"),), (watchdog(stepTimeout="0s"),)),
+    Rule("floor must be a duration", (watchdog(floor="0.5s"),), (watchdog(floor="0.01ms"),)),
+    Rule("window must be a duration", (budget(window="1h30m"),), (budget(window="0h"),)),
+    Rule("initial must be a duration", (backoff(initial="1s"),), (backoff(initial="0ms"),)),
+    Rule("max must be a duration", (backoff(max="1h"),), (backoff(initial="1ms", max="0s"),)),
 )
 NAMES: Final = (
     ("metadata.name must have at most 40 characters", "a" * 40, "a" * 41),
@@ -191,6 +223,10 @@ def test_names_must_fit_the_names_that_are_made_of_them(
         (spec(replicas=-1), "spec.replicas"),
         (spec(engine={"kvCacheMemory": "much"}), "spec.engine.kvCacheMemory"),
         (spec(tensorParalelSize=2), "unknown field"),
+        (spec(recovery={"mode": "Watch"}), "Observe"),
+        (spec(recovery={"budget": {"attempts": 0}}), "spec.recovery.budget.attempts"),
+        (spec(recovery={"budget": {"window": "an hour"}}), "spec.recovery.budget.window"),
+        (spec(watchdog={"factor": 0.5}), "spec.watchdog.factor"),
         ({"tensorParallelSize": 2}, "spec.model: Required"),
     ],
 )

@@ -106,7 +106,8 @@ async def test_a_failed_step_is_repaired_with_every_process_kept(fault: Fault) -
         fails_once(live.ranks[1], fault)
         assert await live.generate((5, 6), 20) == continuation((5, 6), 20)
         status = live.engine.status()
-        assert [(one.fault, one.rank, one.rung) for one in status.faults] == [(fault, 1, "Rebuild")]
+        suspect = None if fault is Fault.NON_FINITE else 1  # a NaN is in every rank's sum
+        assert [(one.fault, one.rank, one.rung) for one in status.faults] == [(fault, suspect, "Rebuild")]
         assert "rank 1: out of memory" in status.faults[0].message
         assert [one.respawns for one in status.ranks] == [0, 0]
 
@@ -134,31 +135,6 @@ async def test_no_token_of_a_desynchronised_step_gets_out() -> None:
         assert await live.generate((5, 6), 20) == continuation((5, 6), 20)
         [fault] = live.engine.status().faults
         assert (fault.fault, fault.rank) == (Fault.DESYNC, 0)
-
-
-async def test_a_hanging_rank_that_can_be_aborted_keeps_its_process() -> None:
-    def silence(self: FakeRank, step: wire.Step) -> None:
-        self.misdeed = None
-
-    async with live_engine(step_seconds=0.3) as live:
-        live.ranks[1].misdeed = silence
-        assert await live.generate((5, 6), 20) == continuation((5, 6), 20)
-        [fault] = live.engine.status().faults
-        assert (fault.fault, fault.rank, fault.rung) == (Fault.HANG, 1, "Rebuild")
-        assert "rank 1: no StepDone within 0.3 s" in fault.message
-        assert fault.phases["detect"] == pytest.approx(0.3)
-
-
-async def test_a_rank_that_does_not_answer_the_abort_is_killed() -> None:
-    def freeze(self: FakeRank, step: wire.Step) -> None:
-        self.misdeed, self.deaf = None, True
-
-    async with live_engine(step_seconds=0.3) as live:
-        live.ranks[1].misdeed = freeze
-        assert await live.generate((5, 6), 20) == continuation((5, 6), 20)
-        [fault] = live.engine.status().faults
-        assert (fault.fault, fault.rank, fault.rung) == (Fault.HANG, 1, "Respawn")
-        assert [one.respawns for one in live.engine.status().ranks] == [0, 1]
 
 
 async def test_the_cause_is_named_and_not_the_peer_that_suffered_from_it() -> None:

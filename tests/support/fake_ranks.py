@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import struct
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,10 @@ class FakeRank:
     load_error: str = ""
     steps: int = 0
     aborts: list[int] = field(default_factory=list)
+    weights: int = 0  # what every fingerprint depends on: another value is a corrupted shard
+    stands: tuple[int, bool] = (1, True)  # the collective where a silent step stands, and whether it is inside
+    moved_at: float = 0.0  # on the monotonic clock
+    at_step: tuple[int, int, bool] = (0, 0, False)  # epoch, step, whether it is in it
     _cache: dict[tuple[int, int], int] = field(default_factory=dict)
     _writer: asyncio.StreamWriter | None = None
     _task: asyncio.Task[None] | None = None
@@ -72,7 +77,7 @@ class FakeRank:
         """As the supervisor does: a new process in its place."""
         await self.die()
         self.incarnation = secrets.token_hex(4)
-        self.epoch, self.deaf, self._cache = 0, False, {}
+        self.epoch, self.deaf, self.weights, self._cache = 0, False, 0, {}
         self.start()
 
     def send(self, message: msgspec.Struct) -> None:
@@ -149,16 +154,27 @@ class FakeRank:
 
     def _step(self, step: wire.Step) -> None:
         self.steps += 1
+        self.at_step, self.moved_at = (step.epoch, step.step, True), time.monotonic()
         answer: wire.StepDone | wire.StepFailed | None = self.compute(step)
         if self.misdeed is not None:
             answer = self.misdeed(self, step)
         if answer is not None:
+            self.at_step = (step.epoch, step.step, False)
             self.send(answer)
+
+    def record(self) -> wire.ProgressRecord:
+        """As its supervisor reads it."""
+        epoch, step, in_step = self.at_step
+        return wire.ProgressRecord(
+            rank=self.rank, incarnation=self.incarnation, epoch=epoch, step=step, in_step=in_step,
+            collective=self.stands[0], inside=self.stands[1], place=f"layers.{self.stands[0]}.mlp.down_proj",
+            age=time.monotonic() - self.moved_at,
+        )  # fmt: skip
 
     def compute(self, step: wire.Step) -> wire.StepDone:
         """The honest answer."""
         owners: dict[int, int] = {}
-        fingerprint, sampled = 0, []
+        fingerprint, sampled = self.weights, []
         for part in step.sequences:
             for block in part.blocks:
                 assert owners.setdefault(block, part.sequence_id) == part.sequence_id, "two sequences hold one block"

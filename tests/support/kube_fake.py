@@ -7,6 +7,7 @@ StatefulSet controller, the garbage collector and the kubelet act one small step
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import itertools
 import json
@@ -24,6 +25,8 @@ LIST_KEYS = {
     "ports": "port", "conditions": "type", "groups": "group", "ranks": "rank",
 }  # fmt: skip
 
+NOT_READY = {"type": "Ready", "status": "False", "reason": "ContainersNotReady"}
+
 
 class Killed(BaseException):
     """The operator's process ends here: nothing may catch it."""
@@ -36,23 +39,28 @@ class FakeKube:
         self.now = now
         self.objects: dict[Identity, Object] = {}
         self.writes: list[tuple[str, str, str]] = []  # verb, kind, name
+        self.deleted: list[tuple[str, str, str, int | None]] = []  # kind, name, UID, grace: that had an effect
         self.requests: set[tuple[str, str]] = set()  # verb, kind
         self.before_write: Callable[[str, str, str], None] = lambda verb, kind, name: None
         self.after_write: Callable[[str, str, str], None] = lambda verb, kind, name: None
+        self.before_read: Callable[[], None] = lambda: None
+        self.pause: Callable[[], int] = lambda: 0  # how often others get their turn before a request is served
+        self.stale: dict[Identity, Object] | None = None  # what reads see instead of what is
         self.admit: Callable[[Object], None] = lambda live: None  # rewrites what is applied, as a webhook does
+        self.nodes = ["node-1"]
+        self.lost_nodes: set[str] = set()  # their kubelets neither act nor report
         self._numbers = itertools.count(1)
         self._applied: dict[tuple[str, str], Object] = {}  # by UID and subresource: what was applied last
 
     # --- the operator's side ---
 
     async def get(self, kind: str, namespace: str, name: str) -> Object | None:
-        self.requests.add(("get", kind))
-        found = self.objects.get((kind, namespace, name))
+        found = (await self._seen("get", kind)).get((kind, namespace, name))
         return clone(found)
 
     async def find(self, kind: str, namespace: str, *, labels: str = "", fields: str = "") -> list[Object]:
-        self.requests.add(("find", kind))
-        found = [item for (k, ns, _), item in sorted(self.objects.items()) if (k, ns) == (kind, namespace)]
+        objects = await self._seen("find", kind)
+        found = [item for (k, ns, _), item in sorted(objects.items()) if (k, ns) == (kind, namespace)]
         name, _, value = labels.partition("=")
         if name:
             found = [item for item in found if (item["metadata"].get("labels") or {}).get(name) == value]
@@ -63,6 +71,7 @@ class FakeKube:
 
     async def create(self, kind: str, manifest: Mapping[str, Any]) -> Object:
         name = manifest["metadata"]["name"]
+        await self._turns()
         with self._writing("create", kind, name):
             identity = (kind, manifest["metadata"]["namespace"], name)
             if identity in self.objects:
@@ -71,6 +80,7 @@ class FakeKube:
 
     async def apply(self, kind: str, manifest: Mapping[str, Any]) -> Object:
         name = manifest["metadata"]["name"]
+        await self._turns()
         with self._writing("apply", kind, name):
             live = self.objects.get((kind, manifest["metadata"]["namespace"], name))
             if live is None:
@@ -83,6 +93,7 @@ class FakeKube:
 
     async def overwrite(self, kind: str, manifest: Mapping[str, Any]) -> Object:
         name = manifest["metadata"]["name"]
+        await self._turns()
         with self._writing("apply", kind, name):
             live = self.objects.get((kind, manifest["metadata"]["namespace"], name))
             if live is None:
@@ -95,21 +106,39 @@ class FakeKube:
 
     async def apply_status(self, kind: str, manifest: Mapping[str, Any]) -> Object:
         metadata = manifest["metadata"]
+        await self._turns()
         with self._writing("status", kind, metadata["name"]):
             live = self.objects.get((kind, metadata["namespace"], metadata["name"]))
             if live is None:
                 raise KubeError(404, "NotFound", f"{kind} {metadata['name']} not found")
             if metadata["uid"] != live["metadata"]["uid"]:
                 raise KubeError(409, "Conflict", "the UID differs")
+            if (
+                metadata.get("resourceVersion", live["metadata"]["resourceVersion"])
+                != live["metadata"]["resourceVersion"]
+            ):
+                raise KubeError(409, "Conflict", "the object has been modified")
             self._merge(live, {"status": manifest["status"]}, "/status")
             self._applied[live["metadata"]["uid"], "/status"] = clone({"status": manifest["status"]})
             return clone(live)
 
-    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
+    async def delete(self, kind: str, namespace: str, name: str, uid: str, grace: int | None = None) -> None:
+        await self._turns()
         with self._writing("delete", kind, name):
             live = self.objects.get((kind, namespace, name))
             if live is not None and live["metadata"]["uid"] == uid:
-                self.remove(kind, namespace, name)
+                self.deleted.append((kind, name, uid, grace))
+                self.remove(kind, namespace, name, grace)
+
+    async def _turns(self) -> None:
+        for _ in range(self.pause()):
+            await asyncio.sleep(0)
+
+    async def _seen(self, verb: str, kind: str) -> dict[Identity, Object]:
+        self.requests.add((verb, kind))
+        self.before_read()
+        await self._turns()
+        return self.objects if self.stale is None else self.stale
 
     # --- everybody else's side ---
 
@@ -137,10 +166,11 @@ class FakeKube:
         edit(live)
         self._bump(live, before)
 
-    def remove(self, kind: str, namespace: str, name: str) -> None:
-        """Pods end gracefully: the kubelet removes them later. All else goes at once."""
-        if kind == "Pod":
-            self.objects[kind, namespace, name]["metadata"].setdefault("deletionTimestamp", text(self.now() + 60))
+    def remove(self, kind: str, namespace: str, name: str, grace: int | None = None) -> None:
+        """Pods end gracefully: the kubelet removes them later, unless no grace is given. All else goes at once."""
+        if kind == "Pod" and grace != 0:
+            seconds = 60 if grace is None else grace
+            self.objects[kind, namespace, name]["metadata"].setdefault("deletionTimestamp", text(self.now() + seconds))
         else:
             del self.objects[kind, namespace, name]
 
@@ -193,14 +223,45 @@ class FakeKube:
         self.put("Pod", {"metadata": metadata, "spec": template["spec"], "status": {"phase": "Pending"}})
 
     def _kubelet(self, broken: Callable[[Object], bool]) -> Iterator[Callable[[], None]]:
+        """With the scheduler before it, and the node controller where it is lost."""
         for pod in self.of_kind("Pod"):
             identity = ("Pod", pod["metadata"]["namespace"], pod["metadata"]["name"])
-            if "deletionTimestamp" in pod["metadata"]:
+            if pod["spec"].get("nodeName") in self.lost_nodes:
+                yield from self._unheard(pod)
+            elif "deletionTimestamp" in pod["metadata"]:
                 yield lambda identity=identity: self.objects.pop(identity, None)  # type: ignore[misc]
             elif pod["status"]["phase"] == "Pending":
-                yield lambda pod=pod: pod.update(status={"phase": "Running", "podIP": "10.0.0.1"})  # type: ignore[misc]
-            elif not is_ready(pod) and not broken(pod):
-                yield lambda pod=pod: pod["status"].update(conditions=[{"type": "Ready", "status": "True"}])  # type: ignore[misc]
+                yield from self._start(pod)
+            elif is_ready(pod) == broken(pod):
+                yield lambda pod=pod: _turn_ready(pod, not is_ready(pod))  # type: ignore[misc]
+
+    def _start(self, pod: Object) -> Iterator[Callable[[], None]]:
+        allowed = [node for node in self.nodes if node not in self.lost_nodes and node not in _ruled_out(pod)]
+        if not allowed:
+            unplaced = {"type": "PodScheduled", "status": "False", "message": "no node fits"}
+            if pod["status"].get("conditions") != [unplaced]:
+                yield lambda: pod["status"].update(conditions=[unplaced])
+            return
+        node = allowed[int(pod["metadata"]["labels"][POD_INDEX_LABEL]) % len(allowed)]
+        running = {"name": "lockstep", "state": {"running": {"startedAt": text(self.now())}}}
+
+        def start() -> None:
+            pod["spec"]["nodeName"] = node
+            pod.update(status={"phase": "Running", "podIP": "10.0.0.1", "containerStatuses": [running]})
+
+        yield start
+
+    def _unheard(self, pod: Object) -> Iterator[Callable[[], None]]:
+        evicted = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}
+        if is_ready(pod):
+            yield lambda: pod["status"].update(conditions=[{"type": "Ready", "status": "False"}])
+        elif "deletionTimestamp" not in pod["metadata"]:
+
+            def evict() -> None:
+                pod["status"].setdefault("conditions", []).append(evicted)
+                self.remove("Pod", pod["metadata"]["namespace"], pod["metadata"]["name"])
+
+            yield evict
 
     # --- inside ---
 
@@ -254,6 +315,18 @@ def owned(child: Mapping[str, Any], owner: Mapping[str, Any]) -> bool:
 def is_ready(pod: Mapping[str, Any]) -> bool:
     conditions = pod["status"].get("conditions") or []
     return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
+
+
+def _turn_ready(pod: Object, ready: bool) -> None:
+    condition = {"type": "Ready", "status": "True"} if ready else NOT_READY
+    pod["status"]["conditions"] = [dict(condition)]
+
+
+def _ruled_out(pod: Object) -> set[str]:
+    affinity = (pod["spec"].get("affinity") or {}).get("nodeAffinity") or {}
+    terms = (affinity.get("requiredDuringSchedulingIgnoredDuringExecution") or {}).get("nodeSelectorTerms") or []
+    fields = [field for term in terms for field in term.get("matchFields") or [] if field["operator"] == "NotIn"]
+    return {node for field in fields for node in field["values"]}
 
 
 def revision_of(pod: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import msgspec
 from tests.support.fake_ranks import TOKEN, FakeRank
 
 from lockstep_runtime import wire
-from lockstep_runtime.config import EngineLimits, ServeConfig
+from lockstep_runtime.config import EngineLimits, ServeConfig, Watchdog
 from lockstep_runtime.engine.bus import Bus
 from lockstep_runtime.engine.engine import Engine
 from lockstep_runtime.engine.interface import GenerationRequest
@@ -20,6 +20,7 @@ from lockstep_runtime.engine.main import listen
 from lockstep_runtime.supervisor.link import Link
 
 DEADLINE = 20.0
+QUICK = Watchdog(step_timeout=10.0)
 
 
 @dataclass
@@ -30,6 +31,7 @@ class LiveEngine:
     reports: list[wire.GroupStatus] = field(default_factory=list)
     told: list[wire.ToSupervisor] = field(default_factory=list)
     links: dict[int, Link] = field(default_factory=dict)
+    killings: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def until(self, condition: Callable[[], bool], what: str) -> None:
         """Wait for a condition, with a deadline."""
@@ -52,9 +54,19 @@ class LiveEngine:
         if isinstance(message, wire.StatusReport):
             self.reports.append(message.status)
             return
+        if isinstance(message, wire.ReadProgress):
+            records = [rank.record() for rank in self.ranks if rank.rank == pod_index]
+            self.links[pod_index].send(wire.ProgressReport(asked=message.asked, records=records))
+            return
         self.told.append(message)
         if isinstance(message, wire.KillWorker) and self.ranks[message.rank].incarnation == message.incarnation:
-            self._killing = asyncio.create_task(self.ranks[message.rank].respawn())
+            self.killings.append(asyncio.create_task(self._kill(message)))
+
+    async def _kill(self, message: wire.KillWorker) -> None:
+        rank = self.ranks[message.rank]
+        await rank.respawn()
+        exited = wire.ProcessExited(rank=rank.rank, pid=1000 + rank.rank, incarnation=message.incarnation, signal=9)
+        self.links[rank.rank].send(exited)
 
 
 def request(prompt: tuple[int, ...], max_tokens: int, stop: frozenset[int] = frozenset()) -> GenerationRequest:
@@ -81,7 +93,7 @@ async def live_engine(
     cache_blocks: int = 64,
     start: bool = True,
     supervisors: bool = True,
-    step_seconds: float = 10.0,
+    watchdog: Watchdog = QUICK,
     history: wire.GroupStatus | None = None,
     **config: object,
 ) -> AsyncIterator[LiveEngine]:
@@ -93,10 +105,11 @@ async def live_engine(
             tensor_parallel_size=ranks,
             bus_port=free_port(),
             limits=limits or EngineLimits(),
+            watchdog=watchdog,
         ),
         **config,
     )
-    engine = Engine(settings, history, step_seconds)
+    engine = Engine(settings, history)
     engine.set_model(None)
     bus = Bus(TOKEN, engine.group)
     await bus.open(listen("127.0.0.1", settings.bus_port))

@@ -11,7 +11,7 @@ import pytest
 from tests.support.live_engine import free_port
 
 from lockstep_runtime.cli import UsageError, build_parser, byte_size, config_from, open_ports, token_for
-from lockstep_runtime.config import EngineLimits, ServeConfig
+from lockstep_runtime.config import EngineLimits, ServeConfig, Watchdog
 
 
 def config(*arguments: str, **environment: str) -> ServeConfig:
@@ -48,6 +48,8 @@ def test_every_flag_arrives() -> None:
         "--max-waiting", "9", "--host", "0.0.0.0", "--port", "1", "--bus-port", "2", "--status-port", "3",
         "--grace-seconds", "12.5", "--lame-duck-seconds", "4", "--model-name", "cr", "--group", "1",
         "--spec-revision", "r", "--pod-index", "1", "--pod", "cr-1-1", "--node", "n", "--leader", "cr-1-0.cr-1",
+        "--step-timeout", "60", "--watchdog-floor", "1.5", "--watchdog-factor", "8", "--recovery-strategy",
+        "RecyclePods", "--weight-cache", "Off", "--allow-faults",
     )  # fmt: skip
     assert found == ServeConfig(
         model="org/model", served_name="m", model_revision="abc", download_dir="/models", dtype="bfloat16",
@@ -56,6 +58,8 @@ def test_every_flag_arrives() -> None:
                             max_waiting=9),
         host="0.0.0.0", api_port=1, bus_port=2, status_port=3, grace_seconds=12.5, lame_duck_seconds=4.0,
         model_name="cr", group=1, spec_revision="r", pod_index=1, pod="cr-1-1", node="n", leader="cr-1-0.cr-1",
+        watchdog=Watchdog(step_timeout=60.0, floor=1.5, factor=8.0), recovery_strategy="RecyclePods",
+        weight_cache="Off", allow_faults=True,
     )  # fmt: skip
 
 
@@ -119,3 +123,26 @@ def test_help_lists_every_flag_with_what_it_means(capsys: pytest.CaptureFixture[
     text = capsys.readouterr().out
     for name in ("--tensor-parallel-size", "--kv-cache-memory", "--grace-seconds", "LOCKSTEP_MAX_MODEL_LEN"):
         assert name in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--step-timeout", "0"], "'0' is not a number of seconds above 0"),
+        (["--watchdog-factor", "0.5"], "'0.5' is not a number of 1 or more"),
+        (["--recovery-strategy", "Hope"], "Ladder"),
+        (["--weight-cache", "Tape"], "Memory"),
+        (["--allow-faults", "perhaps"], "'perhaps' is neither true nor false"),
+    ],
+)
+def test_what_the_watchdog_cannot_use_is_refused(arguments: list[str], words: str) -> None:
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), pytest.raises(SystemExit):
+        config("m", *arguments)
+    assert words in errors.getvalue()
+
+
+def test_faults_are_allowed_only_by_an_explicit_word() -> None:
+    assert not config("m").allow_faults
+    assert config("m", LOCKSTEP_ALLOW_FAULTS="true").allow_faults
+    assert not config("m", "--allow-faults", "false", LOCKSTEP_ALLOW_FAULTS="1").allow_faults

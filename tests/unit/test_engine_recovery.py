@@ -6,11 +6,25 @@ import pytest
 
 from lockstep_runtime.engine.faults import KEPT, FaultBook
 from lockstep_runtime.engine.latency import LatencyWindow
-from lockstep_runtime.engine.recovery import Evidence, Rung, compare, decide, diagnose, points, silent
+from lockstep_runtime.engine.recovery import (
+    REBUILDS,
+    RESPAWNS,
+    Budget,
+    Evidence,
+    Ladder,
+    Rung,
+    cheapest,
+    compare,
+    diagnose,
+    points,
+    silent,
+)
+from lockstep_runtime.engine.suspect import Suspicion
 from lockstep_runtime.wire import Fault, Latency, StepDone
 
 LOST = Evidence(Fault.RANK_LOST, 1, "rank 1 was killed by SIGKILL")
 HEARD = Evidence(Fault.RANK_LOST, 0, "rank 0: the collective broke", hearsay=True)
+HUNG = Evidence(Fault.HANG, None, "ranks 0,1: no StepDone")
 FAILED = Evidence(Fault.STEP_FAILED, 2, "rank 2: out of memory")
 
 
@@ -49,9 +63,12 @@ def test_equal_fingerprints_are_no_fault() -> None:
     assert compare({0: done(5)}) is None
 
 
-def test_one_silent_rank_is_named_and_several_are_listed() -> None:
-    assert silent([1], "StepDone", 120.0) == Evidence(Fault.HANG, 1, "rank 1: no StepDone within 120 s")
-    assert silent([0, 2], "Joined", 1.5) == Evidence(Fault.HANG, None, "ranks 0, 2: no Joined within 1.5 s")
+def test_silence_is_told_with_who_holds_up_whom() -> None:
+    lagging = silent([0, 1, 2], "StepDone", 2.04, Suspicion((1,), "rank 1 stopped before layers.3.mlp.down_proj", 2.0))
+    words = "ranks 0,1,2: no StepDone within 2.0 s; rank 1 stopped before layers.3.mlp.down_proj"
+    assert lagging == Evidence(Fault.HANG, 1, words, laggards=(1,), waited=2.04)
+    alike = silent([0, 2], "Joined", 1.5, Suspicion((), "none is behind", None))
+    assert (alike.rank, alike.laggards) == (None, ())
 
 
 @pytest.mark.parametrize(
@@ -61,20 +78,89 @@ def test_one_silent_rank_is_named_and_several_are_listed() -> None:
         (FAILED, Rung.REBUILD, ()),
         (Evidence(Fault.CONTEXT_FAULT, 1, "illegal address"), Rung.RESPAWN, (1,)),
         (Evidence(Fault.CORRUPTION, 0, "checksum"), Rung.RESPAWN, (0,)),
-        (Evidence(Fault.HANG, None, "ranks 0, 1: no StepDone"), Rung.REBUILD, ()),
+        (Evidence(Fault.CORRUPTION, None, "the probe differs"), Rung.RESPAWN, (0, 1, 2)),
+        (HUNG, Rung.REBUILD, ()),
+        (Evidence(Fault.HANG, 1, "rank 1 stopped", laggards=(1,)), Rung.RESPAWN, (1,)),
+        (Evidence(Fault.HANG, None, "two stopped", laggards=(0, 2)), Rung.RESPAWN, (0, 2)),
         (Evidence(Fault.DESYNC, None, "the ranks differ"), Rung.REBUILD, ()),
         (Evidence(Fault.NON_FINITE, 0, "NaN"), Rung.REBUILD, ()),
         (Evidence(Fault.RANK_LOST, None, "the collective broke"), Rung.REBUILD, ()),
     ],
 )
 def test_the_cheapest_rung_that_can_help(cause: Evidence, rung: Rung, kill: tuple[int, ...]) -> None:
-    decision = decide(cause, [cause])
+    decision = cheapest(cause, [cause], 3)
     assert (decision.rung, decision.kill) == (rung, kill)
     assert decision.reason
+    assert Ladder(3, "Ladder").decide(cause, [cause]) == decision
+
+
+def test_a_budget_comes_back_with_healthy_time_and_never_exceeds_itself() -> None:
+    budget = Budget(2, 10.0)
+    assert [budget.take() for _ in range(3)] == [True, True, False]
+    budget.rest(9.0)
+    assert not budget.take()
+    budget.rest(1.0)
+    assert budget.take()
+    budget.rest(1000.0)
+    assert budget.left == 2
+    budget.give_back()
+    assert budget.left == 2
+    budget.rest(-5.0)
+    assert budget.left == 2
+
+
+def test_a_rebuild_that_did_not_help_is_not_tried_again() -> None:
+    ladder = Ladder(3, "Ladder")
+    assert ladder.decide(FAILED, [FAILED]).rung is Rung.REBUILD
+    ladder.rest(0.1, steps=False)
+    again = ladder.decide(FAILED, [FAILED])
+    assert (again.rung, again.kill) == (Rung.RESPAWN, (2,))
+    assert again.reason == "StepFailed: a rebuild has just failed to help; the process of rank 2 must go"
+    assert ladder.decide(HUNG, [HUNG]).kill == (0, 1, 2)
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.1, True), (60.0, False)])
+def test_a_rebuild_that_was_followed_by_steps_or_long_rest_has_helped(seconds: float, steps: bool) -> None:
+    ladder = Ladder(3, "Ladder")
+    ladder.decide(FAILED, [FAILED])
+    ladder.rest(seconds, steps=steps)
+    assert ladder.decide(FAILED, [FAILED]).rung is Rung.REBUILD
+
+
+def test_what_is_spent_leads_to_the_next_rung_and_past_the_last_to_poison() -> None:
+    ladder = Ladder(2, "Ladder")
+    rungs = []
+    for _ in range(REBUILDS + RESPAWNS + 1):
+        rungs.append(ladder.decide(FAILED, [FAILED]).rung)
+        ladder.rest(0.0, steps=True)
+    assert rungs == [Rung.REBUILD] * REBUILDS + [Rung.RESPAWN] * RESPAWNS + [None]
+    last = ladder.decide(LOST, [LOST])
+    assert last.rung is None
+    assert last.reason == "10 respawns are used up, and rank 1 is gone; its supervisor starts it again"
+    assert not ladder.another_death()
+    ladder.rest(1000.0, steps=False)
+    assert ladder.decide(LOST, [LOST]).rung is Rung.RESPAWN
+    assert ladder.another_death()
+
+
+def test_a_request_that_is_the_cause_costs_the_group_no_budget() -> None:
+    ladder = Ladder(2, "Ladder")
+    for _ in range(50):
+        assert ladder.decide(FAILED, [FAILED]).rung is Rung.REBUILD
+        assert ladder.decide(FAILED, [FAILED], by_request=True).rung is Rung.REBUILD
+        ladder.rest(0.0, steps=True)
+    assert ladder.rebuilds.left == REBUILDS
+
+
+def test_recycle_pods_takes_no_rung() -> None:
+    decision = Ladder(2, "RecyclePods").decide(FAILED, [FAILED])
+    assert (decision.rung, decision.kill) == (None, ())
+    assert decision.reason == "StepFailed: the strategy is RecyclePods; the group waits for new pods"
 
 
 def test_a_lost_process_is_held_less_against_a_request_than_a_failed_step() -> None:
-    assert [points(fault) for fault in (Fault.RANK_LOST, Fault.STEP_FAILED, Fault.HANG)] == [1, 2, 2]
+    assert [points(one) for one in (LOST, FAILED, HUNG)] == [1, 2, 2]
+    assert points(Evidence(Fault.HANG, 1, "stopped by SIGSTOP", laggards=(1,), outside=True)) == 1
 
 
 def test_ids_rise_and_the_newest_are_kept() -> None:
@@ -116,9 +202,27 @@ def test_better_words_for_a_loss_and_the_name_of_a_hanging_rank() -> None:
     book.explain(0, "another rank")
     book.explain(1, "rank 1 ended with exit code 1")
     assert book.records[0].message == "rank 1 ended with exit code 1"
-    book.begin(silent([0, 1], "StepDone", 2.0), "Rebuild", at=2.0, epoch=1, detect=2.0)
+    book.begin(HUNG, "Rebuild", at=2.0, epoch=1, detect=2.0)
     book.name(1, "rank 1 was killed", "Respawn")
     assert (book.records[1].rank, book.records[1].rung) == (1, "Respawn")
+
+
+def test_a_dropped_request_is_a_record_that_is_closed_at_once() -> None:
+    book = FaultBook([], 0)
+    first = book.begin(LOST, "Respawn", at=1.0, epoch=1, detect=0.0)
+    dropped = book.drop(FAILED, at=2.0, epoch=1)
+    assert (dropped.id, dropped.rung, dropped.recovered_at) == (2, "Drop", 2.0)
+    assert book.open_id == first.id
+    book.repaired({}, at=3.0, resumed=1)
+    assert (book.open_id, book.recoveries) == (0, 1)
+    assert [record.recovered_at for record in book.records] == [3.0, 2.0]
+
+
+def test_the_rung_that_is_told_is_the_one_that_was_needed() -> None:
+    book = FaultBook([], 0)
+    book.begin(LOST, "Respawn", at=1.0, epoch=1, detect=0.0)
+    book.repaired({}, at=2.0, resumed=0, respawned=False)
+    assert book.records[0].rung == "Rebuild"
 
 
 def test_latency_percentiles_are_of_the_newest_steps() -> None:

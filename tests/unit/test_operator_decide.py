@@ -9,9 +9,10 @@ from tests.support.operator_models import NOW, SETTINGS, model, pod
 
 from lockstep_operator import desired
 from lockstep_operator.decide import Apply, CreateToken, Decision, Delete, decide
+from lockstep_operator.memory import Memory, Plan, Rung, to_status
 from lockstep_operator.names import API_VERSION, KIND
 from lockstep_operator.observe import Observed, Pod, token_of
-from lockstep_operator.spec import Model
+from lockstep_operator.spec import Model, Recovery
 
 Child = dict[str, Any]
 TOKEN = "t"
@@ -195,3 +196,78 @@ def test_pods_of_an_earlier_statefulset_do_not_count() -> None:
 )
 def test_the_token_is_read_from_its_secret(secret: Child | None, token: str | None) -> None:
     assert token_of(secret) == token
+
+
+def recovering(rung: Rung = Rung.RECYCLE_POD, **fields: Any) -> dict[str, Any]:
+    """A status with a written step against the pod of rank 1."""
+    plan = Plan(
+        rung=rung, trigger="inc/1", fault="Hang", rank=1, reason="because of Hang", pods=("uid-0-1",), since=NOW,
+        noticed=NOW,
+    )  # fmt: skip
+    return {"groups": [{"group": 0, "recovery": to_status(Memory(plan=plan, **fields))}]}
+
+
+UNREADY = tuple(pod(0, index, REVISION, ready=index > 0) for index in range(2))
+
+
+def test_a_written_step_of_recovery_is_taken_with_little_grace() -> None:
+    made = model()
+    decision = decided(made, everything(made), UNREADY, status=recovering())
+    assert decision.actions == (Delete("Pod", "chat-0-1", "uid-0-1", "because of Hang", grace=5),)
+
+
+def test_moving_away_first_changes_where_the_successors_may_run() -> None:
+    made = model()
+    status = recovering(Rung.MOVE_AWAY, avoided={"n1": NOW + 60})
+    (action,) = decided(made, everything(made), UNREADY, status=status).actions
+    assert isinstance(action, Apply)
+    assert (action.kind, action.repairs) == ("StatefulSet", ""), "our own wish, and no drift"
+    children = everything(made)
+    away = live(desired.stateful_set(made, 0, REVISION, SETTINGS, ["n1"]))
+    children["StatefulSet", "chat-0"] = away
+    assert reasons(decided(made, children, UNREADY, status=status)) == ["because of Hang"]
+    unseen = {**children, ("StatefulSet", "chat-0"): away | {"status": {"observedGeneration": 0}}}
+    assert decided(made, unseen, UNREADY, status=status).actions == ()
+
+
+def test_a_rollout_goes_before_recovery() -> None:
+    made = model()
+    status = recovering()
+    outdated = tuple(pod(0, index, "old", ready=False) for index in range(2))
+    decision = decided(made, everything(made), outdated, status=status)
+    assert [type(action) for action in decision.actions] == [Delete, Delete]
+    assert all(isinstance(action, Delete) and action.grace is None for action in decision.actions)
+
+
+NO_REASON = {
+    "metadata": {},
+    "spec": {"nodeName": "n1"},
+    "status": {"conditions": [{"type": "Ready", "status": "False"}]},
+}
+KUBELETS = {"conditions": [{"type": "Ready", "status": "False", "reason": "ContainersNotReady"}]}
+EVICTED = {
+    "conditions": [
+        KUBELETS["conditions"][0],
+        {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"},
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    ("late", "raw", "given_up"),
+    [
+        (61, NO_REASON, True),
+        (61, NO_REASON | {"status": EVICTED}, True),
+        (59, NO_REASON, False),  # the node may come back
+        (999, NO_REASON | {"status": KUBELETS}, False),  # its kubelet reports
+        (999, NO_REASON | {"metadata": {"finalizers": ["a/b"]}}, False),  # someone else holds it
+    ],
+)
+def test_a_pod_is_given_up_only_when_its_node_is_long_gone(late: float, raw: dict[str, Any], given_up: bool) -> None:
+    made = model()
+    lost = pod(0, 1, REVISION, ready=False, deleting=NOW - late, raw=raw)
+    decision = decided(made, everything(made), (pod(0, 0, REVISION), lost))
+    reason = "pod chat-0-1 is lost with its node n1, which isn't heard from: it is given up"
+    assert decision.actions == ((Delete("Pod", "chat-0-1", "uid-0-1", reason, grace=0),) if given_up else ())
+    observing = model(recovery=Recovery(observe=True))
+    assert decided(observing, everything(observing), (pod(0, 0, REVISION), lost)).actions == ()

@@ -12,7 +12,18 @@ from tests.support.operator_models import SETTINGS, model
 from lockstep_operator import desired
 from lockstep_operator.names import key_of_child
 from lockstep_operator.pod_template import pod_template
-from lockstep_operator.spec import Claim, EmptyDir, Engine, HuggingFace, Model, SecretKey, SpecError, parse
+from lockstep_operator.spec import (
+    Claim,
+    EmptyDir,
+    Engine,
+    HuggingFace,
+    Model,
+    Recovery,
+    SecretKey,
+    SpecError,
+    Watchdog,
+    parse,
+)
 
 
 def container(made: Model) -> dict[str, Any]:
@@ -39,9 +50,34 @@ def test_a_spec_is_parsed_with_the_defaults_that_the_crd_names() -> None:
     assert (parsed.pods_per_group, parsed.ranks, parsed.cache, parsed.engine) == (2, 2, EmptyDir(), Engine())
 
 
+def test_watchdog_and_recovery_are_parsed_with_the_defaults_that_the_crd_names() -> None:
+    def parsed(**spec: Any) -> Model:
+        live = resource(**spec)
+        live["metadata"] |= {"uid": "u"}
+        return parse(live)
+
+    plain = parsed()
+    assert (plain.watchdog, plain.recovery) == (Watchdog(), Recovery())
+    budget, backoff = {"attempts": 5, "window": "1h30m"}, {"initial": "500ms", "max": "2m"}
+    recovery = {
+        "mode": "Observe",
+        "strategy": "RecyclePods",
+        "weightCache": "Off",
+        "budget": budget,
+        "backoff": backoff,
+    }
+    made = parsed(recovery=recovery, watchdog={"stepTimeout": "2m", "floor": "1.5s", "factor": 3})
+    assert made.watchdog == Watchdog(step_timeout=120.0, floor=1.5, factor=3)
+    assert made.recovery == Recovery(
+        strategy="RecyclePods", observe=True, weight_cache="Off", attempts=5, window=5400.0, initial=0.5, most=120.0
+    )
+    assert parsed(recovery={"backoff": {"initial": "20m"}}).recovery.most == 1200.0, "never shorter than the first"
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
+        ({"watchdog": {"floor": "soon"}}, "floor: 'soon' is no duration such as 120s"),
         ({"tensorParallelSize": 4, "ranksPerPod": 3}, r"ranksPerPod \(3\) must divide tensorParallelSize \(4\)"),
         ({"model": {}}, "exactly one of huggingFace"),
         ({"model": {"hostPath": {"path": "/a"}, "huggingFace": {"repo": "a/b"}}}, "exactly one of huggingFace"),
@@ -145,6 +181,27 @@ def test_the_users_template_can_not_move_pods_out_of_the_selectors_reach() -> No
     assert metadata["annotations"] == {"a": "b"}
 
 
+def terms(made: Model, *avoid: str) -> list[dict[str, Any]]:
+    affinity = pod_template(made, 0, "abc", SETTINGS, avoid)["spec"]["affinity"]
+    found: list[dict[str, Any]] = affinity["nodeAffinity"][REQUIRED]["nodeSelectorTerms"]
+    return found
+
+
+REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
+
+
+def test_pods_are_kept_away_from_nodes_in_every_alternative_that_the_user_gives() -> None:
+    away = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in ("n1", "n2")]
+    assert terms(model(), "n2", "n1") == [{"matchFields": away}]
+    zones = [{"matchExpressions": [{"key": "zone", "operator": "In", "values": [zone]}]} for zone in "ab"]
+    pods: dict[str, Any] = {"requiredDuringSchedulingIgnoredDuringExecution": []}
+    template = {"spec": {"affinity": {"podAffinity": pods, "nodeAffinity": {REQUIRED: {"nodeSelectorTerms": zones}}}}}
+    made = model(template=template)
+    assert terms(made, "n1", "n2") == [zone | {"matchFields": away} for zone in zones]
+    assert pod_template(made, 0, "abc", SETTINGS, ["n1"])["spec"]["affinity"]["podAffinity"] == pods
+    assert "affinity" not in pod_template(model(), 0, "abc", SETTINGS)["spec"]
+
+
 def test_the_serving_service_leads_to_the_first_pods_only() -> None:
     service = desired.serving_service(model())
     assert service["metadata"]["name"] == "chat"
@@ -178,6 +235,7 @@ def test_everything_is_owned_by_the_model_and_says_to_whom_it_belongs() -> None:
     [
         {"dtype": "float32"}, {"tensor_parallel_size": 4}, {"engine": Engine(max_sequences=2)},
         {"template": {"spec": {"priorityClassName": "high"}}}, {"source": Claim("other")},
+        {"watchdog": Watchdog(floor=3.0)}, {"recovery": Recovery(strategy="RecyclePods")},
     ],
 )  # fmt: skip
 def test_what_shapes_pods_makes_a_new_revision(change: dict[str, Any]) -> None:
@@ -189,3 +247,5 @@ def test_a_new_token_or_image_makes_a_new_revision_and_a_new_size_does_not() -> 
     assert desired.revision(model(), "other", SETTINGS) != revision
     assert desired.revision(model(), "token", replace(SETTINGS, runtime_image="runtime:2")) != revision
     assert desired.revision(model(replicas=5, max_unavailable=2, generation=9), "token", SETTINGS) == revision
+    patient = Recovery(observe=True, attempts=9, window=1.0, initial=1.0, most=2.0)
+    assert desired.revision(model(recovery=patient), "token", SETTINGS) == revision, "only the operator reads these"

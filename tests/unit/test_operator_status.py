@@ -13,11 +13,13 @@ from tests.support.operator_models import NOW, group, model, pod
 
 from lockstep_operator.conditions import render
 from lockstep_operator.decide import Decision
-from lockstep_operator.events import occurrences
+from lockstep_operator.events import Occurrence, Pass, occurrences
 from lockstep_operator.groups import Group
+from lockstep_operator.memory import Memory
 from lockstep_operator.moment import text
 from lockstep_operator.names import ModelKey
 from lockstep_operator.observe import Observed, Report
+from lockstep_operator.recovery import Verdict
 from lockstep_operator.rollout import plan
 from lockstep_operator.status import build, invalid, worth_writing
 from lockstep_operator.troubles import trouble, unexplained
@@ -64,6 +66,10 @@ def status_of(
 def condition(status: Mapping[str, Any], name: str) -> tuple[str, str, str]:
     found = next(item for item in status["conditions"] if item["type"] == name)
     return found["status"], found["reason"], found["message"]
+
+
+def happened(observed: Observed, new: Mapping[str, Any]) -> list[Occurrence]:
+    return occurrences(Pass(observed=observed, new=new, done=(), memories={}, now=NOW))
 
 
 def test_a_serving_model() -> None:
@@ -119,6 +125,25 @@ def test_ready_says_what_a_group_is_at(state: GroupState, reason: str, words: st
     status = status_of(decided(group(ready=False)), seen(said(state=state, message="rank 1 was lost")))
     assert condition(status, "Ready") == ("False", reason, words)
     assert condition(status, "Poisoned")[0] == str(state is GroupState.POISONED)
+
+
+@pytest.mark.parametrize(
+    ("state", "memory", "found"),
+    [
+        (GroupState.POISONED, Memory(), ("Poisoned", False)),
+        (GroupState.POISONED, Memory(stalled=True), ("RecoveryExhausted", True)),
+        (GroupState.READY, Memory(), ("Recovering", False)),
+        (GroupState.READY, Memory(stalled=True), ("RecoveryExhausted", True)),
+    ],
+)
+def test_what_the_operator_does_is_progress_until_its_budget_is_spent(
+    state: GroupState, memory: Memory, found: tuple[str, bool]
+) -> None:
+    verdict = Verdict(memory=memory, reason="pod chat-0-1 is replaced")
+    status = status_of(decided(group(ready=False), verdicts={0: verdict}), seen(said(state=state)))
+    assert condition(status, "Ready") == ("False", found[0], "pod chat-0-1 is replaced")
+    assert condition(status, "Stalled")[0] == str(found[1])
+    assert condition(status, "Reconciling")[0] == str(not found[1])
 
 
 def test_a_recovery_names_its_fault_and_is_progress_and_no_stall() -> None:
@@ -322,19 +347,19 @@ def test_events_are_named_by_what_happened_so_that_none_is_told_twice() -> None:
     fault = FaultRecord(id=1, fault=Fault.RANK_LOST, rank=1, message="it was killed", at=NOW, epoch=1)
     observed = seen(said(faults=[fault]))
     status = status_of(decided(group()), observed)
-    told = occurrences(observed, status, [])
+    told = happened(observed, status)
     assert [(item.reason, item.note) for item in told] == [
         ("Created", "pods and Services are being made"),
         ("Ready", "1 group of 2 ranks serve"),
         ("RankLost", "group 0 rank 1: it was killed"),
     ]
-    assert [item.key for item in occurrences(observed, status, [])] == [item.key for item in told]
-    assert occurrences(replace(observed, status=status), status, []) == []
+    assert [item.key for item in happened(observed, status)] == [item.key for item in told]
+    assert happened(replace(observed, status=status), status) == []
 
 
 def test_a_new_revision_is_an_event() -> None:
     before = status_of(decided(group()), seen(said()))
     observed = seen(said(), status=before)
     after = before | {"revision": "newer", "observedGeneration": 4}
-    notes = [item.note for item in occurrences(observed, after, [])]
+    notes = [item.note for item in happened(observed, after)]
     assert notes == ["the spec asks for revision newer instead of new: groups are replaced in turn"]

@@ -10,11 +10,16 @@ from hypothesis import strategies as st
 
 from lockstep_runtime.supervisor.machine import (
     ENGINE,
+    SPARE,
+    SPARE_SECONDS,
+    STOPPED_SECONDS,
     Finish,
     Machine,
     Name,
     Phase,
+    Promote,
     SayLeaving,
+    SayStopped,
     Signal,
     Spawn,
     backoff,
@@ -140,9 +145,74 @@ def test_backoff_doubles_up_to_half_a_minute() -> None:
     assert [backoff(failures) for failures in range(9)] == [0, 0, 1, 2, 4, 8, 16, 30, 30]
 
 
+def with_spare() -> Machine:
+    machine = leader()
+    machine.start(0.0)
+    machine.loaded(5.0)
+    assert machine.tick(5.0 + SPARE_SECONDS) == [Spawn(SPARE)]
+    return machine
+
+
+def test_a_spare_is_started_when_every_rank_is_loaded_and_only_one() -> None:
+    machine = with_spare()
+    machine.loaded(7.0)
+    assert machine.tick(20.0) == []
+    assert Machine(ranks=[0], is_leader=False, grace_seconds=1.0, keeps_spare=False).start(0.0) == [Spawn(0)]
+
+
+def test_a_dead_rank_is_given_to_the_spare_and_the_next_spare_waits_for_its_loading() -> None:
+    machine = with_spare()
+    assert machine.exited(1, healthy=True, now=9.0) == [Promote(1)]
+    assert machine.exited(0, healthy=True, now=9.1) == [Spawn(0)]  # there was one spare
+    assert machine.tick(60.0) == []
+    machine.loaded(61.0)
+    assert machine.tick(61.0 + SPARE_SECONDS) == [Spawn(SPARE)]
+
+
+def test_a_spare_that_dies_is_started_again_later_and_later() -> None:
+    machine = with_spare()
+    waits = []
+    now = 10.0
+    for _ in range(4):
+        assert machine.exited(SPARE, healthy=False, now=now) == []
+        machine.loaded(now)
+        due = machine.next_deadline()
+        assert due is not None
+        waits.append(due - now)
+        assert machine.tick(due) == [Spawn(SPARE)]
+        now = due
+    assert waits == pytest.approx([1, 2, 3, 5])
+
+
+def test_the_spare_ends_with_the_others() -> None:
+    machine = with_spare()
+    machine.asked_to_end(30.0, connected=True)
+    ended = machine.exited(ENGINE, healthy=True, now=31.0)
+    assert [action.name for action in ended if isinstance(action, Signal)] == [0, 1, SPARE]
+
+
+def test_a_worker_that_stays_stopped_is_told_and_any_other_child_is_killed() -> None:
+    machine = with_spare()
+    machine.stopped(1, 19, 10.0)
+    machine.stopped(ENGINE, 19, 10.0)
+    machine.stopped(0, 19, 10.0)
+    machine.continued(0)
+    assert machine.tick(10.0 + STOPPED_SECONDS) == [
+        SayStopped(1, 19),
+        Signal(ENGINE, SIGKILL, "it was stopped by signal 19"),
+    ]
+    assert machine.tick(11.0) == []
+    assert SayStopped(1, 19) in machine.tick(16.0)  # the engine may not have heard it
+    assert machine.kill(1, "stopped") == [Signal(1, SIGKILL, "stopped")]
+    assert machine.exited(1, healthy=True, now=16.1) == [Promote(1)]
+    assert machine.tick(60.0) == [Signal(ENGINE, SIGKILL, "it was stopped by signal 19")]
+
+
 EVENTS = st.lists(
     st.one_of(
-        st.tuples(st.just("exit"), st.sampled_from([0, 1, ENGINE]), st.booleans()),
+        st.tuples(st.just("exit"), st.sampled_from([0, 1, ENGINE, SPARE]), st.booleans()),
+        st.tuples(st.just("stop"), st.sampled_from([0, 1, ENGINE, SPARE]), st.booleans()),
+        st.tuples(st.just("loaded"), st.just(0), st.booleans()),
         st.tuples(st.just("end"), st.just(0), st.booleans()),
         st.tuples(st.just("wait"), st.integers(0, 60), st.booleans()),
         st.tuples(st.just("release"), st.just(0), st.booleans()),
@@ -168,6 +238,12 @@ def test_whatever_happens_no_child_is_doubled_or_left_over(
             if isinstance(action, Spawn):
                 assert action.name not in alive
                 alive.add(action.name)
+            elif isinstance(action, Promote):
+                assert action.rank not in alive
+                alive.remove(SPARE)
+                alive.add(action.rank)
+            elif isinstance(action, SayStopped):
+                assert action.rank in alive
             elif isinstance(action, Signal):
                 assert action.name in alive
             elif isinstance(action, Finish):
@@ -179,6 +255,12 @@ def test_whatever_happens_no_child_is_doubled_or_left_over(
         if kind == "exit" and value in alive:
             alive.discard(value)
             do([*machine.exited(value, healthy=flag, now=now)])
+        elif kind == "stop" and value in alive:
+            machine.stopped(value, 19, now)
+            if flag:
+                machine.continued(value)
+        elif kind == "loaded":
+            machine.loaded(now)
         elif kind == "end":
             do([*machine.asked_to_end(now, connected=flag)])
         elif kind == "wait" and isinstance(value, int):

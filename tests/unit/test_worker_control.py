@@ -17,11 +17,14 @@ from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.engine.bus import Bus, FromPeer, Peer
 from lockstep_runtime.engine.main import listen
 from lockstep_runtime.parallel.errors import GroupAborted, GroupError
+from lockstep_runtime.parallel.watched import WatchedGroup
 from lockstep_runtime.progress import Progress, Stage, new_memory
 from lockstep_runtime.wire import Fault
+from lockstep_runtime.worker.classify import classify
 from lockstep_runtime.worker.control import Control, Dismissed
-from lockstep_runtime.worker.main import Worker, classify
+from lockstep_runtime.worker.main import Worker
 from lockstep_runtime.worker.runner import LoadReport, StepOutput
+from lockstep_runtime.worker.sampler import NonFiniteError
 
 TOKEN = "a token"
 SECONDS = 10.0
@@ -76,7 +79,7 @@ class FakeGroup:
     def close(self) -> None:
         self.closed = True
 
-    def block(self) -> None:
+    def all_reduce(self, tensor: Any, place: str = "") -> Any:
         assert self.aborted.wait(SECONDS)
         raise GroupAborted("aborted")
 
@@ -93,12 +96,14 @@ class FakeEdge:
     """Stands in for torch: `step` is what the next steps do."""
 
     groups: list[FakeGroup] = field(default_factory=list)
-    step_work: Callable[[FakeGroup], int] = lambda group: 42
+    step_work: Callable[[WatchedGroup], Any] = lambda group: 42
 
     def open_rendezvous(self, config: ServeConfig, epoch: int) -> Any:
         return FakeRendezvous()
 
-    def join(self, config: ServeConfig, rank: int, epoch: int, address: str, timeout: float) -> Any:
+    def join(
+        self, config: ServeConfig, rank: int, epoch: int, address: str, timeout: float, cancelled: Callable[[], bool]
+    ) -> Any:
         self.groups.append(FakeGroup())
         return self.groups[-1]
 
@@ -182,12 +187,17 @@ async def test_the_dance_and_a_step(scene: Scene) -> None:
 
 
 async def test_an_abort_ends_a_blocked_collective_and_is_answered_once(scene: Scene) -> None:
-    scene.edge.step_work = lambda group: group.block() or 0  # type: ignore[func-returns-value]
+    scene.edge.step_work = lambda group: group.all_reduce(None, "layers.3.mlp.down_proj")  # type: ignore[arg-type]
     peer = await scene.joined(1)
     peer.send(step(1, 1))
     async with asyncio.timeout(SECONDS):
         while not scene.progress.read().in_step:  # noqa: ASYNC110 - shared memory has no event
             await asyncio.sleep(0.005)
+    async with asyncio.timeout(SECONDS):
+        while not scene.progress.read().inside:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.005)
+    record = scene.progress.read()
+    assert (record.epoch, record.step, record.collective, record.place) == (1, 1, 1, "layers.3.mlp.down_proj")
     peer.send(wire.Abort(epoch=2))
     assert (await scene.script.hear(wire.Aborted)).epoch == 2
     assert not [one for one in scene.script.heard if isinstance(one, wire.StepFailed)]
@@ -203,14 +213,35 @@ async def test_an_abort_ends_a_blocked_collective_and_is_answered_once(scene: Sc
     ("error", "fault", "message"),
     [
         (ValueError("no such block"), Fault.STEP_FAILED, "ValueError: no such block"),
-        (MemoryError("4 GB"), Fault.STEP_FAILED, "MemoryError: 4 GB"),
+        (MemoryError("4 GB"), Fault.STEP_FAILED, "out of memory: MemoryError: 4 GB"),
+        (MemoryError(), Fault.STEP_FAILED, "out of memory"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+            Fault.STEP_FAILED,
+            "out of memory: RuntimeError: CUDA out of memory. Tried to allocate 2 GiB",
+        ),
+        (
+            RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with"),
+            Fault.CONTEXT_FAULT,
+            "the device context is lost: RuntimeError: CUDA error: an illegal memory access was encountered",
+        ),
+        (
+            RuntimeError("CUDA error: device-side assert triggered"),
+            Fault.CONTEXT_FAULT,
+            "the device context is lost: RuntimeError: CUDA error: device-side assert triggered",
+        ),
+        (
+            NonFiniteError("the logits of 1 of 2 sequences hold NaN"),
+            Fault.NON_FINITE,
+            "the logits of 1 of 2 sequences hold NaN",
+        ),
         (GroupError("peer closed"), Fault.RANK_LOST, "the collective broke: peer closed"),
     ],
 )
 async def test_a_step_that_raises_is_reported_and_the_process_goes_on(
     scene: Scene, error: Exception, fault: Fault, message: str
 ) -> None:
-    def fail(group: FakeGroup) -> int:
+    def fail(group: WatchedGroup) -> int:
         raise error
 
     scene.edge.step_work = fail
@@ -218,6 +249,7 @@ async def test_a_step_that_raises_is_reported_and_the_process_goes_on(
     peer.send(step(1, 1))
     failed = await scene.script.hear(wire.StepFailed)
     assert (failed.epoch, failed.step, failed.fault, failed.message) == (1, 1, fault, message)
+    assert failed.untouched
     assert classify(error) == (fault, message)
     scene.edge.step_work = lambda group: 5
     peer.send(wire.Abort(epoch=2))
@@ -232,7 +264,7 @@ async def test_a_step_before_joining_is_a_failure_and_no_crash(scene: Scene) -> 
 
 
 async def test_a_lost_connection_keeps_the_weights_and_drops_the_communicator(scene: Scene) -> None:
-    scene.edge.step_work = lambda group: group.block() or 0  # type: ignore[func-returns-value]
+    scene.edge.step_work = lambda group: group.all_reduce(None, "layers.3.mlp.down_proj")  # type: ignore[arg-type]
     peer = await scene.joined(1)
     peer.send(step(1, 1))
     scene.script.epoch = 6
@@ -265,3 +297,14 @@ async def test_shutdown_ends_it(scene: Scene) -> None:
     scene.script.peers[0].send(wire.Shutdown(reason="done"))
     await asyncio.to_thread(scene.thread.join, SECONDS)
     assert not scene.thread.is_alive()
+
+
+async def test_a_step_that_raises_after_a_collective_has_touched_the_others(scene: Scene) -> None:
+    def fail(group: WatchedGroup) -> int:
+        scene.edge.groups[-1].aborted.set()
+        return int(group.all_reduce(None))  # type: ignore[arg-type]
+
+    scene.edge.step_work = fail
+    peer = await scene.joined(1)
+    peer.send(step(1, 1))
+    assert not (await scene.script.hear(wire.StepFailed)).untouched

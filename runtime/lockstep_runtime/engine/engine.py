@@ -13,8 +13,9 @@ from typing import Final
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.engine.deadline import DeadlineModel, work_of
 from lockstep_runtime.engine.faults import FaultBook
-from lockstep_runtime.engine.group import Formed, GroupFaultError, RankGroup
+from lockstep_runtime.engine.group import Formed, GroupFaultError, RankGroup, StepRefusedError
 from lockstep_runtime.engine.interface import (
     EngineBusyError,
     EngineStats,
@@ -25,7 +26,9 @@ from lockstep_runtime.engine.interface import (
     TokenEvent,
 )
 from lockstep_runtime.engine.latency import LatencyWindow
-from lockstep_runtime.engine.recovery import Rung, decide, points
+from lockstep_runtime.engine.probe import Memory as ProbeMemory
+from lockstep_runtime.engine.probe import probe_steps
+from lockstep_runtime.engine.recovery import Evidence, Ladder, Recovery, Rung, points
 from lockstep_runtime.engine.scheduler import Scheduler
 from lockstep_runtime.engine.sequence import Sequence
 from lockstep_runtime.engine.status import Standing, group_state
@@ -33,20 +36,19 @@ from lockstep_runtime.engine.stream import TokenStream
 
 logger = logging.getLogger(__name__)
 
-STEP_SECONDS: Final = 120.0  # a step without an answer for so long is a hang
 RETRY_SECONDS: Final = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)  # between attempts to form the group
 LEAVE_SECONDS: Final = 1.0  # between a member pod's Leaving and its Release
 QUIET_STATUS_SECONDS: Final = 1.0  # between reports that only bring latencies
+POISONED_SECONDS: Final = (30.0, 300.0)  # before the group tries again by itself: at first, and at most
+LONGEST_ABORT_SECONDS: Final = 5.0
+REFUSALS_IN_A_ROW: Final = 6  # steps that no rank could begin: then it is not the requests
 
 
 class Engine:
     """Implements `EngineClient`, and listens to the bus through its `group`."""
 
-    def __init__(
-        self, config: ServeConfig, history: wire.GroupStatus | None = None, step_seconds: float = STEP_SECONDS
-    ) -> None:
+    def __init__(self, config: ServeConfig, history: wire.GroupStatus | None = None) -> None:
         self._config = config
-        self._step_seconds = step_seconds
         self.group = RankGroup(
             config,
             first_epoch=history.epoch if history else 0,
@@ -54,7 +56,19 @@ class Engine:
             on_break=lambda: self._wake.set(),
             on_exit=self._exited,
             on_leaving=self._leave,
+            on_phase=self._log_phase,
+            on_death=self._died_young,
         )
+        self._deadlines = DeadlineModel(config.watchdog)
+        self._ladder = Ladder(config.tensor_parallel_size, config.recovery_strategy)
+        self._probe = ProbeMemory()
+        self._poison = ""  # why the group can't heal itself
+        self._poisonings = 0  # in a row
+        self._formed_at = 0.0  # on the monotonic clock
+        self._formed_steps = 0  # what `_steps` was then
+        self._processes: list[str] = []  # incarnations that formed it
+        self._longest_work = 0.0
+        self._refusals = 0
         self.group.on_stuck = self._stuck
         self._faults = FaultBook(history.faults if history else [], history.recoveries if history else 0)
         self._scheduler: Scheduler | None = None
@@ -125,6 +139,8 @@ class Engine:
         state, reason = self._judge()
         if scheduler is None or state is wire.GroupState.FAILED:
             raise EngineBusyError(f"the model is not loaded: {reason}", retry_after=5.0)
+        if self._poison:
+            raise EngineBusyError(f"the model is recovering, try again shortly: {self._poison}", retry_after=5.0)
         request = sequence.request
         if not request.prompt or request.max_tokens < 1:
             raise RequestTooLongError("a request needs at least one token of prompt and one of answer")
@@ -187,7 +203,9 @@ class Engine:
                 await self._form()
                 await self._serve()
             except GroupFaultError as fault:
-                self._suffer(fault)
+                recovery = self._suffer(fault)
+                if recovery.rung is None:
+                    await self._be_poisoned(recovery)
             failures = failures + 1 if self._steps == steps else 0
 
     async def drain(self) -> None:
@@ -197,15 +215,20 @@ class Engine:
         """
         self._draining = True
         self._changed(True)
+        if self._poison:
+            self._fail_all(f"the server is shutting down and can't finish the request: {self._poison}")
         await asyncio.sleep(self._config.lame_duck_seconds)
         self._refusing = True
         try:
             async with asyncio.timeout(self._config.grace_seconds):
                 await self._idle.wait()
         except TimeoutError:
-            for sequence_id in list(self._streams):
-                self._fail(sequence_id, "the server is shutting down and the request was not done within the grace")
-                self._forget(sequence_id)
+            self._fail_all("the server is shutting down and the request was not done within the grace")
+
+    def _fail_all(self, message: str) -> None:
+        for sequence_id in list(self._streams):
+            self._fail(sequence_id, message)
+            self._forget(sequence_id)
 
     def release(self) -> None:
         """Tell every pod that it is no longer needed."""
@@ -213,19 +236,56 @@ class Engine:
             supervisor.send(wire.Release())
 
     async def _form(self) -> None:
-        formed = await self.group.form()
+        formed = await self.group.form(self._longest_work)
+        processes = [member.last_incarnation for member in self.group.members]
+        respawned = processes != self._processes
+        if respawned:
+            self._deadlines.processes_changed()
+        verified = await self._verify(formed)
         await self._model_known.wait()
         self._place(formed)
+        self._processes, self._formed_at, self._formed_steps = processes, time.monotonic(), self._steps
+        self.group.in_use()
+        self._tell_formed(formed, {**formed.phases, "verify": round(verified, 4)}, respawned=respawned)
+
+    async def _verify(self, formed: Formed) -> float:
+        """Run the probe; returns the seconds it took.
+
+        Raises:
+            GroupFaultError: it failed, or its fingerprints are not those of the first time.
+        """
+        begun = time.monotonic()
+        prints = []
+        for slices in probe_steps(formed.blocks, formed.block_size):
+            try:
+                prints.append((await self._run_step(slices)).fingerprint)
+            except StepRefusedError as refusal:
+                raise GroupFaultError(refusal.evidence[0], refusal.evidence) from refusal
+        incarnations = [member.last_incarnation for member in self.group.members]
+        if wrong := self._probe.judge(tuple(prints), incarnations):
+            evidence = Evidence(wire.Fault.CORRUPTION, None, wrong)
+            raise GroupFaultError(evidence, [evidence])
+        seconds = time.monotonic() - begun
+        self._log_phase("verify", seconds, "an all-reduce of ones and the probe prompt gave what they must")
+        return seconds
+
+    def _tell_formed(self, formed: Formed, phases: dict[str, float], *, respawned: bool) -> None:
         resumed = len(self._streams)
-        self._faults.repaired(formed.phases, at=time.time(), resumed=resumed)
         if self._was_ready:
-            logger.info("epoch %d: the group is back, %d requests go on (%s)", formed.epoch, resumed, _times(formed))
+            words = f"{resumed} requests go on in epoch {formed.epoch}"
+            self._log_phase("resumed", sum(phases.values()), words)
         else:
             url = f"http://{self._config.host}:{self._config.api_port}"
-            seconds = time.monotonic() - self._started
-            logger.info("ready: %s after %.1f s (%s)", url, seconds, _times(formed))
+            times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.items())
+            logger.info("ready: %s after %.1f s (%s)", url, time.monotonic() - self._started, times)
+        self._faults.repaired(phases, at=time.time(), resumed=resumed, respawned=respawned)
         self._was_ready = True
         self._changed(True)
+
+    def _log_phase(self, phase: str, seconds: float, words: str) -> None:
+        """One line a phase: `rebuild: fault 3 epoch 8: … (0.021 s)`; none while the group is first started."""
+        if fault := self._faults.open_id:
+            logger.info("%s: fault %d epoch %d: %s (%.3f s)", phase, fault, self.group.epoch, words, seconds)
 
     def _place(self, formed: Formed) -> None:
         """Lay the block book over the new caches; every sequence starts over from its token ids."""
@@ -261,13 +321,20 @@ class Engine:
     async def _step(self, scheduler: Scheduler, slices: list[wire.SequenceSlice]) -> None:
         begun = time.monotonic()
         try:
-            sampled = await self.group.step(slices, self._step_seconds)
+            sampled = (await self._run_step(slices)).sampled
+        except StepRefusedError as refusal:
+            self._refused(scheduler, slices, refusal)
+            return
         except GroupFaultError as fault:
-            for sequence in scheduler.blame(slices, points(fault.cause.fault)):
+            guilty = scheduler.blame(slices, points(fault.cause))
+            for sequence in guilty:
                 self._fail(sequence.id, f"the step of this request fails again and again: {fault}")
+            fault.by_request = bool(guilty)
             raise
+        self._refusals = 0
         self._latency.add(time.monotonic() - begun)
         self._steps += 1
+        self._poisonings = 0
         self._last_step_at = time.time()
         for drawn in scheduler.apply(slices, sampled):
             stream = self._streams.get(drawn.sequence_id)
@@ -278,17 +345,61 @@ class Engine:
                 self._settle()
         self._changed(bool(sampled) and self._faults.token(self._last_step_at))
 
-    def _suffer(self, fault: GroupFaultError) -> None:
+    async def _run_step(self, slices: list[wire.SequenceSlice]) -> wire.StepDone:
+        """One step under its own deadline, from which the next ones are learned."""
+        work = work_of(slices)
+        self._longest_work = min(LONGEST_ABORT_SECONDS, self._deadlines.expected(work) or 0.0)
+        begun = time.monotonic()
+        done = await self.group.step(slices, self._deadlines.deadline(work))
+        self._deadlines.learn(work, time.monotonic() - begun)
+        return done
+
+    def _refused(self, scheduler: Scheduler, slices: list[wire.SequenceSlice], refusal: StepRefusedError) -> None:
+        """No rank could begin the step, none was harmed: rung 0, once the request is known that is the cause."""
+        self._refusals += 1
+        cause = refusal.evidence[0]
+        if self._refusals > REFUSALS_IN_A_ROW:
+            raise GroupFaultError(cause, refusal.evidence)
+        for sequence in scheduler.blame(slices, points(cause)):
+            record = self._faults.drop(cause, at=time.time(), epoch=self.group.epoch)
+            logger.warning("drop: fault %d epoch %d: %s", record.id, record.epoch, cause.message)
+            self._fail(sequence.id, f"no rank can compute this request: {refusal}")
+
+    def _suffer(self, fault: GroupFaultError) -> Recovery:
         """Record the fault and start the repair; `run` forms the group again."""
-        recovery = decide(fault.cause, fault.evidence)
-        now = time.time()
-        detect = self._step_seconds if fault.cause.fault is wire.Fault.HANG else 0.0
-        if self._was_ready:
-            self._faults.begin(fault.cause, recovery.rung, at=now, epoch=self.group.epoch, detect=detect)
-        logger.warning("fault %s in epoch %d: %s", fault.cause.fault, self.group.epoch, fault.cause.message)
-        logger.warning("%s: %s", recovery.rung, recovery.reason)
+        cause = fault.cause
+        if self._formed_at:
+            healthy = time.monotonic() - self._formed_at - cause.waited
+            self._ladder.rest(healthy, steps=self._steps > self._formed_steps)
+            self._formed_at = 0.0
+        recovery = self._ladder.decide(cause, fault.evidence, by_request=fault.by_request)
+        rung = recovery.rung or ""
+        if self._was_ready or not rung:
+            self._faults.begin(cause, rung, at=time.time(), epoch=self.group.epoch, detect=cause.waited)
+        logger.warning(
+            "watchdog: fault %d epoch %d: %s: %s", self._faults.open_id, self.group.epoch, cause.fault, cause.message
+        )
+        logger.warning("%s: fault %d: %s", rung.lower() or "poisoned", self._faults.open_id, recovery.reason)
         for rank in recovery.kill:
             self.group.kill(rank, recovery.reason)
+        self._changed(True)
+        return recovery
+
+    async def _be_poisoned(self, recovery: Recovery) -> None:
+        """Leave every collective, say so, and wait for a new pod or, by the ladder, for another try with new ranks."""
+        self._poison = recovery.reason
+        self._poisonings += 1
+        if self._config.recovery_strategy == "RecyclePods":
+            self._fail_all(f"the model is poisoned and is loaded again: {recovery.reason}")
+        self.group.give_up()
+        self._changed(True)
+        first, most = POISONED_SECONDS
+        patience = min(most, first * 2 ** (self._poisonings - 1))
+        by_itself = self._config.recovery_strategy == "Ladder"
+        if not await self.group.new_pod(patience if by_itself else None):
+            for member in self.group.members:
+                self.group.kill(member.rank, f"the group was poisoned for {patience:g} s and tries again")
+        self._poison = ""
         self._changed(True)
 
     # --- what the group tells
@@ -297,9 +408,17 @@ class Engine:
         self._faults.explain(rank, message)
         self._changed(True)
 
-    def _stuck(self, rank: int) -> None:
-        self._faults.name(rank, f"rank {rank} did not answer the abort either and was killed", Rung.RESPAWN)
+    def _stuck(self, rank: int, how: str) -> None:
+        """While the group is formed again, a rank had to be killed."""
+        self._faults.name(rank, f"{how} and was killed", Rung.RESPAWN)
         self._changed(True)
+
+    def _died_young(self, rank: int, words: str) -> None:
+        """A process that was to take a lost one's place has ended, too."""
+        words = f"{words} before it was loaded"
+        logger.warning("respawn: fault %d epoch %d: %s", self._faults.open_id, self.group.epoch, words)
+        if not self._ladder.another_death():
+            self.group.break_off(Evidence(wire.Fault.RANK_LOST, rank, f"{words}, again and again"))
 
     def _leave(self, pod_index: int) -> None:
         """A member pod was asked to end: it may soon. When all pods are, our own drain begins within that second."""
@@ -320,6 +439,7 @@ class Engine:
             was_ready=self._was_ready,
             draining=self._draining,
             model_error=self._model_error,
+            poison=self._poison,
         )
         return group_state(standing, self.group.members)
 
@@ -365,7 +485,3 @@ class Engine:
                     await self._report_urgent.wait()
             except TimeoutError:
                 pass
-
-
-def _times(formed: Formed) -> str:
-    return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in formed.phases.items())

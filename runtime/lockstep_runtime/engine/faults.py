@@ -22,6 +22,11 @@ class FaultBook:
         self._awaits_token = False
 
     @property
+    def open_id(self) -> int:
+        """Of the newest fault that is not repaired yet; 0 when there is none."""
+        return max(self._open, default=0)
+
+    @property
     def records(self) -> list[FaultRecord]:
         return list(self._records)
 
@@ -59,14 +64,32 @@ class FaultBook:
                     self._replace(msgspec.structs.replace(record, message=message))
                 return
 
-    def repaired(self, phases: dict[str, float], *, at: float, resumed: int) -> None:
-        """The group has joined again, with so many requests to go on with."""
+    def drop(self, cause: Evidence, *, at: float, epoch: int) -> FaultRecord:
+        """A request was given up, and nothing else happened."""
+        before = set(self._open)
+        record = self.begin(cause, "Drop", at=at, epoch=epoch, detect=0.0)
+        self._open = before
+        closed = msgspec.structs.replace(record, recovered_at=at)
+        self._replace(closed)
+        return closed
+
+    def rung(self, rung: str) -> None:
+        """What is done about the open faults now."""
+        for record in self._records:
+            if record.id in self._open:
+                self._replace(msgspec.structs.replace(record, rung=rung))
+
+    def repaired(self, phases: dict[str, float], *, at: float, resumed: int, respawned: bool = True) -> None:
+        """The group has joined again, with so many requests to go on with; `respawned`: with any new process."""
         if not self._open:
             return
         for record in self._records:
             if record.id in self._open:
                 merged = {**record.phases, **phases}
-                self._replace(msgspec.structs.replace(record, recovered_at=at, phases=merged, requests_resumed=resumed))
+                rung = "Respawn" if respawned else "Rebuild"  # a lost rank may only have lost its connection
+                self._replace(
+                    msgspec.structs.replace(record, recovered_at=at, phases=merged, requests_resumed=resumed, rung=rung)
+                )
         self._open.clear()
         self.recoveries += 1
         self._awaits_token = resumed > 0

@@ -20,8 +20,11 @@ import msgspec
 from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.engine.bus import FromPeer, Peer
+from lockstep_runtime.engine.deadline import Deadline, Patience, extension
+from lockstep_runtime.engine.look import Look
 from lockstep_runtime.engine.members import Member
 from lockstep_runtime.engine.recovery import Evidence, compare, diagnose, silent
+from lockstep_runtime.engine.suspect import Suspicion, suspect
 from lockstep_runtime.transport import encode
 from lockstep_runtime.wire import Fault, RankState
 
@@ -29,12 +32,16 @@ logger = logging.getLogger(__name__)
 _A = TypeVar("_A", wire.RendezvousOpened, wire.Joined, wire.CacheAllocated, wire.StepDone)
 Answer = wire.RendezvousOpened | wire.Joined | wire.CacheAllocated | wire.StepDone
 
-RENDEZVOUS_SECONDS: Final = 15.0
-JOIN_SECONDS: Final = 60.0
-ALLOCATE_SECONDS: Final = 120.0
-ABORT_SECONDS: Final = 5.0  # a rank that has not left its collective by then is killed
+RENDEZVOUS: Final = Deadline(15.0, 15.0, extends=False, reason="")
+JOIN: Final = Deadline(2.5, 60.0, extends=True, reason="")  # as long as no rank holds up the others
+ALLOCATE: Final = Deadline(120.0, 120.0, extends=False, reason="")
+ABORT_SECONDS: Final = 1.5  # a rank that has not left its collective by then is killed
 ABORT_JOIN_SECONDS: Final = 15.0  # joining can't be interrupted; it ends by itself, sooner than this
 HEARSAY_SECONDS: Final = 0.5  # how long to wait for the cause when ranks only report its effect
+UNTOUCHED_SECONDS: Final = 0.1  # and for the other ranks to say that they could not begin the step either
+RECONNECT_SECONDS: Final = 5.0  # a process whose connection is lost and that does not come back is killed
+LOADING_SECONDS: Final = 120.0  # without a byte more
+RELOADING_SECONDS: Final = 60.0  # the same where the model is here already: nothing has to be downloaded first
 
 
 class GroupFaultError(RuntimeError):
@@ -43,6 +50,15 @@ class GroupFaultError(RuntimeError):
     def __init__(self, cause: Evidence, evidence: Sequence[Evidence]) -> None:
         super().__init__(cause.message)
         self.cause = cause
+        self.evidence = tuple(evidence)
+        self.by_request = False  # a request of the step was found guilty
+
+
+class StepRefusedError(RuntimeError):
+    """No rank could begin the step, and none was harmed: something is wrong with what was asked for."""
+
+    def __init__(self, evidence: Sequence[Evidence]) -> None:
+        super().__init__(evidence[0].message)
         self.evidence = tuple(evidence)
 
 
@@ -65,11 +81,22 @@ class _Question:
     ranks: frozenset[int]
     done: asyncio.Future[None]
     answers: dict[int, Answer] = field(default_factory=dict)
+    refused: dict[int, Evidence] = field(default_factory=dict)  # by ranks that could not begin
+
+    @property
+    def silent(self) -> list[int]:
+        return sorted(self.ranks - self.answers.keys())
+
+    def settle(self) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
 
 
 class RankGroup:
     """The bus's listener. `on_change(urgent)` is called when the status changed, `on_break` when evidence came in,
-    `on_exit` with a rank and what became of its process, `on_leaving` with a pod that was asked to end."""
+    `on_exit` with a rank and what became of its process, `on_leaving` with a pod that was asked to end, `on_phase` with
+    a phase of the forming that is over, its seconds and a sentence, `on_death` with a rank whose new process ended
+    before it was loaded, though the group has served before."""
 
     def __init__(
         self,
@@ -80,6 +107,8 @@ class RankGroup:
         on_break: Callable[[], None],
         on_exit: Callable[[int, str], None],
         on_leaving: Callable[[int], None],
+        on_phase: Callable[[str, float, str], None],
+        on_death: Callable[[int, str], None],
     ) -> None:
         self._config = config
         self.members = [
@@ -89,7 +118,11 @@ class RankGroup:
         self.epoch = first_epoch
         self.formed = False  # and nothing has broken it since
         self._joined = False  # in this epoch, whatever became of it
-        self.on_stuck: Callable[[int], None] = lambda rank: None
+        self.on_stuck: Callable[[int, str], None] = lambda rank, how: None
+        self.pods_seen = 0  # rises with every new supervisor
+        self._on_phase, self._on_death = on_phase, on_death
+        self._has_served = False
+        self._look = Look(self.supervisors)
         self._on_change, self._on_break, self._on_exit, self._on_leaving = on_change, on_break, on_exit, on_leaving
         self._evidence: list[Evidence] = []
         self._gathering = True  # while ranks come and go without being missed
@@ -98,6 +131,7 @@ class RankGroup:
         self._question: _Question | None = None
         self._step = 0
         self._exits: dict[str, str] = {}
+        self._pods: dict[int, str] = {}  # incarnations of the supervisors
 
     # --- the bus's listener
 
@@ -125,8 +159,12 @@ class RankGroup:
     def connected(self, peer: Peer) -> None:
         hello = peer.hello
         if hello.role is wire.Role.SUPERVISOR:
-            if before := self.supervisors.get(hello.pod_index):
+            before = self.supervisors.get(hello.pod_index)
+            if before is not None:
                 before.close()
+            if self._pods.get(hello.pod_index) != hello.incarnation:
+                self._pods[hello.pod_index] = hello.incarnation
+                self.pods_seen += 1
             self.supervisors[hello.pod_index] = peer
             logger.info("the supervisor of pod %d (%s) has connected", hello.pod_index, hello.pod)
         else:
@@ -138,7 +176,7 @@ class RankGroup:
         self._changed()
 
     def received(self, peer: Peer, message: FromPeer) -> None:
-        if isinstance(message, wire.ProcessExited | wire.Leaving):
+        if isinstance(message, wire.FromSupervisor):
             self._from_supervisor(peer, message)
             return
         member = self.members[peer.hello.rank]
@@ -156,23 +194,59 @@ class RankGroup:
             self._miss(self.members[hello.rank], self._exits.get(hello.incarnation, "its connection was closed"))
         self._changed()
 
-    def _from_supervisor(self, peer: Peer, message: wire.ProcessExited | wire.Leaving) -> None:
-        if isinstance(message, wire.Leaving):
-            self._on_leaving(peer.hello.pod_index)
+    def _from_supervisor(self, peer: Peer, message: wire.FromSupervisor) -> None:
+        match message:
+            case wire.Inject():
+                self._inject(message)
+            case wire.Leaving():
+                self._on_leaving(peer.hello.pod_index)
+            case wire.ProgressReport():
+                self._look.take(peer.hello.pod_index, message)
+            case wire.ProcessStopped() if 0 <= message.rank < len(self.members):
+                self._process_stopped(message)
+            case wire.ProcessExited() if 0 <= message.rank < len(self.members):
+                self._process_exited(message)
+            case _:
+                pass
+
+    def _process_stopped(self, message: wire.ProcessStopped) -> None:
+        """It answers nothing until someone lets it go on, which nobody may ever do."""
+        member = self.members[message.rank]
+        if member.last_incarnation != message.incarnation:
             return
-        if not 0 <= message.rank < len(self.members):
+        words = f"rank {message.rank} (pid {message.pid}) was stopped by {signal_name(message.signal)}"
+        if self._gathering:
+            self.kill(message.rank, words)
+            self.on_stuck(message.rank, words)
             return
+        laggards = (message.rank,)
+        self._add(Evidence(Fault.HANG, message.rank, words, laggards=laggards, outside=True))
+
+    def _process_exited(self, message: wire.ProcessExited) -> None:
         member, text = self.members[message.rank], exit_text(message)
         self._exits = {message.incarnation: text}
+        member.ended = message.incarnation
         if member.last_incarnation == message.incarnation:
             words = f"rank {message.rank} (pid {message.pid}) {text}"
             self._explain(message.rank, words)
             self._on_exit(message.rank, words)
+            young = member.loaded is None and member.arrived_epoch >= self.epoch
+            if self._gathering and self._has_served and young and member.condemned != message.incarnation:
+                self._on_death(message.rank, words)
             if member.peer is not None:
                 gone = member.peer
                 self._miss(member, text)
                 gone.close()
                 self._changed()
+
+    def _inject(self, fault: wire.Inject) -> None:
+        """Hand a fault on purpose to the rank, or to its pod where the rank's next process is to find it."""
+        if not self._config.allow_faults or not 0 <= fault.rank < len(self.members):
+            return
+        member = self.members[fault.rank]
+        waits = fault.phase is wire.Phase.LOADING
+        if target := self.supervisors.get(member.pod_index) if waits else member.peer:
+            target.send(fault)
 
     def _explain(self, rank: int, words: str) -> None:
         """Better words for a loss that has not been raised yet."""
@@ -212,14 +286,34 @@ class RankGroup:
             member.stepped(answer, time.time())
         if member.rank in question.ranks:
             question.answers[member.rank] = answer
-            if len(question.answers) == len(question.ranks) and not question.done.done():
-                question.done.set_result(None)
+            if len(question.answers) == len(question.ranks):
+                question.settle()
 
     def _failed(self, member: Member, message: wire.StepFailed) -> None:
         if message.epoch != self.epoch:
             return
         hearsay = message.fault is Fault.RANK_LOST  # of itself, a rank that speaks can't say so
-        self._add(Evidence(message.fault, member.rank, f"rank {member.rank}: {message.message}", hearsay))
+        # NaN in one rank's part is NaN in the sum of all: whoever finds it need not be its source.
+        suspect = None if message.fault is Fault.NON_FINITE and len(self.members) > 1 else member.rank
+        evidence = Evidence(message.fault, suspect, f"rank {member.rank}: {message.message}", hearsay)
+        question = self._question
+        if message.untouched and message.fault is Fault.STEP_FAILED and question and message.step == question.step:
+            self._refuse(question, member.rank, evidence)
+        else:
+            self._add(evidence)
+
+    def _refuse(self, question: _Question, rank: int, evidence: Evidence) -> None:
+        """A rank could not begin the step. When all say so, the step is at fault and the group as good as before."""
+        question.refused[rank] = evidence
+        if len(question.refused) == len(question.ranks):
+            question.settle()
+        elif len(question.refused) == 1:
+            asyncio.get_running_loop().call_later(UNTOUCHED_SECONDS, self._end_of_refusals, question)
+
+    def _end_of_refusals(self, question: _Question) -> None:
+        if self._question is question and len(question.refused) < len(question.ranks):
+            for evidence in question.refused.values():
+                self._add(evidence)
 
     def _miss(self, member: Member, how: str) -> None:
         text = f"rank {member.rank} (pid {member.peer.hello.pid if member.peer else 0}) {how}"
@@ -238,8 +332,8 @@ class RankGroup:
     def _break(self, epoch: int) -> None:
         if epoch != self.epoch or not self._evidence:
             return
-        if self._question is not None and not self._question.done.done():
-            self._question.done.set_result(None)
+        if self._question is not None:
+            self._question.settle()
         self._on_break()
 
     def _changed(self) -> None:
@@ -261,45 +355,67 @@ class RankGroup:
         self.formed = False
         raise GroupFaultError(diagnose(self._evidence), self._evidence)
 
-    async def form(self) -> Formed:
+    async def form(self, longest_work: float = 0.0) -> Formed:
         """Make the group, under a new epoch; waits for absent and loading ranks for as long as it takes.
+
+        `longest_work`: seconds that a rank may compute on before it sees that it was aborted.
 
         Raises:
             GroupFaultError: a rank was lost or failed after all were there; try again.
         """
         begun = time.monotonic()
-        self._patience = ABORT_SECONDS if self._joined else ABORT_JOIN_SECONDS
+        self._patience = max(ABORT_SECONDS, longest_work) if self._joined else ABORT_JOIN_SECONDS
         self.formed, self._joined, self._gathering = False, False, True
         self._evidence.clear()
         self.epoch += 1
         aborted = await self._gather()
         gathered = time.monotonic()
         self._gathering = False
+        self._on_phase("respawn", gathered - aborted, f"all {len(self.members)} ranks have their weights")
         blocks, block_size = await self._join()
-        self.formed = self._joined = True
+        self._joined = True
         phases = {
             "abort": aborted - begun,
             "respawn": gathered - aborted,
             "rebuild": time.monotonic() - gathered,
         }
+        self._on_phase("rebuild", phases["rebuild"], f"a new communicator, and {blocks} blocks of cache on each rank")
         return Formed(self.epoch, blocks, block_size, {name: round(value, 4) for name, value in phases.items()})
+
+    def in_use(self) -> None:
+        """The group was proved: it serves from now on."""
+        for member in self.members:
+            member.state = RankState.READY
+        self.formed = self._has_served = True
+        self._changed()
+
+    def give_up(self) -> None:
+        """Have every rank leave its collectives, and form nothing."""
+        self.formed, self._gathering = False, True
+        self._evidence.clear()
+        self.epoch += 1
+        self._abort_members(time.monotonic())
 
     async def _gather(self) -> float:
         """Until every rank is loaded and idle in this epoch. Returns when the survivors were."""
         aborted: float | None = None
+        begun = time.monotonic()
         while True:
+            self.check()
             self._moved.clear()
             now = time.monotonic()
             self._abort_members(now)
             if aborted is None and not any(member.abort_sent_at for member in self.members):
                 aborted = now
+                self._on_phase("abort", aborted - begun, "the ranks that live have left their collectives")
             if all(member.idle_epoch >= self.epoch for member in self.members):
                 return now if aborted is None else aborted
             try:
-                async with asyncio.timeout(0.5):
+                async with asyncio.timeout(0.25):
                     await self._moved.wait()
             except TimeoutError:
-                self._kill_stuck(time.monotonic())
+                pass
+            self._kill_stuck(time.monotonic())
 
     def _abort_members(self, now: float) -> None:
         """Level-triggered: whoever has not been told of this epoch is told."""
@@ -311,30 +427,40 @@ class RankGroup:
                     member.abort_sent_at = now
 
     def _kill_stuck(self, now: float) -> None:
+        again = self._has_served
+        loading = self._config.watchdog.step_timeout or (RELOADING_SECONDS if again else LOADING_SECONDS)
         for member in self.members:
             if member.abort_sent_at is not None and now - member.abort_sent_at > self._patience:
-                self.kill(member.rank, f"it did not leave its collective within {self._patience:g} s")
-                self.on_stuck(member.rank)
+                how = f"rank {member.rank} did not leave its collective within {self._patience:g} s"
+            elif member.is_cut_off(now, RECONNECT_SECONDS):
+                how = f"rank {member.rank} lost its connection and did not come back within {RECONNECT_SECONDS:g} s"
+            elif member.stands_still(now, loading, again=again):
+                how = f"rank {member.rank} has read none of its weights for {loading:g} s"
+            else:
+                continue
+            if self.kill(member.rank, how):
+                self.on_stuck(member.rank, how)
 
     async def _join(self) -> tuple[int, int]:
         everyone = [member.rank for member in self.members]
-        opened = await self._ask([0], wire.Rendezvous(epoch=self.epoch), wire.RendezvousOpened, RENDEZVOUS_SECONDS)
+        opened = await self._ask([0], wire.Rendezvous(epoch=self.epoch), wire.RendezvousOpened, RENDEZVOUS)
         join = wire.Join(epoch=self.epoch, address=opened[0].address)
-        await self._ask(everyone, join, wire.Joined, JOIN_SECONDS)
+        await self._ask(everyone, join, wire.Joined, JOIN)
         offers = [member.loaded for member in self.members if member.loaded is not None]
         blocks, block_size = min(one.cache_blocks for one in offers), offers[0].block_size
         allocate = wire.AllocateCache(epoch=self.epoch, blocks=blocks)
-        laid_out = await self._ask(everyone, allocate, wire.CacheAllocated, ALLOCATE_SECONDS)
+        laid_out = await self._ask(everyone, allocate, wire.CacheAllocated, ALLOCATE)
         for member in self.members:
-            member.state, member.joined_epoch = RankState.READY, self.epoch
+            member.joined_epoch = self.epoch
             member.memory_bytes = laid_out[member.rank].memory_bytes
         return blocks, block_size
 
-    async def step(self, sequences: list[wire.SequenceSlice], deadline: float) -> list[wire.SampledToken]:
-        """Run one step on every rank and return what rank 0 drew, once all ranks agree.
+    async def step(self, sequences: list[wire.SequenceSlice], deadline: Deadline) -> wire.StepDone:
+        """Run one step on every rank and return what rank 0 says of it, once all ranks agree.
 
         Raises:
-            GroupFaultError: a rank failed, was lost, differs from the others, or is silent after `deadline` seconds.
+            GroupFaultError: a rank failed, was lost, differs from the others, or hangs.
+            StepRefusedError: no rank could begin it; the group is as good as before.
         """
         self._step += 1
         step = wire.Step(epoch=self.epoch, step=self._step, sequences=sequences)
@@ -342,10 +468,10 @@ class RankGroup:
         if odd := compare(answers):
             self._evidence.append(odd)
             self._raise()
-        return answers[0].sampled
+        return answers[0]
 
     async def _ask(
-        self, ranks: Iterable[int], message: msgspec.Struct, kind: type[_A], seconds: float
+        self, ranks: Iterable[int], message: msgspec.Struct, kind: type[_A], deadline: Deadline
     ) -> dict[int, _A]:
         self.check()
         done = asyncio.get_running_loop().create_future()
@@ -356,34 +482,80 @@ class RankGroup:
             if peer := self.members[rank].peer:
                 peer.send_frame(frame)
         try:
-            async with asyncio.timeout(seconds):
-                await done
-        except TimeoutError:
-            missing = sorted(question.ranks - question.answers.keys())
-            self._evidence.append(silent(missing, kind.__name__, seconds))
+            await self._watch(question, deadline)
         finally:
             self._question = None
         if len(question.answers) < len(question.ranks):
+            if len(question.refused) == len(question.ranks) and not self._evidence:
+                raise StepRefusedError(list(question.refused.values()))
             self._raise()
         return cast("dict[int, _A]", question.answers)
 
-    def kill(self, rank: int, reason: str) -> None:
-        """Have the rank's supervisor end its process; a new one takes its place."""
+    async def _watch(self, question: _Question, deadline: Deadline) -> None:
+        """Until it is settled, or its deadline is over and nobody gets any further."""
+        patience = Patience(deadline.seconds, time.monotonic())
+        while not question.done.done():
+            await asyncio.wait([question.done], timeout=patience.nap())
+            patience.woke(time.monotonic())
+            if question.done.done() or not patience.is_over:
+                continue
+            records = await self._look.at_everyone()
+            if question.done.done():
+                return
+            suspicion = suspect(
+                records, epoch=self.epoch, step=question.step, silent=question.silent, size=len(self.members)
+            )
+            if more := self._grace(question, deadline, patience, suspicion):
+                patience.extend(more)
+                continue
+            self._evidence.append(silent(question.silent, question.kind.__name__, patience.waited, suspicion))
+            return
+
+    def _grace(self, question: _Question, deadline: Deadline, patience: Patience, suspicion: Suspicion) -> float:
+        """Seconds more; 0: it hangs. Ranks that are all joining wait for the network, not for each other."""
+        if question.kind is wire.Joined and not suspicion.laggards:
+            return min(deadline.seconds, max(0.0, deadline.ceiling - patience.waited))
+        return extension(deadline, patience, suspicion.moved_ago)
+
+    async def new_pod(self, seconds: float | None) -> bool:
+        """Wait until a pod's supervisor has connected that was not there before; False when time is up."""
+        before = self.pods_seen
+        try:
+            async with asyncio.timeout(seconds):
+                while self.pods_seen == before:
+                    self._moved.clear()
+                    await self._moved.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def break_off(self, evidence: Evidence) -> None:
+        """End what is under way, forming included, with this evidence."""
+        self._add(evidence)
+        self._moved.set()
+
+    def kill(self, rank: int, reason: str) -> bool:
+        """Have the rank's supervisor end its process, and another takes its place; whether it could be told."""
         member = self.members[rank]
         supervisor = self.supervisors.get(member.pod_index)
-        if member.peer is None or supervisor is None:
-            return
+        if not member.last_incarnation or supervisor is None:
+            return False
         logger.warning("killing rank %d: %s", rank, reason)
         member.abort_sent_at = None
-        supervisor.send(wire.KillWorker(rank=rank, incarnation=member.peer.hello.incarnation, reason=reason))
+        member.condemned = member.last_incarnation
+        supervisor.send(wire.KillWorker(rank=rank, incarnation=member.last_incarnation, reason=reason))
+        return True
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def exit_text(message: wire.ProcessExited) -> str:
     """`was killed by SIGKILL`, or `ended with exit code 1`."""
     if message.signal is None:
         return f"ended with exit code {message.exit_code}"
-    try:
-        name = signal.Signals(message.signal).name
-    except ValueError:
-        name = f"signal {message.signal}"
-    return f"was killed by {name}"
+    return f"was killed by {signal_name(message.signal)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 from lockstep_runtime import wire
@@ -33,6 +34,11 @@ class Member:
     message: str = ""
     last_incarnation: str = ""
     retired: set[str] = field(default_factory=set)
+    condemned: str = ""  # the incarnation that is being killed
+    ended: str = ""  # the incarnation whose end is known
+    left_at: float | None = None  # on the monotonic clock: when its connection was lost
+    arrived_epoch: int = -1
+    heard_at: float = 0.0  # and when it last got further in loading
 
     def arrive(self, peer: Peer, epoch: int) -> None:
         """A process of this rank has connected: a new one, or one that lost its connection."""
@@ -44,23 +50,38 @@ class Member:
             self.load_done = self.load_total = 0
         self.last_incarnation = incarnation
         self.peer = peer
+        self.left_at, self.heard_at = None, time.monotonic()
         if self.state is not RankState.FAILED:  # why the last one failed stays to be read until this one gets further
             self.state, self.message = RankState.STARTING, ""
         self.loaded = None
-        self.welcome_epoch = epoch
+        self.welcome_epoch = self.arrived_epoch = epoch
         self.idle_epoch = -1
         self.abort_sent_at = None
 
     def leave(self, message: str) -> None:
         """Its connection is closed."""
         self.peer = None
+        self.left_at = time.monotonic()
         self.loaded = None
         self.idle_epoch = -1
         self.abort_sent_at = None
         if self.state is not RankState.FAILED:  # the words of a failed load stay until a process gets further
             self.state, self.message = RankState.ABSENT, message
 
+    def is_cut_off(self, now: float, seconds: float) -> bool:
+        """Its process lives, for all that is known, and has not come back for so long."""
+        unknown = self.last_incarnation not in (self.condemned, self.ended)
+        return self.peer is None and unknown and self.left_at is not None and now - self.left_at > seconds
+
+    def stands_still(self, now: float, seconds: float, *, again: bool) -> bool:
+        """It is loading and has got no further for so long. Before a first loading a download may take any time."""
+        states = (RankState.LOADING, RankState.STARTING) if again else (RankState.LOADING,)
+        loading = self.peer is not None and self.state in states
+        return loading and self.condemned != self.last_incarnation and now - self.heard_at > seconds
+
     def set_progress(self, progress: wire.LoadProgress) -> None:
+        if progress.bytes_done != self.load_done:
+            self.heard_at = time.monotonic()
         self.load_done, self.load_total = progress.bytes_done, progress.bytes_total
         if progress.bytes_done or self.state is not RankState.FAILED:
             self.state, self.message = RankState.LOADING, ""

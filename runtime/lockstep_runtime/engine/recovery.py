@@ -1,38 +1,59 @@
-"""What a fault is, who is to blame, and what to do about it. Pure: evidence in, a decision with its reason out."""
+"""What a fault is, who is to blame, and what to do about it. Pure: evidence in, a decision with its reason out.
+
+The ladder: Drop one request, Rebuild the communicator with every process kept, Respawn the processes that can't be used
+further. The cheapest rung that can help against the fault comes first. One that has just been tried without a step done
+since has failed, and one whose budget is spent is skipped: the next is taken. Above the last the group is poisoned.
+"""
 
 from __future__ import annotations
 
 import enum
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final
 
+from lockstep_runtime.config import Strategy
+from lockstep_runtime.engine.suspect import Suspicion, ranks_text
 from lockstep_runtime.wire import Fault, StepDone
+
+REBUILDS: Final = 5
+REBUILD_REFILL_SECONDS: Final = 5.0  # of healthy time
+RESPAWNS: Final = 10
+RESPAWN_REFILL_SECONDS: Final = 5.0
+PROVEN_SECONDS: Final = 30.0  # a rebuild that held for so long has helped, though nobody asked for a step
 
 
 class Rung(enum.StrEnum):
     """The steps of the ladder that the group can take by itself."""
 
+    DROP = "Drop"
     REBUILD = "Rebuild"
     RESPAWN = "Respawn"
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What one rank said, or did not say. `hearsay`: the rank only noticed that another one is gone."""
+    """What one rank said, or did not say.
+
+    `hearsay`: the rank only noticed that another one is gone. `laggards`: ranks that hold up the others and answer
+    nothing. `outside`: no request's doing. `waited`: seconds from the start to the notice, where that is known.
+    """
 
     fault: Fault
     rank: int | None
     message: str
     hearsay: bool = False
+    laggards: tuple[int, ...] = ()
+    outside: bool = False
+    waited: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """The decision: `kill` are ranks whose process can't be used further."""
+    """The decision: `kill` are ranks whose process can't be used further. No rung: the group is poisoned."""
 
-    rung: Rung
+    rung: Rung | None
     kill: tuple[int, ...]
     reason: str
 
@@ -61,16 +82,15 @@ def diagnose(evidence: Sequence[Evidence]) -> Evidence:
         return Evidence(first.fault, None, first.message)
     cause = max(own, key=lambda one: _WEIGHT[one.fault])  # the first of the gravest
     others = [one.message for one in own if one is not cause and one.message not in cause.message]
-    return Evidence(cause.fault, cause.rank, "; ".join([cause.message, *others]))
+    return replace(cause, message="; ".join([cause.message, *others]))
 
 
-def silent(missing: Sequence[int], what: str, seconds: float) -> Evidence:
-    """The evidence of an answer that did not come in time.
-
-    Where several ranks are silent, most of them only wait for another: which one, shows when they are aborted.
-    """
-    who = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
-    return Evidence(Fault.HANG, missing[0] if len(missing) == 1 else None, f"{who}: no {what} within {seconds:g} s")
+def silent(missing: Sequence[int], what: str, waited: float, suspicion: Suspicion) -> Evidence:
+    """The evidence of an answer that did not come in time."""
+    laggards = suspicion.laggards
+    message = f"{ranks_text(missing)}: no {what} within {waited:.1f} s; {suspicion.sentence}"
+    rank = laggards[0] if len(laggards) == 1 else None
+    return Evidence(Fault.HANG, rank, message, laggards=laggards, waited=waited)
 
 
 def compare(answers: Mapping[int, StepDone]) -> Evidence | None:
@@ -85,19 +105,99 @@ def compare(answers: Mapping[int, StepDone]) -> Evidence | None:
     return Evidence(Fault.DESYNC, odd[0] if known else None, f"the ranks' hidden states differ ({values})")
 
 
-def decide(cause: Evidence, evidence: Sequence[Evidence]) -> Recovery:
-    """The cheapest rung that can help against this fault."""
+def cheapest(cause: Evidence, evidence: Sequence[Evidence], ranks: int) -> Recovery:
+    """The lowest rung that can help against this fault."""
     if cause.fault is Fault.RANK_LOST and cause.rank is not None:
         return Recovery(Rung.RESPAWN, (), f"rank {cause.rank} is gone; its supervisor starts it again")
     if cause.fault in _PROCESS_UNUSABLE:
-        suspects = {one.rank for one in evidence if one.fault is cause.fault and one.rank is not None}
-        kill = tuple(sorted(suspects))
-        return Recovery(Rung.RESPAWN, kill, f"{cause.fault}: the processes of ranks {list(kill)} can't be used further")
+        found = sorted({one.rank for one in evidence if one.fault is cause.fault and one.rank is not None})
+        kill = tuple(found or range(ranks))
+        return Recovery(Rung.RESPAWN, kill, f"{cause.fault}: {_whose(kill)} can't be used further")
+    if cause.laggards:
+        return Recovery(Rung.RESPAWN, cause.laggards, f"{cause.fault}: {_whose(cause.laggards)} holds up the others")
     if cause.fault is Fault.HANG:
         return Recovery(Rung.REBUILD, (), "Hang: every rank is aborted; one that does not answer that either is killed")
     return Recovery(Rung.REBUILD, (), f"{cause.fault}: every process lives; a new communicator is made")
 
 
-def points(fault: Fault) -> int:
+def _whose(ranks: Sequence[int]) -> str:
+    return f"the process of rank {ranks[0]}" if len(ranks) == 1 else f"the processes of {ranks_text(ranks)}"
+
+
+@dataclass(slots=True)
+class Budget:
+    """Attempts that come back with healthy time, one every `refill_seconds`."""
+
+    attempts: int
+    refill_seconds: float
+    left: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = self.attempts
+
+    def rest(self, seconds: float) -> None:
+        self.left = min(float(self.attempts), self.left + max(0.0, seconds) / self.refill_seconds)
+
+    def take(self) -> bool:
+        """Whether there was an attempt left to take."""
+        if self.left < 1.0:
+            return False
+        self.left -= 1.0
+        return True
+
+    def give_back(self) -> None:
+        self.left = min(float(self.attempts), self.left + 1.0)
+
+
+class Ladder:
+    """Decides fault by fault. `rest` tells it of the time between them."""
+
+    def __init__(self, ranks: int, strategy: Strategy) -> None:
+        self._ranks, self._strategy = ranks, strategy
+        self.rebuilds = Budget(REBUILDS, REBUILD_REFILL_SECONDS)
+        self.respawns = Budget(RESPAWNS, RESPAWN_REFILL_SECONDS)
+        self._rebuilt_in_vain = False
+
+    def rest(self, seconds: float, *, steps: bool) -> None:
+        """The group was formed for so long; `steps`: and has done steps of requests."""
+        self.rebuilds.rest(seconds)
+        self.respawns.rest(seconds)
+        if steps or seconds > PROVEN_SECONDS:
+            self._rebuilt_in_vain = False
+
+    def decide(self, cause: Evidence, evidence: Sequence[Evidence], *, by_request: bool = False) -> Recovery:
+        """What to do. `by_request`: a request was found guilty of the fault, so the rungs before it did not fail."""
+        first = cheapest(cause, evidence, self._ranks)
+        if self._strategy == "RecyclePods":
+            return Recovery(None, (), f"{cause.fault}: the strategy is RecyclePods; the group waits for new pods")
+        if first.rung is Rung.REBUILD:
+            if by_request:
+                self.rebuilds.give_back()  # the one that its first fault took
+                return first
+            return self._rebuild(first, cause)
+        return self._respawn(first)
+
+    def another_death(self) -> bool:
+        """A process died before it was loaded; whether the budget bears it."""
+        return self.respawns.take()
+
+    def _rebuild(self, first: Recovery, cause: Evidence) -> Recovery:
+        if self._rebuilt_in_vain:
+            why = "a rebuild has just failed to help"
+        elif not self.rebuilds.take():
+            why = f"{REBUILDS} rebuilds are used up"
+        else:
+            self._rebuilt_in_vain = True
+            return first
+        kill = (cause.rank,) if cause.rank is not None else tuple(range(self._ranks))
+        return self._respawn(Recovery(Rung.RESPAWN, kill, f"{cause.fault}: {why}; {_whose(kill)} must go"))
+
+    def _respawn(self, wanted: Recovery) -> Recovery:
+        if self.respawns.take():
+            return wanted
+        return Recovery(None, (), f"{RESPAWNS} respawns are used up, and {wanted.reason}")
+
+
+def points(cause: Evidence) -> int:
     """How much a fault is held against the sequences of its step: a lost process is seldom their doing."""
-    return 1 if fault in _NOT_BY_A_STEP else 2
+    return 1 if cause.outside or cause.fault in _NOT_BY_A_STEP else 2

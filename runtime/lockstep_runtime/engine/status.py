@@ -11,18 +11,22 @@ from lockstep_runtime.wire import GroupState, RankState
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """What decides the state. `model_error` is the engine's own, in reading the model's configuration."""
+    """What decides the state. `model_error` is the engine's own, in reading the model's configuration; `poison` says
+    why the group can't heal itself."""
 
     formed: bool
     was_ready: bool
     draining: bool
     model_error: str
+    poison: str = ""
 
 
 def group_state(standing: Standing, members: Sequence[Member]) -> tuple[GroupState, str]:
     """The state and a sentence a person can act on."""
     if standing.draining:
         return GroupState.DRAINING, "asked to end; running requests are being finished"
+    if standing.poison:
+        return GroupState.POISONED, standing.poison
     failed = [member for member in members if member.state is RankState.FAILED]
     if standing.model_error or failed:
         return GroupState.FAILED, standing.model_error or failed[0].message

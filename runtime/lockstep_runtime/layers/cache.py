@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -51,4 +53,10 @@ class KVCache:
 
 
 def _zeros(size: tuple[int, ...], placement: Placement) -> Tensor:
-    return torch.zeros(size, dtype=placement.activation, device=placement.device)
+    """On the CPU fresh pages of the kernel's, which are zero when they are first touched: a cache of any size is there
+    at once, and a rank that takes part in a rebuild waits for nothing."""
+    if placement.device.type != "cpu":
+        return torch.zeros(size, dtype=placement.activation, device=placement.device)
+    pages = mmap.mmap(-1, math.prod(size) * placement.activation.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=placement.activation).view(size)

@@ -8,9 +8,10 @@ by 1024, against `F.linear` in bfloat16: 1.7 times as fast at batch 1, 4.7 at 8,
 from __future__ import annotations
 
 import functools
+import hashlib
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Generator, Iterator
+from typing import Final, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -48,9 +49,14 @@ class PlainMatrix(PlainWeight):
 class PackedMatrix:
     """Laid out for the CPU's fastest kernel, in one or several windows of rows."""
 
+    cached_dtype: Final = None  # packed again from the checkpoint's own values, so that the result is the same
+
     def __init__(self, *cuts: Cut, placement: Placement) -> None:
         self.cuts = cuts
+        if placement.packing is Packing.FBGEMM:
+            _hear_fbgemm_out()  # before several threads pack: filters of warnings belong to all of them
         self._pack = pack_fbgemm if placement.packing is Packing.FBGEMM else pack_onednn
+        self._activation = placement.activation
         self._staged = torch.float32 if placement.packing is Packing.FBGEMM else placement.dtype
         self._windows: list[Multiply] = []
 
@@ -61,6 +67,23 @@ class PackedMatrix:
             staging = torch.empty((stop - start, columns), dtype=self._staged)
             yield start, stop, staging
             self._windows.append(self._pack(staging))
+
+    def adopt(self, stored: Tensor) -> None:
+        for start, stop, staging in self.receive():
+            staging.copy_(stored[start:stop])
+
+    def checksum_in_parts(self) -> Generator[None, None, str]:
+        """Of products, since the packed form is opaque: a kernel gives the same bits for the same weights.
+
+        A change that is lost in a product's rounding shows in no other product either.
+        """
+        hashed = hashlib.blake2b(digest_size=8)
+        ramp = torch.linspace(-1.0, 1.0, self.cuts[0].local_shape[1], dtype=torch.float32)[None]
+        for window in self._windows:
+            product = window(ramp.to(self._activation))
+            hashed.update(product.contiguous().view(torch.uint8).numpy().data)
+            yield
+        return hashed.hexdigest()
 
     def __call__(self, x: Tensor) -> Tensor:
         if len(self._windows) == 1:
@@ -84,9 +107,16 @@ def pack_fbgemm(rows: Tensor) -> Multiply:
     least, greatest = (float(bound) for bound in torch.aminmax(rows))
     if not -FLOAT16_MAX <= least <= greatest <= FLOAT16_MAX:
         return functools.partial(F.linear, weight=rows)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "deprecated": see _fbgemm_multiply
-        return _fbgemm_multiply(rows)
+    _hear_fbgemm_out()
+    return _fbgemm_multiply(rows)
+
+
+@functools.cache
+def _hear_fbgemm_out() -> None:
+    """Its functions say once that they are deprecated (see `_fbgemm_multiply`); that is heard here, and ignored."""
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore", UserWarning)
+        _fbgemm_multiply(torch.ones(16, 16))(torch.ones(1, 16))
 
 
 def _fbgemm_multiply(rows: Tensor) -> Multiply:
@@ -94,9 +124,7 @@ def _fbgemm_multiply(rows: Tensor) -> Multiply:
     pack = getattr(torch.ops.aten, "fbgemm_pack_gemm_matrix_fp16", None)
     multiply = getattr(torch.ops.aten, "fbgemm_linear_fp16_weight_fp32_activation", None)
     if pack is not None and multiply is not None:
-        packed, outputs = pack(rows), rows.shape[0]
-        multiply.out(rows[:1], packed, None, rows.new_empty(1, outputs))  # warns at its first call, and here unheard
-        call = multiply.out
+        packed, outputs, call = pack(rows), rows.shape[0], multiply.out
 
         def product(x: Tensor) -> Tensor:
             return call(x, packed, None, x.new_empty(x.shape[0], outputs))  # type: ignore[no-any-return]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
 from lockstep_runtime.layers.placement import Placement
+from lockstep_runtime.weights.checksum import checksum_in_parts
 from lockstep_runtime.weights.plan import Cut
 from lockstep_runtime.weights.read import StoredRows
 
@@ -17,13 +18,23 @@ WINDOW_BYTES: Final = 16 * 1024 * 1024  # what is staged at once, so that loadin
 
 
 class Weight(Protocol):
-    """One tensor of a rank: a stack of cuts."""
+    """One tensor of a rank: a stack of cuts. Nothing changes it once it has been filled: a scrub compares it."""
 
     @property
     def cuts(self) -> tuple[Cut, ...]: ...
 
+    @property
+    def cached_dtype(self) -> torch.dtype | None:
+        """The type in which the weight cache keeps the stack for `adopt`; None: the checkpoint's own."""
+
     def receive(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yield (start, stop, buffer): the caller fills the buffer with those rows, then asks for the next."""
+
+    def adopt(self, stored: Tensor) -> None:
+        """Take the whole stack over from the weight cache, instead of `receive`."""
+
+    def checksum_in_parts(self) -> Generator[None, None, str]:
+        """What tells that nothing has changed; a pause after every few milliseconds."""
 
 
 class PlainWeight:
@@ -32,7 +43,7 @@ class PlainWeight:
     def __init__(self, *cuts: Cut, placement: Placement, dtype: torch.dtype | None = None) -> None:
         self.cuts = cuts
         self._placement = placement
-        self._dtype = dtype or placement.activation
+        self._dtype = self.cached_dtype = dtype or placement.activation
         self.data: Tensor
 
     def receive(self) -> Iterator[tuple[int, int, Tensor]]:
@@ -46,26 +57,47 @@ class PlainWeight:
             yield start, stop, staging
             self.data[start:stop].copy_(staging)
 
+    def adopt(self, stored: Tensor) -> None:
+        """On a CPU the cache's memory becomes the tensor's."""
+        self.data = stored.to(self._placement.device)
+
+    def checksum_in_parts(self) -> Generator[None, None, str]:
+        return checksum_in_parts(self.data)
+
     def lookup(self, indices: Tensor) -> Tensor:
         """indices: [n] -> those rows."""
         return self.data.index_select(0, indices)
 
 
 class StoredTable:
-    """A table of which few rows are used at a time, left in the checkpoint's file and read from there.
+    """A table of which few rows are used at a time, left in the checkpoint's file, or in the cache's, and read there.
 
     For an embedding that is tied to a packed output head: the packed form can't be looked up, and both forms in memory
     would be a quarter more than the whole slice of a small model. A row is read in two microseconds from the page
     cache, which loading has just filled.
     """
 
+    cached_dtype: Final = None  # the head's own stack in the cache serves as the table too
+
     def __init__(self, cut: Cut) -> None:
         self.cut = cut
-        self.rows: StoredRows
+        self.rows: StoredRows | None = None
+        self._adopted: Tensor
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        return (self.cut,)
+
+    def adopt(self, stored: Tensor) -> None:
+        self._adopted = stored
+
+    def checksum_in_parts(self) -> Generator[None, None, str]:
+        """Of an adopted table; a checkpoint's file is not ours to watch."""
+        return checksum_in_parts(torch.empty(0) if self.rows else self._adopted)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """indices: [n] -> [n, columns], in the file's type."""
-        return self.rows.read(indices.tolist())
+        return self._adopted.index_select(0, indices) if self.rows is None else self.rows.read(indices.tolist())
 
 
 def stacked_rows(cuts: tuple[Cut, ...]) -> int:

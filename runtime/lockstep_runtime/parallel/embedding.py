@@ -10,6 +10,7 @@ from lockstep_runtime.layers.matrix import PlainMatrix, matrix
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.layers.weight import PlainWeight, StoredTable, Weight
 from lockstep_runtime.parallel.group import Group
+from lockstep_runtime.parallel.places import place_of
 from lockstep_runtime.weights.plan import Shard, padded_vocabulary, vocabulary
 
 
@@ -24,6 +25,7 @@ class VocabularyEmbedding:
         self.table = StoredTable(cut) if stored else PlainWeight(cut, placement=placement, dtype=placement.dtype)
         self._first, self._rows, self._activation = cut.start, cut.rows, placement.activation
         self._hidden, self._alone = hidden, shard.size == 1
+        self._place = place_of(cut)
 
     def weights(self) -> list[Weight | StoredTable]:
         return [self.table]
@@ -36,7 +38,7 @@ class VocabularyEmbedding:
         here = ((local >= 0) & (local < self._rows)).nonzero()[:, 0]
         rows = torch.zeros(tokens.shape[0], self._hidden, dtype=self._activation, device=tokens.device)
         rows.index_copy_(0, here, self.table.lookup(local[here]).to(self._activation))
-        return group.all_reduce(rows)
+        return group.all_reduce(rows, self._place)
 
 
 class VocabularyHead:
@@ -46,6 +48,7 @@ class VocabularyHead:
         cut = vocabulary(tensor, size, hidden, shard=shard)
         self._size, self._first, self._held = size, cut.start, cut.rows
         self._matrix = matrix(cut, placement=placement)
+        self._place = "lm_head" if "embed" in tensor else place_of(cut)
         self._padding = padded_vocabulary(size, shard) // shard.size - cut.rows
 
     def weights(self) -> list[Weight]:
@@ -58,7 +61,7 @@ class VocabularyHead:
 
     def __call__(self, hidden: Tensor, group: Group) -> Tensor | None:
         """hidden: [n, hidden] -> logits [n, vocabulary] in float32 on rank 0, None elsewhere."""
-        parts = group.gather(F.pad(self._matrix(hidden).float(), (0, self._padding)))
+        parts = group.gather(F.pad(self._matrix(hidden).float(), (0, self._padding)), self._place)
         return None if parts is None else torch.cat(parts, dim=1)[:, : self._size]
 
     def best(self, hidden: Tensor, group: Group) -> tuple[Tensor, Tensor] | None:
@@ -73,7 +76,7 @@ class VocabularyHead:
             values = logits.new_full((hidden.shape[0],), float("-inf"))
             tokens = torch.zeros_like(values, dtype=torch.int64)
         # float64 carries both: token ids are far below 2^53
-        parts = group.gather(torch.stack((values.double(), (tokens + self._first).double()), dim=1))
+        parts = group.gather(torch.stack((values.double(), (tokens + self._first).double()), dim=1), self._place)
         if parts is None:
             return None
         values, tokens = torch.stack(parts).unbind(2)

@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 import torch
@@ -42,15 +43,15 @@ class Rendezvous(Protocol):
 
 
 class Group(Protocol):
-    """One rank's end of the communicator."""
+    """One rank's end of the communicator. `place` names the caller, for who watches it (`parallel.watched`)."""
 
     rank: int
     size: int
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor, place: str = "") -> Tensor:
         """Sum over ranks, in place, the same bits on every rank. `tensor` is contiguous."""
 
-    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+    def gather(self, tensor: Tensor, place: str = "") -> list[Tensor] | None:
         """Every rank's tensor (all of one shape), in rank order, on rank 0; None elsewhere."""
 
     def check(self) -> None:
@@ -81,17 +82,26 @@ def open_rendezvous(config: ServeConfig, epoch: int) -> Rendezvous:
     return StoreServer(own_address(config.leader, time.monotonic() + 10.0))
 
 
-def join(config: ServeConfig, rank: int, epoch: int, address: str, timeout: float) -> Group:
+def join(
+    config: ServeConfig,
+    rank: int,
+    epoch: int,
+    address: str,
+    timeout: float,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Group:
     """Meet the other ranks there, and prove the communicator: an all-reduce of ones must give the group's size.
 
+    `cancelled` is asked while the others are waited for, where that is possible: in shared memory.
+
     Raises:
-        GroupError: not everyone came within `timeout` seconds, or the proof failed.
+        GroupError: not everyone came within `timeout` seconds, it was cancelled, or the proof failed.
     """
     size = config.tensor_parallel_size
     if size == 1:
         return SingleGroup()
     if address.startswith(SCHEME):
-        return SharedMemoryGroup(address, rank, size, timeout)
+        return SharedMemoryGroup(address, rank, size, timeout, cancelled)
     deadline = time.monotonic() + timeout
     try:
         store = _connect(address, epoch, deadline)
@@ -113,11 +123,11 @@ class SingleGroup:
     def __init__(self) -> None:
         self._aborted = False
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor, place: str = "") -> Tensor:
         self.check()
         return tensor
 
-    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+    def gather(self, tensor: Tensor, place: str = "") -> list[Tensor] | None:
         self.check()
         return [tensor]
 
@@ -165,13 +175,13 @@ class GlooGroup:
         )
         _prove(self, torch.device("cpu"))
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor, place: str = "") -> Tensor:
         options = dist.AllreduceOptions()
         options.timeout = WITHOUT_LIMIT
         self._run(lambda: self._group.allreduce([tensor], options))
         return tensor
 
-    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+    def gather(self, tensor: Tensor, place: str = "") -> list[Tensor] | None:
         parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
         options = dist.GatherOptions()
         options.rootRank = 0
@@ -214,12 +224,12 @@ class NcclGroup:
         )
         _prove(self, where)
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor, place: str = "") -> Tensor:
         self.check()
         dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+    def gather(self, tensor: Tensor, place: str = "") -> list[Tensor] | None:
         self.check()
         parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(tensor, parts, dst=0)

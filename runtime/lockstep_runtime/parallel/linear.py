@@ -8,6 +8,7 @@ from lockstep_runtime.layers.matrix import matrix
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.layers.weight import PlainWeight, Weight
 from lockstep_runtime.parallel.group import Group
+from lockstep_runtime.parallel.places import place_of
 from lockstep_runtime.weights.plan import Cut
 
 
@@ -33,11 +34,12 @@ class RowLinear:
     def __init__(self, cut: Cut, bias: Cut | None = None, *, placement: Placement) -> None:
         self._matrix = matrix(cut, placement=placement)
         self._bias = PlainWeight(bias, placement=placement) if bias else None
+        self._place = place_of(cut)
 
     def weights(self) -> list[Weight]:
         return [self._matrix, *([self._bias] if self._bias else [])]
 
     def __call__(self, x: Tensor, group: Group) -> Tensor:
         """x: [tokens, this rank's inputs] -> [tokens, outputs], the same on every rank."""
-        y = group.all_reduce(self._matrix(x))
+        y = group.all_reduce(self._matrix(x), self._place)
         return y if self._bias is None else y.add_(self._bias.data)

@@ -19,16 +19,18 @@ import os
 import platform
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from lockstep_runtime.owned_files import SHARED_MEMORY, owner, owner_of
 from lockstep_runtime.parallel.errors import GroupAborted, GroupError
 
 SCHEME: Final = "shm://"
-FOLDER: Final = Path("/dev/shm")  # noqa: S108 - memory that processes share, which is the point
+FOLDER: Final = SHARED_MEMORY
 SLOT_BYTES: Final = 1024 * 1024
 COUNTERS_BYTES: Final = 4096
 CACHE_LINE_WORDS: Final = 8  # a counter per line: no rank's store takes another's line away
@@ -47,7 +49,7 @@ class SharedFile:
     """The meeting place: rank 0 makes it, every rank maps it, and it is unlinked when all have."""
 
     def __init__(self, size: int) -> None:
-        path = FOLDER / f"lockstep-{secrets.token_hex(8)}"
+        path = _new_path()
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, COUNTERS_BYTES + 2 * size * SLOT_BYTES)
@@ -66,10 +68,12 @@ class SharedFile:
 class SharedMemoryGroup:
     """One rank's end. All methods but `abort` belong to one thread."""
 
-    def __init__(self, address: str, rank: int, size: int, timeout: float) -> None:
+    def __init__(
+        self, address: str, rank: int, size: int, timeout: float, cancelled: Callable[[], bool] = lambda: False
+    ) -> None:
         """
         Raises:
-            GroupError: no such meeting place, or not everyone was there in time.
+            GroupError: no such meeting place, not everyone was there in time, or it was cancelled meanwhile.
         """
         if size > MAX_RANKS:
             raise GroupError(f"shared memory serves {MAX_RANKS} ranks at most, not {size}")
@@ -83,12 +87,13 @@ class SharedMemoryGroup:
         self._views: dict[tuple[torch.dtype, int], tuple[tuple[Tensor, ...], ...]] = {}
         self._spin = SPIN_SECONDS if size <= len(os.sched_getaffinity(0)) else 0.0
         self._deadline: float | None = time.monotonic() + timeout
+        self._cancelled = cancelled
         self._meet()
         if rank == 0:  # everyone has mapped it: nothing stays behind, however the ranks end
             Path(address.removeprefix(SCHEME)).unlink(missing_ok=True)
         self._deadline = None
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor, place: str = "") -> Tensor:
         """Sum over ranks, in place; contiguous, on the CPU."""
         flat = tensor.view(-1)
         at_once = SLOT_BYTES // tensor.itemsize
@@ -99,7 +104,7 @@ class SharedMemoryGroup:
                 self._sum(piece)
         return tensor
 
-    def gather(self, tensor: Tensor) -> list[Tensor] | None:
+    def gather(self, tensor: Tensor, place: str = "") -> list[Tensor] | None:
         """Every rank's tensor (of one shape), in rank order, on rank 0; None elsewhere."""
         parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
         flats = [part.view(-1) for part in parts or ()]
@@ -169,8 +174,8 @@ class SharedMemoryGroup:
             now = time.monotonic()
             if words[ABORTED]:
                 raise GroupAborted("the communicator was aborted in a collective")
-            if self._deadline is not None and now > self._deadline:
-                raise GroupError(f"rank {other // CACHE_LINE_WORDS - 1} did not join in time")
+            if self._deadline is not None:
+                self._check_meeting(other, now, self._deadline)
             if now - started >= self._spin:
                 self._sleep(other, sequence)
 
@@ -181,6 +186,21 @@ class SharedMemoryGroup:
             time.sleep(SLEEP_SECONDS)
             if words[other] >= sequence:
                 return
+
+    def _check_meeting(self, other: int, now: float, deadline: float) -> None:
+        if self._cancelled():
+            raise GroupAborted("the meeting was called off")
+        if now > deadline:
+            raise GroupError(f"rank {other // CACHE_LINE_WORDS - 1} did not join in time")
+
+
+def _new_path() -> Path:
+    """Named for its supervisor, if any. What an epoch left whose rank 0 was killed before all had come, goes."""
+    supervisor = owner(os.environ)
+    if supervisor is not None:
+        for stale in FOLDER.glob(f"lockstep-group-{supervisor}-*"):
+            stale.unlink(missing_ok=True)
+    return FOLDER / f"lockstep-group-{supervisor or owner_of(os.getpid())}-{secrets.token_hex(8)}"
 
 
 def _map_file(path: Path, size: int) -> mmap.mmap:

@@ -3,6 +3,9 @@
 It keeps one process per rank of its pod, and in the leader pod the engine, until it is asked to end. A dead
 worker is started again at once; one that dies before it was loaded, or an engine that dies young, waits 1, 2, 4 … 30 s
 from the second time on.
+
+Beside them it keeps a spare, which has imported what a worker needs and has no rank. A rank whose process died is given
+to the spare; the next spare is started when all ranks of the pod are loaded, so that it takes no time from them.
 """
 
 from __future__ import annotations
@@ -13,10 +16,14 @@ from dataclasses import dataclass, field
 from signal import SIGKILL, SIGTERM
 from typing import Final, Literal
 
-Name = int | Literal["engine"]  # a worker's name is its rank
+Name = int | Literal["engine", "spare"]  # a worker's name is its rank
 ENGINE: Final[Literal["engine"]] = "engine"
+SPARE: Final[Literal["spare"]] = "spare"
 
 LONGEST_BACKOFF: Final = 30.0
+SPARE_SECONDS: Final = 1.0  # between the loading of the last rank and the start of the spare
+STOPPED_SECONDS: Final = 0.5  # a process that was stopped for so long does not go on by itself
+STOPPED_AGAIN_SECONDS: Final = 5.0  # the engine may not have been there to hear it
 STOP_SECONDS: Final = 3.0  # between SIGTERM and SIGKILL
 DRAIN_MARGIN_SECONDS: Final = 5.0  # for the engine beyond its own grace
 
@@ -24,6 +31,21 @@ DRAIN_MARGIN_SECONDS: Final = 5.0  # for the engine beyond its own grace
 @dataclass(frozen=True, slots=True)
 class Spawn:
     name: Name
+
+
+@dataclass(frozen=True, slots=True)
+class Promote:
+    """Give the rank to the spare: from now on that process goes by the rank's name."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class SayStopped:
+    """Tell the engine that a worker was stopped and stays so."""
+
+    rank: int
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +68,7 @@ class Finish:
     reason: str
 
 
-Action = Spawn | Signal | SayLeaving | Finish
+Action = Spawn | Promote | Signal | SayStopped | SayLeaving | Finish
 
 
 class Phase(enum.StrEnum):
@@ -61,6 +83,8 @@ class _Child:
     alive: bool = False
     failures: int = 0  # in a row, before it was healthy
     spawn_at: float | None = None
+    stopped_at: float | None = None
+    stopped_by: int = 0
 
 
 @dataclass(slots=True)
@@ -70,6 +94,7 @@ class Machine:
     ranks: Sequence[int]
     is_leader: bool
     grace_seconds: float
+    keeps_spare: bool = True
     phase: Phase = Phase.RUNNING
     deadline: float | None = None  # of the phase
     _children: dict[Name, _Child] = field(default_factory=dict)
@@ -78,12 +103,28 @@ class Machine:
         """Start everything; workers first, they take longest."""
         names: list[Name] = [*self.ranks, *([ENGINE] if self.is_leader else [])]
         self._children = {name: _Child(spawn_at=now) for name in names}
+        if self.keeps_spare:
+            self._children[SPARE] = _Child()
         return self.tick(now)
+
+    def loaded(self, now: float) -> None:
+        """Every rank of this pod is loaded: time for a spare, if there is none."""
+        spare = self._children.get(SPARE)
+        if spare is not None and not spare.alive and spare.spawn_at is None and self.phase is Phase.RUNNING:
+            spare.spawn_at = now + SPARE_SECONDS + backoff(spare.failures)
+
+    def stopped(self, name: Name, number: int, now: float) -> None:
+        """A child was stopped by a signal."""
+        child = self._children[name]
+        child.stopped_at, child.stopped_by = now + STOPPED_SECONDS, number
+
+    def continued(self, name: Name) -> None:
+        self._children[name].stopped_at = None
 
     def exited(self, name: Name, *, healthy: bool, now: float, hopeless: bool = False) -> list[Action]:
         """A child has ended. `healthy`: it had been of use before; `hopeless`: starting it again can't help."""
         child = self._children[name]
-        child.alive = False
+        child.alive, child.stopped_at = False, None
         if self.phase is Phase.LEAVING and name == ENGINE:
             return self._stop(now, "the engine has drained")
         if self.phase is Phase.STOPPING:
@@ -91,6 +132,8 @@ class Machine:
         if hopeless and self.phase is Phase.RUNNING:
             return self._stop(now, "the engine can't run here", code=2)
         child.failures = 0 if healthy else child.failures + 1
+        if name == SPARE:
+            return []  # `loaded` starts another
         child.spawn_at = now + backoff(child.failures)
         return self.tick(now)
 
@@ -133,21 +176,38 @@ class Machine:
             return []
         actions: list[Action] = []
         for name, child in self._children.items():
+            if child.stopped_at is not None and now >= child.stopped_at:
+                child.stopped_at = now + STOPPED_AGAIN_SECONDS
+                actions.append(self._unstick(name, child))
             if child.spawn_at is not None and now >= child.spawn_at:
                 child.alive, child.spawn_at = True, None
-                actions.append(Spawn(name))
+                actions.append(self._start(name))
         return actions
+
+    def _start(self, name: Name) -> Action:
+        spare = self._children.get(SPARE)
+        if not isinstance(name, int) or spare is None or not spare.alive:
+            return Spawn(name)
+        spare.alive, spare.failures, spare.stopped_at = False, 0, None
+        return Promote(name)
+
+    def _unstick(self, name: Name, child: _Child) -> Action:
+        """What becomes of a stopped worker is the engine's to decide; of any other child, ours."""
+        if isinstance(name, int):
+            return SayStopped(name, child.stopped_by)
+        return Signal(name, SIGKILL, f"it was stopped by signal {child.stopped_by}")
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next; None: never, by itself."""
-        times = [child.spawn_at for child in self._children.values() if child.spawn_at is not None]
+        children = self._children.values()
+        times = [at for child in children for at in (child.spawn_at, child.stopped_at) if at is not None]
         return min([*times, *([self.deadline] if self.deadline is not None else [])], default=None)
 
     def _stop(self, now: float, reason: str, code: int = 0) -> list[Action]:
         self.phase, self.deadline = Phase.STOPPING, now + STOP_SECONDS
         self._code, self._reason = code, reason
         for child in self._children.values():
-            child.spawn_at = None
+            child.spawn_at = child.stopped_at = None
         alive = [name for name, child in self._children.items() if child.alive]
         return [Signal(name, SIGTERM, reason) for name in alive] or self._finish_if_alone()
 

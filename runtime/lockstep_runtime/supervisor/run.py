@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from lockstep_runtime import child, wire
+from lockstep_runtime import child, fault_box, owned_files, wire
 from lockstep_runtime.config import CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
 from lockstep_runtime.supervisor.board import StatusBoard
 from lockstep_runtime.supervisor.link import Link
@@ -24,7 +24,9 @@ from lockstep_runtime.supervisor.machine import (
     Action,
     Finish,
     Machine,
+    Promote,
     SayLeaving,
+    SayStopped,
     Signal,
     Spawn,
 )
@@ -33,6 +35,7 @@ from lockstep_runtime.supervisor.process import Exit, Processes
 logger = logging.getLogger(__name__)
 
 PORT_TAKEN_EXIT: Final = 2  # the engine's
+LOADED_LOOK_SECONDS: Final = 0.5  # between two looks at whether every rank is loaded
 
 
 class Supervisor:
@@ -59,8 +62,11 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGCHLD, self._on_child)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_end_signal, number)
+        self._lay_out_files()
         self._do(self._machine.start(time.monotonic()))
-        works: list[Coroutine[Any, Any, None]] = [self._link.run(), self._keep_time(), self._serve(listening)]
+        works: list[Coroutine[Any, Any, None]] = [
+            self._link.run(), self._keep_time(), self._watch_loading(), self._serve(listening),
+        ]  # fmt: skip
         tasks = [loop.create_task(work) for work in works]
         ends: list[asyncio.Future[Any]] = [*tasks, self._finished]
         try:
@@ -73,11 +79,21 @@ class Supervisor:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            owned_files.remove(os.environ)
+
+    def _lay_out_files(self) -> None:
+        """What supervisors that were killed left behind goes; a fault on purpose waits for its rank."""
+        owned_files.remove(os.environ)
+        if self._config.allow_faults and (once := os.environ.get(fault_box.ONCE_VARIABLE)):
+            fault = fault_box.parse_once(once)
+            if fault.rank in self._config.ranks:
+                fault_box.leave(os.environ, fault)
 
     async def _serve(self, listening: socket.socket) -> None:
         """The HTTP server is imported while the children start."""
         module = await asyncio.to_thread(importlib.import_module, "lockstep_runtime.supervisor.server")
-        await module.StatusServer(self._board, self._token, self._config.api_port).run_on(listening)
+        inject = self._inject if self._config.allow_faults and self._config.is_leader else None
+        await module.StatusServer(self._board, self._token, self._config.api_port, inject).run_on(listening)
 
     async def _keep_time(self) -> None:
         while True:
@@ -88,17 +104,31 @@ class Supervisor:
                     await self._due.wait()
             self._do(self._machine.tick(time.monotonic()))
 
+    async def _watch_loading(self) -> None:
+        while True:
+            await asyncio.sleep(LOADED_LOOK_SECONDS)
+            if self._processes.are_loaded(self._config.ranks):
+                self._machine.loaded(time.monotonic())
+                self._due.set()
+
     # --- what happens
 
     def _on_child(self) -> None:
-        for gone in self._processes.reap():
-            self._on_exit(gone)
+        for news in self._processes.reap():
+            if isinstance(news, Exit):
+                self._on_exit(news)
+            elif news.signal:
+                logger.warning("%s was stopped by %s", news.name, signal.Signals(news.signal).name)
+                self._machine.stopped(news.name, news.signal, time.monotonic())
+            else:
+                self._machine.continued(news.name)
+        self._due.set()
 
     def _on_exit(self, gone: Exit) -> None:
         how = f"was killed by signal {gone.signal}" if gone.code is None else f"ended with exit code {gone.code}"
-        who = "the engine" if gone.name == ENGINE else f"worker {gone.name}"
+        who = f"worker {gone.name}" if isinstance(gone.name, int) else f"the {gone.name}"
         logger.info("%s (pid %d) %s", who, gone.pid, how)
-        if gone.name != ENGINE:
+        if isinstance(gone.name, int):
             self._link.send(
                 wire.ProcessExited(
                     rank=gone.name,
@@ -108,7 +138,7 @@ class Supervisor:
                     signal=gone.signal,
                 )
             )
-        elif self._board is not None:
+        elif self._board is not None and gone.name == ENGINE:
             self._board.engine_lost(how)
         hopeless = gone.name == ENGINE and gone.code == PORT_TAKEN_EXIT
         self._do(self._machine.exited(gone.name, healthy=gone.healthy, now=time.monotonic(), hopeless=hopeless))
@@ -124,10 +154,20 @@ class Supervisor:
             case wire.KillWorker():
                 if self._processes.incarnation(message.rank) == message.incarnation:
                     self._do(self._machine.kill(message.rank, message.reason))
+            case wire.ReadProgress():
+                self._link.send(wire.ProgressReport(asked=message.asked, records=self._processes.records()))
+            case wire.Inject():
+                if self._config.allow_faults:
+                    fault_box.leave(os.environ, message)
             case wire.Release():
                 self._do(self._machine.released(time.monotonic()))
             case _:
                 pass
+
+    def _inject(self, fault: wire.Inject) -> bool:
+        """A fault on purpose: the engine knows whom it concerns."""
+        self._link.send(fault)
+        return self._link.connected
 
     def _on_lost(self) -> None:
         self._do(self._machine.disconnected(time.monotonic()))
@@ -144,6 +184,10 @@ class Supervisor:
             case Spawn():
                 pid = self._processes.spawn(action.name, self._history() if action.name == ENGINE else None)
                 logger.debug("started %s (pid %d)", action.name, pid)
+            case Promote():
+                logger.info("the spare (pid %d) becomes rank %d", self._processes.promote(action.rank), action.rank)
+            case SayStopped():
+                self._say_stopped(action)
             case Signal():
                 level = logging.WARNING if action.number == signal.SIGKILL else logging.DEBUG
                 logger.log(level, "%s to %s: %s", signal.Signals(action.number).name, action.name, action.reason)
@@ -154,6 +198,11 @@ class Supervisor:
                 logger.info("ends: %s", action.reason)
                 if not self._finished.done():
                     self._finished.set_result(action.code)
+
+    def _say_stopped(self, action: SayStopped) -> None:
+        pid, incarnation = self._processes.pids()[action.rank], self._processes.incarnation(action.rank)
+        message = wire.ProcessStopped(rank=action.rank, pid=pid, incarnation=incarnation, signal=action.number)
+        self._link.send(message)
 
     def _history(self) -> dict[str, str]:
         """What the engine before said last, so that fault ids, epochs and counts go on."""

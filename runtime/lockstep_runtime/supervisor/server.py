@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import msgspec
@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from lockstep_runtime import wire
 from lockstep_runtime.supervisor.board import StatusBoard
 from lockstep_runtime.supervisor.readiness import api_ready
 from lockstep_runtime.wire import API_PORT
@@ -24,8 +25,16 @@ MAX_CONNECTIONS: Final = 256
 _encoder: Final = msgspec.json.Encoder()
 
 
-def create_app(board: StatusBoard | None, token: str, api_port: int = API_PORT) -> Starlette:
-    """`board` is None in pods other than the leader's: they have no `/status`, and are ready while they live."""
+Inject = Callable[[wire.Inject], bool]  # hands a fault on purpose to the engine; whether there is one
+
+
+def create_app(
+    board: StatusBoard | None, token: str, api_port: int = API_PORT, inject: Inject | None = None
+) -> Starlette:
+    """`board` is None in pods other than the leader's: they have no `/status`, and are ready while they live.
+
+    `inject` is given where faults are allowed; otherwise there is no `/inject`.
+    """
 
     async def healthz(_request: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -46,7 +55,30 @@ def create_app(board: StatusBoard | None, token: str, api_port: int = API_PORT) 
         found = await board.after(None if after is None else int(after), POLL_SECONDS)
         return Response(_encoder.encode(found), media_type="application/json")
 
-    return Starlette(routes=[Route("/healthz", healthz), Route("/readyz", readyz), Route("/status", status)])
+    async def take_fault(request: Request) -> Response:
+        if not _authorized(request, token):
+            return PlainTextResponse("a bearer token is needed\n", 401, {"WWW-Authenticate": "Bearer"})
+        try:
+            fault = msgspec.json.decode(await _small_body(request), type=wire.Inject)
+        except msgspec.MsgspecError as error:
+            return PlainTextResponse(f"no fault that can be injected: {error}\n", 400)
+        if inject is None or not inject(fault):
+            return PlainTextResponse("there is no engine just now\n", 503)
+        return PlainTextResponse("ok\n", 202)
+
+    routes = [Route("/healthz", healthz), Route("/readyz", readyz), Route("/status", status)]
+    if inject is not None:
+        routes.append(Route("/inject", take_fault, methods=["POST"]))
+    return Starlette(routes=routes)
+
+
+async def _small_body(request: Request) -> bytes:
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > wire.MAX_HELLO_BYTES:
+            raise msgspec.ValidationError("it is too long")
+    return body
 
 
 def _authorized(request: Request, token: str) -> bool:
@@ -57,8 +89,10 @@ def _authorized(request: Request, token: str) -> bool:
 class StatusServer(uvicorn.Server):
     """On the supervisor's own loop; signals are the supervisor's."""
 
-    def __init__(self, board: StatusBoard | None, token: str, api_port: int = API_PORT) -> None:
-        app = create_app(board, token, api_port)
+    def __init__(
+        self, board: StatusBoard | None, token: str, api_port: int = API_PORT, inject: Inject | None = None
+    ) -> None:
+        app = create_app(board, token, api_port, inject)
         super().__init__(
             uvicorn.Config(
                 app, log_config=None, access_log=False, lifespan="off", limit_concurrency=MAX_CONNECTIONS,

@@ -1,13 +1,21 @@
-"""The loader: one loop over a model's weights."""
+"""The loader: one loop over a model's weights, from the checkpoint or from the weight cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from lockstep_runtime.layers.weight import StoredTable, Weight
+from lockstep_runtime.weights.cache import CacheWriter, Identity, Wanted, WeightCache
+from lockstep_runtime.weights.plan import Cut
 from lockstep_runtime.weights.read import Checkpoint
+from lockstep_runtime.weights.threads import in_threads
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,9 +24,7 @@ class Loaded:
     read_bytes: int
 
 
-def load_weights(
-    directory: Path, weights: Iterable[Weight | StoredTable], progress: Callable[[int, int], None]
-) -> Loaded:
+def load_weights(directory: Path, weights: Iterable[Weight | StoredTable], progress: Progress) -> Loaded:
     """Fill every weight. `progress(done, total)` is called often, in bytes of the checkpoint.
 
     All tensors are looked up before the first is read, so that what is missing is told at once.
@@ -42,3 +48,65 @@ def load_weights(
         return Loaded(weight_bytes=total, read_bytes=checkpoint.bytes_read)
     finally:
         checkpoint.close()
+
+
+def fill_cache(
+    path: Path,
+    identity: Identity,
+    settings: Mapping[str, Any],
+    directory: Path,
+    weights: Iterable[Weight | StoredTable],
+    progress: Progress,
+) -> tuple[WeightCache, Loaded]:
+    """Read what the weights are made of into a new cache file; they are not filled yet.
+
+    Raises:
+        ModelError: as `load_weights`.
+        OSError: there is no room for the file.
+    """
+    total = 0
+    checkpoint = Checkpoint(directory, lambda _: progress(checkpoint.bytes_read, total))
+    try:
+        wanted = {weight.cuts: _wanted(checkpoint, weight) for weight in weights}
+        total = sum(checkpoint.nbytes(cut) for cuts in wanted for cut in cuts)
+        writer = CacheWriter(path, identity, settings, total, wanted.values())
+        try:
+            for one, tensor in writer.tensors():
+                checkpoint.read(one.cuts, 0, one.shape[0], tensor)
+            cache = writer.publish()
+        except BaseException:
+            writer.discard()
+            raise
+        return cache, Loaded(weight_bytes=total, read_bytes=checkpoint.bytes_read)
+    finally:
+        checkpoint.close()
+
+
+def adopt_weights(cache: WeightCache, weights: Sequence[Weight | StoredTable], progress: Progress) -> Loaded:
+    """Fill every weight from the cache.
+
+    Raises:
+        CacheError: it does not hold what the weights are made of.
+    """
+    stored = [cache.tensor(weight.cuts, weight.cached_dtype) for weight in weights]
+    done, total = 0, sum(one.nbytes for one in stored)
+
+    def adopt(index: int) -> int:
+        weights[index].adopt(stored[index])
+        return stored[index].nbytes
+
+    for nbytes in in_threads(adopt, range(len(weights))):
+        done += nbytes
+        progress(done, total)
+    return Loaded(weight_bytes=cache.header.weight_bytes, read_bytes=0)
+
+
+def _wanted(checkpoint: Checkpoint, weight: Weight | StoredTable) -> Wanted:
+    dtype = weight.cached_dtype or _common_dtype(checkpoint, weight.cuts)
+    return Wanted(cuts=weight.cuts, dtype=str(dtype).removeprefix("torch."))
+
+
+def _common_dtype(checkpoint: Checkpoint, cuts: tuple[Cut, ...]) -> torch.dtype:
+    """The tensors' own; of several the widest, in which each is exact."""
+    dtypes = {checkpoint.find(cut).dtype for cut in cuts}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32

@@ -50,8 +50,9 @@ class Dismissed:
 
 
 Command = (
-    Connected | Disconnected | Dismissed | wire.Rendezvous | wire.Join | wire.AllocateCache | wire.Step | wire.Abort
-)
+    Connected | Disconnected | Dismissed
+    | wire.Rendezvous | wire.Join | wire.AllocateCache | wire.Step | wire.Abort | wire.Inject
+)  # fmt: skip
 
 
 class Control:
@@ -62,6 +63,7 @@ class Control:
         self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self.fence = 0  # commands of epochs below this are void
         self.interrupt: Callable[[], None] = lambda: None
+        self.on_inject: Callable[[wire.Inject], None] | None = None  # a fault on purpose; None: none are taken
         self._socket: socket.socket | None = None
         self._connections = 0
         self._send_lock = threading.Lock()
@@ -74,9 +76,7 @@ class Control:
     def stop(self) -> None:
         """Close the connection and make no other."""
         self._stopped.set()
-        with self._send_lock:
-            if self._socket is not None:
-                self._socket.shutdown(socket.SHUT_RDWR)
+        self.disconnect()
         self._thread.join()
 
     def send(self, message: wire.FromWorker) -> None:
@@ -89,6 +89,12 @@ class Control:
                 self._socket.sendall(frame)
             except OSError as error:
                 logger.info("could not send %s: %s", type(message).__name__, error)
+
+    def disconnect(self) -> None:
+        """Cut the connection, as a network may; another is made."""
+        with self._send_lock:
+            if self._socket is not None:
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     @property
     def connected(self) -> bool:
@@ -152,6 +158,10 @@ class Control:
                 self.fence = max(self.fence, message.epoch)
                 self.inbox.put(message)
                 self.interrupt()
+            case wire.Inject():
+                if self.on_inject is not None:
+                    self.on_inject(message)
+                    self.inbox.put(message)  # which wakes the main thread: it is idle
             case _:
                 self.inbox.put(message)
 

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import sys
 import time
-from typing import TYPE_CHECKING, Final, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, NoReturn, Protocol
 
-from lockstep_runtime import wire
-from lockstep_runtime.config import ServeConfig
+import msgspec
+
+from lockstep_runtime import child, fault_box, wire
+from lockstep_runtime.config import CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
+from lockstep_runtime.parallel.watched import WatchedGroup
 from lockstep_runtime.progress import Progress, Stage
 from lockstep_runtime.wire import Fault
-from lockstep_runtime.worker.control import Connected, Control, Disconnected, Dismissed
+from lockstep_runtime.worker.classify import classify
+from lockstep_runtime.worker.control import Command, Connected, Control, Disconnected, Dismissed
+from lockstep_runtime.worker.inject import Injector
 
 if TYPE_CHECKING:
     from lockstep_runtime.parallel.group import Group, Rendezvous
     from lockstep_runtime.worker.runner import LoadReport, Runner
+    from lockstep_runtime.worker.scrub import Scrub
 
 logger = logging.getLogger(__name__)
 
+JOIN_STEP: Final = -1  # joining, in the progress record
 JOIN_SECONDS: Final = 10.0  # the engine waits longer than this before it kills a rank that joins
 PROGRESS_SECONDS: Final = 0.2  # between two LoadProgress messages
 LOAD_FAILED_EXIT: Final = 3
@@ -31,7 +40,15 @@ class Collectives(Protocol):
 
     def open_rendezvous(self, config: ServeConfig, epoch: int) -> Rendezvous: ...
 
-    def join(self, config: ServeConfig, rank: int, epoch: int, address: str, timeout: float) -> Group: ...
+    def join(
+        self,
+        config: ServeConfig,
+        rank: int,
+        epoch: int,
+        address: str,
+        timeout: float,
+        cancelled: Callable[[], bool],
+    ) -> Group: ...
 
 
 class Worker:
@@ -45,23 +62,33 @@ class Worker:
         self._rendezvous: Rendezvous | None = None
         self._group: Group | None = None
         self._loaded: wire.Loaded | None = None
+        self._epoch = 0  # of the communicator
         self._runner: Runner
+        self._scrub: Scrub | None = None
         self._progress_sent = 0.0
         control.interrupt = self._interrupt
+        self._faults: Injector | None = None
+        if config.allow_faults:
+            self._faults = Injector(progress, control.disconnect, lambda number: self._runner.flip_bit(number))
+            control.on_inject = self._faults.arm
 
     def load(self, runner: Runner) -> None:
         """Read this rank's weights."""
         self._runner = runner
         self._progress.set_stage(Stage.LOADING)
+        if self._faults is not None:
+            for fault in fault_box.take(os.environ, self._rank):
+                self._faults.arm(fault)
         begun = time.monotonic()
         report = runner.load(self._on_progress)
+        self._scrub = report.scrub
         self._loaded = _loaded(report, time.monotonic() - begun)
         self._progress.set_stage(Stage.LOADED)
 
     def run(self) -> str:
         """Work until dismissed; returns the reason."""
         while True:
-            command = self._control.inbox.get()
+            command = self._next_command()
             match command:
                 case Dismissed():
                     return command.reason
@@ -75,8 +102,32 @@ class Worker:
                     begun = time.monotonic()
                     self._drop_group()
                     self._control.send(wire.Aborted(epoch=command.epoch, seconds=time.monotonic() - begun))
+                case wire.Inject():
+                    if self._faults is not None:
+                        self._faults.idle()
                 case _ if command.epoch >= self._control.fence:
                     self._obey(command)
+
+    def _next_command(self) -> Command:
+        """While there is none, and between two, the scrub takes its turns."""
+        while True:
+            scrub = self._scrub if self._group is not None else None
+            try:
+                return self._control.inbox.get(timeout=scrub.wait(time.monotonic()) if scrub else None)
+            except queue.Empty:
+                self._scrub_on()
+
+    def _scrub_on(self) -> None:
+        from lockstep_runtime.worker.scrub import CorruptionError
+
+        try:
+            if self._scrub is not None:
+                self._scrub.turn(time.monotonic())
+        except CorruptionError as error:
+            logger.error("%s", error)
+            self._scrub = None  # once is enough: this process is to be replaced
+            message = wire.StepFailed(epoch=self._epoch, step=-1, fault=Fault.CORRUPTION, message=str(error))
+            self._control.send(message)
 
     def _obey(self, command: wire.Rendezvous | wire.Join | wire.AllocateCache | wire.Step) -> None:
         """Any exception is this rank's failure to report, not a reason to end: the engine decides what follows."""
@@ -92,7 +143,10 @@ class Worker:
                 "%s of epoch %d failed: %s", type(command).__name__, command.epoch, message,
                 exc_info=None if fault is Fault.RANK_LOST else error,
             )  # fmt: skip
-            self._control.send(wire.StepFailed(epoch=command.epoch, step=step, fault=fault, message=message))
+            untouched = step >= 0 and not self._progress.collectives
+            self._control.send(
+                wire.StepFailed(epoch=command.epoch, step=step, fault=fault, message=message, untouched=untouched)
+            )
 
     def _answer(self, command: wire.Rendezvous | wire.Join | wire.AllocateCache | wire.Step) -> wire.FromWorker:
         match command:
@@ -110,7 +164,16 @@ class Worker:
 
     def _join(self, command: wire.Join) -> wire.Joined:
         begun = time.monotonic()
-        self._group = self._collectives.join(self._config, self._rank, command.epoch, command.address, JOIN_SECONDS)
+        self._progress.enter(command.epoch, JOIN_STEP)
+        if self._faults is not None:
+            self._faults.joining()
+        self._progress.enter_collective("the meeting place")
+        group = self._collectives.join(
+            self._config, self._rank, command.epoch, command.address, JOIN_SECONDS,
+            lambda: self._control.fence > command.epoch,
+        )  # fmt: skip
+        self._progress.leave(command.epoch, JOIN_STEP)
+        self._group, self._epoch = WatchedGroup(group, self._progress), command.epoch
         if self._control.fence > command.epoch:  # an abort that came before there was a group to abort
             self._group.abort()
         return wire.Joined(epoch=command.epoch, seconds=time.monotonic() - begun)
@@ -120,7 +183,8 @@ class Worker:
             raise RuntimeError("a step came before the communicator was joined")
         self._progress.enter(command.epoch, command.step)
         begun = time.monotonic()
-        output = self._runner.step(command, self._group)
+        step, group = self._faults.step(command, self._group) if self._faults is not None else (command, self._group)
+        output = self._runner.step(step, group)
         seconds = time.monotonic() - begun
         self._progress.leave(command.epoch, command.step)
         return wire.StepDone(
@@ -150,19 +214,12 @@ class Worker:
             logger.warning("closing the communicator: %s: %s", type(error).__name__, error)
 
     def _on_progress(self, done: int, total: int) -> None:
+        if self._faults is not None:
+            self._faults.loading()
         now = time.monotonic()
         if now - self._progress_sent >= PROGRESS_SECONDS or done == total:
             self._progress_sent = now
             self._control.send(wire.LoadProgress(bytes_done=done, bytes_total=total))
-
-
-def classify(error: Exception) -> tuple[Fault, str]:
-    """The fault's name and a message. A broken collective says that a peer is lost: the cause is elsewhere."""
-    from lockstep_runtime.parallel.group import GroupError
-
-    if isinstance(error, GroupError):
-        return Fault.RANK_LOST, f"the collective broke: {error}"
-    return Fault.STEP_FAILED, f"{type(error).__name__}: {error}"
 
 
 def _loaded(report: LoadReport, seconds: float) -> wire.Loaded:
@@ -209,19 +266,60 @@ def _say_farewell(control: Control, message: str) -> None:
     control.send(wire.LoadFailed(message=message))
 
 
-def main(rank: int) -> None:
+def main(rank: int) -> NoReturn:
     """See `__main__`; ends the process."""
-    import msgspec
-
-    from lockstep_runtime import child
-    from lockstep_runtime.config import CONFIG_VARIABLE, TOKEN_VARIABLE
-
-    config = msgspec.json.decode(os.environ[CONFIG_VARIABLE], type=ServeConfig)
-    child.become(f"worker {rank}", f"worker model={config.model_name} group={config.group} rank={rank}")
+    config = _config()
+    child.become(f"worker {rank}", _title(config, rank))
     progress = Progress(int(os.environ[child.PROGRESS_VARIABLE]))
-    control = Control(config, rank, os.environ[TOKEN_VARIABLE], os.environ[child.INCARNATION_VARIABLE])
+    control = _control(config, rank)
     control.start()  # connected while torch is imported
-    code = run(config, rank, control, progress)
+    _end(run(config, rank, control, progress))
+
+
+def main_of_spare() -> NoReturn:
+    """Import what takes long, then wait to be told the rank; ends the process."""
+    config = _config()
+    title = f"model={config.model_name} group={config.group}"
+    child.become("spare", f"young spare {title}")
+    progress = Progress(int(os.environ[child.PROGRESS_VARIABLE]))
+    warm_up()
+    child.become("spare", f"spare {title}")
+    line = sys.stdin.readline()
+    if not line:
+        sys.exit(0)  # the supervisor has closed it: nobody needs a spare
+    rank = msgspec.json.decode(line, type=child.Promotion).rank
+    child.become(f"worker {rank}", _title(config, rank))
+    control = _control(config, rank)
+    control.start()
+    _end(run(config, rank, control, progress))
+
+
+def warm_up() -> None:
+    """Import torch and all that a rank uses of it, without touching a device."""
+    import torch
+
+    import lockstep_runtime.parallel.group
+    import lockstep_runtime.worker.runner  # noqa: F401 - for what importing it costs
+
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        torch.nn.functional.linear(torch.ones(8, 64), torch.ones(64, 64))  # the kernels' own start-up
+
+
+def _config() -> ServeConfig:
+    return msgspec.json.decode(os.environ[CONFIG_VARIABLE], type=ServeConfig)
+
+
+def _control(config: ServeConfig, rank: int) -> Control:
+    return Control(config, rank, os.environ[TOKEN_VARIABLE], os.environ[child.INCARNATION_VARIABLE])
+
+
+def _title(config: ServeConfig, rank: int) -> str:
+    return f"worker model={config.model_name} group={config.group} rank={rank}"
+
+
+def _end(code: int) -> NoReturn:
+    """No interpreter teardown: torch's threads and the control thread have nothing to finish."""
     logging.shutdown()
     sys.stdout.flush()
-    os._exit(code)  # no interpreter teardown: torch's threads and the control thread have nothing to finish
+    os._exit(code)

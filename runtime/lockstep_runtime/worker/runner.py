@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.layers.batch import build_batch
+from lockstep_runtime.layers.batch import Batch, build_batch
 from lockstep_runtime.layers.cache import BLOCK_SIZE, KVCache
 from lockstep_runtime.layers.placement import choose_placement
+from lockstep_runtime.layers.weight import PlainWeight, StoredTable, Weight
 from lockstep_runtime.models.registry import Model, build_model
+from lockstep_runtime.owned_files import cache_file
 from lockstep_runtime.parallel.group import Group, choose_backend
+from lockstep_runtime.weights.cache import CacheError, Identity, WeightCache, open_cache
 from lockstep_runtime.weights.errors import ModelError
-from lockstep_runtime.weights.load import load_weights
+from lockstep_runtime.weights.load import Loaded, adopt_weights, fill_cache, load_weights
 from lockstep_runtime.weights.plan import Shard
 from lockstep_runtime.weights.source import find_model, read_config
 from lockstep_runtime.worker.memory import cache_budget, give_back_freed_memory, keep_freed_memory, used_bytes
 from lockstep_runtime.worker.sampler import draw_of, is_plain_greedy, sample, take_best
+from lockstep_runtime.worker.scrub import INTERVAL_SECONDS, INTERVAL_VARIABLE, Scrub, name_of, watch
+
+logger = logging.getLogger(__name__)
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,6 +44,7 @@ class LoadReport:
     cache_blocks: int  # that this rank has room for
     block_size: int  # tokens
     memory_bytes: int
+    scrub: Scrub | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,17 +69,9 @@ class Runner:
         Raises:
             ModelError: with a sentence that names what is wrong.
         """
-        config = self._config
-        directory = find_model(config.model, config.model_revision, config.download_dir)
-        settings = read_config(directory)
-        dtype = _dtype(config.dtype, str(settings.get("dtype") or settings.get("torch_dtype") or "float32"))
-        self._placement = choose_placement(self._device, dtype)
-        shard = Shard(self._rank, config.tensor_parallel_size)
         give_back_freed_memory()
-        with torch.inference_mode():
-            self._model = build_model(settings, shard, self._placement)
-            loaded = load_weights(directory, self._model.weights(), progress)
-            self._model.loaded()
+        path = cache_file(os.environ, self._rank) if self._config.weight_cache == "Memory" else None
+        loaded, cache = self._load_cached(path, progress) if path is not None else (self._load_plainly(progress), None)
         keep_freed_memory()
         return LoadReport(
             weight_bytes=loaded.weight_bytes,
@@ -77,7 +79,76 @@ class Runner:
             cache_blocks=self._room(),
             block_size=BLOCK_SIZE,
             memory_bytes=used_bytes(self._device),
+            scrub=self._scrub(cache),
         )
+
+    def _load_cached(self, path: Path, progress: Callable[[int, int], None]) -> tuple[Loaded, WeightCache | None]:
+        """Through the weight cache, which is filled first if need be; without it where there is no room."""
+        identity = self._identity()
+        if cache := open_cache(path, identity):
+            try:
+                self._build(cache.header.settings)
+                return self._adopt(cache, progress), cache
+            except CacheError as error:
+                logger.warning("the weight cache is discarded: %s", error)
+        directory, settings = self._find()
+        self._build(settings)
+        weights = list(self._model.weights())
+        try:
+            cache, loaded = fill_cache(path, identity, settings, directory, weights, progress)
+        except OSError as error:
+            logger.warning("no weight cache, so a lost rank reads the checkpoint again: %s: %s", path, error.strerror)
+            return self._load_plainly(progress), None
+        self._adopt(cache, lambda done, total: None)
+        return loaded, cache
+
+    def _adopt(self, cache: WeightCache, progress: Callable[[int, int], None]) -> Loaded:
+        with torch.inference_mode():
+            loaded = adopt_weights(cache, list(self._model.weights()), progress)
+            self._model.loaded()
+        return loaded
+
+    def _load_plainly(self, progress: Callable[[int, int], None]) -> Loaded:
+        directory, settings = self._find()
+        self._build(settings)
+        with torch.inference_mode():
+            loaded = load_weights(directory, self._model.weights(), progress)
+            self._model.loaded()
+        return loaded
+
+    def _find(self) -> tuple[Path, Mapping[str, Any]]:
+        config = self._config
+        directory = find_model(config.model, config.model_revision, config.download_dir)
+        return directory, read_config(directory)
+
+    def _build(self, settings: Mapping[str, Any]) -> None:
+        dtype = _dtype(self._config.dtype, str(settings.get("dtype") or settings.get("torch_dtype") or "float32"))
+        self._placement = choose_placement(self._device, dtype)
+        shard = Shard(self._rank, self._config.tensor_parallel_size)
+        with torch.inference_mode():
+            self._model = build_model(settings, shard, self._placement)
+
+    def _identity(self) -> Identity:
+        config = self._config
+        return Identity(
+            model=config.model,
+            revision=config.model_revision,
+            dtype=config.dtype,
+            size=config.tensor_parallel_size,
+            rank=self._rank,
+        )
+
+    def _scrub(self, cache: WeightCache | None) -> Scrub | None:
+        interval = float(os.environ.get(INTERVAL_VARIABLE) or INTERVAL_SECONDS)
+        if interval <= 0:
+            return None
+
+        def known(weight: Weight | StoredTable) -> str | None:
+            kept_as_it_is = cache is not None and isinstance(weight, PlainWeight | StoredTable)
+            return cache.checksum(weight.cuts) if cache is not None and kept_as_it_is else None
+
+        with torch.inference_mode():
+            return Scrub(watch(self._model.weights(), known), interval, time.monotonic())
 
     def allocate(self, blocks: int) -> int:
         """Lay out a KV cache of so many blocks, in place of any earlier one; returns its bytes."""
@@ -99,9 +170,25 @@ class Runner:
             batch = build_batch(step.sequences, self._device)
             hidden = self._model.forward(batch, self._cache, group)
             sampled = self._draw(step.sequences, hidden, group)
-            fingerprint = _fingerprint(hidden)
+            fingerprint = _fingerprint(batch, hidden)
             group.check()
             return StepOutput(fingerprint=fingerprint, sampled=sampled)
+
+    def weights(self) -> list[Weight | StoredTable]:
+        return list(self._model.weights())
+
+    def flip_bit(self, number: int) -> str:
+        """Damage this process's copy of its weights, as bad memory would; returns the tensor's name.
+
+        `number` chooses the bit. Packed matrices are left out: their memory can't be reached.
+        """
+        plain = [weight for weight in self.weights() if isinstance(weight, PlainWeight) and weight.data.numel()]
+        weight = plain[number % len(plain)]
+        with torch.inference_mode():
+            raw = weight.data.view(-1).view(torch.uint8)
+            bit = number % (raw.numel() * 8)
+            raw[bit // 8] ^= 1 << bit % 8
+        return name_of(weight)
 
     def _draw(self, sequences: list[wire.SequenceSlice], hidden: Tensor, group: Group) -> list[wire.SampledToken]:
         drawn = [row for row, sequence in enumerate(sequences) if sequence.sample is not None]
@@ -127,10 +214,15 @@ class Runner:
         return blocks
 
 
-def _fingerprint(hidden: Tensor) -> int:
-    """64 bits of the raw bytes."""
-    raw = hidden.contiguous().view(torch.uint8).cpu().numpy().data
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+def _fingerprint(batch: Batch, hidden: Tensor) -> int:
+    """64 bits of the raw bytes of what went in and what came out.
+
+    All-reduces hide a wrong input: every rank then has the same wrong sum.
+    """
+    hashed = hashlib.blake2b(digest_size=8)
+    for tensor in (torch.stack((batch.tokens, batch.positions, batch.slots)), hidden):
+        hashed.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
+    return int.from_bytes(hashed.digest(), "little")
 
 
 def _device(config: ServeConfig, rank: int) -> torch.device:

@@ -1,0 +1,321 @@
+"""The operator's part of the ladder (pure): what to do about a group that can't heal itself, and why.
+
+The operator's rungs are RecyclePod (the suspect's pod; the other ranks keep their weights), RecycleGroup (all pods) and
+MoveAway (all pods, away from the node that keeps failing). A rung that fails, or whose budget is spent, leads to the
+next; when none is left the group is Stalled, and is tried again ever more seldom. Each attempt waits longer than the
+one before, until the group has served for a while.
+
+Everything else that keeps a group from serving mends itself or needs a person: it is waited for, with a sentence.
+
+A step is decided in one pass, which only writes it to the status, and taken in the next: see `memory`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from lockstep_operator.groups import Group
+from lockstep_operator.memory import Memory, Plan, Rung
+from lockstep_operator.moment import text
+from lockstep_operator.observe import Pod, Report
+from lockstep_operator.spec import Recovery
+from lockstep_operator.triggers import Trigger, find_trigger
+from lockstep_operator.troubles import Trouble
+from lockstep_runtime.wire import GroupState, GroupStatus, RankState
+
+PROVED_SECONDS: Final = 60.0  # a repair that holds for so long has worked
+PATIENCE_SECONDS: Final = 120.0  # for a group whose pods run again to say something new
+UNPLACED_SECONDS: Final = 30.0  # a pod that finds no other node gets the old one back
+FAILING_FAULTS: Final = 2  # so many faults make a node one that keeps failing
+LADDERS: Final = {
+    "Ladder": (Rung.RECYCLE_POD, Rung.RECYCLE_GROUP, Rung.MOVE_AWAY),
+    "RecyclePods": (Rung.RECYCLE_GROUP, Rung.MOVE_AWAY),
+}
+_STARTING: Final = frozenset({RankState.STARTING, RankState.LOADING})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """A group as recovery sees it. `memory` is what the status holds: only that may be acted upon."""
+
+    seed: str  # of the jitter: two operators must draw the same
+    group: Group
+    memory: Memory
+    report: Report | None = None  # heard by this operator, never what the status remembers
+    trouble: Trouble | None = None
+    moving: str = ""  # why its pods are being replaced anyway
+
+    @property
+    def status(self) -> GroupStatus | None:
+        return self.report.status if self.report and self.report.unreachable_since is None else None
+
+    @property
+    def healthy(self) -> bool | None:
+        """None: not known, because nobody has heard of it yet."""
+        if not self.group.ready:
+            return False
+        return None if self.status is None else self.status.state is GroupState.READY
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """`memory` is to be written, `targets` are pods to delete now, `again` is in how many seconds to look once more."""
+
+    memory: Memory
+    reason: str = ""
+    targets: tuple[Pod, ...] = ()
+    again: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Case:
+    """A group that needs a step."""
+
+    policy: Recovery
+    group: Group
+    trigger: Trigger
+    now: float
+
+    @property
+    def node(self) -> str:
+        """That the fault is held against; empty when the suspect isn't known and the pods are on several."""
+        if self.trigger.pod:
+            return self.trigger.pod.node
+        nodes = {pod.node for pod in self.group.pods}
+        return nodes.pop() if len(nodes) == 1 else ""
+
+
+def recover(policy: Recovery, situation: Situation, now: float) -> Verdict:
+    """The next move for one group. `now` is unix seconds; whole ones are remembered."""
+    now = math.floor(now)
+    memory = _aged(policy, situation, now)
+    if not policy.observe and (targets := _targets(situation)):
+        return Verdict(memory=memory, reason=_under_way(situation, memory), targets=targets)
+    if unplaced := _unplaced(situation, memory, now):
+        memory = _given_back(policy, memory, unplaced, now)
+        return Verdict(memory=memory, reason=_under_way(situation, memory), again=0.0)
+    trigger = find_trigger(situation.group, situation.report, now)
+    if trigger is None:
+        return Verdict(memory=memory, reason=_under_way(situation, memory))
+    case = _Case(policy=policy, group=situation.group, trigger=trigger, now=now)
+    wait = _wait(case, situation, memory)
+    if wait:
+        return wait
+    return _only_say(case, memory) if policy.observe else _next_step(case, situation, memory)
+
+
+# --- health and budgets ---
+
+
+def _aged(policy: Recovery, situation: Situation, now: float) -> Memory:
+    """What health, illness and time make of the memory."""
+    memory = situation.memory
+    avoided = {node: until for node, until in memory.avoided.items() if until > now}
+    memory = memory if len(avoided) == len(memory.avoided) else replace(memory, avoided=avoided)
+    if memory == Memory():
+        return memory
+    if situation.healthy and memory.healthy_since is None:
+        plan = replace(memory.plan, healed=True, pods=()) if memory.plan else None
+        return replace(memory, healthy_since=now, plan=plan)
+    if situation.healthy is False and memory.healthy_since is not None:
+        return _fallen(policy, memory, now)
+    return _steady(policy, memory, now)
+
+
+def _steady(policy: Recovery, memory: Memory, now: float) -> Memory:
+    healthy = 0.0 if memory.healthy_since is None else now - memory.healthy_since
+    if healthy >= max(policy.window, PROVED_SECONDS):
+        return Memory(avoided=memory.avoided, healthy_since=memory.healthy_since if memory.avoided else None)
+    if healthy >= PROVED_SECONDS:
+        return replace(memory, plan=None, failures=0, next_try=None, stalled=False)
+    return memory
+
+
+def _fallen(policy: Recovery, memory: Memory, now: float) -> Memory:
+    """Healthy time has earned attempts back; a repair that didn't hold for long has failed."""
+    healthy = now - (memory.healthy_since or now)
+    earned = int(healthy * policy.attempts / policy.window)
+    memory = _steady(policy, memory, now)
+    spent = {rung: count - earned for rung, count in memory.spent.items() if count > earned}
+    return replace(memory, spent=spent, healthy_since=None)
+
+
+# --- what a decided step still has to do ---
+
+
+def _targets(situation: Situation) -> tuple[Pod, ...]:
+    """Pods of the written plan that are still to go, once their successors will be made right."""
+    plan = situation.memory.plan
+    if plan is None or plan.only_said or situation.healthy is not False or not situation.group.settled:
+        return ()
+    return tuple(pod for pod in situation.group.pods if pod.uid in plan.pods and pod.deleting is None)
+
+
+def _unplaced(situation: Situation, memory: Memory, now: float) -> tuple[str, ...]:
+    """UIDs of pods that find no node while one is avoided."""
+    if not memory.avoided or situation.trouble is None or situation.trouble.reason != "Unschedulable":
+        return ()
+    pending = [pod for pod in situation.group.pods if pod.phase == "Pending" and pod.deleting is None]
+    return tuple(pod.uid for pod in pending) if any(now - p.created > UNPLACED_SECONDS for p in pending) else ()
+
+
+def _given_back(policy: Recovery, memory: Memory, unplaced: tuple[str, ...], now: float) -> Memory:
+    """There is nowhere to move to: the rung's whole budget counts as spent."""
+    reason = f"no other node can take the pods, so {', '.join(sorted(memory.avoided))} is used again"
+    blank = Plan(rung=Rung.MOVE_AWAY, trigger="", fault="", rank=None, reason="", pods=(), since=now, noticed=now)
+    plan = replace(memory.plan or blank, rung=Rung.MOVE_AWAY, reason=reason, pods=unplaced, since=now)
+    return replace(memory, plan=plan, avoided={}, spent={**memory.spent, Rung.MOVE_AWAY: policy.attempts})
+
+
+def _under_way(situation: Situation, memory: Memory) -> str:
+    plan = memory.plan
+    return plan.reason if plan and not plan.healed and not plan.only_said and not situation.healthy else ""
+
+
+# --- what is waited for ---
+
+
+def _wait(case: _Case, situation: Situation, memory: Memory) -> Verdict | None:
+    plan = memory.plan
+    if situation.moving:
+        return Verdict(memory=memory, reason=situation.moving)
+    if situation.trouble:
+        words = f"{situation.trouble.message}; that comes first, replacing pods wouldn't mend it"
+        return Verdict(memory=memory, reason=words)
+    if coming := " and ".join(_coming(case.group)):
+        return Verdict(memory=memory, reason=_under_way(situation, memory) or f"waits until {coming}")
+    if plan is None or plan.only_said is not case.policy.observe or plan.trigger != case.trigger.key:
+        return None
+    if plan.only_said:
+        return Verdict(memory=memory, reason=plan.reason)
+    if situation.status and any(rank.state in _STARTING for rank in situation.status.ranks):
+        return Verdict(memory=memory, reason=plan.reason)
+    began = max([plan.since, *(pod.created for pod in case.group.pods)])
+    left = began + PATIENCE_SECONDS - case.now
+    return Verdict(memory=memory, reason=plan.reason, again=left) if left > 0 else None
+
+
+def _coming(group: Group) -> Iterator[str]:
+    """What the StatefulSet controller and the kubelet are about to do by themselves."""
+    if len(group.pods) < group.wanted or not group.exists:
+        yield "its missing pods are made anew"
+    for pod in group.pods:
+        if pod.deleting is not None:
+            yield f"pod {pod.name} has ended"
+        elif pod.phase != "Running":
+            yield f"pod {pod.name} runs"
+
+
+# --- the next step ---
+
+
+def _next_step(case: _Case, situation: Situation, memory: Memory) -> Verdict:
+    rung, policy, now = _choose(case, memory), case.policy, case.now
+    memory = replace(memory, stalled=rung is None)
+    if memory.next_try is not None and now < memory.next_try:
+        return Verdict(memory=memory, reason=_waiting(case, memory), again=memory.next_try - now)
+    taken, failures = rung or Rung.RECYCLE_GROUP, memory.failures + 1
+    plan = _plan(case, taken, memory, situation.status.incarnation if situation.status else "")
+    blamed = {case.node: memory.suspects.get(case.node, 0) + 1} if case.node else {}
+    planned = replace(
+        memory,
+        plan=plan,
+        spent={**memory.spent, rung: memory.spent.get(rung, 0) + 1} if rung else memory.spent,
+        failures=failures,
+        next_try=now + _delay(policy, failures, situation.seed),
+        suspects={**memory.suspects, **blamed},
+        avoided={**memory.avoided, case.node: now + policy.window} if taken is Rung.MOVE_AWAY else memory.avoided,
+    )
+    return Verdict(memory=planned, reason=plan.reason, again=0.0)
+
+
+def _choose(case: _Case, memory: Memory) -> Rung | None:
+    """The cheapest rung that can help and has budget left: above the one that has just failed, if one has."""
+    left = [
+        rung
+        for rung in LADDERS[case.policy.strategy or "Ladder"]
+        if _fits(case, memory, rung) and memory.spent.get(rung, 0) < case.policy.attempts
+    ]
+    failed = memory.plan.rung if memory.plan and not memory.plan.only_said else None
+    if failed is None:
+        return left[0] if left else None
+    order = list(Rung)
+    above = [rung for rung in left if order.index(rung) > order.index(failed)]
+    again = [rung for rung in left if rung is not Rung.RECYCLE_POD]
+    return next(iter([*above, *again]), None)
+
+
+def _fits(case: _Case, memory: Memory, rung: Rung) -> bool:
+    match rung:
+        case Rung.RECYCLE_POD:
+            return case.trigger.pod is not None and len(case.group.pods) > 1
+        case Rung.MOVE_AWAY:
+            faults = memory.suspects.get(case.node, 0) + 1
+            return bool(case.node) and faults >= FAILING_FAULTS and case.node not in memory.avoided
+        case _:
+            return True
+
+
+def _plan(case: _Case, rung: Rung, memory: Memory, incarnation: str = "") -> Plan:
+    only_suspect = rung is Rung.RECYCLE_POD and case.trigger.pod is not None
+    going = [pod for pod in case.group.pods if not only_suspect or pod == case.trigger.pod]
+    return Plan(
+        rung=rung,
+        trigger=case.trigger.key,
+        fault=case.trigger.fault,
+        rank=case.trigger.rank,
+        reason=f"{_cause(case)}: {'a late try: ' if memory.stalled else ''}{_remedy(case, rung)}",
+        pods=tuple(pod.uid for pod in going),
+        since=case.now,
+        noticed=math.floor(min(case.trigger.noticed, case.now)),
+        incarnation=incarnation,
+    )
+
+
+def _only_say(case: _Case, memory: Memory) -> Verdict:
+    """What would be done, with nothing counted."""
+    plan = _plan(case, _choose(case, memory) or Rung.RECYCLE_GROUP, memory)
+    words = f"{plan.reason} (not done, because recovery.mode is Observe)"
+    plan = replace(plan, reason=words, pods=(), only_said=True)
+    return Verdict(memory=replace(memory, plan=plan), reason=words)
+
+
+def _delay(policy: Recovery, failures: int, seed: str) -> float:
+    """Doubling, with jitter so that groups that fail together don't come back together; whole seconds."""
+    fraction = int.from_bytes(hashlib.sha256(f"{seed}/{failures}".encode()).digest()[:4]) / 2**32
+    most = min(policy.most, policy.initial * 2 ** min(failures - 1, 30))
+    return float(math.ceil(most * (0.8 + 0.2 * fraction)))
+
+
+# --- sentences ---
+
+
+def _cause(case: _Case) -> str:
+    trigger = case.trigger
+    who = f" of rank {trigger.rank}" if trigger.rank is not None else ""
+    return f"group {case.group.index} can't heal {trigger.fault}{who} ({trigger.message})"
+
+
+def _remedy(case: _Case, rung: Rung) -> str:
+    match rung:
+        case Rung.RECYCLE_POD:
+            return f"pod {case.trigger.pod.name if case.trigger.pod else ''} is replaced, the others keep their weights"
+        case Rung.RECYCLE_GROUP:
+            return "all its pods are replaced"
+        case Rung.MOVE_AWAY:
+            until = text(case.now + case.policy.window)
+            return f"all its pods are replaced and kept away from node {case.node}, which keeps failing, until {until}"
+
+
+def _waiting(case: _Case, memory: Memory) -> str:
+    trigger, next_try = case.trigger, text(memory.next_try or case.now)
+    if memory.stalled:
+        return (
+            f"nothing has helped against {trigger.fault} ({trigger.message}) and the budget of {case.policy.attempts} "
+            f"attempts for each rung is spent: the next try is at {next_try}, later ones ever more seldom"
+        )
+    return f"the last repair did not hold ({trigger.fault}: {trigger.message}): the next is at {next_try}"

@@ -1,0 +1,90 @@
+"""Who hangs: the rank whose progress record is furthest behind. Pure: records in, a name and a sentence out.
+
+Ranks of a group run the same collectives in the same order, so a record's place in that order says who waits for whom:
+a rank that is inside collective n waits for every rank that has not entered n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lockstep_runtime.wire import ProgressRecord
+
+_Place = tuple[int, int]  # 0 before the step, 1 in it, 2 after it; then twice the collective, less one while inside
+_AFTER: _Place = (2, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Suspicion:
+    """`laggards` hold up the others; none where all wait alike. `moved_ago`: seconds since any rank got further."""
+
+    laggards: tuple[int, ...]
+    sentence: str
+    moved_ago: float | None
+
+
+def suspect(records: Sequence[ProgressRecord], *, epoch: int, step: int, silent: Sequence[int], size: int) -> Suspicion:
+    """`silent`: the ranks of `size` that have not answered this step; the others are done with it."""
+    known = {record.rank: record for record in records if record.rank in silent}
+    places = {rank: _place(record, epoch, step) for rank, record in known.items()}
+    moved = min((record.age for record in known.values()), default=None)
+    if len(silent) == 1:
+        return Suspicion((silent[0],), _alone(silent[0], known, places, size), moved)
+    if len(known) < len(silent):
+        return Suspicion((), f"{ranks_text(silent)} did not answer, and not all of their records can be read", moved)
+    last = min(places.values())
+    laggards = tuple(sorted(rank for rank, place in places.items() if place == last))
+    if len(laggards) == size:
+        where = _where(known[laggards[0]], last)
+        return Suspicion((), f"{ranks_text(laggards)} all stopped {where}, none behind the others", moved)
+    waiting = sorted(places.keys() - set(laggards))
+    return Suspicion(laggards, _sentence(laggards, waiting, known, places), moved)
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """`rank 1`, or `ranks 0,2,3`."""
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {','.join(map(str, ranks))}"
+
+
+def _place(record: ProgressRecord, epoch: int, step: int) -> _Place:
+    if (record.epoch, record.step) != (epoch, step):
+        return (0, 0)
+    return (1, 2 * record.collective - record.inside) if record.in_step else _AFTER
+
+
+def _sentence(
+    laggards: Sequence[int], waiting: Sequence[int], known: Mapping[int, ProgressRecord], places: Mapping[int, _Place]
+) -> str:
+    first = laggards[0]
+    next_collective = (places[first][1] + 1) // 2 + 1
+    ahead = [known[rank] for rank in waiting if places[rank][0] == 1 and known[rank].collective == next_collective]
+    if places[first][0] == 1 and places[first][1] % 2 == 0 and ahead:
+        where = f"before {_name(ahead[0])}"
+    else:
+        where = _where(known[first], places[first])
+    if not waiting:
+        return f"{ranks_text(laggards)} stopped {where}, the other ranks are done"
+    waited = max(known[rank].age for rank in waiting)
+    return f"{ranks_text(laggards)} stopped {where}, {ranks_text(waiting)} waited {waited:.1f} s"
+
+
+def _alone(rank: int, known: Mapping[int, ProgressRecord], places: Mapping[int, _Place], size: int) -> str:
+    if rank not in known:
+        return f"rank {rank} did not answer, and its record can't be read"
+    others = ", the other ranks are done" if size > 1 else ""
+    return f"rank {rank} stopped {_where(known[rank], places[rank])}{others}"
+
+
+def _where(record: ProgressRecord, place: _Place) -> str:
+    if place == (0, 0):
+        return "before it began"
+    if place == _AFTER:
+        return "after it was done"
+    if record.collective == 0:
+        return "before the first collective"
+    return f"{'in' if record.inside else 'after'} {_name(record)}"
+
+
+def _name(record: ProgressRecord) -> str:
+    return record.place or f"collective {record.collective}"

@@ -1,0 +1,47 @@
+"""Faults on purpose that a process is to find when it starts: files that its supervisor leaves for the rank.
+
+Each is found once. They lie where the weight cache does and end with the supervisor.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+from lockstep_runtime import wire
+from lockstep_runtime.owned_files import folder, owner, owner_of
+
+ONCE_VARIABLE: Final = "LOCKSTEP_FAULT_ONCE"  # <fault>:<rank>; the first request meets it
+
+
+def leave(environment: Mapping[str, str], fault: wire.Inject) -> None:
+    """By the supervisor."""
+    path = folder(environment) / f"lockstep-fault-{owner_of(os.getpid())}-{fault.rank}-{time.monotonic_ns()}"
+    new = path.with_suffix(".new")
+    new.write_bytes(msgspec.json.encode(fault))
+    new.rename(path)
+
+
+def take(environment: Mapping[str, str], rank: int) -> list[wire.Inject]:
+    """By a process of the rank: all that were left for it, and nobody finds them again."""
+    found = []
+    for path in sorted(folder(environment).glob(f"lockstep-fault-{owner(environment)}-{rank}-*[0-9]")):
+        found.append(msgspec.json.decode(path.read_bytes(), type=wire.Inject))
+        path.unlink()
+    return found
+
+
+def parse_once(text: str) -> wire.Inject:
+    """`sigkill:1` is a fault for rank 1.
+
+    Raises:
+        ValueError: it is not written so; the message says how.
+    """
+    kind, _, rank = text.partition(":")
+    if kind not in list(wire.Injection) or not rank.isdecimal():
+        raise ValueError(f"{ONCE_VARIABLE}={text!r}: write <fault>:<rank> with one of {', '.join(wire.Injection)}")
+    return wire.Inject(rank=int(rank), kind=wire.Injection(kind), phase=wire.Phase.PREFILL)

@@ -1,0 +1,7 @@
+.PHONY: chaos
+chaos: venv ## every fault at every moment to every rank, on real processes (an hour on two cores)
+	$(PY) -m pytest tests/chaos --durations=10
+
+.PHONY: test-chaos
+test-chaos: venv ## the third of it that is part of make test
+	$(PY) -m pytest tests/chaos -m third --durations=5

@@ -1,0 +1,153 @@
+"""The dashboard and the alerts of the chart speak of metrics and labels that there are."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from tests.support.chart import of_kind, one, render
+from tests.support.kube_world import well
+
+from lockstep_operator.history import Repair
+from lockstep_operator.metrics import Metrics
+from lockstep_operator.names import ModelKey
+from lockstep_operator.observe import Report
+from lockstep_runtime.api.metrics import Metrics as EngineMetrics
+from lockstep_runtime.engine.interface import EngineStats
+
+KEY = ModelKey("team", "chat")
+STATS = EngineStats(
+    requests_running=0,
+    requests_waiting=0,
+    kv_blocks_total=1,
+    kv_blocks_used=0,
+    preemptions_total=0,
+    steps_total=0,
+    recoveries_total=0,
+    epoch=1,
+    last_step_at=1.0,
+)
+WORDS = {"lockstep", "lockstep_operator"}
+
+
+def series() -> dict[str, set[str]]:
+    """Every series that operator and engine expose, with its labels."""
+    operator = Metrics(lambda: 5.0)
+    operator.model(KEY, {"conditions": [{"type": "Ready", "status": "True"}]})
+    operator.reconciles.labels("wrote").inc()
+    operator.repaired(
+        KEY, [Repair(group=0, fault="Hang", rank=1, rung="Rebuild", noticed=1, finished=2, phases={"detect": 1})]
+    )
+    said = well(KEY, 0, "inc", "new")
+    operator.stepped(
+        KEY,
+        {0: Report(status=type(said)(**{n: getattr(said, n) for n in said.__struct_fields__} | {"last_step_at": 1.0}))},
+    )
+    engine = EngineMetrics("chat", lambda: STATS)
+    text = generate_latest(operator.registry).decode() + engine.render().decode()
+    found: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, set()).update(sample.labels)
+    return found
+
+
+SERIES = series()
+
+
+def rules() -> list[dict[str, Any]]:
+    rule = one(
+        render({"metrics": {"prometheusRule": {"enabled": True, "labels": {"release": "prom"}}}}), "PrometheusRule"
+    )
+    assert rule["metadata"]["labels"]["release"] == "prom"
+    return [alert for group in rule["spec"]["groups"] for alert in group["rules"]]
+
+
+def dashboard() -> dict[str, Any]:
+    (found,) = of_kind(render({"metrics": {"dashboard": {"enabled": True}}}), "ConfigMap")
+    assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
+    board: dict[str, Any] = json.loads(found["data"]["lockstep.json"])
+    return board
+
+
+def expressions() -> Iterator[str]:
+    yield from (rule["expr"] for rule in rules())
+    for panel in dashboard()["panels"]:
+        yield from (target["expr"] for target in panel["targets"])
+    for variable in dashboard()["templating"]["list"]:
+        if variable["type"] == "query":
+            yield variable["query"]["query"]
+
+
+def wrong(expression: str) -> Iterator[str]:
+    """What an expression names and nobody exposes."""
+    used = re.findall(r"\b(lockstep_\w+)(?:\{([^}]*)\})?", expression)
+    labels = set(re.findall(r"(\w+)\s*=~?\s*\"", expression))
+    for names in re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", expression):
+        labels |= {name.strip() for name in names.split(",")}
+    for metric, selector in used:
+        if metric not in SERIES:
+            yield f"{metric} is no metric"
+        yield from (
+            f"{metric} has no label {label}"
+            for label in re.findall(r"(\w+)\s*=~?", selector)
+            if label not in SERIES.get(metric, ())
+        )
+    known = set().union(*(SERIES.get(metric, set()) for metric, _ in used))
+    yield from (f"{label} is a label of none of them" for label in sorted(labels - known))
+    if not used:
+        yield "it names no metric"
+
+
+def test_nothing_is_made_unless_asked_for() -> None:
+    manifests = render()
+    assert not of_kind(manifests, "PrometheusRule")
+    assert not [item for item in of_kind(manifests, "ConfigMap") if item["metadata"]["name"].endswith("-dashboard")]
+
+
+def test_every_expression_is_about_metrics_that_there_are() -> None:
+    found = list(expressions())
+    assert len(found) >= 15
+    assert {expression: [*wrong(expression)] for expression in found if [*wrong(expression)]} == {}
+
+
+@pytest.mark.parametrize(
+    ("expression", "found"),
+    [
+        ("lockstep_gone_total", ["lockstep_gone_total is no metric"]),
+        (
+            'lockstep_operator_models{shape="x"}',
+            ["lockstep_operator_models has no label shape", "shape is a label of none of them"],
+        ),
+        ("sum by (colour) (lockstep_operator_groups)", ["colour is a label of none of them"]),
+        ("vector(1)", ["it names no metric"]),
+    ],
+)
+def test_the_checker_can_say_no(expression: str, found: list[str]) -> None:
+    assert [*wrong(expression)] == found
+
+
+def test_every_alert_says_what_is_wrong_and_where_to_look() -> None:
+    for rule in rules():
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert rule["annotations"]["summary"].endswith(".")
+        assert len(rule["annotations"]["description"].split()) > 5
+    assert len({rule["alert"] for rule in rules()}) == len(rules())
+
+
+def test_panels_have_their_own_places_and_descriptions() -> None:
+    panels = dashboard()["panels"]
+    cells = [
+        (x, y)
+        for place in (panel["gridPos"] for panel in panels)
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(cells) == len(set(cells))
+    assert all(x < 24 for x, _ in cells)
+    assert all(panel["description"] for panel in panels)

@@ -1,0 +1,41 @@
+"""Random faults at random times on groups of one to three ranks, in virtual time; a failing seed is named.
+
+`LOCKSTEP_SIM_SCHEDULES` says how many schedules are run, `LOCKSTEP_SIM_SEED` where they begin.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+from tests.support.sim_world import World
+from tests.support.virtual_loop import run_virtually
+
+SCHEDULES = int(os.environ.get("LOCKSTEP_SIM_SCHEDULES", "1000"))
+FIRST = int(os.environ.get("LOCKSTEP_SIM_SEED", "0"))
+BATCHES = 10
+
+
+def play(seed: int) -> World:
+    world = World(seed)
+    try:
+        run_virtually(world.run())
+    except BaseException as error:
+        raise AssertionError(f"seed {seed}, {world.size} ranks: {error}") from error
+    return world
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_random_fault_schedules_lose_no_token_and_come_to_rest(batch: int) -> None:
+    logging.disable(logging.CRITICAL)
+    try:
+        seeds = range(FIRST + batch * SCHEDULES // BATCHES, FIRST + (batch + 1) * SCHEDULES // BATCHES)
+        print(f"seeds {seeds.start} to {seeds.stop - 1}")
+        worlds = [play(seed) for seed in seeds]
+    finally:
+        logging.disable(logging.NOTSET)
+    recoveries = sum(world.engine.status().recoveries for world in worlds)
+    given_up = sum(world.failed for world in worlds)
+    assert recoveries > len(worlds) // 2, "these schedules hardly ever break anything"
+    assert given_up < len(worlds), f"{given_up} requests were given up in {len(worlds)} schedules"

@@ -1,0 +1,261 @@
+"""A served group to do harm to, requests in flight, and what must be true afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import httpx
+from tests.support.faults import inject
+from tests.support.serve import Served, is_running, served
+
+from lockstep_runtime import wire
+from lockstep_runtime.owned_files import FOLDER_VARIABLE, SHARED_MEMORY, owner_of
+from lockstep_runtime.wire import Fault, GroupState, Injection, Moment, Phase
+
+MAX_TOKENS: Final = 48
+STREAM_SECONDS: Final = 180.0
+CELLS_PER_GROUP: Final = 8  # so that no cell meets a group whose budgets others have spent
+# Greedy and seeded: both must go on with the tokens that would have come.
+REQUESTS: Final = (
+    {"prompt": "What is a module? ", "temperature": 0},
+    {"prompt": "The for statement is used to", "temperature": 1.0, "seed": 7},
+)
+
+
+class Stream:
+    """A streamed completion, read by a thread of its own."""
+
+    def __init__(self, api: str, request: dict[str, object]) -> None:
+        self.text, self.chunks, self.finish, self.error = "", 0, "", ""
+        self._url = f"{api}/v1/completions"
+        self._body = {"model": "tiny-chat", "max_tokens": MAX_TOKENS, "ignore_eos": True, "stream": True, **request}
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def wait(self) -> tuple[str, str, str]:
+        """Text, finish reason and error, once it has ended."""
+        self._thread.join(STREAM_SECONDS)
+        if self._thread.is_alive():
+            return self.text, "", f"the stream does not end; {self.chunks} chunks came"
+        return self.text, self.finish, self.error
+
+    def _read(self) -> None:
+        try:
+            with httpx.stream("POST", self._url, json=self._body, timeout=STREAM_SECONDS) as answer:
+                if answer.status_code != httpx.codes.OK:
+                    self.error = f"{answer.status_code}: {answer.read().decode()}"
+                for line in answer.iter_lines():
+                    if line.startswith("data: {"):
+                        self._take(json.loads(line.removeprefix("data: ")))
+        except httpx.HTTPError as error:
+            self.error = f"{type(error).__name__}: {error}"
+
+    def _take(self, event: dict[str, list[dict[str, str]]]) -> None:
+        self.error = self.error or str(event.get("error", ""))
+        for choice in event.get("choices", []):
+            self.text += choice["text"]
+            self.chunks += bool(choice["text"])
+            self.finish = choice.get("finish_reason") or self.finish
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One fault at one moment to one rank of a group of `size`."""
+
+    kind: Injection
+    at: Moment
+    phase: Phase
+    rank: int
+    size: int
+
+    @property
+    def name(self) -> str:
+        where = f" {self.at} a collective" if self.kind is Injection.HANG else ""
+        return f"{self.kind}{where}, {self.phase}, rank {self.rank} of {self.size}"
+
+    def provoke(self, serve: Served) -> list[Stream]:
+        """Let the fault happen while requests are in flight; an idle group gets them right afterwards."""
+        if self.phase is Phase.IDLE:
+            inject(serve, self.kind, self.rank, phase=Phase.IDLE)
+            return start(serve)
+        if self.phase in (Phase.PREFILL, Phase.JOINING, Phase.LOADING):
+            inject(serve, self.kind, self.rank, phase=self.phase, at=self.at)
+        streams = start(serve)
+        if self.phase is not Phase.PREFILL:
+            serve.until(lambda: all(stream.chunks > 3 or stream.error for stream in streams), "the streams have begun")
+        if self.phase is Phase.DECODE:
+            inject(serve, self.kind, self.rank, phase=Phase.DECODE, at=self.at)
+        if self.phase is Phase.JOINING:  # another rank is lost: the communicator has to be made anew
+            inject(serve, Injection.SIGKILL, (self.rank + 1) % self.size)
+        if self.phase is Phase.LOADING:  # the rank's next process meets the fault
+            inject(serve, Injection.SIGKILL, self.rank)
+        return streams
+
+    @property
+    def expected(self) -> tuple[frozenset[Fault], frozenset[int | None]]:
+        """The names that the fault may have, and whom it may be laid on."""
+        if self.phase is Phase.LOADING:
+            return frozenset({Fault.RANK_LOST}), frozenset({self.rank})
+        if self.phase is Phase.IDLE and self.kind in (Injection.RAISE, Injection.MEMORY):
+            return frozenset({Fault.RANK_LOST}), frozenset({self.rank})  # outside of any step it ends the process
+        unseen = self.kind in (Injection.NAN, Injection.INPUT, Injection.ACTIVATION) and self.size == 2
+        return NAMES[self.kind], frozenset({self.rank, *([None] if unseen or self.kind is Injection.NAN else [])})
+
+
+NAMES: Final = {
+    Injection.RAISE: frozenset({Fault.STEP_FAILED}),
+    Injection.HANG: frozenset({Fault.HANG}),
+    Injection.SIGKILL: frozenset({Fault.RANK_LOST}),
+    Injection.SIGSTOP: frozenset({Fault.HANG}),
+    Injection.SIGSEGV: frozenset({Fault.RANK_LOST}),
+    Injection.EXIT: frozenset({Fault.RANK_LOST}),
+    Injection.MEMORY: frozenset({Fault.STEP_FAILED}),
+    Injection.NAN: frozenset({Fault.NON_FINITE}),
+    Injection.INPUT: frozenset({Fault.DESYNC}),
+    Injection.ACTIVATION: frozenset({Fault.DESYNC}),
+    Injection.CLOSE_BUS: frozenset({Fault.RANK_LOST}),
+}
+PHASES: Final = (Phase.DECODE, Phase.PREFILL, Phase.IDLE, Phase.JOINING, Phase.LOADING)
+
+
+def cells() -> list[Cell]:
+    """The matrix: every kind, phase and rank with two ranks, and a third of that with four."""
+    kinds = [(kind, at) for kind in NAMES for at in Moment if at is Moment.BEFORE or kind is Injection.HANG]
+    pairs = [
+        Cell(kind, at, phase, rank, 2)
+        for kind, at in kinds
+        for phase in PHASES
+        for rank in (0, 1)
+        if at is Moment.BEFORE or phase in (Phase.DECODE, Phase.PREFILL)  # elsewhere there is no collective
+    ]
+    fours = [Cell(cell.kind, cell.at, cell.phase, 2 * cell.rank, 4) for cell in pairs if _turn(cell) == 1]
+    return pairs + fours
+
+
+def is_in_third(cell: Cell) -> bool:
+    """The fixed third that `make test` runs: every kind and every phase is in it, with either rank."""
+    return cell.size == 2 and _turn(cell) == 0
+
+
+def _turn(cell: Cell) -> int:
+    kinds = list(NAMES)
+    return (kinds.index(cell.kind) + list(Moment).index(cell.at) + PHASES.index(cell.phase) + cell.rank) % 3
+
+
+def start(serve: Served) -> list[Stream]:
+    return [Stream(serve.api, dict(request)) for request in REQUESTS]
+
+
+def outcome(streams: list[Stream]) -> list[tuple[str, str, str]]:
+    return [stream.wait() for stream in streams]
+
+
+class Arena:
+    """Groups to do harm to, one after the other: a new one when the last can't be used for another cell."""
+
+    def __init__(self, directory: Path, size: int, **environment: str) -> None:
+        self._directory, self._size = directory, size
+        self._environment = {FOLDER_VARIABLE: str(directory / "shm"), **environment}
+        (directory / "shm").mkdir()
+        self._stack = contextlib.ExitStack()
+        self._group: Served | None = None
+        self._cells = 0
+        self.undisturbed: list[tuple[str, str, str]] = []
+
+    @contextlib.contextmanager
+    def group(self) -> Iterator[Served]:
+        """A group that is ready; it is kept for the next cell when this one has left it well."""
+        serve, self._group = self._group, None
+        if serve is None:
+            serve = self._start()
+        self._cells += 1
+        yield serve
+        if self._cells < CELLS_PER_GROUP and serve.is_ready():
+            self._group = serve
+        else:
+            self._end(serve)
+
+    def close(self) -> None:
+        """End what still runs; it must leave nothing behind."""
+        serve, self._group = self._group, None
+        if serve is not None:
+            self._end(serve)
+        self._stack.close()
+
+    def _start(self) -> Served:
+        self._stack.close()  # of a cell that failed
+        self._cells = 0
+        serve = self._stack.enter_context(
+            served(
+                self._directory,
+                *("--tensor-parallel-size", str(self._size), "--dtype", "float32", "--threads-per-rank", "1"),
+                *("--kv-cache-memory", "64Mi", "--allow-faults"),
+                environment=self._environment,
+            )
+        )
+        serve.ready()
+        self.undisturbed = outcome(start(serve))
+        assert all(text and finish == "length" and not error for text, finish, error in self.undisturbed)
+        return serve
+
+    def _end(self, serve: Served) -> None:
+        owner, children = owner_of(serve.process.pid), serve.child_pids()
+        assert serve.end() == 0, serve.log.read_text()
+        assert not [pid for pid in children if is_running(pid)]
+        folders = (self._directory / "shm", SHARED_MEMORY)
+        assert [path.name for folder in folders for path in folder.iterdir() if str(owner) in path.name] == []
+        self._stack.close()
+
+
+def survive(arena: Arena, cell: Cell) -> None:
+    """The whole of a cell: harm, and everything that must hold afterwards."""
+    with arena.group() as serve:
+        before = {record.id for record in serve.status().faults}
+        assert outcome(cell.provoke(serve)) == arena.undisturbed, serve.log.read_text()
+        faults, ranks = cell.expected
+
+        def named() -> bool:
+            records = [record for record in serve.status().faults if record.id not in before]
+            return any(record.fault in faults and record.rank in ranks for record in records)
+
+        serve.until(named, f"a fault {sorted(faults)} of rank {ranks}; told are {tell(serve, before)}", 20)
+        healed(serve)
+        assert outcome(start(serve)) == arena.undisturbed, serve.log.read_text()
+        print(f"{cell.name}: {tell(serve, before)}")
+
+
+def healed(serve: Served) -> None:
+    def well() -> bool:
+        status = serve.status()
+        repaired = all(record.recovered_at is not None for record in status.faults)
+        return status.state is GroupState.READY and repaired
+
+    serve.until(well, "the group is Ready and every fault is repaired")
+
+
+def tell(serve: Served, before: set[int]) -> list[str]:
+    """The faults since, each in a line."""
+    return [
+        f"{record.fault} of rank {record.rank} → {record.rung} ({record.message}) {record.phases}"
+        for record in serve.status().faults
+        if record.id not in before
+    ]
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.02)
+
+
+def ranks_of(status: wire.GroupStatus) -> dict[int, int]:
+    """Rank to pid."""
+    return {rank.rank: rank.pid for rank in status.ranks}

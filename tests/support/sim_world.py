@@ -1,0 +1,381 @@
+"""A whole group without sockets and without waiting: the real engine, with ranks that misbehave by lot."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+from tests.support.fake_ranks import BLOCK_SIZE, FakeRank, continuation
+
+from lockstep_runtime import wire
+from lockstep_runtime.config import EngineLimits, ServeConfig, Watchdog
+from lockstep_runtime.engine.engine import Engine
+from lockstep_runtime.engine.interface import EngineBusyError, GenerationFailedError, GenerationRequest
+from lockstep_runtime.engine.recovery import REBUILDS, RESPAWNS
+from lockstep_runtime.wire import Fault
+
+_decoder: msgspec.msgpack.Decoder[wire.ToWorker] = msgspec.msgpack.Decoder(wire.ToWorker)
+FAULTS = (
+    "die", "stop", "hang", "hang outside", "raise", "refuse", "nan", "context", "odd", "corrupt", "cut", "slow",
+    "die in join", "hang in join", "raise in join", "die in loading", "crash loop",
+)  # fmt: skip
+
+
+@dataclass
+class Link:
+    """One end of a connection: what is sent arrives a little later, in order, unless it was closed meanwhile."""
+
+    hello: wire.Hello
+    world: World
+    receive: Callable[[msgspec.Struct], None]
+    is_open: bool = True
+
+    def send(self, message: msgspec.Struct) -> None:
+        self.world.later(0.0002, self._arrive, message)
+
+    def send_frame(self, frame: bytes) -> None:
+        self.send(_decoder.decode(frame[4:]))
+
+    def close(self) -> None:
+        if self.is_open:
+            self.is_open = False
+            self.world.later(0.0001, self.world.engine.group.lost, self)
+
+    def answer(self, message: msgspec.Struct) -> None:
+        self.world.later(0.0002, self._delivered, message)
+
+    def _arrive(self, message: msgspec.Struct) -> None:
+        if self.is_open:
+            self.receive(message)
+
+    def _delivered(self, message: msgspec.Struct) -> None:
+        if self.is_open:
+            self.world.engine.group.received(self, message)  # type: ignore[arg-type] # typed by who sends it
+
+
+class SimRank:
+    """One rank over all its processes, and the supervisor of its pod."""
+
+    def __init__(self, world: World, rank: int) -> None:
+        self.world, self.rank = world, rank
+        self.processes = 0
+        self.link: Link | None = None
+        self.plan: list[str] = []  # of faults, for the next chance
+        self.crashes = 0  # how many of the next processes die before they are loaded
+        self.supervisor = Link(world.hello(wire.Role.SUPERVISOR, rank, f"s{rank}"), world, self._obey)
+        world.engine.group.connected(self.supervisor)
+        self.spawn()
+
+    # --- the process
+
+    def spawn(self) -> None:
+        self.processes += 1
+        self.incarnation = f"{self.rank}.{self.processes}"
+        self.toy = FakeRank(self.world.config, self.rank, cache_blocks=24)
+        self.alive, self.silent, self.corrupt, self.joined = True, False, False, -1
+        self.epoch, self.fence = 0, 0
+        self.place = (0, False)
+        self.toy.moved_at = time.monotonic()
+        self.world.later(self.world.chance.uniform(0.01, 0.3), self._connect, self.incarnation)
+
+    def _connect(self, incarnation: str) -> None:
+        if not self.alive or incarnation != self.incarnation:
+            return
+        hello = self.world.hello(wire.Role.WORKER, self.rank, incarnation, self.fence)
+        welcome = self.world.engine.group.admit(hello)
+        assert isinstance(welcome, wire.Welcome), welcome
+        self.fence = max(self.fence, welcome.epoch)
+        self.link = Link(hello, self.world, self._receive)
+        self.world.engine.group.connected(self.link)
+        if self.crashes or self._takes("die in loading"):
+            self.crashes = max(0, self.crashes - 1)
+            self.die()
+        else:
+            self._say(self.toy._loaded(), self.world.chance.uniform(0.0, 0.2))
+
+    def die(self) -> None:
+        """As by SIGKILL; the supervisor sees it and starts another."""
+        if not self.alive:
+            return
+        self.alive = False
+        if self.link is not None:
+            self.link.close()
+            self.link = None
+        exited = wire.ProcessExited(rank=self.rank, pid=1, incarnation=self.incarnation, signal=9)
+        self.world.later(self.world.chance.uniform(0.0, 0.02), self.supervisor.answer, exited)
+        self.world.later(0.05, self.spawn)
+
+    def cut(self) -> None:
+        """The connection is lost; the process makes another."""
+        if self.alive and self.link is not None:
+            self.link.close()
+            self.link, self.joined = None, -1
+            self.world.later(0.05, self._connect, self.incarnation)
+
+    def stop(self) -> None:
+        """As by SIGSTOP."""
+        if self.alive:
+            self.silent = True
+            stopped = wire.ProcessStopped(rank=self.rank, pid=1, incarnation=self.incarnation, signal=19)
+            self.world.later(0.5, self.supervisor.answer, stopped)
+
+    def _say(self, message: msgspec.Struct, delay: float) -> None:
+        self.world.later(delay, self._said, message, self.link, self.incarnation)
+
+    def _said(self, message: msgspec.Struct, link: Link | None, incarnation: str) -> None:
+        if (
+            link is not None
+            and link is self.link
+            and self.alive
+            and incarnation == self.incarnation
+            and not self.silent
+        ):
+            link.answer(message)
+
+    def _takes(self, *kinds: str) -> str:
+        """A planned fault of one of these kinds, if there is one."""
+        found = next((one for one in self.plan if one in kinds), "")
+        if found:
+            self.plan.remove(found)
+        return found
+
+    def _receive(self, message: msgspec.Struct) -> None:
+        if self.silent:
+            return
+        match message:
+            case wire.Abort():
+                self.fence = max(self.fence, message.epoch)
+                if self.joined != -2:  # -2: its main thread hangs
+                    self.joined = -1
+                    self._say(wire.Aborted(epoch=message.epoch, seconds=0.0), 0.001)
+            case wire.Rendezvous() | wire.Join() | wire.AllocateCache() | wire.Step() if self.joined == -2:
+                pass
+            case wire.Rendezvous() if message.epoch >= self.fence:
+                self._say(wire.RendezvousOpened(epoch=message.epoch, address="shm:///nowhere"), 0.001)
+            case wire.Join() if message.epoch >= self.fence:
+                self._join(message)
+            case wire.AllocateCache() if message.epoch >= self.fence:
+                self.toy._cache = {}
+                self._say(wire.CacheAllocated(epoch=message.epoch, blocks=message.blocks, memory_bytes=7), 0.001)
+            case wire.Step() if message.epoch >= self.fence:
+                self._step(message)
+            case _:
+                pass
+
+    def _join(self, join: wire.Join) -> None:
+        self.toy.at_step, self.toy.moved_at = (join.epoch, -1, True), time.monotonic()
+        self.place = (0, False)
+        match self._takes("die in join", "hang in join", "raise in join"):
+            case "die in join":
+                self.die()
+            case "hang in join":
+                self.joined = -2
+            case "raise in join":
+                self._fail(join.epoch, -1, Fault.STEP_FAILED, "raised in joining")
+            case _:
+                self.place = (1, True)
+                self.joined = join.epoch
+                self.world.join(self, join)
+
+    def _step(self, step: wire.Step) -> None:
+        assert step.epoch == self.joined, "a step for a communicator that this rank is not in"
+        self.world.served(step.epoch)
+        self.toy.at_step, self.toy.moved_at = (step.epoch, step.step, True), time.monotonic()
+        self.place = (3, True)
+        done = self.toy.compute(step)
+        if self.world.is_corrupt():
+            done = msgspec.structs.replace(done, fingerprint=done.fingerprint ^ 0xBAD)
+        epoch, number = step.epoch, step.step
+        match self._takes("hang", "hang outside", "raise", "refuse", "nan", "context", "odd", "slow"):
+            case "hang":
+                pass  # an abort gets it out
+            case "hang outside":
+                self.joined, self.place = -2, (2, False)
+            case "raise":
+                self._fail(epoch, number, Fault.STEP_FAILED, "raised")
+            case "refuse":
+                self._fail(epoch, number, Fault.STEP_FAILED, "could not begin", untouched=True)
+            case "nan":
+                self._fail(epoch, number, Fault.NON_FINITE, "NaN")
+            case "context":
+                self._fail(epoch, number, Fault.CONTEXT_FAULT, "illegal address")
+            case "odd":
+                self._say(msgspec.structs.replace(done, fingerprint=done.fingerprint ^ 1), 0.01)
+            case "slow":
+                self._say(done, 1.0)
+            case _:
+                self._say(done, self.world.chance.uniform(0.01, 0.03))
+
+    def _fail(self, epoch: int, step: int, fault: Fault, message: str, *, untouched: bool = False) -> None:
+        self._say(wire.StepFailed(epoch=epoch, step=step, fault=fault, message=message, untouched=untouched), 0.01)
+
+    # --- the supervisor
+
+    def _obey(self, message: msgspec.Struct) -> None:
+        match message:
+            case wire.KillWorker() if message.incarnation == self.incarnation:
+                self.world.kills += 1
+                self.die()
+            case wire.ReadProgress():
+                records = [self._record()] if self.alive else []
+                self.supervisor.answer(wire.ProgressReport(asked=message.asked, records=records))
+            case _:
+                pass
+
+    def _record(self) -> wire.ProgressRecord:
+        self.toy.stands = self.place
+        return msgspec.structs.replace(self.toy.record(), incarnation=self.incarnation)
+
+
+@dataclass
+class World:
+    """One schedule of faults, made from its seed."""
+
+    seed: int
+    ranks: list[SimRank] = field(default_factory=list)
+    kills: int = 0
+    newest_epoch: int = 0
+    failed: int = 0
+    striking: bool = True
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.chance = random.Random(self.seed)
+        self.size = self.chance.randint(1, 3)
+        self.config = ServeConfig(
+            model="toy", served_name="toy", tensor_parallel_size=self.size, watchdog=Watchdog(floor=1.0),
+            limits=EngineLimits(max_batch_tokens=self.chance.choice([4, 16, 64])),
+        )  # fmt: skip
+        self.engine = Engine(self.config)
+        self.engine.set_model(None)
+        self._joining: dict[int, dict[int, SimRank]] = {}
+
+    def later(self, seconds: float, call: Callable[..., object], *arguments: object) -> None:
+        asyncio.get_running_loop().call_later(seconds, call, *arguments)
+
+    def hello(self, role: wire.Role, rank: int, incarnation: str, epoch: int = 0) -> wire.Hello:
+        return wire.Hello(
+            protocol=wire.PROTOCOL, token="", role=role, group=0, pod_index=rank, pod=f"pod-{rank}", node="n", pid=1,
+            incarnation=incarnation, epoch=epoch, rank=rank if role is wire.Role.WORKER else -1,
+        )  # fmt: skip
+
+    def join(self, rank: SimRank, join: wire.Join) -> None:
+        """Nobody has joined before all have."""
+        meeting = self._joining.setdefault(join.epoch, {})
+        meeting[rank.rank] = rank
+        if len(meeting) == self.size:
+            for one in meeting.values():
+                if one.joined == join.epoch:
+                    one._say(wire.Joined(epoch=join.epoch, seconds=0.0), 0.001)
+
+    def is_corrupt(self) -> bool:
+        """A wrong shard is in every rank's sum."""
+        return any(rank.corrupt for rank in self.ranks)
+
+    def served(self, epoch: int) -> None:
+        assert epoch >= self.newest_epoch, f"epoch {epoch} serves after {self.newest_epoch} did"
+        self.newest_epoch = epoch
+
+    # --- the schedule
+
+    async def run(self) -> None:
+        serving = asyncio.create_task(self.engine.run())
+        self.ranks = [SimRank(self, rank) for rank in range(self.size)]
+        try:
+            await self._until(lambda: self.engine.status().state is wire.GroupState.READY, "it is ready at first")
+            clients = [asyncio.create_task(self._client(number)) for number in range(self.chance.randint(1, 5))]
+            for _ in range(self.chance.randint(1, 10)):
+                await asyncio.sleep(self.chance.choice([0.01, 0.1, 0.3, 1.0, 5.0]))
+                self._strike()
+                self._check_budgets()
+            self.striking = False
+            await asyncio.wait_for(asyncio.gather(*clients), 3_000.0)
+            for rank in self.ranks:
+                rank.plan.clear()
+            await self._rest()
+        finally:
+            died = serving.exception() if serving.done() else None
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+            if died is not None:
+                raise AssertionError("the engine died") from died
+
+    def _strike(self) -> None:
+        rank = self.chance.choice(self.ranks)
+        match self.chance.choice(FAULTS):
+            case "die":
+                rank.die()
+            case "stop":
+                rank.stop()
+            case "cut":
+                rank.cut()
+            case "corrupt":
+                rank.corrupt = True
+            case "crash loop":
+                rank.crashes = self.chance.randint(2, 20)
+                rank.die()
+            case "die in loading":
+                rank.plan.append("die in loading")
+                rank.die()
+            case kind:
+                rank.plan.append(kind)
+
+    async def _client(self, number: int) -> None:
+        """Every token comes once and is the right one; only a request that was in many failed steps may be given up."""
+        await asyncio.sleep(number * 0.1)
+        while True:
+            await self._request()
+            if not self.striking:
+                return
+
+    async def _request(self) -> None:
+        await asyncio.sleep(self.chance.uniform(0.0, 0.2))
+        prompt = tuple(self.chance.randrange(1000) for _ in range(self.chance.randint(1, 20)))
+        count = self.chance.randint(1, min(60, 24 * BLOCK_SIZE - len(prompt)))
+        request = GenerationRequest(
+            request_id="r", prompt=prompt, max_tokens=count, sampling=wire.SamplingParams(temperature=0)
+        )
+        tokens: list[int] = []
+        right = continuation(prompt, count)
+        try:
+            async for event in self.engine.generate(request):
+                self.tokens += 1
+                tokens.append(event.token.token)
+                assert tokens == right[: len(tokens)], "a token is wrong, missing or doubled"
+            assert tokens == right
+        except GenerationFailedError as error:
+            if not any(words in str(error) for words in ("again and again", "no rank can compute")):
+                raise
+            self.failed += 1
+        except EngineBusyError:
+            assert not tokens, "turned away after it had begun"
+
+    def _check_budgets(self) -> None:
+        ladder = self.engine._ladder
+        assert 0 <= ladder.rebuilds.left <= REBUILDS
+        assert 0 <= ladder.respawns.left <= RESPAWNS
+
+    async def _rest(self) -> None:
+        """After the faults have ended it serves, and nothing happens any more."""
+        await self._until(lambda: self.engine.status().state is wire.GroupState.READY, "it is ready again")
+        probe = GenerationRequest(
+            request_id="r", prompt=(1, 2, 3), max_tokens=5, sampling=wire.SamplingParams(temperature=0)
+        )
+        assert [event.token.token async for event in self.engine.generate(probe)] == continuation((1, 2, 3), 5)
+        before = (self.engine.status().epoch, self.kills, len(self.engine.status().faults))
+        await asyncio.sleep(600.0)
+        assert (self.engine.status().epoch, self.kills, len(self.engine.status().faults)) == before, "it is not quiet"
+        ids = [fault.id for fault in self.engine.status().faults]
+        assert ids == sorted(set(ids))
+        assert all(fault.recovered_at is not None for fault in self.engine.status().faults)
+        self._check_budgets()
+
+    async def _until(self, condition: Callable[[], bool], what: str) -> None:
+        begun = time.monotonic()
+        while not condition():
+            assert time.monotonic() - begun < 3_000.0, f"not in time: {what}; {self.engine.status()}"
+            await asyncio.sleep(0.05)

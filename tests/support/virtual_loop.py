@@ -1,0 +1,45 @@
+"""An event loop whose clock jumps to the next timer when there is nothing to do: hours pass in milliseconds."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+from unittest import mock
+
+T = TypeVar("T")
+
+
+class _Selector(selectors.SelectSelector):
+    """Waits for nothing but time, and that only virtually."""
+
+    now = 1_000.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if not ready:
+            if timeout is None:
+                raise RuntimeError("nothing is left to happen, and the test waits")
+            self.now += timeout
+        return ready
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self._virtual = _Selector()
+        super().__init__(self._virtual)
+
+    def time(self) -> float:
+        return self._virtual.now
+
+
+def run_virtually(work: Coroutine[Any, Any, T]) -> T:
+    """Run it to its end; `time.monotonic` and `time.time` are the loop's meanwhile."""
+    loop = VirtualLoop()
+    with (
+        asyncio.Runner(loop_factory=lambda: loop) as runner,
+        mock.patch("time.monotonic", loop.time),
+        mock.patch("time.time", loop.time),
+    ):
+        return runner.run(work)

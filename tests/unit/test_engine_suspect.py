@@ -1,0 +1,126 @@
+"""Who hangs, from the progress records; and the probe's memory."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lockstep_runtime.engine.probe import PROMPT, Memory, probe_steps
+from lockstep_runtime.engine.suspect import Suspicion, ranks_text, suspect
+from lockstep_runtime.wire import ProgressRecord
+
+
+def record(
+    rank: int, collective: int, *, inside: bool, age: float = 3.14, step: int = 9, done: bool = False
+) -> ProgressRecord:
+    return ProgressRecord(
+        rank=rank, incarnation="i", epoch=4, step=step, in_step=not done, collective=collective, inside=inside,
+        place=f"layers.{collective}.mlp.down_proj", age=age,
+    )  # fmt: skip
+
+
+def judge(*records: ProgressRecord, silent: list[int] | None = None, size: int = 0) -> Suspicion:
+    ranks = [one.rank for one in records]
+    return suspect(records, epoch=4, step=9, silent=ranks if silent is None else silent, size=size or len(ranks))
+
+
+def test_the_rank_that_never_entered_is_named_with_where_the_others_wait() -> None:
+    found = judge(
+        record(0, 12, inside=True), record(1, 11, inside=False, age=3.2), record(2, 12, inside=True, age=3.1),
+        record(3, 12, inside=True, age=3.0),
+    )  # fmt: skip
+    assert found.laggards == (1,)
+    assert found.sentence == "rank 1 stopped before layers.12.mlp.down_proj, ranks 0,2,3 waited 3.1 s"
+    assert found.moved_ago == 3.0
+
+
+def test_a_rank_that_stays_inside_while_the_others_are_through() -> None:
+    found = judge(record(0, 6, inside=True), record(1, 5, inside=True))
+    assert found.laggards == (1,)
+    assert found.sentence == "rank 1 stopped in layers.5.mlp.down_proj, rank 0 waited 3.1 s"
+
+
+def test_a_rank_that_never_began_the_step() -> None:
+    found = judge(record(0, 30, inside=False, step=8, done=True), record(1, 1, inside=True))
+    assert found.laggards == (0,)
+    assert found.sentence == "rank 0 stopped before it began, rank 1 waited 3.1 s"
+
+
+def test_before_the_first_collective() -> None:
+    found = judge(record(0, 0, inside=False), record(1, 1, inside=True))
+    assert found.sentence == "rank 0 stopped before layers.1.mlp.down_proj, rank 1 waited 3.1 s"
+
+
+def test_the_last_one_of_a_step_that_the_others_have_done() -> None:
+    found = judge(record(1, 57, inside=False), silent=[1], size=3)
+    assert found.laggards == (1,)
+    assert found.sentence == "rank 1 stopped after layers.57.mlp.down_proj, the other ranks are done"
+
+
+def test_several_that_hold_up_one() -> None:
+    found = judge(record(0, 5, inside=False), record(1, 6, inside=True), record(2, 5, inside=False))
+    assert found.laggards == (0, 2)
+    assert found.sentence == "ranks 0,2 stopped before layers.6.mlp.down_proj, rank 1 waited 3.1 s"
+
+
+def test_nobody_is_blamed_when_all_stand_alike_or_records_are_missing() -> None:
+    assert judge(record(0, 5, inside=True), record(1, 5, inside=True)).laggards == ()
+    unknown = judge(record(0, 5, inside=True), silent=[0, 1], size=2)
+    assert (unknown.laggards, unknown.moved_ago) == ((), 3.14)
+    assert unknown.sentence == "ranks 0,1 did not answer, and not all of their records can be read"
+
+
+def test_a_rank_alone_is_its_own_suspect() -> None:
+    assert judge(record(0, 5, inside=False)).sentence == "rank 0 stopped after layers.5.mlp.down_proj"
+    assert judge(silent=[0], size=1) == Suspicion((0,), "rank 0 did not answer, and its record can't be read", None)
+
+
+def test_a_place_without_a_name_is_its_number() -> None:
+    nameless = ProgressRecord(
+        rank=1, incarnation="i", epoch=4, step=9, in_step=True, collective=3, inside=True, place="", age=1.0
+    )
+    assert judge(nameless, silent=[1], size=1).sentence == "rank 1 stopped in collective 3"
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.booleans(), st.booleans()), min_size=1, max_size=8))
+def test_whoever_is_blamed_is_behind_somebody_and_never_in_front(ranks: list[tuple[int, bool, bool]]) -> None:
+    records = [record(rank, n, inside=inside and n > 0, done=done) for rank, (n, inside, done) in enumerate(ranks)]
+    found = judge(*records)
+    assert set(found.laggards) <= set(range(len(ranks)))
+    assert len(found.laggards) < len(ranks) or len(ranks) == 1
+    furthest = max(records, key=lambda one: (not one.in_step, one.collective, not one.inside))
+    assert len(ranks) == 1 or furthest.rank not in found.laggards
+    assert found.sentence.startswith(("rank ", "ranks "))
+
+
+def test_ranks_are_listed_as_people_do() -> None:
+    assert (ranks_text([1]), ranks_text([0, 2, 3])) == ("rank 1", "ranks 0,2,3")
+
+
+def test_the_probe_is_a_prefill_and_a_decode_step_over_its_own_blocks() -> None:
+    [[prefill], [decode]] = probe_steps(100, 4)
+    assert (prefill.tokens, prefill.position, prefill.blocks) == (list(PROMPT), 0, [0, 1, 2, 3, 4])
+    assert (decode.position, len(decode.tokens), decode.blocks) == (16, 1, prefill.blocks)
+
+
+@given(st.integers(1, 40), st.sampled_from([1, 4, 16, 32]))
+def test_the_probe_fits_any_cache(blocks: int, block_size: int) -> None:
+    for [part] in probe_steps(blocks, block_size):
+        assert part.position + len(part.tokens) <= len(part.blocks) * block_size
+        assert max(part.blocks) < blocks
+
+
+def test_fingerprints_are_compared_as_long_as_a_process_is_left_that_was_there() -> None:
+    memory = Memory()
+    assert memory.judge((1, 2), ["a", "b"]) == ""
+    assert memory.judge((1, 2), ["a", "c"]) == ""
+    wrong = memory.judge((1, 3), ["d", "c"])
+    assert wrong.startswith("the probe prompt's fingerprints are 0000000000000001 0000000000000003, and were")
+    assert memory.judge((1, 3), ["d", "e"]) == ""  # all loaded anew: what they give is what was loaded
+    assert memory.judge((1, 2), ["d", "f"]) != ""
+
+
+@pytest.mark.parametrize("prints", [(1, 2), (3, 4)])
+def test_a_first_time_is_right_by_definition(prints: tuple[int, int]) -> None:
+    assert Memory().judge(prints, ["a"]) == ""

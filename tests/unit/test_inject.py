@@ -1,0 +1,334 @@
+"""Faults on purpose: each does what it says, once, where it was asked for, and nothing without permission."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import httpx
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+from lockstep_runtime import fault_box, wire
+from lockstep_runtime.child import PARENT_VARIABLE
+from lockstep_runtime.cli import UsageError, check_faults, main
+from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.owned_files import FOLDER_VARIABLE, remove
+from lockstep_runtime.parallel.errors import GroupAborted
+from lockstep_runtime.parallel.group import Group, SingleGroup
+from lockstep_runtime.parallel.watched import WatchedGroup
+from lockstep_runtime.progress import Progress, new_memory
+from lockstep_runtime.supervisor.server import create_app
+from lockstep_runtime.wire import Injection, Moment, Phase
+from lockstep_runtime.worker.inject import InjectedError, Injector
+
+SECONDS = 10.0
+
+
+def step(*lengths: int) -> wire.Step:
+    sequences = [
+        wire.SequenceSlice(sequence_id=index, position=0, tokens=[7] * length, blocks=[0])
+        for index, length in enumerate(lengths)
+    ]
+    return wire.Step(epoch=1, step=1, sequences=sequences)
+
+
+PREFILL, DECODE = step(1, 3), step(1, 1)
+
+
+class Bench:
+    """An injector, what it calls, and a group that notes where it was used."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(new_memory("test"))
+        self.called: list[str] = []
+        self.injector = Injector(self.progress, lambda: self.called.append("bus"), self._flip)
+
+    def _flip(self, number: int) -> str:
+        self.called.append(f"bit {number}")
+        return "a tensor"
+
+    def arm(self, kind: Injection, **more: object) -> None:
+        self.injector.arm(msgspec.convert({"type": "Inject", "rank": 0, "kind": kind, **more}, wire.Inject))
+
+    def run(self, one: wire.Step, *places: str, values: float = 1.0) -> tuple[wire.Step, list[Tensor]]:
+        """The step as it is given on, and the result of an all-reduce of ones at each place."""
+        watched = WatchedGroup(SingleGroup(), self.progress)
+        given, group = self.injector.step(one, watched)
+        return given, [group.all_reduce(torch.full((2, 2), values), place) for place in places or ("a", "b")]
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_nothing_is_changed_without_a_fault(bench: Bench) -> None:
+    watched = WatchedGroup(SingleGroup(), bench.progress)
+    assert bench.injector.step(PREFILL, watched) == (PREFILL, watched)
+
+
+@pytest.mark.parametrize(("phase", "hit", "spared"), [("prefill", PREFILL, DECODE), ("decode", DECODE, PREFILL)])
+def test_a_fault_waits_for_its_phase_and_happens_once(
+    bench: Bench, phase: str, hit: wire.Step, spared: wire.Step
+) -> None:
+    bench.arm(Injection.RAISE, phase=phase)
+    bench.run(spared)
+    with pytest.raises(InjectedError):
+        bench.run(hit)
+    bench.run(hit)
+
+
+def test_it_happens_at_the_named_place_after_so_many_steps(bench: Bench) -> None:
+    bench.arm(Injection.RAISE, phase="decode", place="layers.1.mlp", skip=2)
+    for _ in range(2):
+        bench.run(DECODE, "layers.1.mlp.down_proj")
+    bench.run(PREFILL, "layers.1.mlp.down_proj")
+    watched = WatchedGroup(SingleGroup(), bench.progress)
+    _, group = bench.injector.step(DECODE, watched)
+    group.all_reduce(torch.ones(1), "layers.0.mlp.down_proj")
+    with pytest.raises(InjectedError):
+        group.all_reduce(torch.ones(1), "layers.1.mlp.down_proj")
+
+
+def test_after_a_collective_means_that_the_others_have_passed_it(bench: Bench) -> None:
+    bench.arm(Injection.RAISE, at="after")
+    with pytest.raises(InjectedError):
+        bench.run(DECODE)
+    assert (bench.progress.read().collective, bench.progress.read().inside) == (1, False)
+
+
+def test_a_nan_and_an_altered_activation_are_in_one_sum_only(bench: Bench) -> None:
+    bench.arm(Injection.NAN, place="a")
+    bench.arm(Injection.ACTIVATION, place="b")
+    _, (first, second, third) = bench.run(DECODE, "a", "b", "c")
+    assert first.isnan().sum() == 1
+    assert second.tolist() == [[2.0, 1.0], [1.0, 1.0]]
+    assert third.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_an_altered_input_is_another_token(bench: Bench) -> None:
+    bench.arm(Injection.INPUT, phase="prefill")
+    given, _ = bench.run(PREFILL)
+    assert [one.tokens for one in given.sequences] == [[6], [7, 7, 7]]
+    assert bench.run(PREFILL)[0] == PREFILL
+
+
+def test_a_hang_inside_a_collective_ends_by_an_abort_and_the_record_shows_it(bench: Bench) -> None:
+    bench.arm(Injection.HANG, at="inside", place="b")
+    group = SingleGroup()
+    caught: list[str] = []
+
+    def work() -> None:
+        _, faulty = bench.injector.step(DECODE, WatchedGroup(group, bench.progress))
+        faulty.all_reduce(torch.ones(1), "a")
+        try:
+            faulty.all_reduce(torch.ones(1), "b")
+        except GroupAborted as error:
+            caught.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    wait_for(lambda: bench.progress.read().inside)
+    assert bench.progress.read().place == "b"
+    group.abort()
+    thread.join(SECONDS)
+    assert caught
+
+
+def test_memory_runs_out_for_real_and_is_there_again(bench: Bench) -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    bench.arm(Injection.MEMORY)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        bench.run(DECODE)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert torch.ones(100_000_000).sum() == 1e8
+
+
+def test_what_needs_no_step_happens_at_once_or_when_idle(bench: Bench) -> None:
+    bench.arm(Injection.CLOSE_BUS)
+    assert bench.called == ["bus"]
+    bench.arm(Injection.FLIP_BIT, phase="idle", number=9)
+    assert bench.called == ["bus"]
+    bench.injector.idle()
+    assert bench.called == ["bus", "bit 9"]
+    bench.injector.idle()
+    assert bench.called == ["bus", "bit 9"]
+
+
+def test_what_needs_a_step_waits_for_the_next_when_it_was_to_be_idle(bench: Bench) -> None:
+    bench.arm(Injection.NAN, phase="idle")
+    bench.run(DECODE)
+    bench.injector.idle()
+    assert bench.run(DECODE, "a")[1][0].isnan().any()
+
+
+@pytest.mark.parametrize(("phase", "act"), [("joining", Injector.joining), ("loading", Injector.loading)])
+def test_joining_and_loading_have_their_own(bench: Bench, phase: str, act: Callable[[Injector], None]) -> None:
+    bench.arm(Injection.RAISE, phase=phase)
+    bench.injector.idle()
+    bench.run(PREFILL)
+    with pytest.raises(InjectedError):
+        act(bench.injector)
+    act(bench.injector)
+
+
+def test_a_slow_rank_is_slow_for_so_many_steps(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("lockstep_runtime.worker.inject.time.sleep", slept.append)
+    bench.arm(Injection.SLOW, seconds=0.25, times=3)
+    for _ in range(5):
+        bench.run(DECODE)
+    assert slept == [0.25] * 3
+
+
+@pytest.mark.parametrize("kind", list(Injection))
+@pytest.mark.parametrize("at", list(Moment))
+def test_every_kind_has_a_deed(bench: Bench, kind: Injection, at: Moment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process-level deeds are only noted here; tests/chaos does them for real."""
+    deeds: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: deeds.append(name)
+
+    module = "lockstep_runtime.worker.inject"
+    monkeypatch.setattr(f"{module}.os.kill", note("kill"))
+    monkeypatch.setattr(f"{module}.os._exit", note("exit"))
+    monkeypatch.setattr(f"{module}.ctypes.string_at", note("segv"))
+    monkeypatch.setattr(f"{module}.hang", note("hang"))
+    monkeypatch.setattr(f"{module}.exhaust_memory", note("memory"))
+    monkeypatch.setattr(f"{module}.time.sleep", note("slow"))
+    bench.arm(kind, phase=Phase.DECODE, at=at)
+    group: Group = SingleGroup()
+    if kind is Injection.HANG and at is Moment.INSIDE:
+        group.abort()
+    try:
+        given, faulty = bench.injector.step(DECODE, WatchedGroup(group, bench.progress))
+        changed = given != DECODE or not torch.equal(faulty.all_reduce(torch.ones(2)), torch.ones(2))
+    except (InjectedError, GroupAborted):
+        changed = True
+    assert changed or deeds or bench.called
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    done = threading.Event()
+    for _ in range(int(SECONDS / 0.005)):
+        if condition():
+            return
+        done.wait(0.005)
+    raise AssertionError("it did not happen")
+
+
+# --- how a fault gets there
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> dict[str, str]:
+    """The environment of a worker whose supervisor is this process."""
+    return {FOLDER_VARIABLE: str(tmp_path), PARENT_VARIABLE: str(os.getpid())}
+
+
+def test_a_fault_left_for_a_rank_is_found_once_and_by_no_other(box: dict[str, str], tmp_path: Path) -> None:
+    faults = [wire.Inject(rank=1, kind=kind) for kind in (Injection.EXIT, Injection.RAISE)]
+    for fault in faults:
+        fault_box.leave(box, fault)
+    assert fault_box.take(box, 0) == []
+    assert fault_box.take(box | {PARENT_VARIABLE: "1"}, 1) == []
+    assert fault_box.take(box, 1) == faults
+    assert fault_box.take(box, 1) == []
+    fault_box.leave(box, faults[0])
+    remove(box)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_one_shot_variable_is_checked_at_the_start() -> None:
+    assert fault_box.parse_once("hang:1") == wire.Inject(rank=1, kind=Injection.HANG, phase=Phase.PREFILL)
+    config = ServeConfig(model="m", served_name="m", allow_faults=True)
+    for wrong in ("hang", "hang:", "crash:0", "hang:x"):
+        with pytest.raises(UsageError, match="LOCKSTEP_FAULT_ONCE"):
+            check_faults(config, {fault_box.ONCE_VARIABLE: wrong})
+    check_faults(ServeConfig(model="m", served_name="m"), {fault_box.ONCE_VARIABLE: "not read: no faults are allowed"})
+
+
+def client(inject: Callable[[wire.Inject], bool] | None) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app=create_app(None, "secret", inject=inject))
+    return httpx.AsyncClient(transport=transport, base_url="http://test", headers={"Authorization": "Bearer secret"})
+
+
+async def test_the_endpoint_is_there_only_where_faults_are_allowed() -> None:
+    body = msgspec.json.encode(wire.Inject(rank=0, kind=Injection.EXIT))
+    async with client(None) as http:
+        assert (await http.post("/inject", content=body)).status_code == 404
+    taken: list[wire.Inject] = []
+
+    def take(fault: wire.Inject) -> bool:
+        taken.append(fault)
+        return True
+
+    async with client(take) as http:
+        assert (await http.post("/inject", content=body, headers={"Authorization": ""})).status_code == 401
+        assert (await http.post("/inject", content=b"{}")).status_code == 400
+        assert (await http.post("/inject", content=b" " * 10_000)).status_code == 400
+        assert taken == []
+        assert (await http.post("/inject", content=body)).status_code == 202
+    assert taken == [wire.Inject(rank=0, kind=Injection.EXIT)]
+    async with client(lambda _: False) as http:
+        assert (await http.post("/inject", content=body)).status_code == 503
+
+
+class _Answering(http.server.BaseHTTPRequestHandler):
+    """Takes what it is sent; refuses faults of rank 9."""
+
+    taken: ClassVar[list[tuple[str, str, wire.Inject]]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        fault = msgspec.json.decode(body, type=wire.Inject)
+        self.taken.append((self.path, self.headers["Authorization"], fault))
+        self.send_response(202 if fault.rank != 9 else 503)
+        self.end_headers()
+        self.wfile.write(b"there is no engine just now\n")
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@pytest.fixture
+def leader() -> Iterator[str]:
+    with http.server.HTTPServer(("127.0.0.1", 0), _Answering) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_the_command_asks_for_the_fault_it_was_told(
+    leader: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCKSTEP_TOKEN", "secret")
+    words = ["hang", "--rank", "1", "--phase", "decode", "--at", "inside", "--place", "layers.2.mlp", "--url", leader]
+    with pytest.raises(SystemExit) as ended:
+        main(["inject", *words])
+    assert ended.value.code == 0
+    wanted = wire.Inject(rank=1, kind=Injection.HANG, phase=Phase.DECODE, at=Moment.INSIDE, place="layers.2.mlp")
+    assert _Answering.taken[-1] == ("/inject", "Bearer secret", wanted)
+    assert "hang on rank 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rank", "url", "words"), [("9", "", "there is no engine just now"), ("1", "http://127.0.0.1:1", "no answer from")]
+)
+def test_the_command_says_why_it_could_not(
+    leader: str, rank: str, url: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["inject", "exit", "--rank", rank, "--url", url or leader])
+    assert ended.value.code == 1
+    assert words in capsys.readouterr().err

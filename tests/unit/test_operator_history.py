@@ -1,0 +1,139 @@
+"""Faults and repairs are told once each, and those of an absence when somebody is back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+from prometheus_client import generate_latest
+from tests.support.kube_world import well
+from tests.support.operator_models import NOW, group, model
+
+from lockstep_operator.decide import Decision
+from lockstep_operator.events import Pass, occurrences
+from lockstep_operator.history import Repair
+from lockstep_operator.memory import Memory, Plan, Rung
+from lockstep_operator.metrics import Metrics
+from lockstep_operator.moment import text
+from lockstep_operator.names import ModelKey
+from lockstep_operator.observe import Observed, Report
+from lockstep_operator.recovery import Verdict
+from lockstep_operator.rollout import plan
+from lockstep_operator.status import build
+from lockstep_runtime.wire import Fault, FaultRecord, GroupStatus
+
+KEY = ModelKey("team", "chat")
+NOTHING = Memory()
+
+
+def fault(number: int, **fields: Any) -> FaultRecord:
+    record = FaultRecord(
+        id=number, fault=Fault.HANG, rank=1, message="stopped", at=NOW - 60 + number, epoch=number, rung="Rebuild",
+        recovered_at=NOW - 59 + number, phases={"detect": 0.5, "rebuild": 0.25},
+    )  # fmt: skip
+    return msgspec.structs.replace(record, **fields)
+
+
+def said(faults: Sequence[FaultRecord], **fields: Any) -> GroupStatus:
+    counted = {"faults": list(faults), "recoveries": sum(fault.recovered_at is not None for fault in faults)}
+    return msgspec.structs.replace(well(KEY, 0, "inc", "new"), **(counted | fields))
+
+
+def look(
+    old: Mapping[str, Any], report: Report, memory: Memory = NOTHING, now: float = NOW
+) -> tuple[Pass, dict[str, Any]]:
+    observed = Observed(status=old, resource_version="1", token="t", children={}, reports={0: report})
+    decision = Decision(
+        revision="new", groups=(group(),), turns=plan([group()], "new", 1), verdicts={0: Verdict(memory=memory)}
+    )
+    new = build(model(), observed, decision, "", now)
+    return Pass(observed=observed, new=new, done=(), memories={0: memory}, now=now), new
+
+
+def told(seen: Pass) -> list[str]:
+    return [item.reason for item in occurrences(seen) if item.reason not in ("Created", "Ready")]
+
+
+def test_what_happened_meanwhile_is_told_once() -> None:
+    _, first = look({}, Report(status=said([fault(1)])))
+    away, second = look(first, Report(status=said([fault(1), fault(2), fault(3, recovered_at=None, rung="")])))
+    assert told(away) == ["Hang", "Hang", "Recovered"]
+    assert (second["groups"][0]["lastFaultID"], second["groups"][0]["lastRepairID"]) == (3, 2)
+    again, third = look(second, Report(status=said([fault(2), fault(3)])))
+    assert told(again) == ["Recovered"]
+    assert told(look(third, Report(status=said([fault(2), fault(3)])))[0]) == []
+    anew, _ = look(third, Report(status=said([fault(1)], incarnation="other")))
+    assert told(anew) == ["Hang", "Recovered"], "another process counts anew"
+
+
+def test_a_repair_is_told_with_its_first_token() -> None:
+    fresh = fault(1, recovered_at=NOW - 1, requests_resumed=2)
+    seen, status = look({}, Report(status=said([fresh])))
+    assert told(seen) == ["Hang"]
+    done = fault(1, recovered_at=NOW - 1, requests_resumed=2, phases=fresh.phases | {"firstToken": 0.125})
+    later, after = look(status, Report(status=said([done])))
+    assert [item.note for item in occurrences(later) if item.reason == "Recovered"] == [
+        "group 0 rank 1 was healed from Hang by Rebuild (detect 0.5 s, rebuild 0.25 s, firstToken 0.12 s); "
+        "2 requests went on"
+    ]
+    assert after["lastRecovery"] == {
+        "fault": "Hang", "group": 0, "suspectRank": 1, "rung": "Rebuild", "requestsResumed": 2,
+        "phases": {"detect": 0.5, "rebuild": 0.25, "firstToken": 0.125}, "finishedAt": text(NOW - 1),
+    }  # fmt: skip
+    given_up, _ = look(status, Report(status=said([fresh])), now=NOW + 10)
+    assert told(given_up) == ["Recovered"], "nobody waits for it any longer"
+
+
+def test_counters_of_a_group_that_falls_silent_go_on_where_they_were() -> None:
+    _, heard = look({}, Report(status=said([fault(1)])))
+    silent, unknown = look(heard, Report(status=said([fault(1)]), unreachable_since=NOW - 99, error="no route"))
+    assert told(silent) == []
+    assert unknown["groups"][0]["state"] == "Unknown"
+    back, known = look(unknown, Report(status=said([fault(1)])))
+    assert told(back) == []
+    assert known["recoveries"] == 1
+
+
+STEP = Plan(
+    rung=Rung.RECYCLE_POD, trigger="inc/1", fault="Hang", rank=1, reason="because", pods=("p",), since=NOW - 8,
+    noticed=NOW - 10,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_step_of_the_operator_that_helped_is_one_recovery(closed: bool) -> None:
+    """The group closes the fault too, if its first pod stayed; then that is not told besides."""
+    record = fault(1, at=NOW - 10, recovered_at=None, phases={"detect": 0.5}, rung="")
+    before = Memory(plan=STEP, spent={Rung.RECYCLE_POD: 1})
+    _, poisoned = look({}, Report(status=said([record])), before)
+    report = said([fault(1, at=NOW - 10, recovered_at=NOW)]) if closed else said([], incarnation="other")
+    after = Memory(plan=replace(STEP, healed=True, pods=()), spent=before.spent, healthy_since=NOW)
+    seen, status = look(poisoned, Report(status=report), after)
+    assert told(seen) == ["Recovered"]
+    assert (status["recoveries"], status["lastRecovery"]["rung"]) == (1, "RecyclePod")
+    assert (status["lastRecovery"]["phases"]["detect"], status["lastRecovery"]["phases"]["recycle"]) == (2.0, 8.0)
+    quiet, same = look(status, Report(status=report), after)
+    assert told(quiet) == []
+    assert (same["recoveries"], same["lastRecovery"]["rung"]) == (1, "RecyclePod")
+
+
+def test_repairs_are_counted_by_fault_and_rung_and_timed_by_phase() -> None:
+    now = NOW
+    metrics = Metrics(lambda: now)
+    repair = Repair(group=0, fault="Hang", rank=1, rung="Respawn", noticed=10.0, finished=12.0, phases={"detect": 0.5})
+    metrics.model(KEY, {"conditions": [{"type": "Poisoned", "status": "True"}]})
+    metrics.repaired(KEY, [repair, repair])
+    metrics.stepped(KEY, {0: Report(status=said([], last_step_at=NOW - 7))})
+    page = generate_latest(metrics.registry).decode()
+    assert 'lockstep_operator_recoveries_total{fault="Hang",model="chat",namespace="team",rung="Respawn"} 2.0' in page
+    assert 'lockstep_operator_recovery_seconds_sum{phase="detect"} 1.0' in page
+    assert 'lockstep_operator_recovery_seconds_sum{phase="total"} 4.0' in page
+    assert 'lockstep_operator_seconds_since_last_step{group="0",model="chat",namespace="team"} 7.0' in page
+    assert 'lockstep_operator_condition{condition="Poisoned",model="chat",namespace="team"} 1.0' in page
+    now = NOW + 5
+    assert 'since_last_step{group="0",model="chat",namespace="team"} 12.0' in generate_latest(metrics.registry).decode()
+    metrics.forget(KEY)
+    assert 'model="chat"' not in generate_latest(metrics.registry).decode()

@@ -1,0 +1,248 @@
+"""The weight cache: what it holds, who may use it, and that damage never gets through."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support.models import ModelShape, write_model
+
+from lockstep_runtime import owned_files, wire
+from lockstep_runtime.child import PARENT_VARIABLE
+from lockstep_runtime.config import EngineLimits, ServeConfig, WeightCache
+from lockstep_runtime.layers.weight import PlainWeight
+from lockstep_runtime.parallel.group import SingleGroup
+from lockstep_runtime.weights.checksum import PAGE_BYTES, PART_BYTES, checksum
+from lockstep_runtime.worker.runner import LoadReport, Runner
+from lockstep_runtime.worker.scrub import CorruptionError, Scrub, Watched
+
+STEP = wire.Step(
+    epoch=1,
+    step=1,
+    sequences=[
+        wire.SequenceSlice(
+            sequence_id=1, position=0, tokens=[5, 9, 2, 77], blocks=[0], sample=wire.SamplingParams(temperature=0)
+        )
+    ],
+)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This process is the supervisor, and the cache lies in a folder of the test's own."""
+    found = tmp_path / "shm"
+    found.mkdir()
+    monkeypatch.setenv(owned_files.FOLDER_VARIABLE, str(found))
+    monkeypatch.setenv(PARENT_VARIABLE, str(os.getpid()))
+    return found
+
+
+def config(model: Path, cache: WeightCache = "Memory", *, size: int = 1) -> ServeConfig:
+    limits = EngineLimits(kv_cache_bytes=1 << 22)
+    return ServeConfig(
+        model=str(model),
+        served_name="m",
+        tensor_parallel_size=size,
+        ranks_per_pod=size,
+        weight_cache=cache,
+        limits=limits,
+    )
+
+
+def load(config: ServeConfig, rank: int = 0) -> tuple[Runner, LoadReport]:
+    runner = Runner(config, rank)
+    return runner, runner.load(lambda done, total: None)
+
+
+def output(runner: Runner) -> tuple[int, list[wire.SampledToken]]:
+    runner.allocate(2)
+    step = runner.step(STEP, SingleGroup())
+    return step.fingerprint, step.sampled
+
+
+SHAPES = {
+    "float32": ModelShape(),
+    "tied, float32": ModelShape(tied=True),
+    "tied, bfloat16": ModelShape(tied=True, dtype="bfloat16"),
+    "bfloat16 with biases": ModelShape(bias=True, dtype="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_a_rank_that_is_started_again_has_the_same_weights_without_the_checkpoint(
+    shape: ModelShape, tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "model", shape)
+    plain, told = load(config(model, "Off"))
+    expected = output(plain)
+    first, filled = load(config(model))
+    assert output(first) == expected
+    for file in model.iterdir():
+        file.unlink()
+    second, mapped = load(config(model))
+    assert output(second) == expected
+    assert (told.read_bytes, filled.read_bytes, mapped.read_bytes) == (told.weight_bytes, told.weight_bytes, 0)
+    assert mapped.weight_bytes == filled.weight_bytes == told.weight_bytes
+
+
+def test_parameters_are_the_file_and_a_stray_write_does_not_reach_it(tmp_path: Path, folder: Path) -> None:
+    settings = config(write_model(tmp_path / "model", ModelShape()))
+    runner, _ = load(settings)
+    expected = output(runner)
+    before = next(folder.iterdir()).read_bytes()
+    with torch.inference_mode():
+        for weight in runner.weights():
+            assert isinstance(weight, PlainWeight)
+            weight.data.fill_(7.0)
+    assert next(folder.iterdir()).read_bytes() == before
+    assert output(load(settings)[0]) == expected
+
+
+@pytest.mark.parametrize("where", ["header", "middle", "last byte"])
+def test_a_damaged_file_is_found_out_and_made_anew(
+    where: str, tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = config(write_model(tmp_path / "model", ModelShape()))
+    runner, filled = load(settings)
+    expected, file = output(runner), next(folder.iterdir())
+    damaged = bytearray(file.read_bytes())
+    at = {"header": 100, "middle": len(damaged) // 2, "last byte": -1}[where]
+    damaged[at] ^= 1
+    file.write_bytes(damaged)
+    again, report = load(settings)
+    assert report.read_bytes == filled.read_bytes
+    assert "the weight cache is discarded" in caplog.text
+    assert output(again) == expected
+    assert load(settings)[1].read_bytes == 0
+
+
+@pytest.mark.parametrize("length", [0, 3, 1000, -1])
+def test_a_truncated_file_is_made_anew(length: int, tmp_path: Path, folder: Path) -> None:
+    settings = config(write_model(tmp_path / "model", ModelShape()))
+    load(settings)
+    file = next(folder.iterdir())
+    os.truncate(file, length if length >= 0 else file.stat().st_size - 1)
+    assert load(settings)[1].read_bytes > 0
+    assert load(settings)[1].read_bytes == 0
+
+
+def test_what_was_kept_for_another_model_is_not_used(tmp_path: Path) -> None:
+    first = config(write_model(tmp_path / "a", ModelShape(), seed=1))
+    second = config(write_model(tmp_path / "b", ModelShape(), seed=2))
+    load(first)
+    runner, report = load(second)
+    assert report.read_bytes > 0
+    assert output(runner) == output(load(config(tmp_path / "b", "Off"))[0])
+
+
+def test_without_room_the_rank_loads_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = config(write_model(tmp_path / "model", ModelShape()))
+    monkeypatch.setenv(owned_files.FOLDER_VARIABLE, str(tmp_path / "not there"))
+    runner, report = load(settings)
+    assert report.read_bytes == report.weight_bytes
+    assert output(runner)
+    assert "no weight cache" in caplog.text
+
+
+def test_without_a_supervisor_and_when_switched_off_nothing_is_left(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tmp_path / "model", ModelShape())
+    load(config(model, "Off"))
+    monkeypatch.delenv(PARENT_VARIABLE)
+    load(config(model))
+    assert list(folder.iterdir()) == []
+
+
+def test_ranks_have_files_of_their_own_which_the_supervisor_removes(tmp_path: Path, folder: Path) -> None:
+    settings = config(write_model(tmp_path / "model", ModelShape()), size=2)
+    for rank in (0, 1):
+        load(settings, rank)
+    assert len(list(folder.iterdir())) == 2
+    assert all(file.stat().st_mode & 0o777 == 0o600 for file in folder.iterdir())
+    assert owned_files.remove(os.environ) >= 2  # in /dev/shm there may be leftovers of others
+    assert list(folder.iterdir()) == []
+
+
+def test_only_our_own_files_and_those_of_the_dead_are_removed(folder: Path) -> None:
+    init = owned_files.owner_of(1)
+    names = {
+        "dead": "lockstep-weights-4194399-1-0",
+        "its unfinished": "lockstep-weights-4194399-1-1.new",
+        "a pid used again": "lockstep-weights-1-99999999999-0",
+        "another's": f"lockstep-weights-{init}-0",
+        "a dead fault": "lockstep-fault-4194399-1-1-77",
+        "a dead exchange": "lockstep-group-4194399-1-0123abcd",
+        "something else": "lockstep-0123",
+    }
+    for name in names.values():
+        (folder / name).touch()
+    assert owned_files.remove(os.environ) >= 5
+    assert {file.name for file in folder.iterdir()} == {names["another's"], names["something else"]}
+
+
+@given(st.binary(min_size=1, max_size=3 * PAGE_BYTES), st.data())
+def test_any_changed_bit_changes_the_checksum(raw: bytes, data: st.DataObject) -> None:
+    tensor = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    before = checksum(tensor)
+    bit = data.draw(st.integers(0, len(raw) * 8 - 1))
+    tensor[bit // 8] ^= 1 << bit % 8
+    assert checksum(tensor) != before
+    tensor[bit // 8] ^= 1 << bit % 8
+    assert checksum(tensor) == before
+
+
+def test_pages_and_parts_are_kept_in_order() -> None:
+    pages = torch.arange(2 * PART_BYTES // 8, dtype=torch.int64).view(-1, PAGE_BYTES // 8)
+    assert checksum(pages) != checksum(pages.flip(0))
+    assert checksum(pages.clone()) == checksum(pages)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_the_scrub_finds_nothing_after_steps_and_names_a_changed_tensor(shape: ModelShape, tmp_path: Path) -> None:
+    runner, report = load(config(write_model(tmp_path / "model", shape)))
+    scrub = report.scrub
+    assert scrub is not None
+    output(runner)
+    _whole_round(scrub)
+    name = runner.flip_bit(12345)
+    with pytest.raises(CorruptionError, match=name.replace("+", r"\+")):
+        _whole_round(scrub)
+
+
+def _whole_round(scrub: Scrub) -> None:
+    rounds = scrub.rounds
+    while scrub.rounds == rounds:
+        scrub.turn(0.0)
+
+
+def test_the_scrub_spreads_its_turns_over_the_interval() -> None:
+    looked: list[float] = []
+    now = 1000.0
+
+    def parts(count: int) -> Generator[None, None, str]:
+        for _ in range(count):
+            looked.append(now)
+            yield
+        return "same"
+
+    watched = [Watched(f"tensor {count}", functools.partial(parts, count), "same") for count in (1, 3, 0, 2)]
+    scrub = Scrub(watched, 100.0, now)
+    while scrub.rounds < 2:
+        now += scrub.wait(now) or 0.0
+        scrub.turn(now)
+    assert now == 1200.0
+    assert looked == [1025, 1050, 1050, 1050, 1100, 1100, 1125, 1150, 1150, 1150, 1200, 1200]
+
+
+def test_the_scrub_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCKSTEP_SCRUB_SECONDS", "0")
+    assert load(config(write_model(tmp_path / "model", ModelShape())))[1].scrub is None
