@@ -47,3 +47,4 @@ test-e2e: venv ## the tests on the cluster (make cluster-up images deploy)
 
 include $(wildcard bench/*.mk)
 include dev/cluster.mk
+include tests/chaos.mk
