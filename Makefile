@@ -50,3 +50,4 @@ test-e2e: venv ## the tests on the cluster (make cluster-up images deploy)
 
 include $(wildcard bench/*.mk tests/*.mk)
 include dev/cluster.mk
+include tests/chaos.mk

@@ -333,9 +333,9 @@ class World:
                 return
 
     async def _request(self) -> None:
-        await asyncio.sleep(self.chance.uniform(0.0, 0.2))
+        await asyncio.sleep(self.chance.uniform(0.0, 1.0))
         prompt = tuple(self.chance.randrange(1000) for _ in range(self.chance.randint(1, 20)))
-        count = self.chance.randint(1, min(60, 24 * BLOCK_SIZE - len(prompt)))
+        count = self.chance.randint(1, min(30, 24 * BLOCK_SIZE - len(prompt)))
         request = GenerationRequest(
             request_id="r", prompt=prompt, max_tokens=count, sampling=wire.SamplingParams(temperature=0)
         )

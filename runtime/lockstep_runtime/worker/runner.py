@@ -99,6 +99,7 @@ class Runner:
         except OSError as error:
             logger.warning("no weight cache, so a lost rank reads the checkpoint again: %s: %s", path, error.strerror)
             return self._load_plainly(progress), None
+        logger.info("the weight cache takes %.1f MB of shared memory: %s", cache.nbytes / 1e6, path)
         self._adopt(cache, lambda done, total: None)
         return loaded, cache
 

@@ -1,0 +1,192 @@
+"""Every order of events, six deep, for up to three ranks: the supervisor's machine and the engine's ladder.
+
+States that were reached before are not followed again, so the orders are all of them and yet few.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import pytest
+
+from lockstep_runtime.engine.recovery import REBUILDS, RESPAWNS, Evidence, Ladder, Rung
+from lockstep_runtime.supervisor.machine import (
+    ENGINE,
+    SPARE,
+    Action,
+    Finish,
+    Machine,
+    Name,
+    Phase,
+    Promote,
+    SayStopped,
+    Signal,
+    Spawn,
+)
+from lockstep_runtime.wire import Fault
+
+DEPTH = 6
+
+
+@dataclass
+class Pod:
+    """A supervisor's machine, and the processes that its actions made."""
+
+    machine: Machine
+    now: float = 0.0
+    alive: set[Name] = field(default_factory=set)
+    finished: bool = False
+
+    def do(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            assert not self.finished, "it acts after its end"
+            match action:
+                case Spawn():
+                    assert action.name not in self.alive, "a process is doubled"
+                    self.alive.add(action.name)
+                case Promote():
+                    assert action.rank not in self.alive, "a rank is doubled"
+                    self.alive.remove(SPARE)
+                    self.alive.add(action.rank)
+                case Signal():
+                    assert action.name in self.alive, "a dead process is signalled"
+                case SayStopped():
+                    assert action.rank in self.alive
+                case Finish():
+                    assert not self.alive, "a process is left over"
+                    self.finished = True
+
+    def key(self) -> str:
+        """Times count from now."""
+        children = {
+            name: (child.alive, child.failures, _ahead(child.spawn_at, self.now), _ahead(child.stopped_at, self.now))
+            for name, child in self.machine._children.items()
+        }
+        machine = (self.machine.phase, _ahead(self.machine.deadline, self.now), children)
+        return f"{machine} {sorted(map(str, self.alive))} {self.finished}"
+
+
+def _ahead(at: float | None, now: float) -> float | None:
+    return None if at is None else round(at - now, 3)
+
+
+def events(ranks: int) -> list[Callable[[Pod], None]]:
+    def exits(name: Name, healthy: bool) -> Callable[[Pod], None]:
+        def event(pod: Pod) -> None:
+            if name in pod.alive:
+                pod.alive.discard(name)
+                pod.do(pod.machine.exited(name, healthy=healthy, now=pod.now))
+
+        return event
+
+    def stops(name: Name) -> Callable[[Pod], None]:
+        def event(pod: Pod) -> None:
+            if name in pod.alive:
+                pod.machine.stopped(name, 19, pod.now)
+
+        return event
+
+    def passes(seconds: float) -> Callable[[Pod], None]:
+        def event(pod: Pod) -> None:
+            pod.now += seconds
+            pod.do(pod.machine.tick(pod.now))
+
+        return event
+
+    names: list[Name] = [*range(ranks), ENGINE, SPARE]
+    return [
+        *(exits(name, healthy) for name in names for healthy in (True, False)),
+        *(stops(name) for name in (0, SPARE)),
+        passes(1.0),
+        passes(60.0),
+        lambda pod: pod.machine.loaded(pod.now),
+        lambda pod: pod.do(pod.machine.asked_to_end(pod.now, connected=True)),
+        lambda pod: pod.do(pod.machine.released(pod.now)),
+        lambda pod: pod.do(pod.machine.disconnected(pod.now)),
+        lambda pod: pod.do(pod.machine.kill(0, "asked")),
+    ]
+
+
+@pytest.mark.parametrize("is_leader", [True, False])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_no_process_is_doubled_forgotten_or_left_over(ranks: int, is_leader: bool) -> None:
+    pod = Pod(Machine(ranks=range(ranks), is_leader=is_leader, grace_seconds=10.0))
+    pod.do(pod.machine.start(0.0))
+    seen, level = {pod.key()}, [pod]
+    for _ in range(DEPTH):
+        following = []
+        for before in level:
+            for event in events(ranks):
+                after = copy.deepcopy(before)
+                event(after)
+                if after.key() not in seen:
+                    seen.add(after.key())
+                    following.append(after)
+        level = following
+        for one in level[:: max(1, len(level) // 50)]:
+            assert_it_ends(copy.deepcopy(one))
+    assert len(seen) > 100
+
+
+def assert_it_ends(pod: Pod) -> None:
+    """Asked to end, it does, whatever came before."""
+    for _ in range(6):
+        if pod.finished:
+            return
+        pod.do(pod.machine.asked_to_end(pod.now, connected=False))
+        pod.now += 100.0
+        pod.do(pod.machine.tick(pod.now))
+        for name in sorted(pod.alive, key=str):
+            if not pod.finished and pod.machine.phase is not Phase.RUNNING:
+                pod.alive.discard(name)
+                pod.do(pod.machine.exited(name, healthy=False, now=pod.now))
+    assert pod.finished, "it does not end"
+
+
+FAULTS = [
+    *(Evidence(fault, rank, "words") for fault in Fault for rank in (0, None)),
+    Evidence(Fault.HANG, 0, "words", laggards=(0,)),
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_ladder_never_overdraws_and_gives_up_only_when_the_last_rung_is_spent(ranks: int) -> None:
+    seen: set[tuple[float, float, bool]] = set()
+    level = [Ladder(ranks, "Ladder")]
+    for spent in range(RESPAWNS):  # also from nearly spent budgets
+        ladder = Ladder(ranks, "Ladder")
+        ladder.respawns.left, ladder.rebuilds.left = float(spent), float(spent % (REBUILDS + 1))
+        level.append(ladder)
+    for _ in range(DEPTH):
+        following = []
+        for before in level:
+            for after in _next(before, ranks):
+                key = (after.rebuilds.left, after.respawns.left, after._rebuilt_in_vain)
+                if key not in seen:
+                    seen.add(key)
+                    following.append(after)
+        level = following
+    assert len(seen) > 30
+
+
+def _next(before: Ladder, ranks: int) -> Iterable[Ladder]:
+    for cause in FAULTS:
+        for by_request in (False, True):
+            after = copy.deepcopy(before)
+            recovery = after.decide(cause, [cause], by_request=by_request)
+            assert 0 <= after.rebuilds.left <= REBUILDS
+            assert 0 <= after.respawns.left <= RESPAWNS
+            assert recovery.reason
+            assert set(recovery.kill) <= set(range(ranks))
+            assert recovery.rung is not None or before.respawns.left < 1
+            assert recovery.rung is not Rung.RESPAWN or after.respawns.left == before.respawns.left - 1
+            if recovery.rung is Rung.REBUILD and not by_request:
+                assert after.rebuilds.left == before.rebuilds.left - 1
+                assert not before._rebuilt_in_vain
+            yield after
+    for seconds, steps in ((0.0, True), (2.0, False), (1000.0, True)):
+        after = copy.deepcopy(before)
+        after.rest(seconds, steps=steps)
+        yield after
