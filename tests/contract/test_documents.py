@@ -65,7 +65,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 def _targets() -> set[str]:
-    texts = [path.read_text() for path in (ROOT / "Makefile", *(ROOT / "dev").glob("*.mk"))]
+    texts = [path.read_text() for path in (ROOT / "Makefile", *ROOT.glob("*/*.mk"))]
     return {name for text in texts for name in re.findall(r"^([a-z][a-z-]*):", text, re.MULTILINE)}
 
 
