@@ -189,7 +189,7 @@ def test_a_thousand_malformed_messages_on_every_port(server: Served, port: str) 
         # The server may close before all has been sent: its right.
         with socket.create_connection(("127.0.0.1", number), timeout=60) as connection, suppress(ConnectionError):
             connection.sendall(message)
-    assert server.child_pids() == before
+    assert set(before) <= set(server.child_pids())  # a spare may have come meanwhile
     assert httpx.get(f"{server.status_url}/healthz", timeout=60).status_code == 200
     assert server.complete("The", 3)
     assert "Traceback" not in server.log.read_text()
