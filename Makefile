@@ -50,4 +50,3 @@ test-e2e: venv ## the tests on the cluster (make cluster-up images deploy)
 
 include $(wildcard bench/*.mk tests/*.mk)
 include dev/cluster.mk
-include tests/chaos.mk

@@ -3,5 +3,5 @@ chaos: venv ## every fault at every moment to every rank, on real processes (an 
 	$(PY) -m pytest tests/chaos --durations=10
 
 .PHONY: test-chaos
-test-chaos: venv ## the third of it that is part of make test
+test-chaos: venv ## a fixed third of it, different kinds of fault first
 	$(PY) -m pytest tests/chaos -m third --durations=5

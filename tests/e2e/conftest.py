@@ -12,6 +12,7 @@ import pytest
 from tests.support import kubectl
 from tests.support.cluster_api import ClusterApi
 from tests.support.cluster_model import GONE_SECONDS, OPERATOR_NAMESPACE, TINY_CHAT, Model, operator_pods, tiny_chat
+from tests.support.cluster_rest import Rest
 from tests.support.cluster_wait import until
 
 NewNamespace = Callable[[str], str]
@@ -83,6 +84,12 @@ def served(api: ClusterApi, new_namespace: NewNamespace) -> Iterator[Model]:
     yield model
     model.delete()
     kubectl.kubectl("delete", "persistentvolume", namespace, "--wait=false")
+
+
+@pytest.fixture(scope="session")
+def at_rest(served: Model) -> Rest:
+    """The served model before any test has done anything to it: see test_quiet.py."""
+    return Rest.of(served)
 
 
 def _volume(namespace: str, folder: Path) -> str:

@@ -5,7 +5,6 @@ The table is held against the CRD: a rule without an accepted and a refused exam
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from tests.support import kubectl
 from tests.support.cluster_model import Model, Object, manifest
 
 CRD: Final = Path(__file__).parents[2] / "crds" / "lockstep.dev_tensorparallelmodels.yaml"
-QUIET_SECONDS: Final = 60
+
+pytestmark = pytest.mark.usefixtures("at_rest")  # manifests are only judged, so the served model is left alone
 
 HOST: Final[Object] = {"hostPath": {"path": "/models/a"}}
 HUB: Final[Object] = {"huggingFace": {"repo": "Qwen/Qwen3-8B"}}
@@ -170,49 +170,18 @@ def test_the_table_has_every_rule_of_the_schema() -> None:
     assert untold == []
 
 
-@pytest.fixture(scope="module")
-def watched(served: Model) -> Iterator[Model]:
-    """A model that nobody touches while the API server only judges manifests and keeps none."""
-    served.until_ready()
-    time.sleep(16)  # step latencies of earlier tests are written once more, at most 15 s after them
-    before, began = _versions(served), time.monotonic()
-    yield served
-    time.sleep(max(0.0, QUIET_SECONDS - (time.monotonic() - began)))
-    assert _versions(served) == before, "something was written though nothing had changed"
-
-
-def _versions(model: Model) -> dict[str, str]:
-    """Resource version by object, of all that the operator writes, Events among them."""
-    kinds = (
-        "tensorparallelmodels",
-        "statefulsets",
-        "services",
-        "secrets",
-        "serviceaccounts",
-        "networkpolicies",
-        "events",
-    )
-    return {
-        f"{kind}/{item['metadata']['name']}": item["metadata"]["resourceVersion"]
-        for kind in kinds
-        for item in model.api.items(kind, model.namespace)
-    }
-
-
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.words)
-def test_a_rule_takes_what_is_right_and_refuses_what_is_wrong(watched: Model, rule: Rule) -> None:
+def test_a_rule_takes_what_is_right_and_refuses_what_is_wrong(served: Model, rule: Rule) -> None:
     for number, accepted in enumerate(rule.accepted):
-        kubectl.apply(manifest(watched.namespace, f"right-{number}", accepted), "--dry-run=server")
+        kubectl.apply(manifest(served.namespace, f"right-{number}", accepted), "--dry-run=server")
     for refused in rule.refused:
-        assert rule.words in kubectl.refusal(manifest(watched.namespace, "wrong", refused))
+        assert rule.words in kubectl.refusal(manifest(served.namespace, "wrong", refused))
 
 
 @pytest.mark.parametrize(("words", "accepted", "refused"), NAMES)
-def test_names_must_fit_the_names_that_are_made_of_them(
-    watched: Model, words: str, accepted: str, refused: str
-) -> None:
-    kubectl.apply(manifest(watched.namespace, accepted, spec()), "--dry-run=server")
-    assert words in kubectl.refusal(manifest(watched.namespace, refused, spec()))
+def test_names_must_fit_the_names_that_are_made_of_them(served: Model, words: str, accepted: str, refused: str) -> None:
+    kubectl.apply(manifest(served.namespace, accepted, spec()), "--dry-run=server")
+    assert words in kubectl.refusal(manifest(served.namespace, refused, spec()))
 
 
 @pytest.mark.parametrize(
@@ -230,12 +199,12 @@ def test_names_must_fit_the_names_that_are_made_of_them(
         ({"tensorParallelSize": 2}, "spec.model: Required"),
     ],
 )
-def test_the_schema_names_the_field_that_is_wrong(watched: Model, wrong: Object, words: str) -> None:
-    assert words in kubectl.refusal(manifest(watched.namespace, "wrong", wrong))
+def test_the_schema_names_the_field_that_is_wrong(served: Model, wrong: Object, words: str) -> None:
+    assert words in kubectl.refusal(manifest(served.namespace, "wrong", wrong))
 
 
-def test_what_is_applied_is_what_is_stored(watched: Model) -> None:
+def test_what_is_applied_is_what_is_stored(served: Model) -> None:
     """No defaults are written into the spec, so that GitOps tools see no drift."""
-    applied = watched.read()["metadata"]["annotations"]["kubectl.kubernetes.io/last-applied-configuration"]
+    applied = served.read()["metadata"]["annotations"]["kubectl.kubernetes.io/last-applied-configuration"]
 
-    assert yaml.safe_load(applied)["spec"] == watched.read()["spec"]
+    assert yaml.safe_load(applied)["spec"] == served.read()["spec"]
