@@ -220,7 +220,7 @@ def main() -> None:
     options = arguments.parse_args()
     found: list[Row] = []
     if options.only != "0.6B":
-        found += measure(Case("tiny-chat", TINY_CHAT, "float32", 60, exact=True), options.rounds)
+        found += measure(Case("tiny-chat", TINY_CHAT, "float32", 250, exact=True), options.rounds)
     if options.only != "tiny-chat":
         model = servable(model_directory())
         found += measure(Case("0.6B shape", model, "bfloat16", 30, exact=False), options.rounds)

@@ -19,7 +19,7 @@ from lockstep_runtime import wire
 from lockstep_runtime.owned_files import FOLDER_VARIABLE, SHARED_MEMORY, owner_of
 from lockstep_runtime.wire import Fault, GroupState, Injection, Moment, Phase
 
-MAX_TOKENS: Final = 48
+MAX_TOKENS: Final = 160  # so many that a fault meets the stream while it runs, however fast the machine
 STREAM_SECONDS: Final = 180.0
 CELLS_PER_GROUP: Final = 8  # so that no cell meets a group whose budgets others have spent
 # Greedy and seeded: both must go on with the tokens that would have come.
