@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from openai import OpenAI
 from tests.support import kubectl
@@ -15,6 +17,7 @@ Object = dict[str, Any]
 
 TINY_CHAT: Final = "/var/lib/lockstep/models/tiny-chat"
 READY_SECONDS: Final = 150.0  # a deadline, not an expectation: two cores may be busy with other tests' pods
+REACHED_SECONDS: Final = 30.0
 GONE_SECONDS: Final = 90.0
 # Several models share the two cores of the machine that tests run on.
 RESOURCES: Final = {"requests": {"cpu": "50m", "memory": "256Mi"}}
@@ -105,10 +108,24 @@ class Model:
     def until_ready(self, seconds: float = READY_SECONDS) -> None:
         """Until the operator says of the current generation that all of it serves."""
         self.until(f"{self.name} to be Ready", self._is_settled, seconds)
+        self._until_routed()
 
     def until_serving(self, groups: int, seconds: float = READY_SECONDS) -> None:
         """Until exactly so many groups' leaders are behind the Service, and the model is Ready."""
         self.until(f"{groups} endpoints", lambda: self._is_settled() and len(self.endpoints()) == groups, seconds)
+        self._until_routed()
+
+    def _until_routed(self) -> None:
+        """Nodes learn of a Service's new endpoints a moment (kube-proxy's sync, 1 s) after the API server has them."""
+        self.until("the node to route to the Service", self._accepts_connections, 15)
+
+    def _accepts_connections(self) -> bool:
+        address = urlsplit(self.url())
+        try:
+            socket.create_connection((str(address.hostname), int(address.port or 0)), timeout=5).close()
+        except OSError:
+            return False
+        return True
 
     def until_gone(self, seconds: float = GONE_SECONDS) -> None:
         self.until("nothing to be left", lambda: not self.leftovers(), seconds)
@@ -152,8 +169,20 @@ class Model:
         return f"http://{service['spec']['clusterIP']}:{service['spec']['ports'][0]['port']}"
 
     def client(self) -> OpenAI:
-        """A client that repeats nothing: a failed request must show."""
+        """A client that repeats nothing: a failed request must show.
+
+        The node's proxy learns of a Service's first endpoint a moment after the API server has it.
+        """
+        self.until("the Service to accept connections", self._accepts, REACHED_SECONDS)
         return OpenAI(base_url=f"{self.url()}/v1", api_key="unused", max_retries=0, timeout=120)
+
+    def _accepts(self) -> bool:
+        service = urlsplit(self.url())
+        try:
+            socket.create_connection((service.hostname, service.port), timeout=5).close()
+        except OSError:
+            return False
+        return True
 
     def served(self) -> str:
         name: str = self.read()["spec"]["model"].get("servedName") or self.name
