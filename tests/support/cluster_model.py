@@ -117,7 +117,7 @@ class Model:
 
     def _until_routed(self) -> None:
         """Nodes learn of a Service's new endpoints a moment (kube-proxy's sync, 1 s) after the API server has them."""
-        self.until("the node to route to the Service", self._accepts_connections, 15)
+        self.until("the node to route to the Service", self._accepts_connections, REACHED_SECONDS)
 
     def _accepts_connections(self) -> bool:
         address = urlsplit(self.url())
@@ -169,20 +169,8 @@ class Model:
         return f"http://{service['spec']['clusterIP']}:{service['spec']['ports'][0]['port']}"
 
     def client(self) -> OpenAI:
-        """A client that repeats nothing: a failed request must show.
-
-        The node's proxy learns of a Service's first endpoint a moment after the API server has it.
-        """
-        self.until("the Service to accept connections", self._accepts, REACHED_SECONDS)
+        """A client that repeats nothing and waits for nothing: a failed request must show."""
         return OpenAI(base_url=f"{self.url()}/v1", api_key="unused", max_retries=0, timeout=120)
-
-    def _accepts(self) -> bool:
-        service = urlsplit(self.url())
-        try:
-            socket.create_connection((service.hostname, service.port), timeout=5).close()
-        except OSError:
-            return False
-        return True
 
     def served(self) -> str:
         name: str = self.read()["spec"]["model"].get("servedName") or self.name
