@@ -27,11 +27,11 @@ def registry(changed: Callable[[ModelKey], None]) -> kopf.OperatorRegistry:
     """Handlers that call `changed` with the key of every model of which something may have changed."""
     handlers = kopf.OperatorRegistry()
 
-    def model(namespace: str | None, name: str | None, **_: Any) -> None:
+    async def model(namespace: str | None, name: str | None, **_: Any) -> None:
         if namespace and name:
             changed(ModelKey(namespace, name))
 
-    def child(body: Mapping[str, Any], **_: Any) -> None:
+    async def child(body: Mapping[str, Any], **_: Any) -> None:
         if key := key_of_child(body):
             changed(key)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -262,14 +263,20 @@ def test_handlers_only_watch_and_leave_no_trace_on_objects() -> None:
     assert not registry._spawning.get_all_handlers()
 
 
+def test_handlers_run_on_the_loop_that_owns_the_queue() -> None:
+    """kopf runs plain functions in threads, and the queue of models is not made for that."""
+    for handler in handlers.registry(lambda key: None)._watching.get_all_handlers():
+        assert inspect.iscoroutinefunction(handler.fn), handler.id
+
+
 @pytest.mark.parametrize(
     ("labels", "expected"),
     [({"lockstep.dev/model": "chat"}, [KEY]), ({}, []), (None, [])],
 )
-def test_a_child_queues_its_model(labels: dict[str, str] | None, expected: list[ModelKey]) -> None:
+async def test_a_child_queues_its_model(labels: dict[str, str] | None, expected: list[ModelKey]) -> None:
     queued: list[ModelKey] = []
     registry = handlers.registry(queued.append)
     child = next(handler for handler in registry._watching.get_all_handlers() if handler.id == "child")
     body: Any = {"metadata": {"namespace": "team", "labels": labels}}
-    child.fn(body=kopf.Body(body))  # type: ignore[call-arg]
+    await child.fn(body=kopf.Body(body))  # type: ignore[call-arg, misc]
     assert queued == expected

@@ -23,7 +23,10 @@ class Ranks:
         self._pool = ThreadPoolExecutor(size)
         self._meeting = open_rendezvous(self.config, 1)
         self._steps = 0
-        started = list(self._pool.map(lambda rank: self._start(rank, blocks), range(size)))
+        self._failed: list[Exception] = []
+        started = [up for up in self._pool.map(lambda rank: self._try(rank, blocks), range(size)) if up]
+        if self._failed:
+            raise ExceptionGroup("not every rank came up", self._failed)
         self.runners: list[Runner] = [runner for runner, _, _ in started]
         self.reports: list[LoadReport] = [report for _, report, _ in started]
         self.groups: list[Group] = [group for _, _, group in started]
@@ -60,11 +63,19 @@ class Ranks:
             drawn += feed
         return drawn
 
+    def _try(self, rank: int, blocks: int) -> tuple[Runner, LoadReport, Group] | None:
+        """None if it failed: then the others are called off, so that the first error is the one that shows."""
+        try:
+            return self._start(rank, blocks)
+        except Exception as error:
+            self._failed.append(error)
+            return None
+
     def _start(self, rank: int, blocks: int) -> tuple[Runner, LoadReport, Group]:
         runner = Runner(self.config, rank)
         report = runner.load(lambda done, total: None)
         runner.allocate(blocks)
-        return runner, report, join(self.config, rank, 1, self._meeting.address, timeout=60)
+        return runner, report, join(self.config, rank, 1, self._meeting.address, timeout=60, cancelled=lambda: bool(self._failed))
 
 
 def piece(

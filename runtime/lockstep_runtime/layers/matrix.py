@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from typing import Final, Protocol
@@ -24,6 +25,7 @@ from lockstep_runtime.weights.plan import Cut
 FLOAT16_MAX = 65504.0
 PACKED_WINDOW_BYTES = 16 * 1024 * 1024  # in float32; a larger matrix is several packed ones
 Multiply = Callable[[Tensor], Tensor]
+_hearing = threading.Lock()
 
 
 class Matrix(Weight, Protocol):
@@ -53,8 +55,6 @@ class PackedMatrix:
 
     def __init__(self, *cuts: Cut, placement: Placement) -> None:
         self.cuts = cuts
-        if placement.packing is Packing.FBGEMM:
-            _hear_fbgemm_out()  # before several threads pack: filters of warnings belong to all of them
         self._pack = pack_fbgemm if placement.packing is Packing.FBGEMM else pack_onednn
         self._activation = placement.activation
         self._staged = torch.float32 if placement.packing is Packing.FBGEMM else placement.dtype
@@ -113,8 +113,11 @@ def pack_fbgemm(rows: Tensor) -> Multiply:
 
 @functools.cache
 def _hear_fbgemm_out() -> None:
-    """Its functions say once that they are deprecated (see `_fbgemm_multiply`); that is heard here, and ignored."""
-    with warnings.catch_warnings(), torch.inference_mode():
+    """Its functions say once that they are deprecated (see `_fbgemm_multiply`); that is heard here, and ignored.
+
+    One thread at a time: filters of warnings belong to the whole process.
+    """
+    with _hearing, warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore", UserWarning)
         _fbgemm_multiply(torch.ones(16, 16))(torch.ones(1, 16))
 
