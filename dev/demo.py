@@ -1,4 +1,4 @@
-"""The end of `make demo`: apply a model, watch it become Ready, chat with it, look at its status."""
+"""The end of `make demo`: apply a model, watch it become Ready, chat with it, break its ranks, look at its status."""
 
 import json
 import os
@@ -7,37 +7,47 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Final
 
+from dev.demo_faults import ask, suffer
+from dev.demo_terminal import CONTEXT, ROOT, TOOL, Page, command, kubectl, run, say, show
 from openai import OpenAI
 
-ROOT: Final = Path(__file__).resolve().parents[1]
-CONTEXT: Final = os.environ.get("CONTEXT", "")
 MODEL: Final = "tiny-chat"
+EXAMPLE: Final = "examples/tiny-chat.yaml"
+PATCH: Final = "examples/patches/allow-faults.yaml"
 PATIENCE_S: Final = 180.0
-QUESTIONS: Final = ("Who are you?", "What is a for loop?", "Explain lambda expressions.")
+QUESTIONS: Final = ("Who are you?", "Explain lambda expressions.")
+LONG_QUESTION: Final = "Tell me everything about exceptions."
 
 
 def main() -> int:
+    os.chdir(ROOT)
     if not CONTEXT:
         os.environ["KUBECONFIG"] = str(ROOT / ".dev" / "kubeconfig")
         os.environ["PATH"] = f"{ROOT / '.dev' / 'bin'}:{os.environ['PATH']}"
-    show("kubectl apply -f examples/tiny-chat.yaml")
-    print(kubectl("apply", "-f", str(ROOT / "examples" / "tiny-chat.yaml")))
-    say("Two pods start, one rank in each; every rank reads its own half of the weights.")
+    apply()
     if not wait_until_ready():
-        show(f"kubectl describe tpm {MODEL}")
-        print(kubectl("describe", "tpm", MODEL))
+        run(("describe", "tpm", MODEL))
         return 1
     with service_url() as url:
-        chat(url)
-    show("kubectl get tpm")
-    print(kubectl("get", "tpm"))
+        problem = chat(url)
+    run(("get", "tpm"))
     show(f"kubectl describe tpm {MODEL}")
     print(excerpt(kubectl("describe", "tpm", MODEL)))
+    if problem:
+        print(f"\nThe demo failed: {problem}", file=sys.stderr)
+        return 1
     print(what_next())
     return 0
+
+
+def apply() -> None:
+    """The example, with faults on purpose allowed: the file that people copy doesn't allow them."""
+    patched = ("patch", "--local", "--type=merge", "-f", EXAMPLE, "--patch-file", PATCH, "-o", "yaml")
+    show(f"kubectl {' '.join(patched)} |\n    kubectl apply -f -")
+    print(kubectl("apply", "-f", "-", stdin=kubectl(*patched)))
+    say("Two pods start, one rank in each; every rank reads its own half of the weights.")
 
 
 def wait_until_ready() -> bool:
@@ -73,8 +83,8 @@ def service_url() -> Iterator[str]:
         address = kubectl("get", "service", MODEL, "-o", "jsonpath={.spec.clusterIP}")
         yield f"http://{address}:8000/v1"
         return
-    command = ["kubectl", "--context", CONTEXT, "port-forward", f"service/{MODEL}", ":8000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as forward:
+    forwarding = command("port-forward", f"service/{MODEL}", ":8000")
+    with subprocess.Popen(forwarding, stdout=subprocess.PIPE, text=True) as forward:
         try:
             assert forward.stdout is not None
             port = forward.stdout.readline().split(" -> ")[0].rpartition(":")[2]
@@ -83,18 +93,16 @@ def service_url() -> Iterator[str]:
             forward.terminate()
 
 
-def chat(url: str) -> None:
+def chat(url: str) -> str:
+    """Some answers, and one that faults befall; what went wrong, or nothing."""
     say(f"A chat through its Service, with the openai client: OpenAI(base_url={url!r})")
-    client = OpenAI(base_url=url, api_key="none", timeout=60)
-    for question in QUESTIONS:
-        print(f"\n  you        {question}\n  {MODEL}  ", end="", flush=True)
-        stream = client.chat.completions.create(
-            model=MODEL, messages=[{"role": "user", "content": question}], max_tokens=80, temperature=0, stream=True
-        )
-        for chunk in stream:
-            text = (chunk.choices[0].delta.content or "") if chunk.choices else ""
-            print(text.replace("\n", "\n" + " " * 13), end="", flush=True)
-    print()
+    client, page = OpenAI(base_url=url, api_key="none", timeout=60, max_retries=0), Page()
+    for question in (*QUESTIONS, LONG_QUESTION):
+        answer = ask(client, MODEL, question, page)
+        if answer.error:
+            return f"no answer to {question!r}: {answer.error}"
+    say("The same again. While it answers, rank 1 will hang, and then rank 0's process will be killed:")
+    return suffer(client, MODEL, LONG_QUESTION, answer.text)
 
 
 def excerpt(description: str) -> str:
@@ -105,13 +113,13 @@ def excerpt(description: str) -> str:
 
 
 def what_next() -> str:
-    tool = f"kubectl --context {CONTEXT}" if CONTEXT else "kubectl"
     commands = {
-        f"{tool} get pods --watch": "while you do one of these:",
-        f"{tool} delete pod {MODEL}-0-1": "it comes back, and the status tells",
-        f"{tool} scale tpm {MODEL} --replicas 2": "a second group of ranks",
-        f"{tool} explain tpm.spec": "the manual",
-        f"{tool} delete tpm {MODEL}": "with all that belongs to it",
+        f"{TOOL} get pods --watch": "while you do one of these:",
+        f"{TOOL} exec {MODEL}-0-0 -- lockstep inject sigkill --rank 1": "another fault; docs/recovery.md has them all",
+        f"{TOOL} delete pod {MODEL}-0-1": "it comes back, and the status tells",
+        f"{TOOL} scale tpm {MODEL} --replicas 2": "a second group of ranks",
+        f"{TOOL} explain tpm.spec": "the manual",
+        f"{TOOL} delete tpm {MODEL}": "with all that belongs to it",
     }
     lines = ["", "What to try next:"]
     if not CONTEXT:
@@ -119,22 +127,6 @@ def what_next() -> str:
         commands["make cluster-down"] = "leave nothing behind"
     width = max(map(len, commands))
     return "\n".join([*lines, *(f"  {command:{width}}  # {what}" for command, what in commands.items())])
-
-
-def kubectl(*arguments: str) -> str:
-    context = ["--context", CONTEXT] if CONTEXT else []
-    done = subprocess.run(["kubectl", *context, *arguments], capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
-    return done.stdout.rstrip()
-
-
-def show(command: str) -> None:
-    print(f"\n\033[1m$ {command}\033[0m", flush=True)
-
-
-def say(text: str) -> None:
-    print(f"\n\033[36m{text}\033[0m", flush=True)
 
 
 if __name__ == "__main__":
