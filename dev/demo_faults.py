@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
+import httpx
 from dev.demo_terminal import Page, command, kubectl, run, say, show
 from openai import OpenAI, OpenAIError
 
@@ -21,6 +22,7 @@ TRAIL: Final = re.compile(r"(\S+) +\w+ +engine: ((?:watchdog|abort|respawn|rebui
 # Fault, rank, and how many tokens are drawn before it happens: the answer is longer on any machine, however fast.
 FAULTS: Final = (("hang", 1, 60), ("sigkill", 0, 150))
 PAUSE_S: Final = 0.5  # without a token is worth a word
+MAX_TOKENS: Final = 400
 STREAM_S: Final = 180.0
 TOLD_S: Final = 30.0  # for the status and the Events to tell of the faults
 
@@ -50,66 +52,71 @@ News = queue.Queue[Piece | LogLine | End]
 
 @dataclass(slots=True)
 class Answer:
-    """What a client got: the text, and the seconds of every pause."""
+    """What a client got: the text, and the seconds between its pieces."""
 
     text: str = ""
-    pauses: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
     error: str = ""
 
+    @property
+    def pauses(self) -> str:
+        """As many of the longest as there are faults, in their order."""
+        longest = sorted(self.gaps)[-len(FAULTS) :]
+        return " and ".join(f"{seconds:.1f} s" for seconds in self.gaps if seconds in longest)
 
-def ask(client: OpenAI, model: str, question: str, page: Page) -> Answer:
-    """Stream an answer to the page."""
+
+def ask(client: OpenAI, model: str, question: str, page: Page, news: News | None = None) -> Answer:
+    """Stream an answer to the page, with what else is in the news."""
     page.open("you")
     page.text(question)
     page.open(model)
-    news: News = queue.Queue()
-    return _follow(client, model, question, page, news)
+    news = news or News()
+    threading.Thread(target=_read, args=(client, model, question, news), daemon=True).start()
+    return follow(news, page)
 
 
 def suffer(client: OpenAI, model: str, question: str, undisturbed: str) -> str:
     """Ask again, with the faults on their way; what went wrong, or nothing."""
-    before = _told(model)
-    page, news = Page(), News()
-    with _log(f"{model}-0-0", news):
+    before, pod, news = _told(model), f"{model}-0-0", News()
+    with _log(pod, news):
         for fault, rank, tokens in FAULTS:
-            run(("exec", f"{model}-0-0", "--", "lockstep", "inject", fault, f"--rank={rank}", "--phase=decode",
-                 f"--skip={tokens}"))  # fmt: skip
-        show(f"kubectl logs --follow {model}-0-0")
-        page.open("you")
-        page.text(question)
-        page.open(model)
-        answer = _follow(client, model, question, page, news)
+            when = ("--phase=decode", f"--skip={tokens}")
+            run(("exec", pod, "--", "lockstep", "inject", fault, f"--rank={rank}", *when))
+        show(f"kubectl logs --follow {pod}   # beside the chat")
+        answer = ask(client, model, question, Page(), news)
+    if problem := judge(answer, undisturbed) or _untold(model, before):
+        return problem
+    say(f"It is the same answer, letter for letter, after two faults. Its longest pauses were {answer.pauses}.")
+    return ""
+
+
+def judge(answer: Answer, undisturbed: str) -> str:
+    """What is wrong with the answer, or nothing."""
     if answer.error:
         return f"the stream failed: {answer.error}"
     if answer.text != undisturbed:
         return f"the answer is not the undisturbed one, which was:\n{undisturbed}"
-    if problem := _untold(model, before):
-        return problem
-    pauses = " and ".join(f"{seconds:.1f} s" for seconds in answer.pauses)
-    say(
-        f"It is the same answer, letter for letter, after two faults. Its reader saw pauses of {pauses or 'no length'}."
-    )
     return ""
 
 
-def _follow(client: OpenAI, model: str, question: str, page: Page, news: News) -> Answer:
+def follow(news: News, page: Page) -> Answer:
     """Print what comes until the stream has ended."""
-    threading.Thread(target=_read, args=(client, model, question, news), daemon=True).start()
     answer, begun, last, paused = Answer(), time.monotonic(), 0.0, False
     while time.monotonic() - begun < STREAM_S:
         try:
             item = news.get(timeout=PAUSE_S)
         except queue.Empty:
             if last and not paused:
-                page.text(" …")
+                page.dots()
                 paused = True
             continue
         match item:
             case LogLine(words):
                 page.line(words)
             case Piece(words, at):
-                if paused:
-                    answer.pauses.append(at - last)
+                if last:
+                    answer.gaps.append(at - last)
+                if paused or (last and at - last > PAUSE_S):
                     page.line(f"… {at - last:.1f} s without a token")
                 last, paused = at, False
                 page.text(words)
@@ -125,13 +132,17 @@ def _follow(client: OpenAI, model: str, question: str, page: Page, news: News) -
 def _read(client: OpenAI, model: str, question: str, news: News) -> None:
     try:
         for chunk in client.chat.completions.create(
-            model=model, messages=[{"role": "user", "content": question}], max_tokens=400, temperature=0, stream=True
+            model=model,
+            messages=[{"role": "user", "content": question}],
+            max_tokens=MAX_TOKENS,
+            temperature=0,
+            stream=True,
         ):
             if chunk.choices and (text := chunk.choices[0].delta.content):
                 news.put(Piece(text, time.monotonic()))
         news.put(End())
-    except OpenAIError as error:
-        news.put(End(str(error)))
+    except (OpenAIError, httpx.HTTPError) as error:  # the second in the middle of a stream
+        news.put(End(str(error) or type(error).__name__))
 
 
 @contextmanager

@@ -39,6 +39,11 @@ class Page:
             elif self._column > INDENT:
                 self._write(" ")
 
+    def dots(self) -> None:
+        """The text stops here for a while."""
+        if self._column:
+            self._write(" …")
+
     def line(self, words: str) -> None:
         """On lines of its own."""
         if self._column:
