@@ -19,10 +19,18 @@ HISTORY_VARIABLE: Final = "LOCKSTEP_HISTORY"
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 
-class Promotion(msgspec.Struct, frozen=True, kw_only=True):
-    """What a spare is told, one line of JSON on its standard input: the rank that it is from now on."""
+WARM: Final = b"warm"  # what a spare says, once
+
+
+class Birth(msgspec.Struct, frozen=True, kw_only=True):
+    """What a spare is asked for, as JSON: a process for this rank.
+
+    With it come two descriptors: of the progress record, and of a pipe from which the newborn reads a byte before it
+    does anything. The answer is its pid.
+    """
 
     rank: int
+    incarnation: str
 
 
 def become(part: str, title: str) -> None:

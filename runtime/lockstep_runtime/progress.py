@@ -115,7 +115,7 @@ class Progress:
 
 
 def new_memory(name: str) -> int:
-    """A descriptor of zeroed memory for one record; inheritable, for the worker to write to."""
-    descriptor = os.memfd_create(name, 0)
+    """A descriptor of zeroed memory for one record, to be handed to the worker that writes it."""
+    descriptor = os.memfd_create(name)
     os.ftruncate(descriptor, SIZE)
     return descriptor

@@ -75,7 +75,8 @@ class Ranks:
         runner = Runner(self.config, rank)
         report = runner.load(lambda done, total: None)
         runner.allocate(blocks)
-        return runner, report, join(self.config, rank, 1, self._meeting.address, timeout=60, cancelled=lambda: bool(self._failed))
+        address, called_off = self._meeting.address, lambda: bool(self._failed)
+        return runner, report, join(self.config, rank, 1, address, timeout=60, cancelled=called_off)
 
 
 def piece(

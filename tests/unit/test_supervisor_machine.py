@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 from lockstep_runtime.supervisor.machine import (
     ENGINE,
     SPARE,
-    SPARE_SECONDS,
     STOPPED_SECONDS,
+    Action,
     Finish,
     Machine,
     Name,
     Phase,
-    Promote,
     SayLeaving,
     SayStopped,
     Signal,
@@ -27,28 +26,32 @@ from lockstep_runtime.supervisor.machine import (
 
 
 def leader() -> Machine:
-    return Machine(ranks=range(2), is_leader=True, grace_seconds=30.0)
+    """With everything started."""
+    machine = Machine(ranks=range(2), is_leader=True, grace_seconds=30.0)
+    assert machine.start(0.0) == [Spawn(SPARE), Spawn(ENGINE)]
+    assert machine.warm(0.0) == [Spawn(0), Spawn(1)]
+    return machine
 
 
 def member() -> Machine:
-    return Machine(ranks=range(2, 4), is_leader=False, grace_seconds=30.0)
+    machine = Machine(ranks=range(2, 4), is_leader=False, grace_seconds=30.0)
+    assert machine.start(0.0) == [Spawn(SPARE)]
+    assert machine.warm(0.0) == [Spawn(2), Spawn(3)]
+    return machine
 
 
-def test_the_leader_starts_workers_then_the_engine_and_a_member_only_workers() -> None:
-    assert leader().start(0.0) == [Spawn(0), Spawn(1), Spawn(ENGINE)]
-    assert member().start(0.0) == [Spawn(2), Spawn(3)]
+def signalled(actions: list[Action]) -> list[Name]:
+    return [action.name for action in actions if isinstance(action, Signal)]
 
 
 def test_a_healthy_worker_that_dies_is_started_at_once_every_time() -> None:
     machine = leader()
-    machine.start(0.0)
     for now in range(20):
         assert machine.exited(1, healthy=True, now=float(now)) == [Spawn(1)]
 
 
 def test_one_that_never_gets_loaded_waits_longer_and_longer() -> None:
     machine = leader()
-    machine.start(0.0)
     now, waits = 0.0, []
     for _ in range(9):
         if machine.exited(1, healthy=False, now=now) == [Spawn(1)]:
@@ -66,47 +69,45 @@ def test_one_that_never_gets_loaded_waits_longer_and_longer() -> None:
 
 def test_a_dead_engine_is_started_again_and_the_workers_are_left_alone() -> None:
     machine = leader()
-    machine.start(0.0)
     assert machine.exited(ENGINE, healthy=True, now=1.0) == [Spawn(ENGINE)]
 
 
 def test_an_engine_that_can_not_run_here_ends_the_pod_with_code_2() -> None:
     machine = leader()
-    machine.start(0.0)
-    assert [action.name for action in machine.exited(ENGINE, healthy=False, now=1.0, hopeless=True)
-            if isinstance(action, Signal)] == [0, 1]  # fmt: skip
+    assert signalled(machine.exited(ENGINE, healthy=False, now=1.0, hopeless=True)) == [SPARE, 0, 1]
+    machine.exited(SPARE, healthy=False, now=1.1)
     machine.exited(0, healthy=False, now=1.1)
     assert machine.exited(1, healthy=False, now=1.2) == [Finish(2, "the engine can't run here")]
 
 
 def test_a_leader_drains_its_engine_before_it_ends_its_workers() -> None:
     machine = leader()
-    machine.start(0.0)
     assert machine.asked_to_end(10.0, connected=True) == [Signal(ENGINE, SIGTERM, "drain")]
     assert machine.exited(1, healthy=True, now=11.0) == [Spawn(1)]  # the running requests still need it
     reason = "the engine has drained"
-    assert machine.exited(ENGINE, healthy=True, now=20.0) == [Signal(0, SIGTERM, reason), Signal(1, SIGTERM, reason)]
+    names: list[Name] = [SPARE, 0, 1]
+    assert machine.exited(ENGINE, healthy=True, now=20.0) == [Signal(name, SIGTERM, reason) for name in names]
+    assert machine.exited(SPARE, healthy=True, now=20.0) == []
     assert machine.exited(0, healthy=True, now=20.1) == []
     assert machine.exited(1, healthy=True, now=20.2) == [Finish(0, reason)]
 
 
 def test_a_drain_is_over_when_the_grace_is() -> None:
     machine = leader()
-    machine.start(0.0)
     machine.asked_to_end(10.0, connected=True)
     assert machine.next_deadline() == 45.0
-    assert len(machine.tick(45.0)) == 3
+    assert len(machine.tick(45.0)) == 4
     assert machine.tick(47.9) == []
     assert [action for action in machine.tick(48.1) if isinstance(action, Signal) and action.number == SIGKILL]
 
 
 def test_a_member_keeps_its_workers_until_it_is_released() -> None:
     machine = member()
-    machine.start(0.0)
     assert machine.released(1.0) == []  # it was not asked to end
     assert machine.asked_to_end(10.0, connected=True) == [SayLeaving(30.0)]
     assert machine.phase is Phase.LEAVING
-    assert len(machine.released(12.0)) == 2
+    assert signalled(machine.released(12.0)) == [SPARE, 2, 3]
+    machine.exited(SPARE, healthy=True, now=12.1)
     machine.exited(2, healthy=True, now=12.1)
     assert machine.exited(3, healthy=True, now=12.2) == [Finish(0, "released")]
 
@@ -114,7 +115,6 @@ def test_a_member_keeps_its_workers_until_it_is_released() -> None:
 @pytest.mark.parametrize("how", ["disconnected", "grace", "not connected", "twice"])
 def test_a_member_does_not_wait_for_an_engine_that_is_gone(how: str) -> None:
     machine = member()
-    machine.start(0.0)
     actions = machine.asked_to_end(10.0, connected=how != "not connected")
     if how == "disconnected":
         actions = machine.disconnected(11.0)
@@ -122,18 +122,16 @@ def test_a_member_does_not_wait_for_an_engine_that_is_gone(how: str) -> None:
         actions = machine.tick(40.0)
     elif how == "twice":
         actions = machine.asked_to_end(11.0, connected=True)
-    assert [action.name for action in actions if isinstance(action, Signal)] == [2, 3]
+    assert signalled(actions) == [SPARE, 2, 3]
 
 
 def test_a_lost_connection_alone_ends_nothing() -> None:
     machine = member()
-    machine.start(0.0)
     assert machine.disconnected(1.0) == []
 
 
 def test_a_kill_is_for_a_living_worker_of_this_pod() -> None:
     machine = leader()
-    machine.start(0.0)
     assert machine.kill(1, "it hangs") == [Signal(1, SIGKILL, "it hangs")]
     assert machine.kill(5, "it hangs") == []
     machine.exited(1, healthy=False, now=1.0)
@@ -145,54 +143,46 @@ def test_backoff_doubles_up_to_half_a_minute() -> None:
     assert [backoff(failures) for failures in range(9)] == [0, 0, 1, 2, 4, 8, 16, 30, 30]
 
 
-def with_spare() -> Machine:
-    machine = leader()
+def test_ranks_wait_for_a_warm_spare() -> None:
+    machine = Machine(ranks=range(2), is_leader=False, grace_seconds=30.0)
     machine.start(0.0)
-    machine.loaded(5.0)
-    assert machine.tick(5.0 + SPARE_SECONDS) == [Spawn(SPARE)]
-    return machine
-
-
-def test_a_spare_is_started_when_every_rank_is_loaded_and_only_one() -> None:
-    machine = with_spare()
-    machine.loaded(7.0)
-    assert machine.tick(20.0) == []
-    assert Machine(ranks=[0], is_leader=False, grace_seconds=1.0, keeps_spare=False).start(0.0) == [Spawn(0)]
-
-
-def test_a_dead_rank_is_given_to_the_spare_and_the_next_spare_waits_for_its_loading() -> None:
-    machine = with_spare()
-    assert machine.exited(1, healthy=True, now=9.0) == [Promote(1)]
-    assert machine.exited(0, healthy=True, now=9.1) == [Spawn(0)]  # there was one spare
     assert machine.tick(60.0) == []
-    machine.loaded(61.0)
-    assert machine.tick(61.0 + SPARE_SECONDS) == [Spawn(SPARE)]
+    assert machine.next_deadline() is None
+    assert machine.exited(SPARE, healthy=False, now=61.0) == [Spawn(SPARE)]
+    assert machine.warm(65.0) == [Spawn(0), Spawn(1)]
 
 
-def test_a_spare_that_dies_is_started_again_later_and_later() -> None:
-    machine = with_spare()
-    waits = []
-    now = 10.0
+def test_without_its_spare_a_group_lives_on_and_a_rank_that_dies_waits_for_the_next() -> None:
+    machine = leader()
+    assert machine.exited(SPARE, healthy=True, now=10.0) == [Spawn(SPARE)]
+    assert machine.exited(1, healthy=True, now=11.0) == []
+    assert machine.warm(15.0) == [Spawn(1)]
+
+
+def test_a_spare_that_gives_a_rank_no_process_is_replaced() -> None:
+    machine = leader()
+    assert machine.exited(1, healthy=True, now=9.0) == [Spawn(1)]
+    assert machine.unborn(1, "no answer", 14.0) == [Signal(SPARE, SIGKILL, "no answer")]
+    assert machine.tick(14.1) == []
+    assert machine.exited(SPARE, healthy=True, now=14.2) == [Spawn(SPARE)]
+    assert machine.warm(18.0) == [Spawn(1)]
+
+
+def test_a_spare_that_dies_young_is_started_again_later_and_later() -> None:
+    machine = leader()
+    now, waits = 10.0, []
     for _ in range(4):
-        assert machine.exited(SPARE, healthy=False, now=now) == []
-        machine.loaded(now)
-        due = machine.next_deadline()
+        started = machine.exited(SPARE, healthy=False, now=now)
+        due = now if started else machine.next_deadline()
         assert due is not None
         waits.append(due - now)
-        assert machine.tick(due) == [Spawn(SPARE)]
+        assert started or machine.tick(due) == [Spawn(SPARE)]
         now = due
-    assert waits == pytest.approx([1, 2, 3, 5])
-
-
-def test_the_spare_ends_with_the_others() -> None:
-    machine = with_spare()
-    machine.asked_to_end(30.0, connected=True)
-    ended = machine.exited(ENGINE, healthy=True, now=31.0)
-    assert [action.name for action in ended if isinstance(action, Signal)] == [0, 1, SPARE]
+    assert waits == [0, 1, 2, 4]
 
 
 def test_a_worker_that_stays_stopped_is_told_and_any_other_child_is_killed() -> None:
-    machine = with_spare()
+    machine = leader()
     machine.stopped(1, 19, 10.0)
     machine.stopped(ENGINE, 19, 10.0)
     machine.stopped(0, 19, 10.0)
@@ -204,7 +194,7 @@ def test_a_worker_that_stays_stopped_is_told_and_any_other_child_is_killed() -> 
     assert machine.tick(11.0) == []
     assert SayStopped(1, 19) in machine.tick(16.0)  # the engine may not have heard it
     assert machine.kill(1, "stopped") == [Signal(1, SIGKILL, "stopped")]
-    assert machine.exited(1, healthy=True, now=16.1) == [Promote(1)]
+    assert machine.exited(1, healthy=True, now=16.1) == [Spawn(1)]
     assert machine.tick(60.0) == [Signal(ENGINE, SIGKILL, "it was stopped by signal 19")]
 
 
@@ -212,7 +202,8 @@ EVENTS = st.lists(
     st.one_of(
         st.tuples(st.just("exit"), st.sampled_from([0, 1, ENGINE, SPARE]), st.booleans()),
         st.tuples(st.just("stop"), st.sampled_from([0, 1, ENGINE, SPARE]), st.booleans()),
-        st.tuples(st.just("loaded"), st.just(0), st.booleans()),
+        st.tuples(st.just("warm"), st.just(0), st.booleans()),
+        st.tuples(st.just("unborn"), st.sampled_from([0, 1]), st.booleans()),
         st.tuples(st.just("end"), st.just(0), st.booleans()),
         st.tuples(st.just("wait"), st.integers(0, 60), st.booleans()),
         st.tuples(st.just("release"), st.just(0), st.booleans()),
@@ -237,11 +228,8 @@ def test_whatever_happens_no_child_is_doubled_or_left_over(
             assert not finished, "it acts after its end"
             if isinstance(action, Spawn):
                 assert action.name not in alive
+                assert SPARE in alive or not isinstance(action.name, int)
                 alive.add(action.name)
-            elif isinstance(action, Promote):
-                assert action.rank not in alive
-                alive.remove(SPARE)
-                alive.add(action.rank)
             elif isinstance(action, SayStopped):
                 assert action.rank in alive
             elif isinstance(action, Signal):
@@ -259,8 +247,11 @@ def test_whatever_happens_no_child_is_doubled_or_left_over(
             machine.stopped(value, 19, now)
             if flag:
                 machine.continued(value)
-        elif kind == "loaded":
-            machine.loaded(now)
+        elif kind == "warm" and SPARE in alive:
+            do([*machine.warm(now)])
+        elif kind == "unborn" and isinstance(value, int) and value in alive and machine.phase is Phase.RUNNING:
+            alive.discard(value)
+            do([*machine.unborn(value, "no answer", now)])
         elif kind == "end":
             do([*machine.asked_to_end(now, connected=flag)])
         elif kind == "wait" and isinstance(value, int):

@@ -4,8 +4,8 @@ It keeps one process per rank of its pod, and in the leader pod the engine, unti
 worker is started again at once; one that dies before it was loaded, or an engine that dies young, waits 1, 2, 4 … 30 s
 from the second time on.
 
-Beside them it keeps a spare, which has imported what a worker needs and has no rank. A rank whose process died is given
-to the spare; the next spare is started when all ranks of the pod are loaded, so that it takes no time from them.
+Every rank's process is forked from the spare, which has imported what a worker needs and has no rank: while it is not
+warm, ranks wait for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ ENGINE: Final[Literal["engine"]] = "engine"
 SPARE: Final[Literal["spare"]] = "spare"
 
 LONGEST_BACKOFF: Final = 30.0
-SPARE_SECONDS: Final = 1.0  # between the loading of the last rank and the start of the spare
 STOPPED_SECONDS: Final = 0.5  # a process that was stopped for so long does not go on by itself
 STOPPED_AGAIN_SECONDS: Final = 5.0  # the engine may not have been there to hear it
 STOP_SECONDS: Final = 3.0  # between SIGTERM and SIGKILL
@@ -30,14 +29,9 @@ DRAIN_MARGIN_SECONDS: Final = 5.0  # for the engine beyond its own grace
 
 @dataclass(frozen=True, slots=True)
 class Spawn:
+    """Start the child: a rank's process from the warm spare, the others from nothing."""
+
     name: Name
-
-
-@dataclass(frozen=True, slots=True)
-class Promote:
-    """Give the rank to the spare: from now on that process goes by the rank's name."""
-
-    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +62,7 @@ class Finish:
     reason: str
 
 
-Action = Spawn | Promote | Signal | SayStopped | SayLeaving | Finish
+Action = Spawn | Signal | SayStopped | SayLeaving | Finish
 
 
 class Phase(enum.StrEnum):
@@ -94,24 +88,27 @@ class Machine:
     ranks: Sequence[int]
     is_leader: bool
     grace_seconds: float
-    keeps_spare: bool = True
     phase: Phase = Phase.RUNNING
     deadline: float | None = None  # of the phase
     _children: dict[Name, _Child] = field(default_factory=dict)
+    _is_warm: bool = False  # the spare
 
     def start(self, now: float) -> list[Action]:
-        """Start everything; workers first, they take longest."""
-        names: list[Name] = [*self.ranks, *([ENGINE] if self.is_leader else [])]
+        """Start everything; the spare first, it takes longest, and the ranks need it."""
+        names: list[Name] = [SPARE, *self.ranks, *([ENGINE] if self.is_leader else [])]
         self._children = {name: _Child(spawn_at=now) for name in names}
-        if self.keeps_spare:
-            self._children[SPARE] = _Child()
         return self.tick(now)
 
-    def loaded(self, now: float) -> None:
-        """Every rank of this pod is loaded: time for a spare, if there is none."""
-        spare = self._children.get(SPARE)
-        if spare is not None and not spare.alive and spare.spawn_at is None and self.phase is Phase.RUNNING:
-            spare.spawn_at = now + SPARE_SECONDS + backoff(spare.failures)
+    def warm(self, now: float) -> list[Action]:
+        """The spare has imported everything: ranks can be forked from it."""
+        self._is_warm = self._children[SPARE].alive
+        return self.tick(now)
+
+    def unborn(self, rank: int, reason: str, now: float) -> list[Action]:
+        """The spare gave the rank no process: both wait for another spare."""
+        self._is_warm = False
+        self._children[rank] = _Child(spawn_at=now, failures=self._children[rank].failures)
+        return [Signal(SPARE, SIGKILL, reason)] if self._children[SPARE].alive else []
 
     def stopped(self, name: Name, number: int, now: float) -> None:
         """A child was stopped by a signal."""
@@ -125,6 +122,8 @@ class Machine:
         """A child has ended. `healthy`: it had been of use before; `hopeless`: starting it again can't help."""
         child = self._children[name]
         child.alive, child.stopped_at = False, None
+        if name == SPARE:
+            self._is_warm = False
         if self.phase is Phase.LEAVING and name == ENGINE:
             return self._stop(now, "the engine has drained")
         if self.phase is Phase.STOPPING:
@@ -132,8 +131,6 @@ class Machine:
         if hopeless and self.phase is Phase.RUNNING:
             return self._stop(now, "the engine can't run here", code=2)
         child.failures = 0 if healthy else child.failures + 1
-        if name == SPARE:
-            return []  # `loaded` starts another
         child.spawn_at = now + backoff(child.failures)
         return self.tick(now)
 
@@ -179,17 +176,13 @@ class Machine:
             if child.stopped_at is not None and now >= child.stopped_at:
                 child.stopped_at = now + STOPPED_AGAIN_SECONDS
                 actions.append(self._unstick(name, child))
-            if child.spawn_at is not None and now >= child.spawn_at:
+            if child.spawn_at is not None and now >= child.spawn_at and self._can_start(name):
                 child.alive, child.spawn_at = True, None
-                actions.append(self._start(name))
+                actions.append(Spawn(name))
         return actions
 
-    def _start(self, name: Name) -> Action:
-        spare = self._children.get(SPARE)
-        if not isinstance(name, int) or spare is None or not spare.alive:
-            return Spawn(name)
-        spare.alive, spare.failures, spare.stopped_at = False, 0, None
-        return Promote(name)
+    def _can_start(self, name: Name) -> bool:
+        return self._is_warm or not isinstance(name, int)
 
     def _unstick(self, name: Name, child: _Child) -> Action:
         """What becomes of a stopped worker is the engine's to decide; of any other child, ours."""
@@ -199,8 +192,9 @@ class Machine:
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next; None: never, by itself."""
-        children = self._children.values()
-        times = [at for child in children for at in (child.spawn_at, child.stopped_at) if at is not None]
+        children = self._children.items()
+        times = [child.stopped_at for _, child in children if child.stopped_at is not None]
+        times += [child.spawn_at for name, child in children if child.spawn_at is not None and self._can_start(name)]
         return min([*times, *([self.deadline] if self.deadline is not None else [])], default=None)
 
     def _stop(self, now: float, reason: str, code: int = 0) -> list[Action]:

@@ -1,26 +1,38 @@
-"""Child processes: started with their names, incarnations and progress records, reaped, signalled by pid."""
+"""Child processes: started with their names, incarnations and progress records, reaped, signalled by pid.
+
+The spare and the engine are started from nothing. A rank's process is forked from the spare (see `worker.spare`), so
+that it costs no import and shares the spare's memory; it becomes a child of this process all the same.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import secrets
 import signal
+import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
 
 from lockstep_runtime import child, wire
 from lockstep_runtime.progress import Progress, Record, Stage, new_memory
-from lockstep_runtime.supervisor.machine import ENGINE, SPARE, Name
+from lockstep_runtime.supervisor.machine import ENGINE, Name
 
 logger = logging.getLogger(__name__)
-_HEALTHY_ENGINE_SECONDS: Final = 10.0
+_HEALTHY_SECONDS: Final = 10.0  # of the spare's and the engine's life
+FORK_SECONDS: Final = 5.0  # a spare that takes longer is of no use
+_PR_SET_CHILD_SUBREAPER: Final = 36  # prctl(2)
+
+
+class ForkError(Exception):
+    """The spare is of no use; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,52 +61,77 @@ class _Process:
     pid: int
     incarnation: str
     started: float
-    progress: int  # descriptor; -1 for the engine
-    orders: int  # the writing end of a spare's standard input; -1 for others
+    progress: int  # a rank's descriptor; -1 for others
 
 
 class Processes:
     """All children of this supervisor."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = dict(environment)
+        self._environment = dict(environment) | {child.PARENT_VARIABLE: str(os.getpid())}
         self._by_name: dict[Name, _Process] = {}
+        self._orders: socket.socket | None = None  # the spare's standard input
+        # What the spare forks and leaves behind becomes ours, as it does anyway where this is process 1.
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
     def spawn(self, name: Name, extra: Mapping[str, str] | None = None) -> int:
-        """Start the child in a process group of its own; returns its pid."""
+        """Start the child in a process group of its own; returns its pid.
+
+        Raises:
+            ForkError: the spare did not give the rank a process.
+        """
         incarnation = secrets.token_hex(8)
-        progress = -1 if name == ENGINE else new_memory(f"lockstep-progress-{name}")
-        read_end, orders = os.pipe() if name == SPARE else (-1, -1)  # neither is inherited but as standard input
-        environment = self._environment | {
-            child.PARENT_VARIABLE: str(os.getpid()),
-            child.INCARNATION_VARIABLE: incarnation,
-            child.PROGRESS_VARIABLE: str(progress),
-            **(extra or {}),
-        }
-        pid = os.posix_spawn(
-            sys.executable,
-            [sys.executable, "-m", *_module(name)],
-            environment,
-            file_actions=[(os.POSIX_SPAWN_DUP2, read_end, 0)] if read_end >= 0 else [],
-            setpgroup=0,
-            setsigdef=[signal.SIGTERM, signal.SIGINT, signal.SIGCHLD],
-            setsigmask=[],
-        )
-        if progress >= 0:
-            os.set_inheritable(progress, False)
-        if read_end >= 0:
-            os.close(read_end)
-        self._by_name[name] = _Process(name, pid, incarnation, time.monotonic(), progress, orders)
+        if isinstance(name, int):
+            return self._fork(name, incarnation)
+        environment = self._environment | {child.INCARNATION_VARIABLE: incarnation} | dict(extra or {})
+        pid = _spawn("lockstep_runtime.engine", environment) if name == ENGINE else self._spawn_spare(environment)
+        self._by_name[name] = _Process(name, pid, incarnation, time.monotonic(), progress=-1)
         return pid
 
-    def promote(self, rank: int) -> int:
-        """Give the spare this rank; returns its pid. One that has just ended is reaped as the rank's process."""
-        spare = self._by_name.pop(SPARE)
-        self._by_name[rank] = replace(spare, name=rank, orders=-1)
-        with contextlib.suppress(BrokenPipeError):
-            os.write(spare.orders, msgspec.json.encode(child.Promotion(rank=rank)) + b"\n")
-        os.close(spare.orders)
-        return spare.pid
+    def _spawn_spare(self, environment: Mapping[str, str]) -> int:
+        self.dismiss_spare()
+        self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._orders.settimeout(FORK_SECONDS)
+        with theirs:
+            return _spawn("lockstep_runtime.worker", environment, stdin=theirs.fileno())
+
+    def spare_socket(self) -> int | None:
+        """Readable once there is something for `hear_spare`."""
+        return self._orders.fileno() if self._orders is not None else None
+
+    def hear_spare(self) -> bool:
+        """Whether the spare says that it is warm; it may also have ended."""
+        with contextlib.suppress(OSError):
+            return self._orders is not None and self._orders.recv(len(child.WARM)) == child.WARM
+        return False
+
+    def dismiss_spare(self) -> None:
+        """A spare that nobody can speak to any more ends."""
+        if self._orders is not None:
+            self._orders.close()
+            self._orders = None
+
+    def _fork(self, rank: int, incarnation: str) -> int:
+        """The newborn waits for a byte, so that one of which we did not hear in time never becomes the rank."""
+        progress = new_memory(f"lockstep-progress-{rank}")
+        wait, go = os.pipe()
+        try:
+            pid = self._ask_spare(child.Birth(rank=rank, incarnation=incarnation), progress, wait)
+            os.write(go, b"!")
+        except (OSError, ValueError) as error:
+            os.close(progress)
+            raise ForkError(f"the spare gave rank {rank} no process: {error or type(error).__name__}") from error
+        finally:
+            os.close(wait)
+            os.close(go)
+        self._by_name[rank] = _Process(rank, pid, incarnation, time.monotonic(), progress)
+        return pid
+
+    def _ask_spare(self, birth: child.Birth, *descriptors: int) -> int:
+        if self._orders is None:
+            raise OSError("there is none")
+        socket.send_fds(self._orders, [msgspec.json.encode(birth)], descriptors)
+        return int(self._orders.recv(32))
 
     def records(self) -> list[wire.ProgressRecord]:
         """How far every worker has come, whether it answers or not."""
@@ -104,11 +141,6 @@ class Processes:
             for process in self._by_name.values()
             if isinstance(process.name, int)
         ]
-
-    def are_loaded(self, ranks: Sequence[int]) -> bool:
-        """Whether each of them has its weights."""
-        found = [self._by_name.get(rank) for rank in ranks]
-        return all(process is not None and self._record(process).stage is Stage.LOADED for process in found)
 
     def signal(self, name: Name, number: int) -> None:
         process = self._by_name.get(name)
@@ -153,10 +185,8 @@ class Processes:
         )
 
     def _was_healthy(self, process: _Process) -> bool:
-        if process.orders >= 0:
-            os.close(process.orders)
         if process.progress < 0:
-            return time.monotonic() - process.started > _HEALTHY_ENGINE_SECONDS
+            return time.monotonic() - process.started > _HEALTHY_SECONDS
         stage = self._record(process).stage
         os.close(process.progress)
         return stage is Stage.LOADED
@@ -168,10 +198,16 @@ class Processes:
         return record
 
 
-def _module(name: Name) -> list[str]:
-    if name == ENGINE:
-        return ["lockstep_runtime.engine"]
-    return ["lockstep_runtime.worker", *(["--spare"] if name == SPARE else ["--rank", str(name)])]
+def _spawn(module: str, environment: Mapping[str, str], stdin: int = 0) -> int:
+    return os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-m", module],
+        environment,
+        file_actions=[(os.POSIX_SPAWN_DUP2, stdin, 0)] if stdin else [],
+        setpgroup=0,
+        setsigdef=[signal.SIGTERM, signal.SIGINT, signal.SIGCHLD],
+        setsigmask=[],
+    )
 
 
 def _told(rank: int, incarnation: str, record: Record, now: float) -> wire.ProgressRecord:

@@ -21,21 +21,21 @@ from lockstep_runtime.supervisor.board import StatusBoard
 from lockstep_runtime.supervisor.link import Link
 from lockstep_runtime.supervisor.machine import (
     ENGINE,
+    SPARE,
     Action,
     Finish,
     Machine,
-    Promote,
+    Name,
     SayLeaving,
     SayStopped,
     Signal,
     Spawn,
 )
-from lockstep_runtime.supervisor.process import Exit, Processes
+from lockstep_runtime.supervisor.process import Exit, ForkError, Processes
 
 logger = logging.getLogger(__name__)
 
 PORT_TAKEN_EXIT: Final = 2  # the engine's
-LOADED_LOOK_SECONDS: Final = 0.5  # between two looks at whether every rank is loaded
 
 
 class Supervisor:
@@ -65,7 +65,7 @@ class Supervisor:
         self._lay_out_files()
         self._do(self._machine.start(time.monotonic()))
         works: list[Coroutine[Any, Any, None]] = [
-            self._link.run(), self._keep_time(), self._watch_loading(), self._serve(listening),
+            self._link.run(), self._keep_time(), self._serve(listening),
         ]  # fmt: skip
         tasks = [loop.create_task(work) for work in works]
         ends: list[asyncio.Future[Any]] = [*tasks, self._finished]
@@ -104,13 +104,6 @@ class Supervisor:
                     await self._due.wait()
             self._do(self._machine.tick(time.monotonic()))
 
-    async def _watch_loading(self) -> None:
-        while True:
-            await asyncio.sleep(LOADED_LOOK_SECONDS)
-            if self._processes.are_loaded(self._config.ranks):
-                self._machine.loaded(time.monotonic())
-                self._due.set()
-
     # --- what happens
 
     def _on_child(self) -> None:
@@ -138,10 +131,24 @@ class Supervisor:
                     signal=gone.signal,
                 )
             )
-        elif self._board is not None and gone.name == ENGINE:
+        elif gone.name == SPARE:
+            self._end_spare_talk()
+        elif self._board is not None:
             self._board.engine_lost(how)
         hopeless = gone.name == ENGINE and gone.code == PORT_TAKEN_EXIT
         self._do(self._machine.exited(gone.name, healthy=gone.healthy, now=time.monotonic(), hopeless=hopeless))
+
+    def _on_spare_word(self) -> None:
+        """It is warm, or has ended: of that its exit tells."""
+        if (descriptor := self._processes.spare_socket()) is not None:
+            asyncio.get_running_loop().remove_reader(descriptor)
+        if self._processes.hear_spare():
+            self._do(self._machine.warm(time.monotonic()))
+
+    def _end_spare_talk(self) -> None:
+        if (descriptor := self._processes.spare_socket()) is not None:
+            asyncio.get_running_loop().remove_reader(descriptor)
+            self._processes.dismiss_spare()
 
     def _on_end_signal(self, number: int) -> None:
         logger.info("asked to end by %s", signal.Signals(number).name)
@@ -182,10 +189,7 @@ class Supervisor:
     def _act(self, action: Action) -> None:
         match action:
             case Spawn():
-                pid = self._processes.spawn(action.name, self._history() if action.name == ENGINE else None)
-                logger.debug("started %s (pid %d)", action.name, pid)
-            case Promote():
-                logger.info("the spare (pid %d) becomes rank %d", self._processes.promote(action.rank), action.rank)
+                self._spawn(action.name)
             case SayStopped():
                 self._say_stopped(action)
             case Signal():
@@ -198,6 +202,17 @@ class Supervisor:
                 logger.info("ends: %s", action.reason)
                 if not self._finished.done():
                     self._finished.set_result(action.code)
+
+    def _spawn(self, name: Name) -> None:
+        try:
+            pid = self._processes.spawn(name, self._history() if name == ENGINE else None)
+        except ForkError as error:
+            if isinstance(name, int):
+                self._do(self._machine.unborn(name, str(error), time.monotonic()))
+            return
+        logger.debug("started %s (pid %d)", name, pid)
+        if name == SPARE and (descriptor := self._processes.spare_socket()) is not None:
+            asyncio.get_running_loop().add_reader(descriptor, self._on_spare_word)
 
     def _say_stopped(self, action: SayStopped) -> None:
         pid, incarnation = self._processes.pids()[action.rank], self._processes.incarnation(action.rank)

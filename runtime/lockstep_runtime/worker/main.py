@@ -10,10 +10,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NoReturn, Protocol
 
-import msgspec
-
 from lockstep_runtime import child, fault_box, wire
-from lockstep_runtime.config import CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
+from lockstep_runtime.config import TOKEN_VARIABLE, ServeConfig
 from lockstep_runtime.parallel.watched import WatchedGroup
 from lockstep_runtime.progress import Progress, Stage
 from lockstep_runtime.wire import Fault
@@ -266,56 +264,13 @@ def _say_farewell(control: Control, message: str) -> None:
     control.send(wire.LoadFailed(message=message))
 
 
-def main(rank: int) -> NoReturn:
-    """See `__main__`; ends the process."""
-    config = _config()
-    child.become(f"worker {rank}", _title(config, rank))
+def main(config: ServeConfig, rank: int) -> NoReturn:
+    """A rank's process from its birth; ends the process."""
+    child.become(f"worker {rank}", f"worker model={config.model_name} group={config.group} rank={rank}")
     progress = Progress(int(os.environ[child.PROGRESS_VARIABLE]))
-    control = _control(config, rank)
-    control.start()  # connected while torch is imported
-    _end(run(config, rank, control, progress))
-
-
-def main_of_spare() -> NoReturn:
-    """Import what takes long, then wait to be told the rank; ends the process."""
-    config = _config()
-    title = f"model={config.model_name} group={config.group}"
-    child.become("spare", f"young spare {title}")
-    progress = Progress(int(os.environ[child.PROGRESS_VARIABLE]))
-    warm_up()
-    child.become("spare", f"spare {title}")
-    line = sys.stdin.readline()
-    if not line:
-        sys.exit(0)  # the supervisor has closed it: nobody needs a spare
-    rank = msgspec.json.decode(line, type=child.Promotion).rank
-    child.become(f"worker {rank}", _title(config, rank))
-    control = _control(config, rank)
+    control = Control(config, rank, os.environ[TOKEN_VARIABLE], os.environ[child.INCARNATION_VARIABLE])
     control.start()
     _end(run(config, rank, control, progress))
-
-
-def warm_up() -> None:
-    """Import torch and all that a rank uses of it, without touching a device."""
-    import torch
-
-    import lockstep_runtime.parallel.group
-    import lockstep_runtime.worker.runner  # noqa: F401 - for what importing it costs
-
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        torch.nn.functional.linear(torch.ones(8, 64), torch.ones(64, 64))  # the kernels' own start-up
-
-
-def _config() -> ServeConfig:
-    return msgspec.json.decode(os.environ[CONFIG_VARIABLE], type=ServeConfig)
-
-
-def _control(config: ServeConfig, rank: int) -> Control:
-    return Control(config, rank, os.environ[TOKEN_VARIABLE], os.environ[child.INCARNATION_VARIABLE])
-
-
-def _title(config: ServeConfig, rank: int) -> str:
-    return f"worker model={config.model_name} group={config.group} rank={rank}"
 
 
 def _end(code: int) -> NoReturn:
