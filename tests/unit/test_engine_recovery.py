@@ -207,6 +207,15 @@ def test_better_words_for_a_loss_and_the_name_of_a_hanging_rank() -> None:
     assert (book.records[1].rank, book.records[1].rung) == (1, "Respawn")
 
 
+def test_the_end_of_a_later_process_does_not_rewrite_history() -> None:
+    book = FaultBook([], 0)
+    book.begin(LOST, "Respawn", at=1.0, epoch=1, detect=0.0)
+    book.explain(1, "rank 1 was killed by SIGSEGV")
+    book.repaired({}, at=2.0, resumed=0)
+    book.explain(1, "rank 1 ended with exit code 1")  # which is heard of before its loss is recorded
+    assert book.records[0].message == "rank 1 was killed by SIGSEGV"
+
+
 def test_a_dropped_request_is_a_record_that_is_closed_at_once() -> None:
     book = FaultBook([], 0)
     first = book.begin(LOST, "Respawn", at=1.0, epoch=1, detect=0.0)

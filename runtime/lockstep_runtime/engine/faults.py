@@ -57,9 +57,9 @@ class FaultBook:
             self._replace(msgspec.structs.replace(record, rank=rank, message=text, rung=rung))
 
     def explain(self, rank: int, message: str) -> None:
-        """What became of a lost rank's process: better words for its newest record."""
+        """What became of a lost rank's process: better words for its newest record, if it is still open."""
         for record in reversed(self._records):
-            if record.rank == rank:
+            if record.id in self._open and record.rank == rank:
                 if record.fault is Fault.RANK_LOST and record.message != message:
                     self._replace(msgspec.structs.replace(record, message=message))
                 return
