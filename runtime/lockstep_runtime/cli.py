@@ -17,6 +17,7 @@ from lockstep_runtime import fault_box, inject_client, log, wire
 from lockstep_runtime.config import (
     TOKEN_VARIABLE,
     Backend,
+    Device,
     DType,
     EngineLimits,
     ServeConfig,
@@ -131,6 +132,8 @@ def _add_flags(serve: argparse.ArgumentParser, environment: Mapping[str, str]) -
     flag(ranks, "tensor-parallel-size", _positive, 1, "ranks that the model is split over", metavar="N")
     flag(ranks, "ranks-per-pod", _positive, None, "ranks that run here; default: all of them", metavar="K")
     flag(ranks, "backend", _one_of(*get_args(Backend)), "auto", f"of the collectives: {', '.join(get_args(Backend))}")
+    flag(ranks, "device", _one_of(*get_args(Device)), "auto",
+         "auto: cuda with nccl, else cpu; cuda with gloo lets ranks share a GPU, slowly")  # fmt: skip
     flag(ranks, "threads-per-rank", _positive, None, "CPU threads; default: the cores, divided by the ranks here")
 
     engine = serve.add_argument_group("engine")
@@ -182,6 +185,8 @@ def config_from(options: argparse.Namespace) -> ServeConfig:
         raise UsageError(
             f"--ranks-per-pod {ranks_per_pod} does not divide --tensor-parallel-size {options.tensor_parallel_size}"
         )
+    if options.backend == "nccl" and options.device == "cpu":
+        raise UsageError("--backend nccl computes on GPUs: leave out --device cpu, or choose --backend gloo")
     pods = options.tensor_parallel_size // ranks_per_pod
     if options.pod_index >= pods:
         raise UsageError(f"--pod-index {options.pod_index}: a group of {pods} pods has the indexes 0 to {pods - 1}")
@@ -201,6 +206,7 @@ def config_from(options: argparse.Namespace) -> ServeConfig:
         leader=options.leader,
         dtype=options.dtype,
         backend=options.backend,
+        device=options.device,
         threads_per_rank=options.threads_per_rank,
         limits=EngineLimits(
             max_model_len=options.max_model_len,

@@ -18,6 +18,7 @@ API_KEY_VARIABLE: Final = "LOCKSTEP_API_KEY"  # clients must send it when it is 
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Backend = Literal["auto", "gloo", "nccl"]
+Device = Literal["auto", "cpu", "cuda"]
 Strategy = Literal["Ladder", "RecyclePods"]
 WeightCache = Literal["Memory", "Off"]
 
@@ -60,6 +61,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     dtype: DType = "auto"
     backend: Backend = "auto"  # auto: nccl where there is CUDA, else gloo (shared memory within one pod)
+    device: Device = "auto"  # auto: cuda with nccl, else cpu; cuda with gloo lets ranks share a GPU
     threads_per_rank: int | None = None  # CPU threads; None: the cores there are, divided by the pod's ranks
     limits: EngineLimits = EngineLimits()
 

@@ -23,6 +23,10 @@ class Rotary:
     inverse_frequencies: Tensor
     scale: float
 
+    def on(self, device: torch.device) -> Rotary:
+        """The same, for positions that lie there."""
+        return Rotary(self.inverse_frequencies.to(device), self.scale)
+
     def table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions: [tokens] -> cos and signed sin, each [tokens, 1, head_dim], for `rotate_`."""
         angles = positions.float()[:, None] * self.inverse_frequencies

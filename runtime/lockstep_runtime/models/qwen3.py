@@ -67,7 +67,8 @@ class Qwen3:
         self._norm = RMSNorm(whole("model.norm.weight", config.hidden_size), config.rms_norm_eps, placement)
         self._head = VocabularyHead("model.embed_tokens.weight" if tied else "lm_head.weight", *vocabulary)
         theta = float(config.rope.get("rope_theta", config.rope_theta))
-        self._rotary = build_rotary(config.head_dim, theta, config.rope, config.max_position_embeddings)
+        rotary = build_rotary(config.head_dim, theta, config.rope, config.max_position_embeddings)
+        self._rotary = rotary.on(placement.device)
         self.vocabulary = config.vocab_size
         self.max_positions = config.max_position_embeddings
         first, last = head_range(config.num_key_value_heads, shard)

@@ -1,21 +1,19 @@
-"""The ranks' communicator: the only module that touches torch.distributed.
+"""The ranks' communicator. This and `parallel.nccl` are the only modules that touch torch.distributed.
 
-Three kinds behind one protocol: shared memory (CPU ranks of one pod), gloo (CPU ranks in several pods), NCCL (GPUs).
+Three kinds behind one protocol: shared memory (ranks of one pod), gloo (ranks in several pods), NCCL (a GPU per rank).
 Each is made for one epoch of the group and thrown away with it. A collective waits without limit, because only the
 engine can tell a slow step from a hung one; `abort` ends the wait.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
-import os
 import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,11 +23,11 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.parallel import gloo_sockets
 from lockstep_runtime.parallel.errors import GroupAborted, GroupError
+from lockstep_runtime.parallel.host import HostGroup
+from lockstep_runtime.parallel.nccl import WITHOUT_LIMIT, NcclGroup
 from lockstep_runtime.parallel.shared_memory import SCHEME, SharedFile, SharedMemoryGroup, is_supported
 
 __all__ = ["Group", "GroupAborted", "GroupError", "Rendezvous", "choose_backend", "join", "open_rendezvous"]
-
-WITHOUT_LIMIT: Final = datetime.timedelta(days=30)
 
 
 class Rendezvous(Protocol):
@@ -67,7 +65,7 @@ class Group(Protocol):
 def choose_backend(config: ServeConfig) -> str:
     """'nccl' or 'gloo': what `auto` means on this machine."""
     if config.backend == "auto":
-        return "nccl" if torch.cuda.is_available() else "gloo"
+        return "nccl" if config.device != "cpu" and torch.cuda.is_available() else "gloo"
     return config.backend
 
 
@@ -92,21 +90,30 @@ def join(
 ) -> Group:
     """Meet the other ranks there, and prove the communicator: an all-reduce of ones must give the group's size.
 
-    `cancelled` is asked while the others are waited for, where that is possible: in shared memory.
+    `cancelled` is asked while the others are waited for, where that is possible: in shared memory, and in the proof
+    of NCCL's.
 
     Raises:
         GroupError: not everyone came within `timeout` seconds, it was cancelled, or the proof failed.
     """
-    size = config.tensor_parallel_size
-    if size == 1:
+    if config.tensor_parallel_size == 1:
         return SingleGroup()
+    group = _meet(config, rank, epoch, address, timeout, cancelled)
+    return HostGroup(group) if config.device == "cuda" and choose_backend(config) == "gloo" else group
+
+
+def _meet(
+    config: ServeConfig, rank: int, epoch: int, address: str, timeout: float, cancelled: Callable[[], bool]
+) -> Group:
+    size = config.tensor_parallel_size
     if address.startswith(SCHEME):
         return SharedMemoryGroup(address, rank, size, timeout, cancelled)
     deadline = time.monotonic() + timeout
     try:
         store = _connect(address, epoch, deadline)
         if choose_backend(config) == "nccl":
-            return NcclGroup(store, rank, size, rank % config.ranks_per_pod, deadline)
+            device = torch.device("cuda", rank % config.ranks_per_pod)
+            return NcclGroup(store, rank, size, device, deadline, cancelled)
         return GlooGroup(store, rank, size, own_address(config.leader, deadline), deadline)
     except (RuntimeError, OSError, ValueError) as error:  # torch raises subclasses of RuntimeError for all of it
         if isinstance(error, GroupError):
@@ -173,7 +180,7 @@ class GlooGroup:
         self._listeners = frozenset(
             (host, port) for other in range(size) for host, port in json.loads(store.get(f"listeners-{other}"))
         )
-        _prove(self, torch.device("cpu"))
+        _prove(self)
 
     def all_reduce(self, tensor: Tensor, place: str = "") -> Tensor:
         options = dist.AllreduceOptions()
@@ -210,46 +217,6 @@ class GlooGroup:
             raise GroupError(f"gloo: {error}") from error
 
 
-class NcclGroup:
-    """One GPU per rank. Collectives are queued on the device; a fault or an abort shows when it is waited for."""
-
-    def __init__(self, store: Store, rank: int, size: int, device: int, deadline: float) -> None:
-        self.rank, self.size = rank, size
-        self._aborted = threading.Event()
-        # An error is the engine's to handle: torch must not end the process for it.
-        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
-        where = torch.device("cuda", device)
-        dist.init_process_group(
-            "nccl", store=store, rank=rank, world_size=size, timeout=_remaining(deadline), device_id=where
-        )
-        _prove(self, where)
-
-    def all_reduce(self, tensor: Tensor, place: str = "") -> Tensor:
-        self.check()
-        dist.all_reduce(tensor)
-        return tensor
-
-    def gather(self, tensor: Tensor, place: str = "") -> list[Tensor] | None:
-        self.check()
-        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(tensor, parts, dst=0)
-        return parts
-
-    def check(self) -> None:
-        if self._aborted.is_set():
-            raise GroupAborted("the communicator was aborted")
-
-    def abort(self) -> None:
-        """All communicators in one call; never `destroy_process_group` after a fault, which may wait for ever."""
-        if not self._aborted.is_set():
-            self._aborted.set()
-            with contextlib.suppress(RuntimeError, ValueError):
-                dist.distributed_c10d._abort_process_group()
-
-    def close(self) -> None:
-        self.abort()
-
-
 def own_address(leader: str, deadline: float) -> str:
     """The address of this machine on the way to the leader; on the leader itself, the leader's.
 
@@ -276,7 +243,7 @@ def _remaining(deadline: float) -> datetime.timedelta:
     return datetime.timedelta(seconds=max(0.1, deadline - time.monotonic()))
 
 
-def _prove(group: Group, device: torch.device) -> None:
-    ones = group.all_reduce(torch.ones(1, device=device)).item()
+def _prove(group: Group) -> None:
+    ones = group.all_reduce(torch.ones(1)).item()
     if ones != group.size:
         raise GroupError(f"an all-reduce of ones gave {ones:g}, not {group.size}")

@@ -49,14 +49,25 @@ def used_bytes(device: torch.device) -> int:
     return resident_pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def cache_budget(device: torch.device, ranks_here: int, wanted: int | None) -> int:
-    """Bytes for the KV cache of one rank: what was asked for, or a share of what is free."""
+def cache_budget(device: torch.device, sharers: int, wanted: int | None) -> int:
+    """Bytes for the KV cache of one rank: what was asked for, or a share of what is free.
+
+    `sharers`: ranks that take their memory from the same place.
+    """
     if wanted is not None:
         return wanted
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return max(0, int(free - (1 - CUDA_SHARE) * total))
-    return int(_available_bytes() * CPU_SHARE / ranks_here)
+        return cuda_budget(free, total, used_bytes(device), sharers)
+    return int(_available_bytes() * CPU_SHARE / sharers)
+
+
+def cuda_budget(free: int, total: int, used: int, sharers: int) -> int:
+    """What this process, which uses `used` bytes already, may take of a device.
+
+    Others may not have taken their part yet, so what is free says too little where it is shared.
+    """
+    return max(0, int(min(free - (1 - CUDA_SHARE) * total, CUDA_SHARE * total / sharers - used)))
 
 
 def _available_bytes() -> int:

@@ -28,6 +28,7 @@ from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.weights.load import Loaded, adopt_weights, fill_cache, load_weights
 from lockstep_runtime.weights.plan import Shard
 from lockstep_runtime.weights.source import find_model, read_config
+from lockstep_runtime.worker.device import choose_device, sharers
 from lockstep_runtime.worker.memory import cache_budget, give_back_freed_memory, keep_freed_memory, used_bytes
 from lockstep_runtime.worker.sampler import draw_of, is_plain_greedy, sample, take_best
 from lockstep_runtime.worker.scrub import INTERVAL_SECONDS, INTERVAL_VARIABLE, Scrub, name_of, watch
@@ -208,7 +209,10 @@ class Runner:
         limits = self._config.limits
         length = min(limits.max_model_len or self._model.max_positions, self._model.max_positions)
         useful = limits.max_sequences * -(-length // BLOCK_SIZE)
-        budget = cache_budget(self._device, self._config.ranks_per_pod, limits.kv_cache_bytes)
+        here = self._config.ranks_per_pod
+        if self._device.type == "cuda":
+            here = sharers(self._config, torch.cuda.device_count())
+        budget = cache_budget(self._device, here, limits.kv_cache_bytes)
         blocks = min(useful, budget // self._model.cache_shape.block_bytes(self._placement.activation))
         if blocks < 1:
             raise ModelError(f"no room for a KV cache: {budget} bytes are left beside the weights")
@@ -227,10 +231,9 @@ def _fingerprint(batch: Batch, hidden: Tensor) -> int:
 
 
 def _device(config: ServeConfig, rank: int) -> torch.device:
-    if choose_backend(config) != "nccl":
-        return torch.device("cpu")
-    device = torch.device("cuda", rank % config.ranks_per_pod)
-    torch.cuda.set_device(device)
+    device = choose_device(config, choose_backend(config), rank, torch.cuda.device_count())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
