@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -16,6 +17,15 @@ from lockstep_runtime import wire
 from lockstep_runtime.owned_files import folder, owner, owner_of
 
 ONCE_VARIABLE: Final = "LOCKSTEP_FAULT_ONCE"  # <fault>:<rank>; the first request meets it
+ON_GPU: Final = frozenset({wire.Injection.DEVICE_ASSERT, wire.Injection.ILLEGAL_ACCESS})
+DEVICES: Final = Path("/dev")
+
+
+def why_not(fault: wire.Inject) -> str:
+    """Why it can't happen on this machine; empty when it can. torch is not asked: a supervisor has none."""
+    if fault.kind in ON_GPU and not any(DEVICES.glob("nvidia[0-9]*")):
+        return f"{fault.kind} happens on a GPU, and there is none here"
+    return ""
 
 
 def leave(environment: Mapping[str, str], fault: wire.Inject) -> None:
@@ -44,4 +54,5 @@ def parse_once(text: str) -> wire.Inject:
     kind, _, rank = text.partition(":")
     if kind not in list(wire.Injection) or not rank.isdecimal():
         raise ValueError(f"{ONCE_VARIABLE}={text!r}: write <fault>:<rank> with one of {', '.join(wire.Injection)}")
-    return wire.Inject(rank=int(rank), kind=wire.Injection(kind), phase=wire.Phase.PREFILL)
+    past_the_probe = 1  # whose prefill is the first of all
+    return wire.Inject(rank=int(rank), kind=wire.Injection(kind), phase=wire.Phase.PREFILL, skip=past_the_probe)

@@ -204,6 +204,7 @@ def test_every_kind_has_a_deed(bench: Bench, kind: Injection, at: Moment, monkey
     monkeypatch.setattr(f"{module}.ctypes.string_at", note("segv"))
     monkeypatch.setattr(f"{module}.hang", note("hang"))
     monkeypatch.setattr(f"{module}.exhaust_memory", note("memory"))
+    monkeypatch.setattr(f"{module}.harm_device", note("device"))
     monkeypatch.setattr(f"{module}.time.sleep", note("slow"))
     bench.arm(kind, phase=Phase.DECODE, at=at)
     group: Group = SingleGroup()
@@ -215,6 +216,17 @@ def test_every_kind_has_a_deed(bench: Bench, kind: Injection, at: Moment, monkey
     except (InjectedError, GroupAborted):
         changed = True
     assert changed or deeds or bench.called
+
+
+@pytest.mark.parametrize("kind", sorted(fault_box.ON_GPU))
+def test_a_rank_without_a_gpu_says_so_and_is_unharmed(
+    bench: Bench, kind: Injection, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.arm(kind)
+    given, sums = bench.run(DECODE)
+    assert given == DECODE
+    assert all(torch.equal(one, torch.ones(2, 2)) for one in sums)
+    assert f"{kind} is refused: this rank does not compute on a GPU" in caplog.text
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -249,7 +261,8 @@ def test_a_fault_left_for_a_rank_is_found_once_and_by_no_other(box: dict[str, st
 
 
 def test_the_one_shot_variable_is_checked_at_the_start() -> None:
-    assert fault_box.parse_once("hang:1") == wire.Inject(rank=1, kind=Injection.HANG, phase=Phase.PREFILL)
+    # The probe prompt is prefilled before any request.
+    assert fault_box.parse_once("hang:1") == wire.Inject(rank=1, kind=Injection.HANG, phase=Phase.PREFILL, skip=1)
     config = ServeConfig(model="m", served_name="m", allow_faults=True)
     for wrong in ("hang", "hang:", "crash:0", "hang:x"):
         with pytest.raises(UsageError, match="LOCKSTEP_FAULT_ONCE"):
@@ -281,6 +294,39 @@ async def test_the_endpoint_is_there_only_where_faults_are_allowed() -> None:
     assert taken == [wire.Inject(rank=0, kind=Injection.EXIT)]
     async with client(lambda _: False) as http:
         assert (await http.post("/inject", content=body)).status_code == 503
+
+
+@pytest.mark.parametrize("kind", sorted(fault_box.ON_GPU))
+async def test_faults_of_a_gpu_are_refused_where_there_is_none(
+    kind: Injection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fault_box, "DEVICES", tmp_path)
+    taken: list[wire.Inject] = []
+
+    def take(fault: wire.Inject) -> bool:
+        taken.append(fault)
+        return True
+
+    body = msgspec.json.encode(wire.Inject(rank=0, kind=kind))
+    config = ServeConfig(model="m", served_name="m", allow_faults=True)
+    once = {fault_box.ONCE_VARIABLE: f"{kind}:0"}
+    async with client(take) as http:
+        refused = await http.post("/inject", content=body)
+        assert (refused.status_code, refused.text) == (409, f"{kind} happens on a GPU, and there is none here\n")
+        with pytest.raises(UsageError, match="there is none here"):
+            check_faults(config, once)
+        (tmp_path / "nvidia0").touch()
+        check_faults(config, once)
+        assert (await http.post("/inject", content=body)).status_code == 202
+    assert taken == [wire.Inject(rank=0, kind=kind)]
+
+
+def test_the_command_explains_what_a_gpu_is_needed_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["inject", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "device-assert and illegal-access break the CUDA context" in words
+    assert "where there is none they are refused" in words
 
 
 class _Answering(http.server.BaseHTTPRequestHandler):
