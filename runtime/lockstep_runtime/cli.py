@@ -276,13 +276,15 @@ async def _supervise(config: ServeConfig, token: str, listening: socket.socket) 
 def check_faults(config: ServeConfig, environment: Mapping[str, str]) -> None:
     """
     Raises:
-        UsageError: a fault is asked for in words that mean none.
+        UsageError: a fault is asked for in words that mean none, or one that can't happen here.
     """
     if config.allow_faults and (once := environment.get(fault_box.ONCE_VARIABLE)):
         try:
-            fault_box.parse_once(once)
+            fault = fault_box.parse_once(once)
         except ValueError as error:
             raise UsageError(str(error)) from None
+        if fault.rank in config.ranks and (why_not := fault_box.why_not(fault)):
+            raise UsageError(f"{fault_box.ONCE_VARIABLE}={once!r}: {why_not}")
 
 
 def _serve(options: argparse.Namespace) -> int:

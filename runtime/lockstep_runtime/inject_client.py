@@ -20,7 +20,8 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "inject",
         help="make a rank fail, to see the group heal",
-        description="Make a rank of a group fail that was started with --allow-faults, to see the group heal.",
+        description="Make a rank of a group fail that was started with --allow-faults, to see the group heal. "
+        "device-assert and illegal-access break the CUDA context of a rank's GPU; without one they are refused.",
         epilog=f"The group's token is read from {TOKEN_VARIABLE}.",
     )
     parser.add_argument("fault", choices=list(wire.Injection), metavar="FAULT", help=", ".join(wire.Injection))

@@ -149,6 +149,8 @@ class Injection(enum.StrEnum):
     FLIP_BIT = "flip-bit"  # in this rank's weights
     SLOW = "slow"
     CLOSE_BUS = "close-bus"
+    DEVICE_ASSERT = "device-assert"  # a real one, on this rank's GPU
+    ILLEGAL_ACCESS = "illegal-access"  # the same: a kernel reads where there is no memory
 
 
 class Phase(enum.StrEnum):

@@ -326,7 +326,7 @@ def test_the_command_explains_what_a_gpu_is_needed_for(capsys: pytest.CaptureFix
         main(["inject", "--help"])
     words = " ".join(capsys.readouterr().out.split())
     assert "device-assert and illegal-access break the CUDA context" in words
-    assert "where there is none they are refused" in words
+    assert "without one they are refused" in words
 
 
 class _Answering(http.server.BaseHTTPRequestHandler):

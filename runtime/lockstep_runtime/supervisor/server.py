@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from lockstep_runtime import wire
+from lockstep_runtime import fault_box, wire
 from lockstep_runtime.supervisor.board import StatusBoard
 from lockstep_runtime.supervisor.readiness import api_ready
 from lockstep_runtime.wire import API_PORT
@@ -62,6 +62,8 @@ def create_app(
             fault = msgspec.json.decode(await _small_body(request), type=wire.Inject)
         except msgspec.MsgspecError as error:
             return PlainTextResponse(f"no fault that can be injected: {error}\n", 400)
+        if why_not := fault_box.why_not(fault):
+            return PlainTextResponse(f"{why_not}\n", 409)
         if inject is None or not inject(fault):
             return PlainTextResponse("there is no engine just now\n", 503)
         return PlainTextResponse("ok\n", 202)

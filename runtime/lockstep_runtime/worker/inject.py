@@ -122,6 +122,8 @@ class Injector:
                 logger.warning("inject: flipped a bit of %s", self._flip_bit(fault.number))
             case Injection.CLOSE_BUS:
                 self._close_bus()
+            case Injection.DEVICE_ASSERT | Injection.ILLEGAL_ACCESS:
+                harm_device(fault.kind)
             case _:
                 raise ValueError(f"{fault.kind} needs a step")
 
@@ -202,6 +204,13 @@ def exhaust_memory() -> NoReturn:
             ballast.append(torch.empty(BALLAST_BYTES // 8, dtype=torch.uint8))
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def harm_device(kind: Injection) -> None:
+    """See `device_faults.provoke`, imported late because torch is."""
+    from lockstep_runtime.worker.device_faults import provoke
+
+    provoke(kind)
 
 
 def _altered(step: wire.Step) -> wire.Step:
