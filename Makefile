@@ -37,8 +37,12 @@ lint: venv ## ruff, mypy, import-linter
 	$(VENV)/bin/lint-imports
 
 .PHONY: test-unit
-test-unit: venv .dev/bin/helm ## the tests that need no cluster
-	$(PY) -m pytest tests/unit tests/contract tests/sim
+test-unit: venv ## the tests of the parts, and the simulations
+	$(PY) -m pytest tests/unit tests/sim
+
+.PHONY: test-contract
+test-contract: venv .dev/bin/helm ## the tests of the interfaces: real ranks, clients and charts, no cluster
+	$(PY) -m pytest tests/contract
 
 .PHONY: test
 test: ## every test that needs no GPU, on a real cluster that is brought up for them and taken down again

@@ -1,8 +1,9 @@
-"""`make test`: every test that needs no GPU, one phase after the other, and where the time went.
+"""`make test`: every test that needs no GPU, and where the time went.
 
-Runs on any Python 3, before there is a virtual environment. A phase that fails doesn't hide what the others would say:
-only those that need it are left out. A cluster that this brought up it takes down again, whatever happens; with CI in
-the environment also .dev (binaries and images, 10 GB), since nobody comes back to a CI's checkout.
+Runs on any Python 3, before there is a virtual environment. What doesn't disturb each other runs at the same time; what
+is shown is one phase after the other. A phase that fails doesn't hide what the others would say: only those that need
+it are left out. A cluster that this brought up it takes down again, whatever happens; with CI in the environment also
+.dev (binaries and images, 10 GB), since nobody comes back to a CI's checkout.
 """
 
 from __future__ import annotations
@@ -12,35 +13,38 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
 ROOT = Path(__file__).resolve().parents[1]
 DEV = ROOT / ".dev"
 CONFIG = DEV / "kubeconfig"
+LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One make target; it is left out when one that it needs failed or was left out.
-
-    An early one is begun before all others and waited for in its turn: it waits for the network while they compute.
-    """
+    """One make target. It is left out when one that it needs failed or was left out, and begins after all it names."""
 
     target: str
     needs: tuple[str, ...] = ()
-    early: bool = False
+    after: tuple[str, ...] = ()
+    gives_way: bool = False  # to what runs at the same time and waits for other machines' clocks
 
 
 PHASES = (
     Phase("venv"),
-    Phase("lint", ("venv",)),
-    Phase("images", early=True),
-    Phase("test-unit", ("venv",)),
-    Phase("deploy", ("images",)),
-    Phase("test-e2e", ("venv", "deploy")),
+    Phase("lint", needs=("venv",)),
+    Phase("test-unit", needs=("venv",), after=("lint",), gives_way=True),
+    Phase("images"),
+    Phase("deploy", needs=("images",)),
+    Phase("test-e2e", needs=("venv", "deploy")),
+    Phase("test-contract", needs=("venv",), after=("test-unit", "test-e2e")),  # real ranks, which need the cores
+    Phase("test-chaos", needs=("venv",), after=("test-contract",)),
 )
 
 
@@ -56,40 +60,87 @@ class InterruptedRunError(Exception):
 
 
 class Running:
-    """A make target that was begun."""
+    """A make target that was begun; what it prints waits in a file."""
 
-    def __init__(self, target: str) -> None:
-        print(f"\n=== make {target}", flush=True)
-        self._target, self._began = target, time.monotonic()
-        self._process = subprocess.Popen(["make", "--no-print-directory", target], cwd=ROOT)
+    def __init__(self, phase: Phase) -> None:
+        self._target, self._began = phase.target, time.monotonic()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed when this object goes
+        command = [*(["nice", "-n", "10"] if phase.gives_way else []), "make", "--no-print-directory", phase.target]
+        self._process = subprocess.Popen(command, cwd=ROOT, stdout=self._output, stderr=subprocess.STDOUT)
+        self._shown = 0
 
-    def wait(self) -> Outcome:
-        code = self._process.wait()
+    def outcome(self) -> Outcome | None:
+        code = self._process.poll()
+        if code is None:
+            return None
         return Outcome(self._target, "failed" if code else "passed", time.monotonic() - self._began)
+
+    def show(self) -> None:
+        """What it has printed since the last time."""
+        self._shown += _copy(self._output, self._shown)
 
     def end(self) -> None:
         self._process.terminate()
         self._process.wait()
+        self.show()
+
+
+class Run:
+    """All phases: which run, and how the others ended."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, Outcome] = {}
+        self._running: dict[str, Running] = {}
+        self._ended: dict[str, Running] = {}
+
+    def follow(self, phase: Phase) -> None:
+        """Show the phase until it has ended, while the others go on."""
+        print(f"\n=== make {phase.target}", flush=True)
+        while phase.target not in self.outcomes:
+            self._advance()
+            if phase.target in self._running:
+                self._running[phase.target].show()
+            time.sleep(LOOK_SECONDS)
+        if phase.target in self._ended:
+            self._ended[phase.target].show()
+
+    def end(self) -> None:
+        for running in self._running.values():
+            running.end()
+
+    def _advance(self) -> None:
+        for target, running in list(self._running.items()):
+            if (outcome := running.outcome()) is not None:
+                self.outcomes[target] = outcome
+                self._ended[target] = self._running.pop(target)
+        for phase in PHASES:
+            if phase.target not in self._running and phase.target not in self.outcomes:
+                self._begin(phase)
+
+    def _begin(self, phase: Phase) -> None:
+        if not self.outcomes.keys() >= {*phase.needs, *phase.after}:
+            return
+        if all(self.outcomes[need].word == "passed" for need in phase.needs):
+            self._running[phase.target] = Running(phase)
+        else:
+            self.outcomes[phase.target] = Outcome(phase.target, "left out", 0.0)
 
 
 def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
     began, had_cluster = time.monotonic(), cluster_answers()
-    outcomes: list[Outcome] = []
-    running: dict[str, Running] = {}
+    run, last = Run(), []
     try:
-        running |= {phase.target: Running(phase.target) for phase in PHASES if phase.early}
         for phase in PHASES:
-            outcomes.append(run(phase, outcomes, running))
+            run.follow(phase)
     except InterruptedRunError:
-        for begun in running.values():
-            begun.end()
-        outcomes.append(Outcome("interrupted", "failed", 0.0))
+        run.end()
+        last.append(Outcome("interrupted", "failed", 0.0))
     finally:
         if not had_cluster:
-            outcomes.append(Running("clean-cluster" if os.environ.get("CI") else "cluster-down").wait())
-    return report(outcomes, time.monotonic() - began)
+            last.append(take_down("clean-cluster" if os.environ.get("CI") else "cluster-down"))
+    return report([*run.outcomes.values(), *last], time.monotonic() - began)
 
 
 def cluster_answers() -> bool:
@@ -101,15 +152,11 @@ def cluster_answers() -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def run(phase: Phase, before: list[Outcome], running: dict[str, Running]) -> Outcome:
-    passed = {outcome.target for outcome in before if outcome.word == "passed"}
-    if not passed.issuperset(phase.needs):
-        return Outcome(phase.target, "left out", 0.0)
-    if phase.target not in running:
-        running[phase.target] = Running(phase.target)
-    outcome = running[phase.target].wait()
-    del running[phase.target]
-    return outcome
+def take_down(target: str) -> Outcome:
+    print(f"\n=== make {target}", flush=True)
+    began = time.monotonic()
+    code = subprocess.run(["make", "--no-print-directory", target], cwd=ROOT, check=False).returncode
+    return Outcome(target, "failed" if code else "passed", time.monotonic() - began)
 
 
 def report(outcomes: list[Outcome], seconds: float) -> int:
@@ -118,6 +165,16 @@ def report(outcomes: list[Outcome], seconds: float) -> int:
         print(f"{outcome.target:<14} {outcome.seconds:7.0f} s  {outcome.word}")
     print(f"{'all of it':<14} {seconds:7.0f} s", flush=True)
     return 0 if all(outcome.word == "passed" for outcome in outcomes) else 1
+
+
+def _copy(source: BinaryIO, start: int) -> int:
+    """To standard output, what a file has from `start` on; returns how many bytes. Its writer's place is kept."""
+    found = 0
+    while piece := os.pread(source.fileno(), 65536, start + found):
+        sys.stdout.buffer.write(piece)
+        found += len(piece)
+    sys.stdout.flush()
+    return found
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
