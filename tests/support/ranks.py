@@ -48,7 +48,7 @@ class Ranks:
         outputs: list[StepOutput] = list(
             self._pool.map(lambda pair: pair[0].step(step, pair[1]), zip(self.runners, self.groups, strict=True))
         )
-        assert len({output.fingerprint for output in outputs}) == 1
+        assert len({output.fingerprint for output in outputs}) == 1, "the ranks' fingerprints differ"
         assert all(output.sampled == [] for output in outputs[1:])
         return outputs[0]
 

@@ -105,7 +105,7 @@ def test_the_model_computes_wholly_on_its_device(dtype: str, size: int) -> None:
         apart = piece(1, 33, [1], [5, 3])  # blocks that don't lie side by side
         batch = build_batch([piece(0, 0, [1, 2, 3], [0]), apart], CUDA)
         group = SingleGroup()  # of several ranks, too, each sums alone here
-        hidden = model.forward(batch, cache, group)
+        hidden = model.forward(batch, cache, group)[batch.last]
         logits, best = model.logits(hidden, group), model.best(hidden, group)
     assert logits is not None
     assert best is not None

@@ -8,11 +8,14 @@ from safetensors.torch import load_file, save_file
 from tests.support.models import ModelShape, write_model
 from tests.support.ranks import Ranks, piece
 
+from lockstep_runtime import wire
 from lockstep_runtime.config import EngineLimits, ServeConfig
 from lockstep_runtime.layers.cache import BLOCK_SIZE
 from lockstep_runtime.layers.matrix import pack_fbgemm
+from lockstep_runtime.progress import Progress, new_memory
 from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.wire import SamplingParams
+from lockstep_runtime.worker.inject import FaultyGroup
 from lockstep_runtime.worker.runner import Runner
 from lockstep_runtime.worker.sampler import NonFiniteError
 
@@ -73,6 +76,19 @@ def test_a_step_may_draw_for_some_or_for_none(model: Path) -> None:
         output = ranks.step(piece(1, 0, [1, 2], [0]), piece(2, 0, [3], [1], GREEDY), piece(3, 0, [4], [2]))
         assert [drawn.sequence_id for drawn in output.sampled] == [2]
         assert ranks.step(piece(1, 2, [5], [0])).sampled == []
+
+
+@pytest.mark.parametrize("place", ["embed_tokens", "layers.0.mlp", "layers.1.self_attn"])
+def test_a_state_of_any_token_that_one_rank_alters_shows_in_its_fingerprint(model: Path, place: str) -> None:
+    """It is the prompt's first token's, of which the last one sees only what all ranks sum alike."""
+    fault = wire.Inject(rank=1, kind=wire.Injection.ACTIVATION, place=place)
+    with Ranks(model, 2) as ranks:
+        honest = ranks.groups[1]
+        ranks.groups[1] = FaultyGroup(honest, Progress(new_memory("test")), [fault], lambda fault: None)
+        with pytest.raises(AssertionError, match="fingerprint"):
+            ranks.step(piece(1, 0, [1, 2, 3], [0], GREEDY))
+        ranks.groups[1] = honest
+        ranks.step(piece(1, 0, [1, 2, 3], [0], GREEDY))
 
 
 @pytest.mark.parametrize("logprobs", [-1, 3])

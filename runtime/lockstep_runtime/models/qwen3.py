@@ -101,7 +101,7 @@ class Qwen3:
         hidden = self._embedding(batch.tokens, group)
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
             hidden = layer(hidden, layer_cache, batch, cos, sin, group)
-        return self._norm(hidden[batch.last])
+        return self._norm(hidden)
 
     def logits(self, hidden: Tensor, group: Group) -> Tensor | None:
         return self._head(hidden, group)

@@ -36,9 +36,9 @@ class Model(Protocol):
         """All weights have been filled."""
 
     def forward(self, batch: Batch, cache: KVCache, group: Group) -> Tensor:
-        """Run the batch's tokens, write their keys and values, and return each sequence's last hidden state, normed.
+        """Run the batch's tokens, write their keys and values, and return every token's last hidden state, normed.
 
-        [segments, hidden], the same bits on every rank.
+        [tokens, hidden], the same bits on every rank.
         """
 
     def logits(self, hidden: Tensor, group: Group) -> Tensor | None:

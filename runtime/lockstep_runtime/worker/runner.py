@@ -35,6 +35,7 @@ from lockstep_runtime.worker.scrub import INTERVAL_SECONDS, INTERVAL_VARIABLE, S
 
 logger = logging.getLogger(__name__)
 
+_BITS: Final = {2: torch.int16, 4: torch.int32}  # by a type's bytes
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -50,7 +51,7 @@ class LoadReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutput:
-    fingerprint: int  # of every sequence's last hidden state: 64 bits, unsigned, equal on every rank
+    fingerprint: int  # of every token's last hidden state: 64 bits, unsigned, equal on every rank
     sampled: list[wire.SampledToken]  # rank 0 only
 
 
@@ -170,9 +171,10 @@ class Runner:
         """
         with torch.inference_mode():
             batch = build_batch(step.sequences, self._device)
-            hidden = self._model.forward(batch, self._cache, group)
+            states = self._model.forward(batch, self._cache, group)
+            hidden = states if len(states) == len(batch.segments) else states[batch.last]
             sampled = self._draw(step.sequences, hidden, group)
-            fingerprint = _fingerprint(batch, hidden)
+            fingerprint = _fingerprint(batch, states, hidden)
             group.check()
             return StepOutput(fingerprint=fingerprint, sampled=sampled)
 
@@ -219,13 +221,18 @@ class Runner:
         return blocks
 
 
-def _fingerprint(batch: Batch, hidden: Tensor) -> int:
-    """64 bits of the raw bytes of what went in and what came out.
+def _fingerprint(batch: Batch, states: Tensor, hidden: Tensor) -> int:
+    """64 bits of the raw bytes of what went in and what came out: states [tokens, n], hidden of each sequence's last.
 
-    All-reduces hide a wrong input: every rank then has the same wrong sum.
+    All-reduces hide a wrong input: every rank then has the same wrong sum. They hide a wrong state of an earlier token
+    as well: others see it only by its keys and values, which one rank has alone. A long prompt's states are summed as
+    whole numbers where they are, since to hash them all would take longer than a step may be watched.
     """
     hashed = hashlib.blake2b(digest_size=8)
-    for tensor in (torch.stack((batch.tokens, batch.positions, batch.slots)), hidden):
+    what = [torch.stack((batch.tokens, batch.positions, batch.slots)), hidden]
+    if len(states) > len(hidden):
+        what.append(states.view(_BITS[states.element_size()]).sum(0))
+    for tensor in what:
         hashed.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
     return int.from_bytes(hashed.digest(), "little")
 
