@@ -1,4 +1,4 @@
-"""The processes inside pods, as the node sees them: the node of the embedded cluster is this machine.
+"""The processes inside pods and of the node, as the node sees them: the node of the embedded cluster is this machine.
 
 A container's first process can't be killed from inside its own pid namespace, and images have no `kill`; from the host
 both are plain.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,16 @@ def one_process(pod: Object, title: str) -> int:
     return matching[0]
 
 
-def kill(pid: int) -> None:
-    """SIGKILL."""
-    os.kill(pid, signal.SIGKILL)
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    """Send a signal; SIGKILL unless another is named."""
+    os.kill(pid, number)
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """The process stands still (SIGSTOP) and goes on afterwards, whatever happens meanwhile."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
