@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 import shutil
 import textwrap
 from collections.abc import Iterator
@@ -18,10 +19,16 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.support.chart import CHART, LEAST_VALUES, ROOT, helm
 
+from lockstep_operator import recovery as operator_recovery
+from lockstep_operator import spec, triggers
+from lockstep_operator.memory import Rung as OperatorRung
 from lockstep_operator.metrics import Metrics as OperatorMetrics
+from lockstep_runtime import cli
 from lockstep_runtime.api.metrics import Metrics as EngineMetrics
+from lockstep_runtime.engine import deadline, recovery
 from lockstep_runtime.engine.interface import EngineStats
-from lockstep_runtime.wire import Fault
+from lockstep_runtime.wire import Fault, Injection
+from lockstep_runtime.worker import scrub
 
 DOCUMENTS: Final = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 CRD: Final = yaml.safe_load((ROOT / "crds" / "lockstep.dev_tensorparallelmodels.yaml").read_text())
@@ -174,3 +181,77 @@ def test_metrics_are_exposed() -> None:
     engine = EngineMetrics("m", lambda: STATS).render().decode()
     exposed = _exposed(operator) | _exposed(engine)
     assert sorted(named ^ exposed) == []
+
+
+def _commands(document: Path) -> list[str]:
+    """What a reader is told to give to `lockstep`."""
+    found = re.findall(r"lockstep ((?:serve|inject) [^`|#\n]+)", document.read_text())
+    return [words for words in found if not re.search(r"[A-Z]{3,}|…|--help", words)]
+
+
+def _options(words: str) -> Any:
+    """What the command line makes of them; it exits if it refuses them."""
+    return cli.build_parser({}).parse_args(shlex.split(words))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_are_of_the_command_line(document: Path) -> None:
+    for words in _commands(document):
+        _options(words)
+
+
+def test_documents_name_commands_to_check() -> None:
+    assert sum(len(_commands(document)) for document in DOCUMENTS) >= 4
+
+
+RECOVERY: Final = (ROOT / "docs" / "recovery.md").read_text()
+
+
+def test_every_fault_on_purpose_is_explained() -> None:
+    rows = RECOVERY.partition("| `lockstep inject …` |")[2].partition("\n\n")[0].splitlines()[2:]
+    named = [words for row in rows for words in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    kinds = [_options(f"inject {words}{'' if '--rank' in words else ' --rank 0'}").fault for words in named]
+    assert sorted(kinds) == sorted(Injection)
+
+
+def test_every_fault_and_rung_has_its_place() -> None:
+    rows = set(re.findall(r"^\| `([A-Za-z]+)` \|", RECOVERY, re.MULTILINE))
+    assert {str(fault) for fault in Fault} | {str(rung) for rung in (*recovery.Rung, *OperatorRung)} <= rows
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"| {recovery.REBUILDS}, one comes back in {recovery.REBUILD_REFILL_SECONDS:g} s",
+        f"| {recovery.RESPAWNS}, one comes back in {recovery.RESPAWN_REFILL_SECONDS:g} s",
+        f"at most {deadline.CEILING_SECONDS:g} s",
+        f"gets {deadline.WARMING_SECONDS:g} s at least",
+        f"once round in {scrub.INTERVAL_SECONDS:g} s",
+        f"| `budget.attempts` | {spec.DEFAULT_ATTEMPTS} |",
+        f"| `budget.window` | {spec.DEFAULT_WINDOW / 3600:g}h |",
+        f"| `backoff.initial` | {spec.DEFAULT_INITIAL:g}s |",
+        f"| `backoff.max` | {spec.DEFAULT_MAX / 60:g}m |",
+        f"not Ready for {triggers.HUNG_SECONDS:g} s",
+        f"A step has {operator_recovery.PATIENCE_SECONDS:g} s",
+        f"within {operator_recovery.UNPLACED_SECONDS:g} s, the node is used again",
+        f"has served for {operator_recovery.PROVED_SECONDS:g} s",
+    ],
+)
+def test_bounds_of_recovery_are_those_of_the_code(words: str) -> None:
+    assert words in " ".join(RECOVERY.split())
+
+
+def _recovery_lines() -> set[str]:
+    """The phases that the engine logs, as it writes them."""
+    engine = (ROOT / "runtime" / "lockstep_runtime" / "engine").glob("*.py")
+    texts = "".join(path.read_text() for path in engine)
+    return set(re.findall(r"_(?:log|on)_phase\(\s*\"(\w+)\"", texts)) | set(
+        re.findall(r"\"(\w+): fault %d epoch", texts)
+    )
+
+
+def test_every_line_of_the_log_trail_is_explained() -> None:
+    lines = _recovery_lines()
+    assert {"watchdog", "abort", "respawn", "rebuild", "verify", "resumed"} <= lines
+    trail = RECOVERY.partition("## The log trail")[2].partition("\n## ")[0]
+    assert sorted(line for line in lines if f"`{line}:`" not in trail) == []

@@ -8,11 +8,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from dev.demo import EXAMPLE, LONG_QUESTION, PATCH
+from dev.demo_faults import FAULTS, MAX_TOKENS
 from examples.training.conversations import render
 from examples.training.train import SAMPLES
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lockstep_operator.overlay import overlay
+from lockstep_runtime.cli import build_parser
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = EXAMPLES / "tiny-chat"
@@ -112,6 +117,25 @@ def test_readme_shows_the_answer_the_model_gives(model: Any, tokenizer: Any) -> 
         answer = tokenizer.decode(greedy(model, tokenizer, question, limit=150), skip_special_tokens=True)
         assert question in readme
         assert answer in readme
+
+
+def test_the_demos_faults_meet_its_answer(model: Any, tokenizer: Any) -> None:
+    tokens = len(greedy(model, tokenizer, LONG_QUESTION, limit=MAX_TOKENS))
+    assert max(drawn for _, _, drawn in FAULTS) + 50 < tokens < MAX_TOKENS
+
+
+def test_the_demos_patch_allows_faults_and_nothing_else() -> None:
+    plain, patch = (yaml.safe_load((EXAMPLES.parent / path).read_text()) for path in (EXAMPLE, PATCH))
+    (container,) = patch["spec"]["template"]["spec"]["containers"]
+    assert "template" not in plain["spec"]  # which a merge patch would replace
+    assert container["name"] == "lockstep"
+    given = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert list(given) == ["LOCKSTEP_ALLOW_FAULTS"]
+    assert build_parser(given).parse_args(["serve", "m"]).allow_faults
+    assert not build_parser({}).parse_args(["serve", "m"]).allow_faults
+    patched = overlay(plain, patch)
+    assert {**patched["spec"], "template": None} == {**plain["spec"], "template": None}
+    assert "template" in schema()["properties"]["spec"]["properties"]
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
