@@ -28,6 +28,8 @@ requirements: ## pin the requirements anew, with hashes
 	    pyproject.toml -o requirements/$$extra.txt; done
 	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --all-extras \
 	  pyproject.toml requirements/build.in -o requirements/dev.txt
+	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
+	  --constraint requirements/dev.txt images/installer.in -o images/installer.txt
 
 .PHONY: lint
 lint: venv ## ruff, mypy, import-linter
