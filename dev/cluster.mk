@@ -29,6 +29,6 @@ deploy: $(if $(CONTEXT),,images) ## install or upgrade the operator by Helm (CON
 	@dev/deploy
 
 .PHONY: demo
-demo: venv $(if $(CONTEXT),,images) ## the whole story on one machine: cluster, operator, a model, a chat
+demo: venv $(if $(CONTEXT),,images) ## the whole story on one machine: cluster, operator, a model, a chat, faults and their repair
 	@dev/deploy
 	@$(PY) -m dev.demo

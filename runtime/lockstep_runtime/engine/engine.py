@@ -272,7 +272,7 @@ class Engine:
     def _tell_formed(self, formed: Formed, phases: dict[str, float], *, respawned: bool) -> None:
         resumed = len(self._streams)
         if self._was_ready:
-            words = f"{resumed} requests go on in epoch {formed.epoch}"
+            words = f"{resumed} {'request goes' if resumed == 1 else 'requests go'} on in epoch {formed.epoch}"
             self._log_phase("resumed", sum(phases.values()), words)
         else:
             url = f"http://{self._config.host}:{self._config.api_port}"

@@ -191,7 +191,7 @@ class RankGroup:
                 del self.supervisors[hello.pod_index]
                 logger.info("the supervisor of pod %d has gone", hello.pod_index)
         elif self.members[hello.rank].peer is peer:
-            self._miss(self.members[hello.rank], self._exits.get(hello.incarnation, "its connection was closed"))
+            self._miss(self.members[hello.rank], self._exits.get(hello.incarnation, "lost its connection"))
         self._changed()
 
     def _from_supervisor(self, peer: Peer, message: wire.FromSupervisor) -> None:
