@@ -255,3 +255,9 @@ def test_every_line_of_the_log_trail_is_explained() -> None:
     assert {"watchdog", "abort", "respawn", "rebuild", "verify", "resumed"} <= lines
     trail = RECOVERY.partition("## The log trail")[2].partition("\n## ")[0]
     assert sorted(line for line in lines if f"`{line}:`" not in trail) == []
+
+
+def test_every_alert_is_named() -> None:
+    rules = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())
+    alerts = {rule["alert"] for group in rules["groups"] for rule in group["rules"]}
+    assert set(re.findall(r"`(Lockstep[A-Z]\w+)`", RECOVERY)) == alerts
