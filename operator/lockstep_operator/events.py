@@ -126,17 +126,19 @@ def _faults(seen: Pass) -> Iterator[Occurrence]:
 
 
 def _steps(old: Mapping[str, Any], memories: Mapping[int, Memory]) -> Iterator[Occurrence]:
-    """Decisions of recovery that were not in the status before."""
+    """Decisions of recovery that were not in the status before. The step before it tells one from other answers to the
+    same trigger: its own time is another one whenever a dying operator could tell of it and not write it down."""
     for group, memory in sorted(memories.items()):
         plan, known = memory.plan, from_status(block_of(old, group).get("recovery")).plan
         if plan and not plan.healed and (known is None or (plan.trigger, plan.since) != (known.trigger, known.since)):
             reason = f"Would{plan.rung}" if plan.only_said else str(plan.rung)
-            yield Occurrence(f"step/{group}/{plan.trigger}/{plan.since:.0f}", reason, plan.reason, warning=True)
+            key = f"step/{group}/{plan.trigger}/{known.since if known else 0:.0f}"
+            yield Occurrence(key, reason, plan.reason, warning=True)
 
 
 def _healed(seen: Pass) -> Iterator[Occurrence]:
     for repair in seen.repairs:
-        key = f"healed/{repair.group}/{repair.noticed:.3f}/{repair.finished:.3f}"
+        key = f"healed/{repair.group}/{repair.rung}/{repair.noticed:.3f}"
         yield Occurrence(key, "Recovered", repair.sentence)
 
 

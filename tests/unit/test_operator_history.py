@@ -120,6 +120,24 @@ def test_a_step_of_the_operator_that_helped_is_one_recovery(closed: bool) -> Non
     assert (same["recoveries"], same["lastRecovery"]["rung"]) == (1, "RecyclePod")
 
 
+def test_what_a_dying_operator_told_and_did_not_write_down_is_not_told_again_by_the_next() -> None:
+    """The next one decides at another time, and the API server refuses a second Event of the same name."""
+    ill = Report(status=said([fault(1, at=NOW - 10, recovered_at=None, rung="")]))
+    _, poisoned = look({}, ill)
+
+    def keys(old: Mapping[str, Any], report: Report, step: Plan, now: float) -> set[str]:
+        seen, _ = look(old, report, Memory(plan=step), now)
+        return {item.key for item in occurrences(seen) if item.reason in ("RecyclePod", "RecycleGroup", "Recovered")}
+
+    decided = keys(poisoned, ill, STEP, NOW)
+    assert decided == keys(poisoned, ill, replace(STEP, since=NOW - 1), NOW + 7)
+    _, written = look(poisoned, ill, Memory(plan=STEP))
+    assert len(decided | keys(written, ill, replace(STEP, rung=Rung.RECYCLE_GROUP, since=NOW + 99), NOW + 99)) == 2
+
+    served, well_again = replace(STEP, healed=True, pods=()), Report(status=said([], incarnation="other"))
+    assert len(keys(written, well_again, served, NOW) | keys(written, well_again, served, NOW + 7)) == 1
+
+
 def test_repairs_are_counted_by_fault_and_rung_and_timed_by_phase() -> None:
     now = NOW
     metrics = Metrics(lambda: now)
