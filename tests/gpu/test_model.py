@@ -1,0 +1,85 @@
+"""The model on a GPU computes what it does on a CPU, in a cache that fits, with weights that are watched."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tests.support.ranks import everything, piece
+from tests.support.serve import TINY_CHAT
+
+from lockstep_runtime import wire
+from lockstep_runtime.config import Device, EngineLimits, ServeConfig
+from lockstep_runtime.parallel.group import SingleGroup
+from lockstep_runtime.worker.runner import Runner
+from lockstep_runtime.worker.scrub import INTERVAL_VARIABLE, CorruptionError, Scrub
+
+TOKENS = 40
+PROMPT = list(range(100, 140))
+BLOCKS = list(range(3))
+VOCABULARY = 2048
+
+
+def config(device: Device, limits: EngineLimits | None = None) -> ServeConfig:
+    return ServeConfig(
+        model=str(TINY_CHAT), served_name="t", dtype="float32", device=device, weight_cache="Off",
+        backend="gloo", limits=limits or EngineLimits(kv_cache_bytes=1 << 26),
+    )  # fmt: skip
+
+
+def greedy(device: Device) -> list[wire.SampledToken]:
+    """Prefill, then token by token, with the log probabilities of all tokens."""
+    runner, group = Runner(config(device), 0), SingleGroup()
+    runner.load(lambda done, total: None)
+    runner.allocate(16)
+    drawn: list[wire.SampledToken] = []
+    feed, position = PROMPT, 0
+    for number in range(TOKENS):
+        step = wire.Step(epoch=1, step=number, sequences=[piece(1, position, feed, BLOCKS, everything(VOCABULARY))])
+        drawn += runner.step(step, group).sampled
+        position += len(feed)
+        feed = [drawn[-1].token]
+    return drawn
+
+
+def test_the_same_tokens_as_on_a_cpu() -> None:
+    on_cpu, on_gpu = greedy("cpu"), greedy("cuda")
+    assert [one.token for one in on_gpu] == [one.token for one in on_cpu]
+    for mine, theirs in zip(on_gpu, on_cpu, strict=True):
+        torch.testing.assert_close(
+            torch.tensor([logprob for _, logprob in sorted(mine.top)]),
+            torch.tensor([logprob for _, logprob in sorted(theirs.top)]),
+            rtol=1e-3, atol=2e-3,
+        )  # fmt: skip
+
+
+def test_the_cache_is_sized_by_the_gpus_free_memory() -> None:
+    free, total = torch.cuda.mem_get_info(0)
+    runner = Runner(config("cuda", EngineLimits(max_sequences=1 << 20)), 0)
+    report = runner.load(lambda done, total: None)
+    size = runner.allocate(report.cache_blocks)
+    assert size <= free - 0.1 * total
+    assert size > 0.8 * (free - 0.1 * total)
+    step = wire.Step(epoch=1, step=0, sequences=[piece(1, 0, PROMPT, BLOCKS, wire.SamplingParams(temperature=0))])
+    assert runner.step(step, SingleGroup()).sampled
+    del runner
+    torch.cuda.empty_cache()
+
+
+def test_a_flipped_bit_in_the_gpus_memory_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(INTERVAL_VARIABLE, "0.1")
+    runner = Runner(config("cuda"), 0)
+    scrub = runner.load(lambda done, total: None).scrub
+    assert scrub is not None
+    once_round(scrub)
+    damaged = runner.flip_bit(987_654_321)
+    with pytest.raises(CorruptionError, match=damaged.split(" + ")[0]):
+        once_round(scrub)
+
+
+def once_round(scrub: Scrub) -> None:
+    before = scrub.rounds
+    while scrub.rounds == before:
+        scrub.turn(time.monotonic())
