@@ -99,5 +99,5 @@ def _answer(pipe: Connection, deadline: float) -> Any:
 def _child(pipe: Connection, job: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     try:
         pipe.send((job(*arguments), ""))
-    except Exception:
+    except BaseException:  # pytest's failures are none of Exception's
         pipe.send((None, traceback.format_exc()))
