@@ -179,12 +179,12 @@ def cut_off(pod: Object) -> Iterator[None]:
     ip, name = pod["status"]["podIP"], f"cut-{pod['metadata']['uid']}"
     drops = {"prerouting": f"ip saddr {ip} drop", "postrouting": f"ip daddr {ip} drop"}
     for hook, drop in drops.items():
-        _nft(f"table ip lockstep {{ chain {name}-{hook} {{ type filter hook {hook} priority raw; {drop}; }} }}")
+        _nft(f"table ip lockstep {{ chain {name}-{hook} {{ type filter hook {hook} priority raw; {drop}; }}\n}}")
     try:
         yield
     finally:
         for hook in drops:
-            _nft(f"flush chain ip lockstep {name}-{hook}; delete chain ip lockstep {name}-{hook}")
+            _nft(f"flush chain ip lockstep {name}-{hook}\ndelete chain ip lockstep {name}-{hook}")
 
 
 def _nft(rules: str) -> None:
