@@ -41,7 +41,7 @@ class ClusterApi:
     def __init__(self, kubeconfig: Path) -> None:
         config = yaml.safe_load(kubeconfig.read_text())
         cluster, user = config["clusters"][0]["cluster"], config["users"][0]["user"]
-        self._http = httpx.Client(base_url=cluster["server"], verify=_tls(cluster, user), timeout=20)
+        self._http = httpx.Client(base_url=cluster["server"], verify=client_context(cluster, user), timeout=20)
 
     def close(self) -> None:
         self._http.close()
@@ -74,7 +74,7 @@ class ClusterApi:
         return parsed
 
 
-def _tls(cluster: Object, user: Object) -> ssl.SSLContext:
+def client_context(cluster: Object, user: Object) -> ssl.SSLContext:
     """The context of a kubeconfig with inline certificates; Python takes a client's certificate only from a file."""
     context = ssl.create_default_context(cadata=base64.b64decode(cluster["certificate-authority-data"]).decode())
     with tempfile.NamedTemporaryFile(suffix=".pem") as pem:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
 from tests.support import kubectl
 from tests.support.cluster_api import ClusterApi
-from tests.support.cluster_model import OPERATOR_NAMESPACE, Object, operator_log, operator_pods
+from tests.support.cluster_model import OPERATOR_NAMESPACE, OPERATOR_SELECTOR, Object, operator_log, operator_pods
 from tests.support.cluster_processes import container_processes, kill
 from tests.support.cluster_wait import until
 
@@ -85,3 +87,21 @@ def until_operator_ready(api: ClusterApi, seconds: float = 60) -> None:
         return [condition["status"] for condition in conditions] == ["True"]
 
     until("exactly one operator, Ready", ready, seconds, lambda: operator_log(api, tail=40))
+
+
+@contextmanager
+def operator_away(api: ClusterApi) -> Iterator[Object]:
+    """The deployed operator is scaled to nothing meanwhile. Hands out its Deployment."""
+    (deployment,) = api.items("deployments", OPERATOR_NAMESPACE, OPERATOR_SELECTOR)
+    try:
+        scale_operator(deployment, 0)
+        until("the operator to be gone", lambda: not api.items("pods", OPERATOR_NAMESPACE, OPERATOR_SELECTOR), 60)
+        yield deployment
+    finally:
+        scale_operator(deployment, 1)
+        until_operator_ready(api)
+
+
+def scale_operator(deployment: Object, replicas: int) -> None:
+    name = deployment["metadata"]["name"]
+    kubectl.kubectl("-n", OPERATOR_NAMESPACE, "scale", "deployment", name, f"--replicas={replicas}")
