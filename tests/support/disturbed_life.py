@@ -125,7 +125,7 @@ def _told(status: Object) -> Object:
 
 
 def _group(group: Object) -> Object:
-    """Of recovery what was spent: the step itself is forgotten after a minute of health, in each life at its own time."""
+    """Of recovery only what was spent: a step is forgotten after a minute of health, which each life has at its own."""
     told = {name: group.get(name) for name in ("group", "ready", "state", "recoveries", "message")}
     return {**told, "spent": group.get("recovery", {}).get("spent")}
 
