@@ -181,10 +181,10 @@ def node_is_lost(model: Model) -> bool:
 
 def test_the_operator_is_absent(api: ClusterApi, outlasting: Model, whole: Whole) -> None:
     """Groups heal themselves, and what happened is told when it is back."""
-    known, pod = set(events(outlasting)), outlasting.pod(1, 1)
-    recoveries = outlasting.status()["recoveries"]
+    pod = outlasting.pod(1, 1)
 
     with operator_absent(api):
+        known, recoveries = set(events(outlasting)), outlasting.status()["recoveries"]
         readers = [
             *read(outlasting, whole.tokens, address(outlasting.pod(0, 0))),
             *read(outlasting, whole.tokens, address(outlasting.pod(1, 0))),
