@@ -112,6 +112,11 @@ def test_processes_show_what_they_are(server: Served) -> None:
     ]
 
 
+def test_the_spare_has_one_thread_so_that_it_may_be_forked(server: Served) -> None:
+    spare = server.pid_of("lockstep: spare")
+    assert len(list(Path(f"/proc/{spare}/task").iterdir())) == 1
+
+
 def test_status_is_for_those_with_the_token_and_tells_every_rank(server: Served) -> None:
     assert httpx.get(f"{server.status_url}/healthz", timeout=60).status_code == 200
     assert httpx.get(f"{server.status_url}/status").status_code == 401

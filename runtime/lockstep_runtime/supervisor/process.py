@@ -28,6 +28,7 @@ from lockstep_runtime.supervisor.machine import ENGINE, Name
 logger = logging.getLogger(__name__)
 _HEALTHY_SECONDS: Final = 10.0  # of the spare's and the engine's life
 FORK_SECONDS: Final = 5.0  # a spare that takes longer is of no use
+_ONE_THREAD: Final = {"OPENBLAS_NUM_THREADS": "1"}  # numpy's, which is asked for no product: a spare must have none
 _PR_SET_CHILD_SUBREAPER: Final = 36  # prctl(2)
 
 
@@ -68,7 +69,7 @@ class Processes:
     """All children of this supervisor."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = dict(environment) | {child.PARENT_VARIABLE: str(os.getpid())}
+        self._environment = _ONE_THREAD | dict(environment) | {child.PARENT_VARIABLE: str(os.getpid())}
         self._by_name: dict[Name, _Process] = {}
         self._orders: socket.socket | None = None  # the spare's standard input
         # What the spare forks and leaves behind becomes ours, as it does anyway where this is process 1.
