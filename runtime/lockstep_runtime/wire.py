@@ -336,6 +336,7 @@ class ProgressRecord(msgspec.Struct, frozen=True, kw_only=True):
     inside: bool  # has entered it and not left it
     place: str  # the module that called it; empty where none said so
     age: float  # seconds since the record last changed
+    starved: float = 0.0  # of these, how many the process was ready to run and got no CPU
 
 
 class ProgressReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):

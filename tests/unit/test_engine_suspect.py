@@ -12,11 +12,12 @@ from lockstep_runtime.wire import ProgressRecord
 
 
 def record(
-    rank: int, collective: int, *, inside: bool, age: float = 3.14, step: int = 9, done: bool = False
-) -> ProgressRecord:
+    rank: int, collective: int, *, inside: bool, age: float = 3.14, step: int = 9, done: bool = False,
+    starved: float = 0.0,
+) -> ProgressRecord:  # fmt: skip
     return ProgressRecord(
         rank=rank, incarnation="i", epoch=4, step=step, in_step=not done, collective=collective, inside=inside,
-        place=f"layers.{collective}.mlp.down_proj", age=age,
+        place=f"layers.{collective}.mlp.down_proj", age=age, starved=starved,
     )  # fmt: skip
 
 
@@ -33,6 +34,15 @@ def test_the_rank_that_never_entered_is_named_with_where_the_others_wait() -> No
     assert found.laggards == (1,)
     assert found.sentence == "rank 1 stopped before layers.12.mlp.down_proj, ranks 0,2,3 waited 3.1 s"
     assert found.moved_ago == 3.0
+
+
+def test_a_rank_that_gets_no_cpu_is_not_blamed_for_that_time_and_one_that_waits_for_it_has_no_excuse() -> None:
+    starved = judge(record(0, 12, inside=True, age=3.0), record(1, 11, inside=False, age=3.2, starved=3.0))
+    assert starved.moved_ago == pytest.approx(0.2)
+    blocked = judge(record(0, 12, inside=True, age=3.0, starved=2.9), record(1, 11, inside=False, age=3.2))
+    assert blocked.moved_ago == 3.0
+    both = judge(record(0, 0, inside=False, age=3.0, starved=2.9), record(1, 0, inside=False, age=3.0, starved=2.0))
+    assert both.moved_ago == pytest.approx(0.1)
 
 
 def test_a_rank_that_stays_inside_while_the_others_are_through() -> None:

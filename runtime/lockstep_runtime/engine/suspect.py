@@ -17,7 +17,11 @@ _AFTER: _Place = (2, 0)
 
 @dataclass(frozen=True, slots=True)
 class Suspicion:
-    """`laggards` hold up the others; none where all wait alike. `moved_ago`: seconds since any rank got further."""
+    """`laggards` hold up the others; none where all wait alike.
+
+    `moved_ago`: seconds since any rank got further. Those in which the ones that are waited for were ready to run and
+    got no CPU don't count.
+    """
 
     laggards: tuple[int, ...]
     sentence: str
@@ -28,13 +32,13 @@ def suspect(records: Sequence[ProgressRecord], *, epoch: int, step: int, silent:
     """`silent`: the ranks of `size` that have not answered this step; the others are done with it."""
     known = {record.rank: record for record in records if record.rank in silent}
     places = {rank: _place(record, epoch, step) for rank, record in known.items()}
-    moved = min((record.age for record in known.values()), default=None)
+    last = min(places.values(), default=_AFTER)
+    laggards = tuple(sorted(rank for rank, place in places.items() if place == last))
+    moved = min((_age(record, laggards) for record in known.values()), default=None)
     if len(silent) == 1:
         return Suspicion((silent[0],), _alone(silent[0], known, places, size), moved)
     if len(known) < len(silent):
         return Suspicion((), f"{ranks_text(silent)} did not answer, and not all of their records can be read", moved)
-    last = min(places.values())
-    laggards = tuple(sorted(rank for rank, place in places.items() if place == last))
     if len(laggards) == size:
         where = _where(known[laggards[0]], last)
         return Suspicion((), f"{ranks_text(laggards)} all stopped {where}, none behind the others", moved)
@@ -45,6 +49,11 @@ def suspect(records: Sequence[ProgressRecord], *, epoch: int, step: int, silent:
 def ranks_text(ranks: Sequence[int]) -> str:
     """`rank 1`, or `ranks 0,2,3`."""
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {','.join(map(str, ranks))}"
+
+
+def _age(record: ProgressRecord, laggards: Sequence[int]) -> float:
+    """One that waits for others is woken again and again, and waits for a CPU too: that is no excuse for them."""
+    return record.age - (record.starved if record.rank in laggards else 0.0)
 
 
 def _place(record: ProgressRecord, epoch: int, step: int) -> _Place:

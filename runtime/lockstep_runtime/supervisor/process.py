@@ -24,6 +24,7 @@ import msgspec
 from lockstep_runtime import child, wire
 from lockstep_runtime.progress import Progress, Record, Stage, new_memory
 from lockstep_runtime.supervisor.machine import ENGINE, Name
+from lockstep_runtime.supervisor.starvation import Waits
 
 logger = logging.getLogger(__name__)
 _HEALTHY_SECONDS: Final = 10.0  # of the spare's and the engine's life
@@ -63,6 +64,7 @@ class _Process:
     incarnation: str
     started: float
     progress: int  # a rank's descriptor; -1 for others
+    waits: Waits
 
 
 class Processes:
@@ -86,7 +88,7 @@ class Processes:
             return self._fork(name, incarnation)
         environment = self._environment | {child.INCARNATION_VARIABLE: incarnation} | dict(extra or {})
         pid = _spawn("lockstep_runtime.engine", environment) if name == ENGINE else self._spawn_spare(environment)
-        self._by_name[name] = _Process(name, pid, incarnation, time.monotonic(), progress=-1)
+        self._by_name[name] = _Process(name, pid, incarnation, time.monotonic(), -1, Waits(pid))
         return pid
 
     def _spawn_spare(self, environment: Mapping[str, str]) -> int:
@@ -125,7 +127,7 @@ class Processes:
         finally:
             os.close(wait)
             os.close(go)
-        self._by_name[rank] = _Process(rank, pid, incarnation, time.monotonic(), progress)
+        self._by_name[rank] = _Process(rank, pid, incarnation, time.monotonic(), progress, Waits(pid))
         return pid
 
     def _ask_spare(self, birth: child.Birth, *descriptors: int) -> int:
@@ -135,13 +137,10 @@ class Processes:
         return int(self._orders.recv(32))
 
     def records(self) -> list[wire.ProgressRecord]:
-        """How far every worker has come, whether it answers or not."""
+        """How far every worker has come, whether it answers or not. To be called every `starvation.LOOK_SECONDS`."""
         now = time.monotonic()
-        return [
-            _told(process.name, process.incarnation, self._record(process), now)
-            for process in self._by_name.values()
-            if isinstance(process.name, int)
-        ]
+        ranks = [process for process in self._by_name.values() if isinstance(process.name, int)]
+        return [_told(process, self._record(process), now) for process in ranks]
 
     def signal(self, name: Name, number: int) -> None:
         process = self._by_name.get(name)
@@ -211,10 +210,10 @@ def _spawn(module: str, environment: Mapping[str, str], stdin: int = 0) -> int:
     )
 
 
-def _told(rank: int, incarnation: str, record: Record, now: float) -> wire.ProgressRecord:
+def _told(process: _Process, record: Record, now: float) -> wire.ProgressRecord:
     return wire.ProgressRecord(
-        rank=rank,
-        incarnation=incarnation,
+        rank=int(process.name),
+        incarnation=process.incarnation,
         epoch=record.epoch,
         step=record.step,
         in_step=record.in_step,
@@ -222,4 +221,5 @@ def _told(rank: int, incarnation: str, record: Record, now: float) -> wire.Progr
         inside=record.inside,
         place=record.place,
         age=max(0.0, now - record.moved),
+        starved=process.waits.look(record.moved),
     )

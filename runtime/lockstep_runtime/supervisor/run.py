@@ -17,6 +17,7 @@ import msgspec
 
 from lockstep_runtime import child, fault_box, owned_files, wire
 from lockstep_runtime.config import CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
+from lockstep_runtime.supervisor import starvation
 from lockstep_runtime.supervisor.board import StatusBoard
 from lockstep_runtime.supervisor.link import Link
 from lockstep_runtime.supervisor.machine import (
@@ -65,7 +66,7 @@ class Supervisor:
         self._lay_out_files()
         self._do(self._machine.start(time.monotonic()))
         works: list[Coroutine[Any, Any, None]] = [
-            self._link.run(), self._keep_time(), self._serve(listening),
+            self._link.run(), self._keep_time(), self._watch_waits(), self._serve(listening),
         ]  # fmt: skip
         tasks = [loop.create_task(work) for work in works]
         ends: list[asyncio.Future[Any]] = [*tasks, self._finished]
@@ -103,6 +104,12 @@ class Supervisor:
                 async with asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic())):
                     await self._due.wait()
             self._do(self._machine.tick(time.monotonic()))
+
+    async def _watch_waits(self) -> None:
+        """So that it is known since when a rank has been waiting for a CPU."""
+        while True:
+            self._processes.records()
+            await asyncio.sleep(starvation.LOOK_SECONDS)
 
     # --- what happens
 
