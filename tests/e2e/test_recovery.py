@@ -11,7 +11,7 @@ from tests.support import kubectl
 from tests.support.cluster_model import Model, Object
 from tests.support.cluster_processes import kill, one_process
 
-TOKENS: Final = 300
+TOKENS: Final = 150
 KILL_AFTER: Final = 10  # pieces
 
 
@@ -30,10 +30,10 @@ def test_a_stream_outlives_its_ranks(served: Model, rank: int) -> None:
     epoch = served.status()["groups"][0]["epoch"]
     with served.client() as client:
         undisturbed = "".join(pieces(client))
-        disturbed = ""
+        disturbed, worker = "", one_process(served.pod(0, rank), "lockstep: worker")
         for number, piece in enumerate(pieces(client)):
             if number == KILL_AFTER:
-                kill(one_process(served.pod(0, rank), "lockstep: worker"))
+                kill(worker)
             disturbed += piece
 
     assert disturbed == undisturbed
