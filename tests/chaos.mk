@@ -5,3 +5,7 @@ chaos: venv ## every fault at every moment to every rank, on real processes (an 
 .PHONY: test-chaos
 test-chaos: venv ## a fixed third of it, different kinds of fault first
 	$(PY) -m pytest tests/chaos -m third --durations=5
+
+.PHONY: outages
+outages: venv ## pods, their network, their node's kubelet and the operator taken away (make cluster-up images deploy)
+	$(PY) -m pytest tests/e2e -m outage --durations=10

@@ -31,6 +31,8 @@ from tests.support.cluster_model import Model, Object
 from tests.support.cluster_processes import container_processes, kill, one_process, stopped
 from tests.support.cluster_wait import until
 
+pytestmark = pytest.mark.outage
+
 STREAM_SECONDS: Final = 5.0  # of an undisturbed stream: it outlasts the end of a pod
 FEWEST, MOST = 100, 1900  # tokens of one
 NODE_LOST_SECONDS: Final = 120.0  # the node controller waits 50 s by itself

@@ -105,6 +105,8 @@ class Cell:
             return frozenset({Fault.RANK_LOST}), frozenset({self.rank})
         if self.phase is Phase.IDLE and self.kind in (Injection.RAISE, Injection.MEMORY):
             return frozenset({Fault.RANK_LOST}), frozenset({self.rank})  # outside of any step it ends the process
+        if self.at is Moment.INSIDE:  # all wait at the same place: nobody is behind the others
+            return frozenset({Fault.HANG}), frozenset({None})
         unseen = self.kind in (Injection.NAN, Injection.INPUT, Injection.ACTIVATION) and self.size == 2
         return NAMES[self.kind], frozenset({self.rank, *([None] if unseen or self.kind is Injection.NAN else [])})
 
