@@ -41,12 +41,12 @@ def test_a_flipped_bit_is_found_within_the_interval_and_healed(arena: Arena, ran
 def test_a_damaged_cache_is_not_used_but_made_anew(arena: Arena) -> None:
     with arena.group() as serve:
         file = cache_file(serve, 1)
-        inode = file.stat().st_ino
-        damage(file)  # the rank's own memory: the file's pages are its parameters
-        wait_until_corrupt(serve, 1, 2 * SCRUB_SECONDS)
-        healed(serve)
-        assert "the weight cache is discarded" in serve.log.read_text()
-        assert file.stat().st_ino != inode
+        with file.open("rb") as damaged:  # kept open, so that no other file is given its number
+            damage(file)  # the rank's own memory: the file's pages are its parameters
+            wait_until_corrupt(serve, 1, 2 * SCRUB_SECONDS)
+            healed(serve)
+            assert "the weight cache is discarded" in serve.log.read_text()
+            assert not os.path.samestat(os.fstat(damaged.fileno()), file.stat())
         assert outcome(start(serve)) == arena.undisturbed
 
 
