@@ -9,3 +9,12 @@ class GroupError(RuntimeError):
 
 class GroupAborted(GroupError):  # noqa: N818 - what happened, not a mistake: someone asked for it
     """The communicator was aborted while, or before, a collective ran."""
+
+
+def check_proof(total: float, size: int) -> None:
+    """
+    Raises:
+        GroupError: `total`, an all-reduce of ones, isn't the number of ranks.
+    """
+    if total != size:
+        raise GroupError(f"an all-reduce of ones gave {total:g}, not {size}")

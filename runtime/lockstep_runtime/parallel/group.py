@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.parallel import gloo_sockets
-from lockstep_runtime.parallel.errors import GroupAborted, GroupError
+from lockstep_runtime.parallel.errors import GroupAborted, GroupError, check_proof
 from lockstep_runtime.parallel.host import HostGroup
 from lockstep_runtime.parallel.nccl import WITHOUT_LIMIT, NcclGroup
 from lockstep_runtime.parallel.shared_memory import SCHEME, SharedFile, SharedMemoryGroup, is_supported
@@ -180,7 +180,7 @@ class GlooGroup:
         self._listeners = frozenset(
             (host, port) for other in range(size) for host, port in json.loads(store.get(f"listeners-{other}"))
         )
-        _prove(self)
+        check_proof(self.all_reduce(torch.ones(1)).item(), size)
 
     def all_reduce(self, tensor: Tensor, place: str = "") -> Tensor:
         options = dist.AllreduceOptions()
@@ -241,9 +241,3 @@ def _connect(address: str, epoch: int, deadline: float) -> Store:
 
 def _remaining(deadline: float) -> datetime.timedelta:
     return datetime.timedelta(seconds=max(0.1, deadline - time.monotonic()))
-
-
-def _prove(group: Group) -> None:
-    ones = group.all_reduce(torch.ones(1)).item()
-    if ones != group.size:
-        raise GroupError(f"an all-reduce of ones gave {ones:g}, not {group.size}")

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from lockstep_runtime.parallel.errors import GroupAborted, GroupError
+from lockstep_runtime.parallel.errors import GroupAborted, GroupError, check_proof
 
 WITHOUT_LIMIT: Final = datetime.timedelta(days=30)
 PROOF_PAUSE_SECONDS: Final = 0.001
@@ -116,5 +116,4 @@ class NcclGroup:
             if time.monotonic() > deadline:
                 raise GroupError("the first all-reduce did not end in time")
             time.sleep(PROOF_PAUSE_SECONDS)
-        if ones.item() != self.size:
-            raise GroupError(f"an all-reduce of ones gave {ones.item():g}, not {self.size}")
+        check_proof(ones.item(), self.size)

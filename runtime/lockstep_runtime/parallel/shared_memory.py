@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lockstep_runtime.owned_files import SHARED_MEMORY, owner, owner_of
-from lockstep_runtime.parallel.errors import GroupAborted, GroupError
+from lockstep_runtime.parallel.errors import GroupAborted, GroupError, check_proof
 
 SCHEME: Final = "shm://"
 FOLDER: Final = SHARED_MEMORY
@@ -129,9 +129,7 @@ class SharedMemoryGroup:
         self.abort()
 
     def _meet(self) -> None:
-        ones = torch.ones(1)
-        if self.all_reduce(ones).item() != self.size:
-            raise GroupError(f"an all-reduce of ones gave {ones.item():g}, not {self.size}")
+        check_proof(self.all_reduce(torch.ones(1)).item(), self.size)
 
     def _sum(self, piece: Tensor) -> None:
         slots = self._exchange(piece)
