@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from torch import Tensor
 
+from lockstep_runtime.parallel.group import Group
 from lockstep_runtime.progress import Progress
-
-if TYPE_CHECKING:  # the worker's control thread connects before torch is imported
-    from torch import Tensor
-
-    from lockstep_runtime.parallel.group import Group
 
 
 class WatchedGroup:

@@ -8,21 +8,21 @@ import queue
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, NoReturn, Protocol
+from typing import Final, NoReturn, Protocol
 
 from lockstep_runtime import child, fault_box, wire
 from lockstep_runtime.config import TOKEN_VARIABLE, ServeConfig
+from lockstep_runtime.parallel import group as collectives
+from lockstep_runtime.parallel.group import Group, Rendezvous
 from lockstep_runtime.parallel.watched import WatchedGroup
 from lockstep_runtime.progress import Progress, Stage
+from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.wire import Fault
 from lockstep_runtime.worker.classify import classify
 from lockstep_runtime.worker.control import Command, Connected, Control, Disconnected, Dismissed
 from lockstep_runtime.worker.inject import Injector
-
-if TYPE_CHECKING:
-    from lockstep_runtime.parallel.group import Group, Rendezvous
-    from lockstep_runtime.worker.runner import LoadReport, Runner
-    from lockstep_runtime.worker.scrub import Scrub
+from lockstep_runtime.worker.runner import LoadReport, Runner
+from lockstep_runtime.worker.scrub import CorruptionError, Scrub
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ FAREWELL_SECONDS: Final = 5.0  # for the engine to be there to hear why loading 
 
 
 class Collectives(Protocol):
-    """`parallel.group`, imported late because torch is."""
+    """What a worker needs of `parallel.group`."""
 
     def open_rendezvous(self, config: ServeConfig, epoch: int) -> Rendezvous: ...
 
@@ -116,8 +116,6 @@ class Worker:
                 self._scrub_on()
 
     def _scrub_on(self) -> None:
-        from lockstep_runtime.worker.scrub import CorruptionError
-
         try:
             if self._scrub is not None:
                 self._scrub.turn(time.monotonic())
@@ -232,10 +230,7 @@ def _loaded(report: LoadReport, seconds: float) -> wire.Loaded:
 
 
 def run(config: ServeConfig, rank: int, control: Control, progress: Progress) -> int:
-    """The process after its imports of the light kind; returns the exit code."""
-    from lockstep_runtime.parallel import group as collectives
-    from lockstep_runtime.worker.runner import Runner
-
+    """Load, then work until dismissed; returns the exit code."""
     worker = Worker(config, rank, control, progress, collectives)
     try:
         worker.load(Runner(config, rank))
@@ -251,8 +246,6 @@ def run(config: ServeConfig, rank: int, control: Control, progress: Progress) ->
 
 def load_error(error: Exception) -> str:
     """The model's own words where it is the model's fault, else the exception."""
-    from lockstep_runtime.weights.errors import ModelError
-
     return str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
 
 

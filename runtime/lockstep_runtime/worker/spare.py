@@ -16,7 +16,6 @@ import msgspec
 
 from lockstep_runtime import child
 from lockstep_runtime.config import CONFIG_VARIABLE, ServeConfig
-from lockstep_runtime.worker import main as worker
 
 
 def main() -> NoReturn:
@@ -46,8 +45,7 @@ def warm_up() -> None:
     """Import torch and all that a rank uses of it, without touching a device."""
     import torch
 
-    import lockstep_runtime.parallel.group
-    import lockstep_runtime.worker.runner  # noqa: F401 - for what importing it costs
+    import lockstep_runtime.worker.main  # noqa: F401 - for what importing it costs
 
     torch.set_num_threads(1)
     with torch.inference_mode():
@@ -94,6 +92,8 @@ def _live(config: ServeConfig, birth: child.Birth, progress: int, go: int) -> No
     os.close(go)
     os.environ[child.INCARNATION_VARIABLE] = birth.incarnation
     os.environ[child.PROGRESS_VARIABLE] = str(progress)
+    from lockstep_runtime.worker import main as worker  # imported by `warm_up`
+
     try:
         worker.main(config, birth.rank)
     finally:
