@@ -92,7 +92,6 @@ class Processes:
         return pid
 
     def _spawn_spare(self, environment: Mapping[str, str]) -> int:
-        self.dismiss_spare()
         self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._orders.settimeout(FORK_SECONDS)
         with theirs:
@@ -137,10 +136,17 @@ class Processes:
         return int(self._orders.recv(32))
 
     def records(self) -> list[wire.ProgressRecord]:
-        """How far every worker has come, whether it answers or not. To be called every `starvation.LOOK_SECONDS`."""
+        """How far every worker has come, whether it answers or not."""
         now = time.monotonic()
-        ranks = [process for process in self._by_name.values() if isinstance(process.name, int)]
-        return [_told(process, self._record(process), now) for process in ranks]
+        return [_told(process, self._record(process), now) for process in self._ranks()]
+
+    def look_at_waits(self) -> None:
+        """So that `records` can say since when a rank has been waiting for a CPU."""
+        for process in self._ranks():
+            process.waits.look(self._record(process).moved)
+
+    def _ranks(self) -> list[_Process]:
+        return [process for process in self._by_name.values() if isinstance(process.name, int)]
 
     def signal(self, name: Name, number: int) -> None:
         process = self._by_name.get(name)

@@ -106,9 +106,8 @@ class Supervisor:
             self._do(self._machine.tick(time.monotonic()))
 
     async def _watch_waits(self) -> None:
-        """So that it is known since when a rank has been waiting for a CPU."""
         while True:
-            self._processes.records()
+            self._processes.look_at_waits()
             await asyncio.sleep(starvation.LOOK_SECONDS)
 
     # --- what happens
