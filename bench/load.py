@@ -8,13 +8,12 @@ from the page cache.
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from bench.decode import model_directory
+from bench.decode import Child, model_directory
 from bench.report import Row, report
 
 from lockstep_runtime.config import EngineLimits, ServeConfig
@@ -57,17 +56,12 @@ def plain_read(file: Path) -> float:
 
 def measured(job: Any, model: Path, rank: int) -> dict[str, float]:
     """The job's result, from a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe()
-    process = context.Process(target=job, args=(theirs, model, rank))
-    process.start()
-    theirs.close()
-    if not mine.poll(600):
-        process.kill()
-        raise TimeoutError("a rank did not load in 600 s")
-    result: dict[str, float] = mine.recv()
-    process.join()
-    return result
+    child = Child(job, model, rank)
+    try:
+        result: dict[str, float] = child.receive()
+        return result
+    finally:
+        child.close()
 
 
 def load_nothing(pipe: Connection, model: Path, rank: int) -> None:
