@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import msgspec
 
@@ -59,7 +60,7 @@ class FakeRank:
     stands: tuple[int, bool] = (1, True)  # the collective where a silent step stands, and whether it is inside
     moved_at: float = 0.0  # on the monotonic clock
     at_step: tuple[int, int, bool] = (0, 0, False)  # epoch, step, whether it is in it
-    _cache: dict[tuple[int, int], int] = field(default_factory=dict)
+    _cache: dict[int, list[int | None]] = field(default_factory=dict)  # block → what its slots hold
     _writer: asyncio.StreamWriter | None = None
     _task: asyncio.Task[None] | None = None
     _backlog: list[wire.ToWorker] = field(default_factory=list)
@@ -178,15 +179,18 @@ class FakeRank:
         for part in step.sequences:
             for block in part.blocks:
                 assert owners.setdefault(block, part.sequence_id) == part.sequence_id, "two sequences hold one block"
-            for offset, token in enumerate(part.tokens):
-                self._cache[self._slot(part, part.position + offset)] = token
-            end = part.position + len(part.tokens)
-            context = [self._cache[self._slot(part, position)] for position in range(end)]
-            drawn = next_token(context)
+            for position, token in enumerate(part.tokens, part.position):
+                block, slot = divmod(position, BLOCK_SIZE)
+                self._cache.setdefault(part.blocks[block], [None] * BLOCK_SIZE)[slot] = token
+            drawn = next_token(self._context(part, part.position + len(part.tokens)))
             fingerprint = zlib.crc32(struct.pack("<q", drawn), fingerprint)
             if part.sample is not None and self.rank == 0:
                 sampled.append(wire.SampledToken(sequence_id=part.sequence_id, token=drawn))
         return wire.StepDone(epoch=step.epoch, step=step.step, seconds=0.001, fingerprint=fingerprint, sampled=sampled)
 
-    def _slot(self, part: wire.SequenceSlice, position: int) -> tuple[int, int]:
-        return part.blocks[position // BLOCK_SIZE], position % BLOCK_SIZE
+    def _context(self, part: wire.SequenceSlice, end: int) -> list[int]:
+        """What the cache holds for the sequence's first `end` positions."""
+        blocks = part.blocks[: -(-end // BLOCK_SIZE)]
+        context = [token for block in blocks for token in self._cache[block]][:end]
+        assert None not in context, "a slot is read that nobody wrote"
+        return cast(list[int], context)
