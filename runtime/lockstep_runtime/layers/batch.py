@@ -25,6 +25,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
+    inputs: Tensor  # [3, tokens]: the three below, side by side
     tokens: Tensor  # [tokens]
     positions: Tensor  # [tokens], in their sequences
     slots: Tensor  # [tokens], where their keys and values go
@@ -52,10 +53,12 @@ def build_batch(sequences: Sequence[SequenceSlice], device: torch.device) -> Bat
             sequence.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
             for position in range(sequence.position, stop)
         ]
+    inputs = torch.tensor([tokens, positions, slots], device=device)
     return Batch(
-        tokens=torch.tensor(tokens, device=device),
-        positions=torch.tensor(positions, device=device),
-        slots=torch.tensor(slots, device=device),
+        inputs=inputs,
+        tokens=inputs[0],
+        positions=inputs[1],
+        slots=inputs[2],
         segments=tuple(segments),
         last=torch.tensor([segment.stop - 1 for segment in segments], device=device),
     )
