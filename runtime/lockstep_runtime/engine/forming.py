@@ -1,0 +1,149 @@
+"""Forms the group under a new epoch, at the start as after every fault.
+
+`Abort` to all, wait until each rank is loaded and idle, `Rendezvous` at rank 0, `Join`, `AllocateCache`. Whatever
+happens to a rank in between raises `GroupFaultError`; the caller decides and forms the group again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from lockstep_runtime import wire
+from lockstep_runtime.engine.deadline import Deadline
+from lockstep_runtime.engine.group import RankGroup
+from lockstep_runtime.wire import RankState
+
+RENDEZVOUS: Final = Deadline(15.0, 15.0, extends=False, reason="")
+JOIN: Final = Deadline(2.5, 60.0, extends=True, reason="")  # as long as no rank holds up the others
+ALLOCATE: Final = Deadline(120.0, 120.0, extends=False, reason="")
+ABORT_SECONDS: Final = 1.5  # a rank that has not left its collective by then is killed
+ABORT_JOIN_SECONDS: Final = 15.0  # joining can't be interrupted; it ends by itself, sooner than this
+RECONNECT_SECONDS: Final = 5.0  # a process whose connection is lost and that does not come back is killed
+LOADING_SECONDS: Final = 120.0  # without a byte more
+RELOADING_SECONDS: Final = 60.0  # the same where the model is here already: nothing has to be downloaded first
+LOOK_SECONDS: Final = 0.25  # between two looks for ranks that are stuck, while nothing happens
+
+
+@dataclass(frozen=True, slots=True)
+class Formed:
+    """A group that has joined. `phases` are seconds of: abort, respawn, rebuild."""
+
+    epoch: int
+    blocks: int
+    block_size: int
+    phases: dict[str, float]
+
+
+class Forming:
+    """`step_timeout`: the user's, in seconds. `on_phase` is called with a phase that is over, its seconds and a
+    sentence."""
+
+    def __init__(
+        self, group: RankGroup, step_timeout: float | None, on_phase: Callable[[str, float, str], None]
+    ) -> None:
+        self._group, self._members, self._inquiry = group, group.members, group.inquiry
+        self._step_timeout = step_timeout
+        self._on_phase = on_phase
+        self._joined = False  # in this epoch, whatever became of it
+        self._has_served = False
+
+    async def form(self, longest_work: float = 0.0) -> Formed:
+        """Make the group, under a new epoch; waits for absent and loading ranks for as long as it takes.
+
+        `longest_work`: seconds that a rank may compute on before it sees that it was aborted.
+
+        Raises:
+            GroupFaultError: a rank was lost or failed after all were there; try again.
+        """
+        begun = time.monotonic()
+        patience = max(ABORT_SECONDS, longest_work) if self._joined else ABORT_JOIN_SECONDS
+        self._joined = False
+        self._begin_epoch()
+        aborted = await self._gather(patience)
+        gathered = time.monotonic()
+        self._group.gathering = False
+        self._on_phase("respawn", gathered - aborted, f"all {len(self._members)} ranks have their weights")
+        blocks, block_size = await self._join()
+        self._joined = True
+        phases = {
+            "abort": aborted - begun,
+            "respawn": gathered - aborted,
+            "rebuild": time.monotonic() - gathered,
+        }
+        self._on_phase("rebuild", phases["rebuild"], f"a new communicator, and {blocks} blocks of cache on each rank")
+        epoch = self._inquiry.epoch
+        return Formed(epoch, blocks, block_size, {name: round(value, 4) for name, value in phases.items()})
+
+    def in_use(self) -> None:
+        """The group was proved: it serves from now on."""
+        self._has_served = True
+        for member in self._members:
+            member.state = RankState.READY
+
+    def give_up(self) -> None:
+        """Have every rank leave its collectives, and form nothing."""
+        self._begin_epoch()
+        self._abort_members(time.monotonic())
+
+    def _begin_epoch(self) -> None:
+        self._group.gathering = True
+        self._inquiry.begin_epoch()
+
+    async def _gather(self, patience: float) -> float:
+        """Until every rank is loaded and idle in this epoch. Returns when the survivors were."""
+        aborted: float | None = None
+        begun = time.monotonic()
+        while True:
+            self._inquiry.check()
+            now = time.monotonic()
+            self._abort_members(now)
+            if aborted is None and not any(member.abort_sent_at for member in self._members):
+                aborted = now
+                self._on_phase("abort", aborted - begun, "the ranks that live have left their collectives")
+            if all(member.idle_epoch >= self._inquiry.epoch for member in self._members):
+                return now if aborted is None else aborted
+            await self._group.moves(LOOK_SECONDS)
+            self._kill_stuck(time.monotonic(), patience)
+
+    def _abort_members(self, now: float) -> None:
+        """Level-triggered: whoever has not been told of this epoch is told."""
+        epoch = self._inquiry.epoch
+        for member in self._members:
+            if member.peer is not None and member.welcome_epoch < epoch:
+                member.welcome_epoch = epoch
+                member.peer.send(wire.Abort(epoch=epoch))
+                if member.loaded is not None:
+                    member.abort_sent_at = now
+
+    def _kill_stuck(self, now: float, patience: float) -> None:
+        again = self._has_served
+        loading = self._step_timeout or (RELOADING_SECONDS if again else LOADING_SECONDS)
+        for member in self._members:
+            if member.abort_sent_at is not None and now - member.abort_sent_at > patience:
+                how = f"rank {member.rank} did not leave its collective within {patience:g} s"
+            elif member.is_cut_off(now, RECONNECT_SECONDS):
+                how = f"rank {member.rank} lost its connection and did not come back within {RECONNECT_SECONDS:g} s"
+            elif member.stands_still(now, loading, again=again):
+                how = f"rank {member.rank} has read none of its weights for {loading:g} s"
+            else:
+                continue
+            self._group.kill_stuck(member.rank, how)
+
+    async def _join(self) -> tuple[int, int]:
+        """On how many blocks of cache, and of which size, the ranks have agreed."""
+        inquiry, everyone = self._inquiry, self._members
+        rendezvous = wire.Rendezvous(epoch=inquiry.epoch)
+        opened = await inquiry.ask(everyone[:1], rendezvous, wire.RendezvousOpened, RENDEZVOUS)
+        join = wire.Join(epoch=inquiry.epoch, address=opened[0].address)
+        await inquiry.ask(everyone, join, wire.Joined, JOIN)
+        offers = [member.loaded for member in everyone if member.loaded is not None]
+        blocks, block_size = min(one.cache_blocks for one in offers), offers[0].block_size
+        allocate = wire.AllocateCache(epoch=inquiry.epoch, blocks=blocks)
+        laid_out = await inquiry.ask(everyone, allocate, wire.CacheAllocated, ALLOCATE)
+        for member in everyone:
+            member.joined_epoch = inquiry.epoch
+            member.memory_bytes = laid_out[member.rank].memory_bytes
+        return blocks, block_size
