@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep_runtime.engine.probe import PROMPT, Memory, probe_steps
+from lockstep_runtime.engine.probe import PROMPT, Memory, practice, probe
 from lockstep_runtime.engine.suspect import Suspicion, ranks_text, suspect
 from lockstep_runtime.wire import ProgressRecord
 
@@ -108,29 +108,29 @@ def test_ranks_are_listed_as_people_do() -> None:
     assert (ranks_text([1]), ranks_text([0, 2, 3])) == ("rank 1", "ranks 0,2,3")
 
 
-def test_the_probe_is_a_prefill_and_a_decode_step_over_its_own_blocks() -> None:
-    [[prefill], [decode]] = probe_steps(100, 4)
-    assert (prefill.tokens, prefill.position, prefill.blocks) == (list(PROMPT), 0, [0, 1, 2, 3, 4])
-    assert (decode.position, len(decode.tokens), decode.blocks) == (16, 1, prefill.blocks)
+def test_the_probe_is_a_prefill_and_practice_a_decode_step_over_the_same_blocks() -> None:
+    [prefill], [decode] = probe(100, 4), practice(100, 4)
+    assert (prefill.tokens, prefill.position, prefill.blocks) == (list(PROMPT), 0, [0, 1, 2])
+    assert (decode.position, len(decode.tokens), decode.blocks) == (8, 1, prefill.blocks)
 
 
 @given(st.integers(1, 40), st.sampled_from([1, 4, 16, 32]))
 def test_the_probe_fits_any_cache(blocks: int, block_size: int) -> None:
-    for [part] in probe_steps(blocks, block_size):
+    for part in probe(blocks, block_size) + practice(blocks, block_size):
         assert part.position + len(part.tokens) <= len(part.blocks) * block_size
         assert max(part.blocks) < blocks
 
 
 def test_fingerprints_are_compared_as_long_as_a_process_is_left_that_was_there() -> None:
     memory = Memory()
-    assert memory.judge((1, 2), ["a", "b"]) == ""
-    assert memory.judge((1, 2), ["a", "c"]) == ""
-    wrong = memory.judge((1, 3), ["d", "c"])
-    assert wrong.startswith("the probe prompt's fingerprints are 0000000000000001 0000000000000003, and were")
-    assert memory.judge((1, 3), ["d", "e"]) == ""  # all loaded anew: what they give is what was loaded
-    assert memory.judge((1, 2), ["d", "f"]) != ""
+    assert memory.judge(2, ["a", "b"]) == ""
+    assert memory.judge(2, ["a", "c"]) == ""
+    wrong = memory.judge(3, ["d", "c"])
+    assert wrong.startswith("the probe prompt's fingerprint is 0000000000000003, and was 0000000000000002 when")
+    assert memory.judge(3, ["d", "e"]) == ""  # all loaded anew: what they give is what was loaded
+    assert memory.judge(2, ["d", "f"]) != ""
 
 
-@pytest.mark.parametrize("prints", [(1, 2), (3, 4)])
-def test_a_first_time_is_right_by_definition(prints: tuple[int, int]) -> None:
-    assert Memory().judge(prints, ["a"]) == ""
+@pytest.mark.parametrize("fingerprint", [0, 7])
+def test_a_first_time_is_right_by_definition(fingerprint: int) -> None:
+    assert Memory().judge(fingerprint, ["a"]) == ""

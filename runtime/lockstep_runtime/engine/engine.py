@@ -15,7 +15,9 @@ from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.engine.deadline import DeadlineModel, work_of
 from lockstep_runtime.engine.faults import FaultBook
-from lockstep_runtime.engine.group import Formed, GroupFaultError, RankGroup, StepRefusedError
+from lockstep_runtime.engine.forming import Formed, Forming
+from lockstep_runtime.engine.group import RankGroup
+from lockstep_runtime.engine.inquiry import GroupFaultError, StepRefusedError
 from lockstep_runtime.engine.interface import (
     EngineBusyError,
     EngineStats,
@@ -27,7 +29,7 @@ from lockstep_runtime.engine.interface import (
 )
 from lockstep_runtime.engine.latency import LatencyWindow
 from lockstep_runtime.engine.probe import Memory as ProbeMemory
-from lockstep_runtime.engine.probe import probe_steps
+from lockstep_runtime.engine.probe import practice, probe
 from lockstep_runtime.engine.recovery import Evidence, Ladder, Recovery, Rung, points
 from lockstep_runtime.engine.scheduler import Scheduler
 from lockstep_runtime.engine.sequence import Sequence
@@ -56,20 +58,21 @@ class Engine:
             on_break=lambda: self._wake.set(),
             on_exit=self._exited,
             on_leaving=self._leave,
-            on_phase=self._log_phase,
             on_death=self._died_young,
+            on_stuck=self._stuck,
         )
+        self._inquiry = self.group.inquiry
+        self._forming = Forming(self.group, config.watchdog.step_timeout, self._log_phase)
         self._deadlines = DeadlineModel(config.watchdog)
         self._ladder = Ladder(config.tensor_parallel_size, config.recovery_strategy)
         self._probe = ProbeMemory()
         self._poison = ""  # why the group can't heal itself
         self._poisonings = 0  # in a row
-        self._formed_at = 0.0  # on the monotonic clock
+        self._formed_at = 0.0  # on the monotonic clock; 0 while nothing is formed, or it is broken
         self._formed_steps = 0  # what `_steps` was then
         self._processes: list[str] = []  # incarnations that formed it
         self._longest_work = 0.0
         self._refusals = 0
-        self.group.on_stuck = self._stuck
         self._faults = FaultBook(history.faults if history else [], history.recoveries if history else 0)
         self._scheduler: Scheduler | None = None
         self._streams: dict[int, TokenStream] = {}
@@ -115,7 +118,7 @@ class Engine:
             preemptions_total=scheduler.preemptions if scheduler else 0,
             steps_total=self._steps,
             recoveries_total=self._faults.recoveries,
-            epoch=self.group.epoch,
+            epoch=self._inquiry.epoch,
             last_step_at=self._last_step_at,
         )
 
@@ -236,7 +239,7 @@ class Engine:
             supervisor.send(wire.Release())
 
     async def _form(self) -> None:
-        formed = await self.group.form(self._longest_work)
+        formed = await self._forming.form(self._longest_work)
         processes = [member.last_incarnation for member in self.group.members]
         respawned = processes != self._processes
         if respawned:
@@ -245,29 +248,32 @@ class Engine:
         await self._model_known.wait()
         self._place(formed)
         self._processes, self._formed_at, self._formed_steps = processes, time.monotonic(), self._steps
-        self.group.in_use()
+        self._forming.in_use()
         self._tell_formed(formed, {**formed.phases, "verify": round(verified, 4)}, respawned=respawned)
 
     async def _verify(self, formed: Formed) -> float:
         """Run the probe; returns the seconds it took.
 
         Raises:
-            GroupFaultError: it failed, or its fingerprints are not those of the first time.
+            GroupFaultError: it failed, or its fingerprint is not that of the first time.
         """
         begun = time.monotonic()
-        prints = []
-        for slices in probe_steps(formed.blocks, formed.block_size):
-            try:
-                prints.append((await self._run_step(slices)).fingerprint)
-            except StepRefusedError as refusal:
-                raise GroupFaultError(refusal.evidence[0], refusal.evidence) from refusal
         incarnations = [member.last_incarnation for member in self.group.members]
-        if wrong := self._probe.judge(tuple(prints), incarnations):
+        if wrong := self._probe.judge(await self._prove(probe(formed.blocks, formed.block_size)), incarnations):
             evidence = Evidence(wire.Fault.CORRUPTION, None, wrong)
             raise GroupFaultError(evidence, [evidence])
+        if not self._was_ready and (decode := practice(formed.blocks, formed.block_size)):
+            await self._prove(decode)
         seconds = time.monotonic() - begun
         self._log_phase("verify", seconds, "an all-reduce of ones and the probe prompt gave what they must")
         return seconds
+
+    async def _prove(self, slices: list[wire.SequenceSlice]) -> int:
+        """The fingerprint of a step that nobody asked for."""
+        try:
+            return (await self._run_step(slices)).fingerprint
+        except StepRefusedError as refusal:
+            raise GroupFaultError(refusal.evidence[0], refusal.evidence) from refusal
 
     def _tell_formed(self, formed: Formed, phases: dict[str, float], *, respawned: bool) -> None:
         resumed = len(self._streams)
@@ -285,7 +291,7 @@ class Engine:
     def _log_phase(self, phase: str, seconds: float, words: str) -> None:
         """One line a phase: `rebuild: fault 3 epoch 8: … (0.021 s)`; none while the group is first started."""
         if fault := self._faults.open_id:
-            logger.info("%s: fault %d epoch %d: %s (%.3f s)", phase, fault, self.group.epoch, words, seconds)
+            logger.info("%s: fault %d epoch %d: %s (%.3f s)", phase, fault, self._inquiry.epoch, words, seconds)
 
     def _place(self, formed: Formed) -> None:
         """Lay the block book over the new caches; every sequence starts over from its token ids."""
@@ -309,11 +315,11 @@ class Engine:
         if scheduler is None:
             raise RuntimeError("serving before the group was formed")
         while True:
-            self.group.check()
+            self._inquiry.check()
             slices = scheduler.plan()
             if not slices:
                 self._wake.clear()
-                self.group.check()
+                self._inquiry.check()
                 await self._wake.wait()
                 continue
             await self._step(scheduler, slices)
@@ -350,7 +356,7 @@ class Engine:
         work = work_of(slices)
         self._longest_work = min(LONGEST_ABORT_SECONDS, self._deadlines.expected(work) or 0.0)
         begun = time.monotonic()
-        done = await self.group.step(slices, self._deadlines.deadline(work))
+        done = await self._inquiry.step(slices, self._deadlines.deadline(work))
         self._deadlines.learn(work, time.monotonic() - begun)
         return done
 
@@ -361,7 +367,7 @@ class Engine:
         if self._refusals > REFUSALS_IN_A_ROW:
             raise GroupFaultError(cause, refusal.evidence)
         for sequence in scheduler.blame(slices, points(cause)):
-            record = self._faults.drop(cause, at=time.time(), epoch=self.group.epoch)
+            record = self._faults.drop(cause, at=time.time(), epoch=self._inquiry.epoch)
             logger.warning("drop: fault %d epoch %d: %s", record.id, record.epoch, cause.message)
             self._fail(sequence.id, f"no rank can compute this request: {refusal}")
 
@@ -375,9 +381,9 @@ class Engine:
         recovery = self._ladder.decide(cause, fault.evidence, by_request=fault.by_request)
         rung = recovery.rung or ""
         if self._was_ready or not rung:
-            self._faults.begin(cause, rung, at=time.time(), epoch=self.group.epoch, detect=cause.waited)
+            self._faults.begin(cause, rung, at=time.time(), epoch=self._inquiry.epoch, detect=cause.waited)
         logger.warning(
-            "watchdog: fault %d epoch %d: %s: %s", self._faults.open_id, self.group.epoch, cause.fault, cause.message
+            "watchdog: fault %d epoch %d: %s: %s", self._faults.open_id, self._inquiry.epoch, cause.fault, cause.message
         )
         logger.warning("%s: fault %d: %s", rung.lower() or "poisoned", self._faults.open_id, recovery.reason)
         for rank in recovery.kill:
@@ -391,7 +397,7 @@ class Engine:
         self._poisonings += 1
         if self._config.recovery_strategy == "RecyclePods":
             self._fail_all(f"the model is poisoned and is loaded again: {recovery.reason}")
-        self.group.give_up()
+        self._forming.give_up()
         self._changed(True)
         first, most = POISONED_SECONDS
         patience = min(most, first * 2 ** (self._poisonings - 1))
@@ -414,11 +420,13 @@ class Engine:
         self._changed(True)
 
     def _died_young(self, rank: int, words: str) -> None:
-        """A process that was to take a lost one's place has ended, too."""
+        """A process that was to take a lost one's place has ended, too. A first start may fail any number of times."""
+        if not self._was_ready:
+            return
         words = f"{words} before it was loaded"
-        logger.warning("respawn: fault %d epoch %d: %s", self._faults.open_id, self.group.epoch, words)
+        logger.warning("respawn: fault %d epoch %d: %s", self._faults.open_id, self._inquiry.epoch, words)
         if not self._ladder.another_death():
-            self.group.break_off(Evidence(wire.Fault.RANK_LOST, rank, f"{words}, again and again"))
+            self._inquiry.add(Evidence(wire.Fault.RANK_LOST, rank, f"{words}, again and again"))
 
     def _leave(self, pod_index: int) -> None:
         """A member pod was asked to end: it may soon. When all pods are, our own drain begins within that second."""
@@ -435,7 +443,7 @@ class Engine:
 
     def _judge(self) -> tuple[wire.GroupState, str]:
         standing = Standing(
-            formed=self.group.formed,
+            formed=self._formed_at > 0,
             was_ready=self._was_ready,
             draining=self._draining,
             model_error=self._model_error,
@@ -459,7 +467,7 @@ class Engine:
             group=self._config.group,
             incarnation="",
             spec_revision=self._config.spec_revision,
-            epoch=self.group.epoch,
+            epoch=self._inquiry.epoch,
             state=state,
             message=message,
             since=self._since,
