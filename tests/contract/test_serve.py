@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +19,10 @@ import pytest
 import torch
 from tests.support.live_engine import free_port
 from tests.support.serve import TINY_CHAT, TOKEN, Served, is_running, served, title_of
+from tests.support.stream import Stream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lockstep_runtime.wire import Fault, GroupState, RankState
+from lockstep_runtime.wire import Fault, GroupState, GroupStatus, RankState
 
 PROMPTS = [
     "The",
@@ -37,12 +36,22 @@ ANSWER = 24
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One group of two ranks in float32 that all tests of this file share; each leaves it ready."""
+def unloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, GroupStatus]]:
+    """A group of two ranks in float32 whose model is not there yet, and what it says of that."""
     directory = tmp_path_factory.mktemp("serve")
-    with served(directory, "--tensor-parallel-size", "2", "--dtype", "float32", "--threads-per-rank", "1") as serve:
-        serve.ready()
-        yield serve
+    arguments = ("--tensor-parallel-size", "2", "--dtype", "float32", "--threads-per-rank", "1")
+    with served(directory, *arguments, model=directory / "tiny-chat") as serve:
+        serve.until(lambda: _up(serve) and serve.status().state is GroupState.FAILED, "the failure is told", 120)
+        yield serve, serve.status()
+
+
+@pytest.fixture(scope="module")
+def server(unloaded: tuple[Served, GroupStatus]) -> Served:
+    """The same, serving. All tests of this file share it: each leaves it ready, but the last, which ends it."""
+    serve, _ = unloaded
+    (serve.log.parent / "tiny-chat").symlink_to(TINY_CHAT)
+    serve.ready()
+    return serve
 
 
 @pytest.fixture(scope="module")
@@ -60,34 +69,19 @@ def oracle() -> dict[str, str]:
     return answers
 
 
-class Stream:
-    """A streamed completion, read by a thread of its own."""
+def stream(serve: Served, prompt: str, max_tokens: int) -> Stream:
+    """A greedy completion, streamed."""
+    request = {"model": "tiny-chat", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": False}
+    return Stream(serve.api, request, 180)
 
-    def __init__(self, serve: Served, prompt: str, max_tokens: int) -> None:
-        self.text, self.chunks, self.finish, self.error = "", 0, "", ""
-        self._body = {
-            "model": "tiny-chat", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True,
-        }  # fmt: skip
-        self._url = f"{serve.api}/v1/completions"
-        self._thread = threading.Thread(target=self._read)
-        self._thread.start()
 
-    def _read(self) -> None:
-        with httpx.stream("POST", self._url, json=self._body, timeout=180) as answer:
-            for line in answer.iter_lines():
-                if line.startswith("data: {"):
-                    self._take(json.loads(line.removeprefix("data: ")))
-
-    def _take(self, event: dict[str, list[dict[str, str]]]) -> None:
-        self.error = self.error or str(event.get("error", ""))
-        for choice in event.get("choices", []):
-            self.text += choice["text"]
-            self.chunks += bool(choice["text"])
-            self.finish = choice.get("finish_reason") or self.finish
-
-    def wait(self) -> None:
-        self._thread.join(180)
-        assert not self._thread.is_alive(), "the stream does not end"
+def test_a_missing_model_is_reported_and_served_once_it_is_there(
+    unloaded: tuple[Served, GroupStatus], server: Served
+) -> None:
+    serve, told = unloaded
+    assert f"the model directory {serve.log.parent / 'tiny-chat'} does not exist" in told.message
+    assert server.status().state is GroupState.READY
+    assert server.status().faults == []
 
 
 def test_greedy_answers_equal_transformers_for_concurrent_prompts(server: Served, oracle: dict[str, str]) -> None:
@@ -151,14 +145,13 @@ def test_a_killed_rank_is_a_pause_and_the_stream_goes_on_with_the_same_tokens(
     server: Served, oracle: dict[str, str], rank: int
 ) -> None:
     before = server.status()
-    streams = [Stream(server, prompt, 300) for prompt in PROMPTS[:3]]
-    server.until(lambda: all(stream.chunks > 5 for stream in streams), "the streams have begun")
+    streams = [stream(server, prompt, 300) for prompt in PROMPTS[:3]]
+    server.until(lambda: all(one.chunks > 5 for one in streams), "the streams have begun")
     os.kill(server.pid_of(f"rank={rank}"), signal.SIGKILL)
-    for stream, prompt in zip(streams, PROMPTS[:3], strict=True):
-        stream.wait()
-        assert stream.error == ""
-        assert stream.text == oracle[prompt]
-        assert stream.finish in ("length", "stop")
+    for one, prompt in zip(streams, PROMPTS[:3], strict=True):
+        text, finish, error = one.wait()
+        assert (text, error) == (oracle[prompt], "")
+        assert finish in ("length", "stop")
     server.until(lambda: server.status().recoveries == before.recoveries + 1, "the repair is told")
     fault = server.status().faults[-1]
     assert (fault.fault, fault.rank, fault.rung) == (Fault.RANK_LOST, rank, "Respawn")
@@ -218,20 +211,6 @@ NONSENSE: list[Callable[[random.Random], bytes]] = [
 ]
 
 
-def test_sigterm_drains_the_running_stream_is_finished_and_nothing_is_left(tmp_path: Path) -> None:
-    with served(tmp_path, "--tensor-parallel-size", "2", "--dtype", "float32", "--threads-per-rank", "1") as serve:
-        serve.ready()
-        stream = Stream(serve, PROMPTS[0], 300)
-        serve.until(lambda: stream.chunks > 2, "the stream has begun")
-        children = serve.child_pids()
-        serve.process.send_signal(signal.SIGTERM)
-        serve.until(lambda: not serve.is_ready(), "it is unready")
-        stream.wait()
-        assert (stream.error, stream.finish) in (("", "length"), ("", "stop"))
-        assert serve.process.wait(60) == 0
-        assert not [pid for pid in children if is_running(pid)]
-
-
 def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
     with served(tmp_path, "--tensor-parallel-size", "2") as serve:
         serve.until(lambda: len(serve.child_pids()) == 3, "its children run")
@@ -244,8 +223,23 @@ def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
             time.sleep(0.02)
 
 
-@pytest.mark.parametrize("first", [0, 1])
-def test_two_pods_form_a_group_in_any_order(tmp_path: Path, oracle: dict[str, str], first: int) -> None:
+def test_recycle_pods_only_says_that_it_is_poisoned(tmp_path: Path) -> None:
+    with served(
+        tmp_path, "--tensor-parallel-size", "2", "--dtype", "float32", "--recovery-strategy", "RecyclePods"
+    ) as serve:
+        serve.ready()
+        running = stream(serve, PROMPTS[0], 300)
+        serve.until(lambda: running.chunks > 5, "the stream has begun")
+        os.kill(serve.pid_of("rank=1"), signal.SIGKILL)
+        _, _, error = running.wait()
+        assert "poisoned" in error
+        serve.until(lambda: serve.status().state is GroupState.POISONED, "it is told")
+        assert not serve.is_ready()
+        assert serve.status().faults[-1].fault is Fault.RANK_LOST
+        assert serve.end() == 0
+
+
+def test_two_pods_form_a_group_though_the_leader_comes_late(tmp_path: Path, oracle: dict[str, str]) -> None:
     api, bus = free_port(), free_port()
     ports = [[api, bus, free_port()], [api, bus, free_port()]]
     arguments = ["--tensor-parallel-size", "2", "--ranks-per-pod", "1", "--dtype", "float32"]
@@ -254,10 +248,9 @@ def test_two_pods_form_a_group_in_any_order(tmp_path: Path, oracle: dict[str, st
         environment = {"LOCKSTEP_POD_INDEX": str(index), "LOCKSTEP_POD": f"tiny-0-{index}"}
         return served(tmp_path, *arguments, ports=ports[index], environment=environment)
 
-    with pod(first) as early:
-        early.until(lambda: _up(early), "it is up", 120)
-        with pod(1 - first) as late:
-            leader, member = (early, late) if first == 0 else (late, early)
+    with pod(1) as member:
+        member.until(lambda: _up(member), "it is up", 120)
+        with pod(0) as leader:
             leader.ready()
             assert oracle[PROMPTS[0]].startswith(leader.complete(PROMPTS[0], ANSWER))
             assert [rank.pod for rank in leader.status().ranks] == ["tiny-0-0", "tiny-0-1"]
@@ -274,17 +267,6 @@ def _up(serve: Served) -> bool:
     except httpx.TransportError:
         return False
     return True
-
-
-def test_a_missing_model_is_reported_and_served_once_it_is_there(tmp_path: Path) -> None:
-    model = tmp_path / "tiny-chat"
-    with served(tmp_path, "--tensor-parallel-size", "2", model=model) as serve:
-        serve.until(lambda: _up(serve) and serve.status().state is GroupState.FAILED, "the failure is told", 120)
-        assert f"the model directory {model} does not exist" in serve.status().message
-        model.symlink_to(TINY_CHAT)
-        serve.ready()
-        assert serve.status().state is GroupState.READY
-        assert serve.status().faults == []
 
 
 @pytest.mark.parametrize(
@@ -313,3 +295,15 @@ def test_a_port_in_use_is_named_with_its_flag() -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert f"127.0.0.1:{port} (Address already in use); choose another with --bus-port" in done.stderr
+
+
+def test_sigterm_drains_the_running_stream_is_finished_and_nothing_is_left(server: Served) -> None:
+    running = stream(server, PROMPTS[0], 300)
+    server.until(lambda: running.chunks > 2, "the stream has begun")
+    children = server.child_pids()
+    server.process.send_signal(signal.SIGTERM)
+    server.until(lambda: not server.is_ready(), "it is unready")
+    _, finish, error = running.wait()
+    assert (error, finish) in (("", "length"), ("", "stop"))
+    assert server.process.wait(60) == 0
+    assert not [pid for pid in children if is_running(pid)]

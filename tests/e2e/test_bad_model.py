@@ -46,21 +46,15 @@ def test_a_truncated_file_is_named_until_it_is_whole(api: ClusterApi, namespace:
     assert model.is_true("ModelLoaded")
 
 
-def test_a_path_that_is_not_there_is_mended_in_the_spec(api: ClusterApi, namespace: str) -> None:
+def test_one_mistake_after_the_other_is_mended_in_the_spec(api: ClusterApi, namespace: str) -> None:
     model = Model(api, namespace, "astray")
-    model.apply(tiny_chat(tensorParallelSize=1, model={"hostPath": {"path": "/var/lib/lockstep/models/tiny-chta"}}))
+    path = TINY_CHAT.replace("chat", "chta")
+    model.apply(tiny_chat(tensorParallelSize=3, ranksPerPod=3, model={"hostPath": {"path": path}}))
 
     model.until("the missing folder's name", lambda: "tiny-chta" in model.condition("Ready").get("message", ""), 60)
     assert not model.is_true("ModelLoaded")
 
     change_spec(model, f'{{"spec": {{"model": {{"hostPath": {{"path": "{TINY_CHAT}"}}}}}}}}')
-    model.until_ready()
-
-
-def test_a_size_that_does_not_fit_is_refused_with_those_that_do(api: ClusterApi, namespace: str) -> None:
-    model = Model(api, namespace, "odd")
-    model.apply(tiny_chat(tensorParallelSize=3, ranksPerPod=3))
-
     model.until("the sizes that fit in ModelLoaded", lambda: "over 3 ranks; it can over 1, 2" in _said(model))
     assert model.condition("ModelLoaded")["status"] == "False"
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import random
+import secrets
 from collections.abc import Callable, Iterator
+from typing import Final
 
 import pytest
 from tests.support.cluster_api import ClusterApi
+from tests.support.cluster_chaos import OperatorKiller
 from tests.support.cluster_lifecycle import (
     DAMAGES,
     change_spec,
@@ -22,6 +27,8 @@ from tests.support.cluster_load import Load
 from tests.support.cluster_model import Model, tiny_chat
 
 NewNamespace = Callable[[str], str]
+
+SEED_VARIABLE: Final = "LOCKSTEP_TEST_SEED"  # repeats the moments of an earlier run
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +57,17 @@ def test_it_scales_out(living: Model) -> None:
     assert first < uids(living), "the group that served goes on serving"
 
 
-def test_a_changed_spec_is_rolled_out_without_a_failed_request(living: Model) -> None:
+def test_a_changed_spec_is_rolled_out_without_a_failed_request_while_the_operator_is_killed(
+    living: Model, api: ClusterApi
+) -> None:
+    """Again and again: an undisturbed one rolls out in test_operator_writes.py."""
+    seed = int(os.environ.get(SEED_VARIABLE, secrets.randbelow(2**31)))
+    print(f"{SEED_VARIABLE}={seed}")
     before = uids(with_groups(living, 2))
 
     with Load(living, clients=3) as load:
-        change_spec(living, '{"spec": {"engine": {"maxSequences": 8}}}')
+        with OperatorKiller(api, random.Random(seed), kills=3):
+            change_spec(living, '{"spec": {"engine": {"maxSequences": 8}}}')
         until_rolled_out(living, before)
 
     assert load.failures == []
@@ -101,25 +114,19 @@ def _stalled(model: Model) -> str:
     return message
 
 
-def test_a_deleted_statefulset_comes_back_with_its_pods(living: Model) -> None:
+def test_what_only_new_pods_can_mend_is_made_anew_with_them(living: Model) -> None:
     wanted = shape(with_groups(living, 1))
-
-    deleted("statefulset", "-0")(living)
-
-    until_shape(living, wanted)
-    until_groups(living, 1)
-
-
-def test_a_deleted_token_is_replaced_by_another_in_new_pods(living: Model) -> None:
-    with_groups(living, 1)
     before, token = uids(living), _token(living)
 
+    deleted("statefulset", "-0")(living)
     deleted("secret", "-token")(living)
     # The operator may not watch Secrets: it looks at its own every minute, or when something of the model changes.
     living.kubectl("annotate", "tpm", "living", "e2e/nudge=1")
 
     until_rolled_out(living, before)
+    until_groups(living, 1)
     assert _token(living) != token
+    assert shape(living).keys() == wanted.keys()
 
 
 def _token(model: Model) -> str:

@@ -75,9 +75,13 @@ def mended(model: Model, before: Object) -> bool:
     return not differences(before, end_state(model))
 
 
-def rolled_out(model: Model, before: Object) -> bool:
+def grow(model: Model) -> None:
+    change_spec(model, '{"spec": {"replicas": 2, "engine": {"maxSequences": 8}}}')
+
+
+def grown(model: Model, before: Object) -> bool:
     arguments = [pod["spec"]["containers"][0]["args"] for pod in model.children("pods")]
-    return serving(1)(model, before) and all("--max-sequences=8" in words for words in arguments)
+    return serving(2)(model, before) and all("--max-sequences=8" in words for words in arguments)
 
 
 def recycled(model: Model, before: Object) -> bool:
@@ -87,9 +91,8 @@ def recycled(model: Model, before: Object) -> bool:
 SCENARIOS: Final = (
     Scenario("create", create, serving(1)),
     Scenario("meddle", meddle, mended),
-    Scenario("roll out", lambda model: change_spec(model, '{"spec": {"engine": {"maxSequences": 8}}}'), rolled_out),
     Scenario("recycle", kill_a_worker, recycled),
-    Scenario("scale out", lambda model: scale(model, 2), serving(2)),
+    Scenario("roll out and scale out", grow, grown),
     Scenario("scale in", lambda model: scale(model, 1), serving(1)),
 )
 

@@ -11,6 +11,7 @@ from typing import Final
 import httpx
 import pytest
 from tests.support.cluster_api import ClusterApi
+from tests.support.cluster_chaos import operator_away
 from tests.support.cluster_faults import (
     TOLD_SECONDS,
     WORKER,
@@ -22,7 +23,6 @@ from tests.support.cluster_faults import (
     cut_off,
     events,
     kubelet,
-    operator_absent,
     read,
     restarts,
     until_told,
@@ -185,7 +185,7 @@ def test_the_operator_is_absent(api: ClusterApi, outlasting: Model, whole: Whole
     """Groups heal themselves, and what happened is told when it is back."""
     pod = outlasting.pod(1, 1)
 
-    with operator_absent(api):
+    with operator_away(api):
         known, recoveries = set(events(outlasting)), outlasting.status()["recoveries"]
         readers = [
             *read(outlasting, whole.tokens, address(outlasting.pod(0, 0))),

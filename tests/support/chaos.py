@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import httpx
 from tests.support.faults import inject
 from tests.support.serve import Served, is_running, served
+from tests.support.stream import Stream
 
 from lockstep_runtime import wire
 from lockstep_runtime.owned_files import FOLDER_VARIABLE, SHARED_MEMORY, owner_of
@@ -21,48 +19,13 @@ from lockstep_runtime.wire import Fault, GroupState, Injection, Moment, Phase
 
 MAX_TOKENS: Final = 160  # so many that a fault meets the stream while it runs, however fast the machine
 STREAM_SECONDS: Final = 180.0
+REPAIR: Final = {"detect", "abort", "respawn", "rebuild", "verify", "firstToken"}  # its phases
 CELLS_PER_GROUP: Final = 8  # so that no cell meets a group whose budgets others have spent
 # Greedy and seeded: both must go on with the tokens that would have come.
 REQUESTS: Final = (
     {"prompt": "What is a module? ", "temperature": 0},
     {"prompt": "The for statement is used to", "temperature": 1.0, "seed": 7},
 )
-
-
-class Stream:
-    """A streamed completion, read by a thread of its own."""
-
-    def __init__(self, api: str, request: dict[str, object]) -> None:
-        self.text, self.chunks, self.finish, self.error = "", 0, "", ""
-        self._url = f"{api}/v1/completions"
-        self._body = {"model": "tiny-chat", "max_tokens": MAX_TOKENS, "ignore_eos": True, "stream": True, **request}
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def wait(self) -> tuple[str, str, str]:
-        """Text, finish reason and error, once it has ended."""
-        self._thread.join(STREAM_SECONDS)
-        if self._thread.is_alive():
-            return self.text, "", f"the stream does not end; {self.chunks} chunks came"
-        return self.text, self.finish, self.error
-
-    def _read(self) -> None:
-        try:
-            with httpx.stream("POST", self._url, json=self._body, timeout=STREAM_SECONDS) as answer:
-                if answer.status_code != httpx.codes.OK:
-                    self.error = f"{answer.status_code}: {answer.read().decode()}"
-                for line in answer.iter_lines():
-                    if line.startswith("data: {"):
-                        self._take(json.loads(line.removeprefix("data: ")))
-        except httpx.HTTPError as error:
-            self.error = f"{type(error).__name__}: {error}"
-
-    def _take(self, event: dict[str, list[dict[str, str]]]) -> None:
-        self.error = self.error or str(event.get("error", ""))
-        for choice in event.get("choices", []):
-            self.text += choice["text"]
-            self.chunks += bool(choice["text"])
-            self.finish = choice.get("finish_reason") or self.finish
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +73,14 @@ class Cell:
         unseen = self.kind in (Injection.NAN, Injection.INPUT, Injection.ACTIVATION) and self.size == 2
         return NAMES[self.kind], frozenset({self.rank, *([None] if unseen or self.kind is Injection.NAN else [])})
 
+    @property
+    def words(self) -> str:
+        """What the fault's sentence must have in it."""
+        if self.kind is Injection.HANG and self.at is Moment.BEFORE and self.phase in (Phase.DECODE, Phase.PREFILL):
+            return f"rank {self.rank} stopped before "
+        killers = (Injection.SIGKILL, Injection.SIGSEGV)
+        return f"was killed by {self.kind.upper()}" if self.kind in killers and self.phase is Phase.DECODE else ""
+
 
 NAMES: Final = {
     Injection.RAISE: frozenset({Fault.STEP_FAILED}),
@@ -152,7 +123,8 @@ def _turn(cell: Cell) -> int:
 
 
 def start(serve: Served) -> list[Stream]:
-    return [Stream(serve.api, dict(request)) for request in REQUESTS]
+    asked = {"model": "tiny-chat", "max_tokens": MAX_TOKENS}
+    return [Stream(serve.api, asked | request, STREAM_SECONDS) for request in REQUESTS]
 
 
 def outcome(streams: list[Stream]) -> list[tuple[str, str, str]]:
@@ -219,7 +191,8 @@ class Arena:
 def survive(arena: Arena, cell: Cell) -> None:
     """The whole of a cell: harm, and everything that must hold afterwards."""
     with arena.group() as serve:
-        before = {record.id for record in serve.status().faults}
+        status = serve.status()
+        before, pids = {record.id for record in status.faults}, ranks_of(status)
         assert outcome(cell.provoke(serve)) == arena.undisturbed, serve.log.read_text()
         faults, ranks = cell.expected
 
@@ -231,6 +204,20 @@ def survive(arena: Arena, cell: Cell) -> None:
         healed(serve)
         assert outcome(start(serve)) == arena.undisturbed, serve.log.read_text()
         print(f"{cell.name}: {tell(serve, before)}")
+        told = [record for record in serve.status().faults if record.id not in before]
+        if len(told) == 1:
+            check_told(serve, cell, told[0], pids)
+
+
+def check_told(serve: Served, cell: Cell, record: wire.FaultRecord, pids: dict[int, int]) -> None:
+    """What a person reads of a fault that was the only one; and that all processes but the suspect's were kept."""
+    assert record.phases.keys() >= REPAIR - ({"firstToken"} if cell.phase is Phase.IDLE else set())
+    lines = serve.log.read_text().splitlines()
+    told = [line.split("engine: ", 1)[1].split(":")[0] for line in lines if f": fault {record.id} epoch " in line]
+    assert told == ["watchdog", "abort", "respawn", "rebuild", "verify", "resumed"]
+    assert cell.words in record.message
+    respawned = {rank for rank, pid in ranks_of(serve.status()).items() if pid != pids[rank]}
+    assert respawned == (set() if record.rung == "Rebuild" else {record.rank})
 
 
 def healed(serve: Served) -> None:

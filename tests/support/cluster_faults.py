@@ -17,9 +17,7 @@ from typing import Any, Final
 
 import httpx
 from tests.support import kubectl
-from tests.support.cluster_api import ClusterApi
-from tests.support.cluster_chaos import until_operator_ready
-from tests.support.cluster_model import OPERATOR_NAMESPACE, OPERATOR_SELECTOR, RESOURCES, Model, Object, tiny_chat
+from tests.support.cluster_model import RESOURCES, Model, Object, tiny_chat
 from tests.support.cluster_wait import until
 
 STREAM_SECONDS: Final = 120.0
@@ -190,21 +188,3 @@ def cut_off(pod: Object) -> Iterator[None]:
 def _nft(rules: str) -> None:
     """In the table of the embedded cluster, which goes with it."""
     subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True)
-
-
-@contextmanager
-def operator_absent(api: ClusterApi) -> Iterator[None]:
-    """Its Deployment is scaled to nothing, and back afterwards."""
-    [deployment] = api.items("deployments", OPERATOR_NAMESPACE, OPERATOR_SELECTOR)
-    _scale_operator(deployment, 0)
-    try:
-        until("the operator to be gone", lambda: not api.items("pods", OPERATOR_NAMESPACE, OPERATOR_SELECTOR), 60)
-        yield
-    finally:
-        _scale_operator(deployment, deployment["spec"]["replicas"])
-        until_operator_ready(api)
-
-
-def _scale_operator(deployment: Object, replicas: int) -> None:
-    name = deployment["metadata"]["name"]
-    kubectl.kubectl("-n", OPERATOR_NAMESPACE, "scale", "deployment", name, f"--replicas={replicas}")
