@@ -23,7 +23,9 @@ ABORT_SECONDS: Final = 1.5  # a rank that has not left its collective by then is
 ABORT_JOIN_SECONDS: Final = 15.0  # joining can't be interrupted; it ends by itself, sooner than this
 RECONNECT_SECONDS: Final = 5.0  # a process whose connection is lost and that does not come back is killed
 LOADING_SECONDS: Final = 120.0  # without a byte more
-RELOADING_SECONDS: Final = 60.0  # the same where the model is here already: nothing has to be downloaded first
+# The same where the model is here already and nothing has to be downloaded first: from and to; in between, as long as
+# the whole loading took before, and as long again.
+RELOADING_SECONDS: Final = 15.0, 60.0
 LOOK_SECONDS: Final = 0.25  # between two looks for ranks that are stuck, while nothing happens
 
 
@@ -49,6 +51,7 @@ class Forming:
         self._on_phase = on_phase
         self._joined = False  # in this epoch, whatever became of it
         self._has_served = False
+        self._longest_load = 0.0  # seconds
 
     async def form(self, longest_work: float = 0.0) -> Formed:
         """Make the group, under a new epoch; waits for absent and loading ranks for as long as it takes.
@@ -65,6 +68,7 @@ class Forming:
         aborted = await self._gather(patience)
         gathered = time.monotonic()
         self._group.gathering = False
+        self._longest_load = max(self._longest_load, *(one.loaded.seconds for one in self._members if one.loaded), 0.0)
         self._on_phase("respawn", gathered - aborted, f"all {len(self._members)} ranks have their weights")
         blocks, block_size = await self._join()
         self._joined = True
@@ -120,7 +124,8 @@ class Forming:
 
     def _kill_stuck(self, now: float, patience: float) -> None:
         again = self._has_served
-        loading = self._step_timeout or (RELOADING_SECONDS if again else LOADING_SECONDS)
+        shortest, longest = RELOADING_SECONDS if again else (LOADING_SECONDS, LOADING_SECONDS)
+        loading = self._step_timeout or min(max(2 * self._longest_load, shortest), longest)
         for member in self._members:
             if member.abort_sent_at is not None and now - member.abort_sent_at > patience:
                 how = f"rank {member.rank} did not leave its collective within {patience:g} s"
