@@ -58,8 +58,7 @@ def operator_stays_healthy(api: ClusterApi) -> Iterator[None]:
     began = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     yield
     for pod in operator_pods(api):
-        name = pod["metadata"]["name"]
-        log = kubectl.attempt("-n", OPERATOR_NAMESPACE, "logs", name, f"--since-time={began}").stdout
+        log = api.log(OPERATOR_NAMESPACE, pod["metadata"]["name"], since=began)
         assert not any(_is_suspicious(line) for line in log.splitlines()), f"the operator's log since {began}:\n{log}"
 
 

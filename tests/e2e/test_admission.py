@@ -151,6 +151,20 @@ NAMES: Final = (
     ("metadata.name becomes the name of a Service", "abc", "a.b"),
 )
 
+# What the schema's types and bounds refuse, with the words that name the field.
+FIELDS: Final = (
+    ("spec.tensorParallelSize", spec(tensorParallelSize=0)),
+    ("bfloat16", spec(dtype="int8")),
+    ("spec.replicas", spec(replicas=-1)),
+    ("spec.engine.kvCacheMemory", spec(engine={"kvCacheMemory": "much"})),
+    ("unknown field", spec(tensorParalelSize=2)),
+    ("Observe", spec(recovery={"mode": "Watch"})),
+    ("spec.recovery.budget.attempts", spec(recovery={"budget": {"attempts": 0}})),
+    ("spec.recovery.budget.window", spec(recovery={"budget": {"window": "an hour"}})),
+    ("spec.watchdog.factor", spec(watchdog={"factor": 0.5})),
+    ("spec.model: Required", {"tensorParallelSize": 2}),
+)
+
 
 def messages(schema: Any) -> Iterator[str]:
     """The messages of all rules in the CRD's schema."""
@@ -170,37 +184,23 @@ def test_the_table_has_every_rule_of_the_schema() -> None:
     assert untold == []
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.words)
-def test_a_rule_takes_what_is_right_and_refuses_what_is_wrong(served: Model, rule: Rule) -> None:
-    for number, accepted in enumerate(rule.accepted):
-        kubectl.apply(manifest(served.namespace, f"right-{number}", accepted), "--dry-run=server")
-    for refused in rule.refused:
-        assert rule.words in kubectl.refusal(manifest(served.namespace, "wrong", refused))
+def test_what_is_right_is_taken(served: Model) -> None:
+    specs = [accepted for rule in RULES for accepted in rule.accepted]
+    right = [manifest(served.namespace, f"right-{number}", accepted) for number, accepted in enumerate(specs)]
+    named = [manifest(served.namespace, name, spec()) for _, name, _ in NAMES]
+
+    kubectl.apply_all([*right, *named], "--dry-run=server")
 
 
-@pytest.mark.parametrize(("words", "accepted", "refused"), NAMES)
-def test_names_must_fit_the_names_that_are_made_of_them(served: Model, words: str, accepted: str, refused: str) -> None:
-    kubectl.apply(manifest(served.namespace, accepted, spec()), "--dry-run=server")
-    assert words in kubectl.refusal(manifest(served.namespace, refused, spec()))
+def test_what_is_wrong_is_refused_in_words_that_say_what_to_change(served: Model) -> None:
+    specs = [(rule.words, refused) for rule in RULES for refused in rule.refused]
+    wrong = [(words, manifest(served.namespace, "wrong", refused)) for words, refused in (*specs, *FIELDS)]
+    wrong += [(words, manifest(served.namespace, name, spec())) for words, _, name in NAMES]
 
+    refusals = kubectl.refusals([document for _, document in wrong])
 
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        (spec(tensorParallelSize=0), "spec.tensorParallelSize"),
-        (spec(dtype="int8"), "bfloat16"),
-        (spec(replicas=-1), "spec.replicas"),
-        (spec(engine={"kvCacheMemory": "much"}), "spec.engine.kvCacheMemory"),
-        (spec(tensorParalelSize=2), "unknown field"),
-        (spec(recovery={"mode": "Watch"}), "Observe"),
-        (spec(recovery={"budget": {"attempts": 0}}), "spec.recovery.budget.attempts"),
-        (spec(recovery={"budget": {"window": "an hour"}}), "spec.recovery.budget.window"),
-        (spec(watchdog={"factor": 0.5}), "spec.watchdog.factor"),
-        ({"tensorParallelSize": 2}, "spec.model: Required"),
-    ],
-)
-def test_the_schema_names_the_field_that_is_wrong(served: Model, wrong: Object, words: str) -> None:
-    assert words in kubectl.refusal(manifest(served.namespace, "wrong", wrong))
+    told = zip(wrong, refusals, strict=True)
+    assert [(document, said) for (words, document), said in told if words not in said] == []
 
 
 def test_what_is_applied_is_what_is_stored(served: Model) -> None:

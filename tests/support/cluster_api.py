@@ -60,9 +60,9 @@ class ClusterApi:
         found: list[Object] = listed["items"]
         return found
 
-    def log(self, namespace: str, pod: str, *, previous: bool = False, tail: int | None = None) -> str:
-        """A pod's log; what the API server says instead, when it has none."""
-        query: dict[str, str | int] = {"previous": "true"} if previous else {}
+    def log(self, namespace: str, pod: str, *, tail: int | None = None, since: str = "") -> str:
+        """A pod's log, `since` a time in RFC 3339; what the API server says instead, when it has none."""
+        query: dict[str, str | int] = {"sinceTime": since} if since else {}
         if tail is not None:
             query["tailLines"] = tail
         return self._http.get(f"/api/v1/namespaces/{namespace}/pods/{pod}/log", params=query).text

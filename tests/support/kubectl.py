@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +13,8 @@ import yaml
 ROOT: Final = Path(__file__).parents[2]
 KUBECONFIG: Final = ROOT / ".dev" / "kubeconfig"
 OWN_KUBECTL: Final = ROOT / ".dev" / "bin" / "kubectl"
+
+REFUSED: Final = "Error from server"  # how kubectl begins to tell of each refusal
 
 Object = dict[str, Any]
 
@@ -45,12 +47,18 @@ def apply(manifest: Mapping[str, Any], *options: str) -> str:
     return kubectl("apply", *options, "-f", "-", stdin=yaml.safe_dump(dict(manifest), sort_keys=False))
 
 
-def refusal(manifest: Mapping[str, Any]) -> str:
-    """What `kubectl apply` says to a manifest that must be refused; nothing is kept even if it is not."""
-    document = yaml.safe_dump(dict(manifest), sort_keys=False)
-    result = attempt("apply", "--dry-run=server", "-f", "-", stdin=document)
-    assert result.returncode != 0, f"the API server took what it must refuse:\n{document}"
-    return result.stderr
+def apply_all(manifests: Iterable[Mapping[str, Any]], *options: str) -> str:
+    """The same of many at once: one kubectl takes a third of a second to start."""
+    return kubectl("apply", *options, "-f", "-", stdin=yaml.safe_dump_all(map(dict, manifests), sort_keys=False))
+
+
+def refusals(manifests: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What `kubectl apply` says to each of these, which must all be refused; nothing is kept even if one is not."""
+    documents = yaml.safe_dump_all(map(dict, manifests), sort_keys=False)
+    result = attempt("apply", "--dry-run=server", "-f", "-", stdin=documents)
+    said = result.stderr.split(REFUSED)[1:]
+    assert len(said) == len(manifests), f"the API server took what it must refuse:\n{result.stdout}{result.stderr}"
+    return said
 
 
 def describe(namespace: str, kind: str, name: str) -> str:
