@@ -43,8 +43,8 @@ PHASES = (
     Phase("images"),
     Phase("deploy", needs=("images",)),
     Phase("test-e2e", needs=("venv", "deploy")),
-    Phase("test-contract", needs=("venv",), after=("test-unit", "test-e2e")),  # real ranks, which need the cores
-    Phase("test-chaos", needs=("venv",), after=("test-contract",)),
+    Phase("test-chaos", needs=("venv",), after=("lint",)),
+    Phase("test-contract", needs=("venv",), after=("test-chaos", "images")),  # the chart's tests want Helm, too
 )
 
 
