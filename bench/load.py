@@ -9,16 +9,17 @@ from the page cache.
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from bench.decode import Child, model_directory
+import torch
+from bench.ranks import RANKS, Child, config, model_directory
 from bench.report import Row, report
 
-from lockstep_runtime.config import EngineLimits, ServeConfig
+from lockstep_runtime.worker.runner import Runner
 
-RANKS = 2
 CHUNK = 8 * 1024 * 1024
 
 
@@ -56,40 +57,24 @@ def plain_read(file: Path) -> float:
 
 def measured(job: Any, model: Path, rank: int) -> dict[str, float]:
     """The job's result, from a fresh process."""
-    child = Child(job, model, rank)
-    try:
+    with closing(Child(job, model, rank)) as child:
         result: dict[str, float] = child.receive()
         return result
-    finally:
-        child.close()
 
 
 def load_nothing(pipe: Connection, model: Path, rank: int) -> None:
-    import torch
-
-    from lockstep_runtime.worker.runner import Runner
-
     Runner(config(model), rank)
     torch.ones(64, 64) @ torch.ones(64, 64)  # the libraries' own buffers
     pipe.send({"peak": peak_memory()})
 
 
 def load_rank(pipe: Connection, model: Path, rank: int) -> None:
-    from lockstep_runtime.worker.runner import Runner
-
     runner = Runner(config(model), rank)
     before, started = bytes_read(), time.perf_counter()
     loaded = runner.load(lambda done, total: None)
     seconds = time.perf_counter() - started
     read = bytes_read() - before
     pipe.send({"weights": loaded.weight_bytes, "read": read, "seconds": seconds, "peak": peak_memory()})
-
-
-def config(model: Path) -> ServeConfig:
-    return ServeConfig(
-        model=str(model), served_name="bench", tensor_parallel_size=RANKS, ranks_per_pod=RANKS, backend="gloo",
-        threads_per_rank=1, limits=EngineLimits(kv_cache_bytes=1 << 30),
-    )  # fmt: skip
 
 
 def bytes_read() -> int:

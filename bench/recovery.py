@@ -19,18 +19,18 @@ import os
 import signal
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import httpx
-from bench.decode import model_directory
+from bench.ranks import model_directory
 from bench.report import Row, report
+from tests.support.chaos import healed
 from tests.support.faults import inject
 from tests.support.serve import TINY_CHAT, Served, served
+from tests.support.stream import Stream
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lockstep_runtime.wire import FaultRecord, GroupState, Injection, Moment, Phase
@@ -72,43 +72,18 @@ class Case:
     exact: bool  # whether its text must be that of an undisturbed one
 
 
-class Stream:
-    """A greedy completion, read by a thread that notes when each chunk came."""
+def ask(serve: Served, tokens: int) -> Stream:
+    """Begin a greedy completion."""
+    request = {"model": "bench", "prompt": "What is a module?", "max_tokens": tokens, "temperature": 0}
+    return Stream(serve.api, request, STREAM_SECONDS)
 
-    def __init__(self, serve: Served, tokens: int) -> None:
-        self.times: list[float] = []
-        self.text, self.error = "", ""
-        self._url = f"{serve.api}/v1/completions"
-        self._body = {
-            "model": "bench", "prompt": "What is a module?", "max_tokens": tokens,
-            "temperature": 0, "ignore_eos": True, "stream": True,
-        }  # fmt: skip
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
 
-    def wait(self) -> None:
-        self._thread.join(STREAM_SECONDS)
-        if self._thread.is_alive() or self.error:
-            raise RuntimeError(f"the request failed: {self.error or 'its stream does not end'}")
-
-    def pause(self) -> float:
-        """The longest time between two chunks, in seconds."""
-        return max(later - sooner for sooner, later in zip(self.times, self.times[1:], strict=False))
-
-    def _read(self) -> None:
-        try:
-            with httpx.stream("POST", self._url, json=self._body, timeout=STREAM_SECONDS) as answer:
-                for line in answer.iter_lines():
-                    if line.startswith("data: {"):
-                        self._take(json.loads(line.removeprefix("data: ")))
-        except httpx.HTTPError as error:
-            self.error = f"{type(error).__name__}: {error}"
-
-    def _take(self, event: dict[str, list[dict[str, str]]]) -> None:
-        self.error = self.error or str(event.get("error", ""))
-        if any(choice["text"] for choice in event.get("choices", [])):
-            self.times.append(time.monotonic())
-            self.text += event["choices"][0]["text"]
+def text_of(stream: Stream) -> str:
+    """The whole, once it has ended."""
+    text, _, error = stream.wait()
+    if error:
+        raise RuntimeError(f"the request failed: {error}")
+    return text
 
 
 @contextlib.contextmanager
@@ -122,25 +97,15 @@ def group(case: Case, *more: str) -> Iterator[Served]:
             yield serve
 
 
-def until_settled(serve: Served) -> None:
-    """Ready, and nothing under repair."""
-
-    def settled() -> bool:
-        status = serve.status()
-        return status.state is GroupState.READY and all(one.recovered_at is not None for one in status.faults)
-
-    serve.until(settled, "the group is ready", STREAM_SECONDS)
-
-
 def disturb(serve: Served, case: Case, harm: Harm, undisturbed: str) -> tuple[float, FaultRecord]:
     """The stream's pause, and what the group says of it."""
-    until_settled(serve)
+    healed(serve)
     known = {record.id for record in serve.status().faults}
-    stream = Stream(serve, case.tokens)
+    stream = ask(serve, case.tokens)
     serve.until(lambda: len(stream.times) > 5 or bool(stream.error), "the stream has begun", STREAM_SECONDS)
     inject(serve, harm.kind, harm.rank, phase=Phase.DECODE, at=harm.at)
-    stream.wait()
-    if case.exact and stream.text != undisturbed:
+    text = text_of(stream)
+    if case.exact and text != undisturbed:
         raise RuntimeError(f"{harm.name}: the stream went on with other tokens")
 
     def told() -> list[FaultRecord]:
@@ -174,8 +139,8 @@ def _first_token_anew(case: Case) -> float:
     """When it came, of a group that is started now."""
     with group(case) as serve:
         serve.ready()
-        stream = Stream(serve, 2)
-        stream.wait()
+        stream = ask(serve, 2)
+        text_of(stream)
         return stream.times[0]
 
 
@@ -184,11 +149,10 @@ def measure(case: Case, rounds: int) -> list[Row]:
     records: dict[Harm, list[FaultRecord]] = {harm: [] for harm in HARMS}
     with group(case) as serve:
         serve.ready()
-        first = Stream(serve, case.tokens)
-        first.wait()
+        undisturbed = text_of(ask(serve, case.tokens))
         for _ in range(rounds):
             for harm in HARMS:
-                pause, record = disturb(serve, case, harm, first.text)
+                pause, record = disturb(serve, case, harm, undisturbed)
                 pauses[harm].append(pause)
                 records[harm].append(record)
                 print(f"{case.name}: {harm.name}: {pause:.2f} s", flush=True)

@@ -11,115 +11,71 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import msgspec
-from bench.decode import Child, model_directory
+from bench.ranks import Ranks, answer_orders, config, done, model_directory, start
 from bench.report import Row, report
 from tests.support.serve import TINY_CHAT
 
 from lockstep_runtime import wire
-from lockstep_runtime.config import DType, EngineLimits, ServeConfig, Watchdog
+from lockstep_runtime.config import DType, ServeConfig, Watchdog
 from lockstep_runtime.engine.deadline import DeadlineModel, work_of
-from lockstep_runtime.parallel.group import Group, join, open_rendezvous
+from lockstep_runtime.parallel.group import Group
 from lockstep_runtime.parallel.watched import WatchedGroup
 from lockstep_runtime.progress import Progress, new_memory
 from lockstep_runtime.worker import runner as runner_module
 from lockstep_runtime.worker.runner import Runner, StepOutput
 from lockstep_runtime.worker.scrub import INTERVAL_SECONDS, Scrub
 
-RANKS = 2
 PROMPT = 32
-BLOCKS = 16
 
 
 class Order(msgspec.Struct):
-    """A step, and whether it is watched; None: a whole scrub."""
+    """A step, and whether it is watched; None: a whole scrub, answered by the seconds that it took."""
 
     step: wire.Step | None
     watched: bool
 
 
-class Ranks:
-    """Two ranks, and the least of an engine."""
+def durations(ranks: Ranks, deadlines: DeadlineModel, tokens: int) -> tuple[list[float], list[float]]:
+    """Seconds of each watched step and of each plain one, in turns, of one sequence after its prompt."""
+    found: tuple[list[float], list[float]] = ([], [])
+    token = take(ranks, deadlines, list(range(1, PROMPT + 1)), 0, True)
+    for count in range(tokens):
+        began = time.perf_counter()
+        token = take(ranks, deadlines, [token], PROMPT + count, count % 2 == 0)
+        found[count % 2].append(time.perf_counter() - began)
+    return found
 
-    def __init__(self, model: Path, dtype: DType) -> None:
-        config = ServeConfig(
-            model=str(model), served_name="bench", tensor_parallel_size=RANKS, ranks_per_pod=RANKS, backend="gloo",
-            dtype=dtype, threads_per_rank=1, limits=EngineLimits(kv_cache_bytes=1 << 28),
-        )  # fmt: skip
-        self._meeting = open_rendezvous(config, 1)
-        self._ranks = [Child(serve_rank, config, rank, self._meeting.address) for rank in range(RANKS)]
-        for rank in self._ranks:
-            rank.receive()
-        self._deadlines = DeadlineModel(Watchdog())
-        self._steps = 0
 
-    def durations(self, tokens: int) -> tuple[list[float], list[float]]:
-        """Seconds of each watched step and of each plain one, in turns, of one sequence after its prompt."""
-        found: tuple[list[float], list[float]] = ([], [])
-        token = self._step(list(range(1, PROMPT + 1)), 0, True)
-        for done in range(tokens):
-            began = time.perf_counter()
-            token = self._step([token], PROMPT + done, done % 2 == 0)
-            found[done % 2].append(time.perf_counter() - began)
-        return found
-
-    def scrub(self) -> float:
-        """Seconds that the slower rank takes to look at all its weights."""
-        for rank in self._ranks:
-            rank.pipe.send_bytes(msgspec.msgpack.encode(Order(None, watched=True)))
-        return max(float(rank.receive()) for rank in self._ranks)
-
-    def close(self) -> None:
-        for rank in self._ranks:
-            rank.close()
-        self._meeting.close()
-
-    def _step(self, tokens: list[int], position: int, watched: bool) -> int:
-        self._steps += 1
-        sequence = wire.SequenceSlice(
-            sequence_id=1, position=position, tokens=tokens, blocks=list(range(BLOCKS)),
-            sample=wire.SamplingParams(temperature=0),
-        )  # fmt: skip
-        order = Order(wire.Step(epoch=1, step=self._steps, sequences=[sequence]), watched)
-        began, work = time.monotonic(), work_of([sequence])
-        if watched:
-            self._deadlines.deadline(work)
-        frame = msgspec.msgpack.encode(order)
-        for rank in self._ranks:
-            rank.pipe.send_bytes(frame)
-        answers = [msgspec.msgpack.decode(rank.pipe.recv_bytes(), type=wire.StepDone) for rank in self._ranks]
-        if len({answer.fingerprint for answer in answers}) != 1:
-            raise RuntimeError("the ranks' hidden states differ")
-        if watched:
-            self._deadlines.learn(work, time.monotonic() - began)
-        return answers[0].sampled[0].token
+def take(ranks: Ranks, deadlines: DeadlineModel, tokens: list[int], position: int, watched: bool) -> int:
+    """One step, and the token that it draws."""
+    step = ranks.next_step([tokens], position)
+    began, work = time.monotonic(), work_of(step.sequences)
+    if watched:
+        deadlines.deadline(work)
+    [token] = ranks.take(Order(step, watched))
+    if watched:
+        deadlines.learn(work, time.monotonic() - began)
+    return token
 
 
 def serve_rank(pipe: Connection, config: ServeConfig, rank: int, address: str) -> None:
-    runner = Runner(config, rank)
-    scrub = runner.load(lambda done, total: None).scrub
-    runner.allocate(BLOCKS)
-    plain = join(config, rank, 1, address, timeout=300)
+    runner, loaded, plain = start(config, rank, address, sequences=1)
     progress = Progress(new_memory("bench"))
-    watched_group, fingerprint = WatchedGroup(plain, progress), runner_module._fingerprint
-    pipe.send("ready")
-    while True:
-        try:
-            order = msgspec.msgpack.decode(pipe.recv_bytes(), type=Order)
-        except EOFError:
-            return
+    watched, fingerprint = WatchedGroup(plain, progress), runner_module._fingerprint
+
+    def answer(order: Order) -> wire.StepDone | float:
         if order.step is None:
-            pipe.send(scrub_all(scrub))
-            continue
+            return scrub_all(loaded.scrub)
         runner_module._fingerprint = fingerprint if order.watched else unwatched  # type: ignore[assignment]
-        output = watch(runner, order.step, watched_group, progress) if order.watched else runner.step(order.step, plain)
-        done = wire.StepDone(
-            epoch=1, step=order.step.step, seconds=0.0, fingerprint=output.fingerprint, sampled=output.sampled
-        )
-        pipe.send_bytes(msgspec.msgpack.encode(done))
+        output = watch(runner, order.step, watched, progress) if order.watched else runner.step(order.step, plain)
+        return done(order.step, output)
+
+    answer_orders(pipe, Order, answer)
 
 
 def unwatched(*_: object) -> int:
@@ -143,13 +99,11 @@ def scrub_all(scrub: Scrub | None) -> float:
 
 
 def compare(case: str, model: Path, dtype: DType, tokens: int, rounds: int) -> list[Row]:
-    ranks = Ranks(model, dtype)
-    try:
-        ranks.durations(tokens)
-        runs = [ranks.durations(tokens) for _ in range(rounds)]
-        scrub = 100 * ranks.scrub() / INTERVAL_SECONDS
-    finally:
-        ranks.close()
+    deadlines = DeadlineModel(Watchdog())
+    with closing(Ranks(serve_rank, config(model, dtype))) as ranks:
+        durations(ranks, deadlines, tokens)
+        runs = [durations(ranks, deadlines, tokens) for _ in range(rounds)]
+        scrub = 100 * max(ranks.ask(Order(None, watched=True), float)) / INTERVAL_SECONDS
     watched, plain = (trimmed_mean([one for run in runs for one in run[kind]]) for kind in (0, 1))
     cost = 100 * (watched / plain - 1)
     return [
