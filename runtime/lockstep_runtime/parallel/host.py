@@ -15,6 +15,7 @@ class HostGroup:
 
     def __init__(self, group: Group) -> None:
         self.rank, self.size = group.rank, group.size
+        self.check, self.abort, self.close = group.check, group.abort, group.close
         self._group = group
 
     def all_reduce(self, tensor: Tensor, place: str = "") -> Tensor:
@@ -23,12 +24,3 @@ class HostGroup:
     def gather(self, tensor: Tensor, place: str = "") -> list[Tensor] | None:
         parts = self._group.gather(tensor.cpu(), place)
         return None if parts is None else [part.to(tensor.device) for part in parts]
-
-    def check(self) -> None:
-        self._group.check()
-
-    def abort(self) -> None:
-        self._group.abort()
-
-    def close(self) -> None:
-        self._group.close()
