@@ -137,7 +137,7 @@ def _steady(policy: Recovery, memory: Memory, now: float) -> Memory:
 
 def _fallen(policy: Recovery, memory: Memory, now: float) -> Memory:
     """Healthy time has earned attempts back; a repair that didn't hold for long has failed."""
-    healthy = now - (memory.healthy_since or now)
+    healthy = max(0.0, now - (memory.healthy_since or now))  # another node's clock may have been ahead
     earned = int(healthy * policy.attempts / policy.window)
     memory = _steady(policy, memory, now)
     spent = {rung: count - earned for rung, count in memory.spent.items() if count > earned}

@@ -1,4 +1,4 @@
-"""Clients that ask without pause while something is done to the model, and remember every request that failed."""
+"""Clients that ask again and again while something is done to the model, and remember every request that failed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from openai import OpenAI, OpenAIError
 from tests.support.cluster_model import Model
 
 QUESTION = "What is a generator?"
+PAUSE_SECONDS = 0.2  # between an answer and the next question: the pods that start meanwhile need the cores
 
 
 class Load:
@@ -44,6 +45,7 @@ class Load:
                 client = self._model.client()
             asked += 1
             self._ask(client, stream=asked % 2 == 0, number=number)
+            self._stop.wait(PAUSE_SECONDS)
         client.close()
 
     def _ask(self, client: OpenAI, *, stream: bool, number: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tests.support.kube_world import well
 from tests.support.operator_models import NOW, group, pod
@@ -385,6 +385,7 @@ def test_memory_survives_the_status(memory: Memory) -> None:
 
 
 @given(memories, st.integers(-50, 5000), st.booleans(), st.booleans())
+@example(Memory(spent={Rung.RECYCLE_POD: 1}, healthy_since=NOW + 3600), 0, False, False)  # by a clock that is ahead
 def test_budgets_are_never_overdrawn_and_nothing_unwritten_is_done(
     memory: Memory, later: int, serves: bool, observe: bool
 ) -> None:

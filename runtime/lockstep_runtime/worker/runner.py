@@ -228,10 +228,10 @@ def _fingerprint(batch: Batch, states: Tensor, hidden: Tensor) -> int:
     as well: others see it only by its keys and values, which one rank has alone. A long prompt's states are summed as
     whole numbers where they are, since to hash them all would take longer than a step may be watched.
     """
-    hashed = hashlib.blake2b(_bits(batch.inputs).cpu().numpy(), digest_size=8)
-    hashed.update(_bits(hidden).cpu().numpy())
+    hashed = hashlib.blake2b(_bits(batch.inputs).cpu().numpy().data, digest_size=8)
+    hashed.update(_bits(hidden).cpu().numpy().data)
     if len(states) > len(hidden):
-        hashed.update(_bits(states).sum(0).cpu().numpy())
+        hashed.update(_bits(states).sum(0).cpu().numpy().data)
     return int.from_bytes(hashed.digest(), "little")
 
 
