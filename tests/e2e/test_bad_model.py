@@ -31,7 +31,7 @@ def test_a_truncated_file_is_named_until_it_is_whole(api: ClusterApi, namespace:
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     model = Model(api, namespace, "cut-short")
-    model.apply(tiny_chat(model={"hostPath": {"path": str(folder)}}))
+    model.apply(tiny_chat(tensorParallelSize=1, model={"hostPath": {"path": str(folder)}}))
 
     model.until("the file's name in ModelLoaded", lambda: "model.safetensors" in _said(model))
     said = _said(model)

@@ -75,7 +75,7 @@ DAMAGES: Final[dict[str, Damage]] = {
     "NetworkPolicy deleted": deleted("networkpolicy", "-0"),
     "serving Service leads elsewhere": patched("service", "", '{"spec": {"selector": {"app": "other"}}}'),
     "Service without its label": patched("service", "", '{"metadata": {"labels": {"lockstep.dev/model": null}}}'),
-    "StatefulSet scaled": patched("statefulset", "-0", '{"spec": {"replicas": 0}}'),
+    "StatefulSet scaled": patched("statefulset", "-0", '{"spec": {"replicas": 1}}'),
     "NetworkPolicy opened": patched("networkpolicy", "-0", '{"spec": {"ingress": [{}]}}'),
     "StatefulSet's template edited": patched(
         "statefulset", "-0", '{"spec": {"template": {"spec": {"terminationGracePeriodSeconds": 1}}}}'

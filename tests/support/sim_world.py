@@ -208,7 +208,7 @@ class SimRank:
             case "slow":
                 self._say(done, 1.0)
             case _:
-                self._say(done, self.world.chance.uniform(0.01, 0.03))
+                self._say(done, self.world.chance.uniform(0.03, 0.1))
 
     def _fail(self, epoch: int, step: int, fault: Fault, message: str, *, untouched: bool = False) -> None:
         self._say(wire.StepFailed(epoch=epoch, step=step, fault=fault, message=message, untouched=untouched), 0.01)
@@ -378,4 +378,4 @@ class World:
         begun = time.monotonic()
         while not condition():
             assert time.monotonic() - begun < 3_000.0, f"not in time: {what}; {self.engine.status()}"
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.25)
