@@ -2,7 +2,8 @@
 
 Two ranks decode one sequence, and every other step is watched: the progress record of every collective, the fingerprint
 of what went in and came out, and the engine's model of how long the step may take. So watched and plain steps meet the
-same noise; the longest tenth of either is left out, and the means are compared. The scrub works between steps: what a
+same noise and, every other round begun with a plain one, the same contexts; the longest tenth of either is left out,
+and the means are compared. The scrub works between steps: what a
 round over all weights takes is spread over its interval and added.
 """
 
@@ -40,14 +41,18 @@ class Order(msgspec.Struct):
     watched: bool
 
 
-def durations(ranks: Ranks, deadlines: DeadlineModel, tokens: int) -> tuple[list[float], list[float]]:
-    """Seconds of each watched step and of each plain one, in turns, of one sequence after its prompt."""
+def durations(ranks: Ranks, deadlines: DeadlineModel, tokens: int, first: int) -> tuple[list[float], list[float]]:
+    """Seconds of each watched step and of each plain one, in turns, of one sequence after its prompt.
+
+    `first`: 0 to begin with a watched one, 1 with a plain one. A context of an odd length takes longer.
+    """
     found: tuple[list[float], list[float]] = ([], [])
     token = take(ranks, deadlines, list(range(1, PROMPT + 1)), 0, True)
     for count in range(tokens):
+        plain = (count + first) % 2
         began = time.perf_counter()
-        token = take(ranks, deadlines, [token], PROMPT + count, count % 2 == 0)
-        found[count % 2].append(time.perf_counter() - began)
+        token = take(ranks, deadlines, [token], PROMPT + count, not plain)
+        found[plain].append(time.perf_counter() - began)
     return found
 
 
@@ -101,8 +106,8 @@ def scrub_all(scrub: Scrub | None) -> float:
 def compare(case: str, model: Path, dtype: DType, tokens: int, rounds: int) -> list[Row]:
     deadlines = DeadlineModel(Watchdog())
     with closing(Ranks(serve_rank, config(model, dtype))) as ranks:
-        durations(ranks, deadlines, tokens)
-        runs = [durations(ranks, deadlines, tokens) for _ in range(rounds)]
+        durations(ranks, deadlines, tokens, first=0)
+        runs = [durations(ranks, deadlines, tokens, first=number % 2) for number in range(rounds)]
         scrub = 100 * max(ranks.ask(Order(None, watched=True), float)) / INTERVAL_SECONDS
     watched, plain = (trimmed_mean([one for run in runs for one in run[kind]]) for kind in (0, 1))
     cost = 100 * (watched / plain - 1)

@@ -65,7 +65,7 @@ class Running:
     def __init__(self, phase: Phase) -> None:
         self._target, self._began = phase.target, time.monotonic()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed when this object goes
-        command = [*(["nice", "-n", "10"] if phase.gives_way else []), "make", "--no-print-directory", phase.target]
+        command = [*(["nice", "-n", "5"] if phase.gives_way else []), "make", "--no-print-directory", phase.target]
         self._process = subprocess.Popen(command, cwd=ROOT, stdout=self._output, stderr=subprocess.STDOUT)
         self._shown = 0
 
