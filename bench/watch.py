@@ -59,12 +59,12 @@ def durations(ranks: Ranks, deadlines: DeadlineModel, tokens: int, first: int) -
 def take(ranks: Ranks, deadlines: DeadlineModel, tokens: list[int], position: int, watched: bool) -> int:
     """One step, and the token that it draws."""
     step = ranks.next_step([tokens], position)
+    if not watched:
+        return ranks.take(Order(step, watched))[0]
     began, work = time.monotonic(), work_of(step.sequences)
-    if watched:
-        deadlines.deadline(work)
+    deadlines.deadline(work)
     [token] = ranks.take(Order(step, watched))
-    if watched:
-        deadlines.learn(work, time.monotonic() - began)
+    deadlines.learn(work, time.monotonic() - began)
     return token
 
 

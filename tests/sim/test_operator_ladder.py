@@ -140,7 +140,7 @@ class Life:
             return
         self.status, self.version = document, self.version + 1
         assert all(count <= self.policy.attempts for count in memory.spent.values()), "a budget is overdrawn"
-        if memory.plan and memory.plan.pods and memory.plan.since == int(self.now):
+        if memory.plan and memory.plan.pods and (not self.plans or memory.plan != self.plans[-1][0]):
             self._check_pace(memory, memory.plan)
             self.plans.append((memory.plan, memory))
 

@@ -52,7 +52,7 @@ def test_the_first_step_of_a_kind_gets_the_ceiling() -> None:
     learned = after((ONE, 0.01))
     assert learned.deadline(ONE).seconds == 2.0
     cold = learned.deadline(Work(Kind.PREFILL, 10, 10))
-    assert (cold.seconds, cold.reason) == (CEILING_SECONDS, "the first prefill step")
+    assert cold.seconds == CEILING_SECONDS
 
 
 def test_the_deadline_is_the_expected_time_times_the_factor_between_floor_and_ceiling() -> None:
@@ -66,7 +66,7 @@ def test_the_deadline_is_the_expected_time_times_the_factor_between_floor_and_ce
 
 def test_a_fixed_bound_switches_learning_off() -> None:
     fixed = model(step_timeout=7.0)
-    assert fixed.deadline(ONE) == Deadline(7.0, 7.0, extends=False, reason="fixed at 7 s")
+    assert fixed.deadline(ONE) == Deadline(7.0, 7.0, extends=False)
     fixed.learn(ONE, 0.01)
     assert fixed.deadline(ONE).seconds == 7.0
 
@@ -179,7 +179,7 @@ def test_patience_never_counts_more_than_it_napped(seconds: float, pauses: list[
 
 
 def test_a_rank_that_still_moves_is_slow_and_one_that_stands_still_hangs() -> None:
-    learned, patience = Deadline(2.0, 120.0, extends=True, reason=""), Patience(2.0, 0.0)
+    learned, patience = Deadline(2.0, 120.0, extends=True), Patience(2.0, 0.0)
     patience.waited = 2.0
     assert extension(learned, patience, moved_ago=0.25) == pytest.approx(0.75)
     assert extension(learned, patience, moved_ago=1.9) == 0.0
@@ -188,5 +188,5 @@ def test_a_rank_that_still_moves_is_slow_and_one_that_stands_still_hangs() -> No
     assert extension(learned, patience, moved_ago=0.0) == pytest.approx(0.5)
     patience.waited = 120.0
     assert extension(learned, patience, moved_ago=0.0) == 0.0
-    fixed = Deadline(2.0, 2.0, extends=False, reason="")
+    fixed = Deadline(2.0, 2.0, extends=False)
     assert extension(fixed, Patience(2.0, 0.0), moved_ago=0.0) == 0.0

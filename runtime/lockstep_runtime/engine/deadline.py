@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from lockstep_runtime.config import Watchdog
 from lockstep_runtime.wire import SequenceSlice
@@ -33,8 +34,7 @@ class Kind(enum.StrEnum):
     PREFILL = "prefill"
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(msgspec.Struct, frozen=True):
     """A step's size: tokens fed, and the longest context in tokens."""
 
     kind: Kind
@@ -42,26 +42,30 @@ class Work:
     context: int
 
 
-@dataclass(frozen=True, slots=True)
-class Deadline:
+class Deadline(msgspec.Struct, frozen=True):
     """`extends`: a rank that still moves when it is over may go on, up to `ceiling`."""
 
     seconds: float
     ceiling: float
     extends: bool
-    reason: str
+
+
+UNKNOWN: Final = Deadline(CEILING_SECONDS, CEILING_SECONDS, extends=False)  # of a kind's first step
 
 
 def work_of(slices: Sequence[SequenceSlice]) -> Work:
     """The size of a step; one that prefills at all counts as a prefill."""
-    tokens = sum(len(part.tokens) for part in slices)
-    context = max((part.position + len(part.tokens) for part in slices), default=1)
-    kind = Kind.PREFILL if any(len(part.tokens) > 1 or not part.position for part in slices) else Kind.DECODE
-    return Work(kind, max(tokens, 1), max(context, 1))
+    kind, tokens, context = Kind.DECODE, 0, 1
+    for part in slices:  # one loop: every step waits for this
+        fed = len(part.tokens)
+        tokens += fed
+        context = max(context, part.position + fed)
+        if fed > 1 or not part.position:
+            kind = Kind.PREFILL
+    return Work(kind, max(tokens, 1), context)
 
 
-@dataclass(slots=True)
-class _Mark:
+class _Mark(msgspec.Struct, frozen=True):
     """The high mark of one size, with the work that it was last seen for."""
 
     seconds: float
@@ -84,14 +88,12 @@ class DeadlineModel:
     def deadline(self, work: Work) -> Deadline:
         """For a step of this size, in seconds."""
         if self._fixed is not None:
-            return Deadline(self._fixed, self._fixed, extends=False, reason=f"fixed at {self._fixed:g} s")
+            return Deadline(self._fixed, self._fixed, extends=False)
         expected = self.expected(work)
         if expected is None:
-            return Deadline(CEILING_SECONDS, CEILING_SECONDS, extends=False, reason=f"the first {work.kind} step")
+            return UNKNOWN
         least = max(self._floor, WARMING_SECONDS) if work.kind in self._cold else self._floor
-        seconds = min(max(expected * self._factor, least), CEILING_SECONDS)
-        reason = f"a {work.kind} step of {work.tokens} tokens was expected to take {expected:.3f} s"
-        return Deadline(seconds, CEILING_SECONDS, extends=True, reason=reason)
+        return Deadline(min(max(expected * self._factor, least), CEILING_SECONDS), CEILING_SECONDS, extends=True)
 
     def expected(self, work: Work) -> float | None:
         """Seconds; None when no step of this kind was seen yet."""

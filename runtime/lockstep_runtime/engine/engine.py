@@ -13,7 +13,7 @@ from typing import Final
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.engine.deadline import DeadlineModel, work_of
+from lockstep_runtime.engine.deadline import DeadlineModel, Work, work_of
 from lockstep_runtime.engine.faults import FaultBook
 from lockstep_runtime.engine.forming import Formed, Forming
 from lockstep_runtime.engine.group import RankGroup
@@ -71,7 +71,7 @@ class Engine:
         self._formed_at = 0.0  # on the monotonic clock; 0 while nothing is formed, or it is broken
         self._formed_steps = 0  # what `_steps` was then
         self._processes: list[str] = []  # incarnations that formed it
-        self._longest_work = 0.0
+        self._work: Work | None = None  # of the last step
         self._refusals = 0
         self._faults = FaultBook(history.faults if history else [], history.recoveries if history else 0)
         self._scheduler: Scheduler | None = None
@@ -239,7 +239,8 @@ class Engine:
             supervisor.send(wire.Release())
 
     async def _form(self) -> None:
-        formed = await self._forming.form(self._longest_work)
+        under_way = self._deadlines.expected(self._work) if self._work else None
+        formed = await self._forming.form(min(LONGEST_ABORT_SECONDS, under_way or 0.0))
         processes = [member.last_incarnation for member in self.group.members]
         respawned = processes != self._processes
         if respawned:
@@ -353,8 +354,7 @@ class Engine:
 
     async def _run_step(self, slices: list[wire.SequenceSlice]) -> wire.StepDone:
         """One step under its own deadline, from which the next ones are learned."""
-        work = work_of(slices)
-        self._longest_work = min(LONGEST_ABORT_SECONDS, self._deadlines.expected(work) or 0.0)
+        self._work = work = work_of(slices)
         begun = time.monotonic()
         done = await self._inquiry.step(slices, self._deadlines.deadline(work))
         self._deadlines.learn(work, time.monotonic() - begun)

@@ -16,9 +16,9 @@ from lockstep_runtime.engine.deadline import Deadline
 from lockstep_runtime.engine.group import RankGroup
 from lockstep_runtime.wire import RankState
 
-RENDEZVOUS: Final = Deadline(15.0, 15.0, extends=False, reason="")
-JOIN: Final = Deadline(2.5, 60.0, extends=True, reason="")  # as long as no rank holds up the others
-ALLOCATE: Final = Deadline(120.0, 120.0, extends=False, reason="")
+RENDEZVOUS: Final = Deadline(15.0, 15.0, extends=False)
+JOIN: Final = Deadline(2.5, 60.0, extends=True)  # as long as no rank holds up the others
+ALLOCATE: Final = Deadline(120.0, 120.0, extends=False)
 ABORT_SECONDS: Final = 1.5  # a rank that has not left its collective by then is killed
 ABORT_JOIN_SECONDS: Final = 15.0  # joining can't be interrupted; it ends by itself, sooner than this
 RECONNECT_SECONDS: Final = 5.0  # a process whose connection is lost and that does not come back is killed

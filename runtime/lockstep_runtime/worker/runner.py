@@ -35,7 +35,7 @@ from lockstep_runtime.worker.scrub import INTERVAL_SECONDS, INTERVAL_VARIABLE, S
 
 logger = logging.getLogger(__name__)
 
-_BITS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by a type's bytes
+_BITS: Final = {2: torch.int16, 4: torch.int32}  # by a type's bytes
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -228,7 +228,7 @@ def _fingerprint(batch: Batch, states: Tensor, hidden: Tensor) -> int:
     as well: others see it only by its keys and values, which one rank has alone. A long prompt's states are summed as
     whole numbers where they are, since to hash them all would take longer than a step may be watched.
     """
-    hashed = hashlib.blake2b(_bits(batch.inputs).cpu().numpy().data, digest_size=8)
+    hashed = hashlib.blake2b(batch.inputs.cpu().numpy().data, digest_size=8)
     hashed.update(_bits(hidden).cpu().numpy().data)
     if len(states) > len(hidden):
         hashed.update(_bits(states).sum(0).cpu().numpy().data)
@@ -237,7 +237,7 @@ def _fingerprint(batch: Batch, states: Tensor, hidden: Tensor) -> int:
 
 def _bits(tensor: Tensor) -> Tensor:
     """Its bytes as whole numbers, whose sum doesn't depend on their order."""
-    return tensor.contiguous().view(_BITS[tensor.element_size()])
+    return tensor.view(_BITS[tensor.element_size()])
 
 
 def _device(config: ServeConfig, rank: int) -> torch.device:
