@@ -54,6 +54,11 @@ class Situation:
         return self.report.status if self.report and self.report.unreachable_since is None else None
 
     @property
+    def unschedulable(self) -> bool:
+        """A pod finds no node."""
+        return self.trouble is not None and self.trouble.reason == "Unschedulable"
+
+    @property
     def healthy(self) -> bool | None:
         """None: not known, because nobody has heard of it yet."""
         if not self.group.ready:
@@ -114,7 +119,8 @@ def recover(policy: Recovery, situation: Situation, now: float) -> Verdict:
 def _aged(policy: Recovery, situation: Situation, now: float) -> Memory:
     """What health, illness and time make of the memory."""
     memory = situation.memory
-    avoided = {node: until for node, until in memory.avoided.items() if until > now}
+    # A pod that finds no node was made to keep away from these, and does so for good: see `_unplaced`.
+    avoided = {node: until for node, until in memory.avoided.items() if until > now or situation.unschedulable}
     memory = memory if len(avoided) == len(memory.avoided) else replace(memory, avoided=avoided)
     if memory == Memory():
         return memory
@@ -157,7 +163,7 @@ def _targets(situation: Situation) -> tuple[Pod, ...]:
 
 def _unplaced(situation: Situation, memory: Memory, now: float) -> tuple[str, ...]:
     """UIDs of pods that find no node while one is avoided."""
-    if not memory.avoided or situation.trouble is None or situation.trouble.reason != "Unschedulable":
+    if not memory.avoided or not situation.unschedulable:
         return ()
     pending = [pod for pod in situation.group.pods if pod.phase == "Pending" and pod.deleting is None]
     return tuple(pod.uid for pod in pending) if any(now - p.created > UNPLACED_SECONDS for p in pending) else ()
