@@ -22,7 +22,7 @@ def play(seed: int) -> World:
     world = World(seed)
     try:
         run_virtually(world.run())
-    except BaseException as error:
+    except Exception as error:
         raise AssertionError(f"seed {seed}, {world.size} ranks: {error}") from error
     return world
 
