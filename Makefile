@@ -5,8 +5,8 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 UV := build/installer/bin/uv
-# The distribution's Python where it is new enough: it is built with optimizations that one of pyenv's has not, which
-# takes a fifth off everything; and it is the one in the images.
+# The distribution's Python where it is new enough: it is built with optimizations that one of pyenv's has not, and it
+# is the one in the images.
 PYTHON ?= $(shell /usr/bin/python3 -c 'import ctypes, ssl, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
   && echo /usr/bin/python3 || echo python3)
 

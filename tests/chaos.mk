@@ -1,5 +1,5 @@
 .PHONY: chaos
-chaos: venv ## every fault at every moment to every rank, on real processes (an hour on two cores)
+chaos: venv ## every fault at every moment to every rank, on real processes (a quarter of an hour on two cores)
 	$(PY) -m pytest tests/chaos --durations=10
 
 .PHONY: test-chaos

@@ -44,7 +44,7 @@ def kubectl(*arguments: str, stdin: str | None = None, timeout: float = 60) -> s
 
 def apply(manifest: Mapping[str, Any], *options: str) -> str:
     """`kubectl apply -f -` of one object."""
-    return kubectl("apply", *options, "-f", "-", stdin=yaml.safe_dump(dict(manifest), sort_keys=False))
+    return apply_all([manifest], *options)
 
 
 def apply_all(manifests: Iterable[Mapping[str, Any]], *options: str) -> str:
