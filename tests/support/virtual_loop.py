@@ -32,20 +32,31 @@ class _Selector(selectors.SelectSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
+    """What a callback raises, which asyncio would only log, is kept as `trouble`."""
+
     def __init__(self) -> None:
         self._virtual = _Selector()
         super().__init__(self._virtual)
+        self.trouble: list[BaseException] = []
+        self.set_exception_handler(lambda loop, context: self.trouble.append(_error_of(context)))
 
     def time(self) -> float:
         return self._virtual.now
 
 
+def _error_of(context: dict[str, Any]) -> BaseException:
+    return context.get("exception") or RuntimeError(context["message"])
+
+
 def run_virtually(work: Coroutine[Any, Any, T]) -> T:
-    """Run it to its end; `time.monotonic` and `time.time` are the loop's meanwhile."""
+    """Run it to its end; `time.monotonic` and `time.time` are the loop's meanwhile. A callback may not raise."""
     loop = VirtualLoop()
     with (
         asyncio.Runner(loop_factory=lambda: loop) as runner,
         mock.patch("time.monotonic", loop.time),
         mock.patch("time.time", loop.time),
     ):
-        return runner.run(work)
+        result = runner.run(work)
+    if loop.trouble:
+        raise loop.trouble[0]
+    return result
