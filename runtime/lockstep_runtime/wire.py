@@ -203,7 +203,8 @@ class Join(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class AllocateCache(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """To every rank: lay out a KV cache of this many blocks (the least that any rank offered)."""
+    """To every rank: have a KV cache of this many blocks (the least that any rank offered), the one there is if it is
+    of that size. Answered by `CacheAllocated`."""
 
     epoch: int
     blocks: int
@@ -263,7 +264,10 @@ class Joined(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class CacheAllocated(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """`contents` is another name for every cache that is laid out anew: under the same one stands what was written."""
+
     epoch: int
+    contents: str
     blocks: int
     memory_bytes: int
 

@@ -59,7 +59,7 @@ def test_the_cache_is_sized_by_the_gpus_free_memory() -> None:
     free, total = torch.cuda.mem_get_info(0)
     runner = Runner(config("cuda", EngineLimits(max_sequences=1 << 20)), 0)
     report = runner.load(lambda done, total: None)
-    size = runner.allocate(report.cache_blocks)
+    size = runner.allocate(report.cache_blocks).nbytes
     assert size <= free - 0.1 * total
     assert size > 0.8 * (free - 0.1 * total)
     step = wire.Step(epoch=1, step=0, sequences=[piece(1, 0, PROMPT, BLOCKS, wire.SamplingParams(temperature=0))])

@@ -51,7 +51,7 @@ async def test_more_than_the_cache_holds_is_preempted_and_not_refused() -> None:
 
 async def test_the_smallest_cache_of_the_ranks_counts() -> None:
     async with live_engine(start=False) as live:
-        live.ranks[1].cache_blocks = 5
+        live.ranks[1].cache_blocks = 6  # one is the probe's
         for rank in live.ranks:
             rank.start()
         await live.ready()

@@ -75,6 +75,11 @@ class Cell:
         return NAMES[self.kind], frozenset({self.rank, *([None] if unseen or self.kind is Injection.NAN else [])})
 
     @property
+    def spoils_caches(self) -> bool:
+        """Whether what was computed before can't be relied on."""
+        return self.kind in (Injection.NAN, Injection.INPUT, Injection.ACTIVATION, Injection.SIGSEGV)
+
+    @property
     def words(self) -> str:
         """What the fault's sentence must have in it."""
         if self.kind is Injection.HANG and self.at is Moment.BEFORE and self.phase in (Phase.DECODE, Phase.PREFILL):
@@ -215,9 +220,10 @@ def survive(arena: Arena, cell: Cell) -> None:
 def check_told(serve: Served, cell: Cell, record: wire.FaultRecord, pids: dict[int, int]) -> None:
     """What a person reads of a fault that was the only one; and that no process went but those of suspects."""
     assert record.phases.keys() >= REPAIR - ({"firstToken"} if cell.phase is Phase.IDLE else set())
-    lines = serve.log.read_text().splitlines()
-    told = [line.split("engine: ", 1)[1].split(":")[0] for line in lines if f": fault {record.id} epoch " in line]
+    lines = [line for line in serve.log.read_text().splitlines() if f": fault {record.id} epoch " in line]
+    told = [line.split("engine: ", 1)[1].split(":")[0] for line in lines]
     assert [*dict.fromkeys(told)] == ["watchdog", "abort", "respawn", "rebuild", "verify", "resumed"]
+    assert ("computed again" if cell.spoils_caches else "as they were") in lines[-1]
     assert cell.words in record.message
     respawned = {rank for rank, pid in ranks_of(serve.status()).items() if pid != pids[rank]}
     if record.rung == "Rebuild":

@@ -39,6 +39,20 @@ def continuation(prompt: Sequence[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@dataclass(slots=True)
+class ToyMemory:
+    """What outlives a rank's process."""
+
+    name: str = ""
+    blocks: int = 0
+    slots: dict[int, list[int | None]] = field(default_factory=dict)  # block → what its slots hold
+
+    def spoil(self) -> None:
+        """Nothing that is here may be read again."""
+        for held in self.slots.values():
+            held[:] = [None] * BLOCK_SIZE
+
+
 Misdeed = Callable[["FakeRank", wire.Step], "wire.StepDone | wire.StepFailed | None"]
 
 
@@ -60,7 +74,7 @@ class FakeRank:
     stands: tuple[int, bool] = (1, True)  # the collective where a silent step stands, and whether it is inside
     moved_at: float = 0.0  # on the monotonic clock
     at_step: tuple[int, int, bool] = (0, 0, False)  # epoch, step, whether it is in it
-    _cache: dict[int, list[int | None]] = field(default_factory=dict)  # block → what its slots hold
+    memory: ToyMemory = field(default_factory=lambda: ToyMemory())
     _writer: asyncio.StreamWriter | None = None
     _task: asyncio.Task[None] | None = None
     _backlog: list[wire.ToWorker] = field(default_factory=list)
@@ -69,16 +83,18 @@ class FakeRank:
         self._task = asyncio.create_task(self._run())
 
     async def die(self) -> None:
-        """As a SIGKILL would: the connection closes, the cache is gone."""
+        """As a SIGKILL would: the connection closes."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    async def respawn(self) -> None:
-        """As the supervisor does: a new process in its place."""
+    async def respawn(self, *, crashed: bool = False) -> None:
+        """As the supervisor does: a new process in its place, which gets its memory unless it `crashed`."""
         await self.die()
         self.incarnation = secrets.token_hex(4)
-        self.epoch, self.deaf, self.weights, self._cache = 0, False, 0, {}
+        self.epoch, self.deaf, self.weights = 0, False, 0
+        if crashed:
+            self.memory = ToyMemory()
         self.start()
 
     def send(self, message: msgspec.Struct) -> None:
@@ -134,14 +150,19 @@ class FakeRank:
             case wire.Rendezvous():
                 self.send(wire.RendezvousOpened(epoch=message.epoch, address="shm:///nowhere"))
             case wire.Join():
-                self._cache = {}
                 self.send(wire.Joined(epoch=message.epoch, seconds=0.0))
             case wire.AllocateCache():
-                self.send(wire.CacheAllocated(epoch=message.epoch, blocks=message.blocks, memory_bytes=7))
+                self.send(self.allocate(message))
             case wire.Step():
                 self._step(message)
             case _:
                 pass
+
+    def allocate(self, order: wire.AllocateCache) -> wire.CacheAllocated:
+        memory = self.memory
+        if order.blocks != memory.blocks:
+            memory.name, memory.blocks, memory.slots = secrets.token_hex(4), order.blocks, {}
+        return wire.CacheAllocated(epoch=order.epoch, contents=memory.name, blocks=memory.blocks, memory_bytes=7)
 
     def _loaded(self) -> wire.Loaded:
         return wire.Loaded(
@@ -181,16 +202,23 @@ class FakeRank:
                 assert owners.setdefault(block, part.sequence_id) == part.sequence_id, "two sequences hold one block"
             for position, token in enumerate(part.tokens, part.position):
                 block, slot = divmod(position, BLOCK_SIZE)
-                self._cache.setdefault(part.blocks[block], [None] * BLOCK_SIZE)[slot] = token
+                self.memory.slots.setdefault(part.blocks[block], [None] * BLOCK_SIZE)[slot] = token
             drawn = next_token(self._context(part, part.position + len(part.tokens)))
             fingerprint = zlib.crc32(struct.pack("<q", drawn), fingerprint)
             if part.sample is not None and self.rank == 0:
                 sampled.append(wire.SampledToken(sequence_id=part.sequence_id, token=drawn))
         return wire.StepDone(epoch=step.epoch, step=step.step, seconds=0.001, fingerprint=fingerprint, sampled=sampled)
 
+    def leave_undone(self, step: wire.Step) -> None:
+        """Only a part of it was written, and nobody knows which."""
+        for part in step.sequences:
+            for position in range(part.position, part.position + len(part.tokens)):
+                block, slot = divmod(position, BLOCK_SIZE)
+                self.memory.slots[part.blocks[block]][slot] = None
+
     def _context(self, part: wire.SequenceSlice, end: int) -> list[int]:
         """What the cache holds for the sequence's first `end` positions."""
         blocks = part.blocks[: -(-end // BLOCK_SIZE)]
-        context = [token for block in blocks for token in self._cache[block]][:end]
+        context = [token for block in blocks for token in self.memory.slots[block]][:end]
         assert None not in context, "a slot is read that nobody wrote"
         return cast(list[int], context)

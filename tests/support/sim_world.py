@@ -9,20 +9,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
-from tests.support.fake_ranks import BLOCK_SIZE, FakeRank, continuation
+from tests.support.fake_ranks import BLOCK_SIZE, FakeRank, ToyMemory, continuation
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import EngineLimits, ServeConfig, Watchdog
 from lockstep_runtime.engine.engine import Engine
+from lockstep_runtime.engine.inquiry import GroupFaultError
 from lockstep_runtime.engine.interface import EngineBusyError, GenerationFailedError, GenerationRequest
-from lockstep_runtime.engine.recovery import REBUILDS, RESPAWNS
+from lockstep_runtime.engine.recovery import REBUILDS, RESPAWNS, Recovery
 from lockstep_runtime.wire import Fault
 
 _decoder: msgspec.msgpack.Decoder[wire.ToWorker] = msgspec.msgpack.Decoder(wire.ToWorker)
 FAULTS = (
-    "die", "stop", "hang", "hang outside", "raise", "refuse", "nan", "context", "odd", "corrupt", "cut", "slow",
-    "die in join", "hang in join", "raise in join", "die in loading", "crash loop",
+    "die", "crash", "stop", "hang", "hang outside", "raise", "refuse", "nan", "context", "odd", "corrupt", "cut",
+    "slow", "die in join", "hang in join", "raise in join", "die in loading", "crash loop",
 )  # fmt: skip
+GARBAGE = (Fault.NON_FINITE, Fault.DESYNC, Fault.CORRUPTION, Fault.CONTEXT_FAULT)
 
 
 @dataclass
@@ -66,6 +68,7 @@ class SimRank:
         self.link: Link | None = None
         self.plan: list[str] = []  # of faults, for the next chance
         self.crashes = 0  # how many of the next processes die before they are loaded
+        self.memory = ToyMemory()
         self.supervisor = Link(world.hello(wire.Role.SUPERVISOR, rank, f"s{rank}"), world, self._obey)
         world.engine.group.connected(self.supervisor)
         self.spawn()
@@ -75,7 +78,7 @@ class SimRank:
     def spawn(self) -> None:
         self.processes += 1
         self.incarnation = f"{self.rank}.{self.processes}"
-        self.toy = FakeRank(self.world.config, self.rank, cache_blocks=24)
+        self.toy = FakeRank(self.world.config, self.rank, cache_blocks=24, memory=self.memory)
         self.alive, self.silent, self.corrupt, self.joined = True, False, False, -1
         self.epoch, self.fence = 0, 0
         self.place = (0, False)
@@ -108,6 +111,12 @@ class SimRank:
         exited = wire.ProcessExited(rank=self.rank, pid=1, incarnation=self.incarnation, signal=9)
         self.world.later(self.world.chance.uniform(0.0, 0.02), self.supervisor.answer, exited)
         self.world.later(0.05, self.spawn)
+
+    def crash(self) -> None:
+        """As by SIGSEGV: what it has written is not handed on."""
+        if self.alive:
+            self.memory = ToyMemory()
+            self.die()
 
     def cut(self) -> None:
         """The connection is lost; the process makes another."""
@@ -159,8 +168,7 @@ class SimRank:
             case wire.Join() if message.epoch >= self.fence:
                 self._join(message)
             case wire.AllocateCache() if message.epoch >= self.fence:
-                self.toy._cache = {}
-                self._say(wire.CacheAllocated(epoch=message.epoch, blocks=message.blocks, memory_bytes=7), 0.001)
+                self._say(self.toy.allocate(message), 0.001)
             case wire.Step() if message.epoch >= self.fence:
                 self._step(message)
             case _:
@@ -191,11 +199,13 @@ class SimRank:
             done = msgspec.structs.replace(done, fingerprint=done.fingerprint ^ 0xBAD)
         epoch, number = step.epoch, step.step
         match self._takes("hang", "hang outside", "raise", "refuse", "nan", "context", "odd", "slow"):
-            case "hang":
-                pass  # an abort gets it out
+            case "hang":  # an abort gets it out
+                self.toy.leave_undone(step)
             case "hang outside":
+                self.toy.leave_undone(step)
                 self.joined, self.place = -2, (2, False)
             case "raise":
+                self.toy.leave_undone(step)
                 self._fail(epoch, number, Fault.STEP_FAILED, "raised")
             case "refuse":
                 self._fail(epoch, number, Fault.STEP_FAILED, "could not begin", untouched=True)
@@ -231,6 +241,20 @@ class SimRank:
         return msgspec.structs.replace(self.toy.record(), incarnation=self.incarnation)
 
 
+class SpoiledEngine(Engine):
+    """Once it knows of a fault that computes garbage, nothing that the ranks have written may be read again."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world.config)
+        self._world = world
+
+    def _suffer(self, fault: GroupFaultError) -> Recovery:
+        if any(one.fault in GARBAGE for one in fault.evidence):
+            for rank in self._world.ranks:
+                rank.memory.spoil()
+        return super()._suffer(fault)
+
+
 @dataclass
 class World:
     """One schedule of faults, made from its seed."""
@@ -250,7 +274,7 @@ class World:
             model="toy", served_name="toy", tensor_parallel_size=self.size, watchdog=Watchdog(floor=1.0),
             limits=EngineLimits(max_batch_tokens=self.chance.choice([4, 16, 64])),
         )  # fmt: skip
-        self.engine = Engine(self.config)
+        self.engine = SpoiledEngine(self)
         self.engine.set_model(None)
         self._joining: dict[int, dict[int, SimRank]] = {}
 
@@ -309,6 +333,8 @@ class World:
         match self.chance.choice(FAULTS):
             case "die":
                 rank.die()
+            case "crash":
+                rank.crash()
             case "stop":
                 rank.stop()
             case "cut":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tests.support.ranks import Ranks, piece
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import EngineLimits, ServeConfig
-from lockstep_runtime.layers.cache import BLOCK_SIZE
+from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheMemory, KVCache
 from lockstep_runtime.layers.matrix import pack_fbgemm
 from lockstep_runtime.progress import Progress, new_memory
 from lockstep_runtime.weights.errors import ModelError
@@ -43,13 +44,53 @@ def test_the_cache_is_what_was_asked_for_or_what_can_be_used(model: Path) -> Non
     report = Runner(config(model, EngineLimits(kv_cache_bytes=block * 10 + 5)), 0).load(lambda done, total: None)
     assert report.cache_blocks == 10
     report = Runner(config(model, EngineLimits(max_model_len=100, max_sequences=3)), 0).load(lambda done, total: None)
-    assert report.cache_blocks == 3 * 4
+    assert report.cache_blocks == 3 * 4 + 1
     with pytest.raises(ModelError, match="no room for a KV cache"):
         Runner(config(model, EngineLimits(kv_cache_bytes=10)), 0).load(lambda done, total: None)
     runner = Runner(config(model), 0)
     runner.load(lambda done, total: None)
-    assert runner.allocate(7) == 7 * block
-    assert runner.allocate(5) == 5 * block
+    assert runner.allocate(7).nbytes == 7 * block
+    assert runner.allocate(5).nbytes == 5 * block
+
+
+def write(cache: KVCache) -> None:
+    with torch.inference_mode():
+        cache.layers[1].values[3] = 7.0
+
+
+def test_a_cache_is_laid_out_anew_only_for_another_size(model: Path) -> None:
+    runner = Runner(config(model), 0)
+    runner.load(lambda done, total: None)
+    cache = runner.allocate(4)
+    write(cache)
+    assert runner.allocate(4) is cache
+    other = runner.allocate(5)
+    assert other.name != cache.name
+    assert not other.layers[1].values[3].any()
+
+
+def test_the_next_process_of_a_rank_finds_what_stood_in_its_cache(model: Path) -> None:
+    descriptor = os.memfd_create("test")
+    before, after = (Runner(config(model), 0, CacheMemory(descriptor)) for _ in range(2))
+    offered = before.load(lambda done, total: None).cache_blocks
+    cache = before.allocate(offered - 2)  # another rank had less room
+    write(cache)
+    assert after.load(lambda done, total: None).cache_blocks == offered - 2
+    found = after.allocate(offered - 2)
+    assert found.name == cache.name
+    assert torch.equal(found.layers[1].values, cache.layers[1].values)
+    assert not found.layers[1].keys.any()
+
+
+def test_a_cache_of_another_model_is_not_taken_over(model: Path, tmp_path: Path) -> None:
+    descriptor = os.memfd_create("test")
+    other = write_model(tmp_path / "other", ModelShape(layers=3))
+    names = []
+    for path in (model, other):
+        runner = Runner(config(path), 0, CacheMemory(descriptor))
+        runner.load(lambda done, total: None)
+        names.append(runner.allocate(4).name)
+    assert len(set(names)) == 2
 
 
 def test_a_slice_without_room_is_refused_before_any_collective(model: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,8 +113,8 @@ class FakeEdge:
         progress(10, 10)
         return LoadReport(weight_bytes=10, read_bytes=10, cache_blocks=5, block_size=16, memory_bytes=99)
 
-    def allocate(self, blocks: int) -> int:
-        return blocks * 100
+    def allocate(self, blocks: int) -> Any:
+        return SimpleNamespace(name="fresh", blocks=blocks, nbytes=blocks * 100)
 
     def step(self, step: wire.Step, group: Any) -> StepOutput:
         return StepOutput(fingerprint=self.step_work(group), sampled=[])
@@ -178,7 +179,8 @@ async def test_it_tells_who_it_is_and_what_it_loaded(scene: Scene) -> None:
 async def test_the_dance_and_a_step(scene: Scene) -> None:
     peer = await scene.joined(1)
     peer.send(wire.AllocateCache(epoch=1, blocks=3))
-    assert (await scene.script.hear(wire.CacheAllocated)).memory_bytes == 300
+    laid_out = await scene.script.hear(wire.CacheAllocated)
+    assert (laid_out.contents, laid_out.memory_bytes) == ("fresh", 300)
     peer.send(step(1, 7))
     done = await scene.script.hear(wire.StepDone)
     assert (done.epoch, done.step, done.fingerprint) == (1, 7, 42)

@@ -30,7 +30,7 @@ from lockstep_runtime.engine.interface import (
 from lockstep_runtime.engine.latency import LatencyWindow
 from lockstep_runtime.engine.probe import Memory as ProbeMemory
 from lockstep_runtime.engine.probe import practice, probe
-from lockstep_runtime.engine.recovery import Evidence, Ladder, Recovery, Rung, points
+from lockstep_runtime.engine.recovery import Evidence, Ladder, Recovery, Rung, points, spoils_caches
 from lockstep_runtime.engine.scheduler import Scheduler
 from lockstep_runtime.engine.sequence import Sequence
 from lockstep_runtime.engine.status import Standing, group_state
@@ -71,6 +71,7 @@ class Engine:
         self._formed_at = 0.0  # on the monotonic clock; 0 while nothing is formed, or it is broken
         self._formed_steps = 0  # what `_steps` was then
         self._processes: list[str] = []  # incarnations that formed it
+        self._contents: tuple[str, ...] = ()  # the caches, by rank, in which the sequences stand
         self._work: Work | None = None  # of the last step
         self._refusals = 0
         self._faults = FaultBook(history.faults if history else [], history.recoveries if history else 0)
@@ -247,10 +248,10 @@ class Engine:
             self._deadlines.processes_changed()
         verified = await self._verify(formed)
         await self._model_known.wait()
-        self._place(formed)
+        kept = self._place(formed)
         self._processes, self._formed_at, self._formed_steps = processes, time.monotonic(), self._steps
         self._forming.in_use()
-        self._tell_formed(formed, {**formed.phases, "verify": round(verified, 4)}, respawned=respawned)
+        self._tell_formed(formed, {**formed.phases, "verify": round(verified, 4)}, respawned=respawned, kept=kept)
 
     async def _verify(self, formed: Formed) -> float:
         """Run the probe; returns the seconds it took.
@@ -260,11 +261,11 @@ class Engine:
         """
         begun = time.monotonic()
         incarnations = [member.last_incarnation for member in self.group.members]
-        if wrong := self._probe.judge(await self._prove(probe(formed.blocks, formed.block_size)), incarnations):
+        if wrong := self._probe.judge(await self._prove(probe(formed.blocks)), incarnations):
             evidence = Evidence(wire.Fault.CORRUPTION, None, wrong)
             raise GroupFaultError(evidence, [evidence])
-        if not self._was_ready and (decode := practice(formed.blocks, formed.block_size)):
-            await self._prove(decode)
+        if not self._was_ready:
+            await self._prove(practice(formed.blocks))
         seconds = time.monotonic() - begun
         self._log_phase("verify", seconds, "an all-reduce of ones and the probe prompt gave what they must")
         return seconds
@@ -276,10 +277,11 @@ class Engine:
         except StepRefusedError as refusal:
             raise GroupFaultError(refusal.evidence[0], refusal.evidence) from refusal
 
-    def _tell_formed(self, formed: Formed, phases: dict[str, float], *, respawned: bool) -> None:
+    def _tell_formed(self, formed: Formed, phases: dict[str, float], *, respawned: bool, kept: bool) -> None:
         resumed = len(self._streams)
         if self._was_ready:
             words = f"{resumed} {'request goes' if resumed == 1 else 'requests go'} on in epoch {formed.epoch}"
+            words += ", with the KV caches as they were" if kept else ", computed again from the tokens"
             self._log_phase("resumed", sum(phases.values()), words)
         else:
             url = f"http://{self._config.host}:{self._config.api_port}"
@@ -294,8 +296,14 @@ class Engine:
         if fault := self._faults.open_id:
             logger.info("%s: fault %d epoch %d: %s (%.3f s)", phase, fault, self._inquiry.epoch, words, seconds)
 
-    def _place(self, formed: Formed) -> None:
-        """Lay the block book over the new caches; every sequence starts over from its token ids."""
+    def _place(self, formed: Formed) -> bool:
+        """Whether the caches still hold what the sequences have computed.
+
+        Else the block book is laid over the new ones, and every sequence starts over from its token ids.
+        """
+        if self._contents == formed.contents:
+            return True
+        self._contents = formed.contents
         length = self._length_limit() or formed.blocks * formed.block_size
         if self._scheduler is None:
             self._scheduler = Scheduler(
@@ -305,11 +313,12 @@ class Engine:
                 blocks=formed.blocks,
                 block_size=formed.block_size,
             )
-            return
+            return False
         for sequence in self._scheduler.start_over(
             max_model_len=length, blocks=formed.blocks, block_size=formed.block_size
         ):
             self._fail(sequence.id, "the group came back with a smaller cache, and the request no longer fits")
+        return False
 
     async def _serve(self) -> None:
         scheduler = self._scheduler
@@ -378,6 +387,8 @@ class Engine:
             healthy = time.monotonic() - self._formed_at - cause.waited
             self._ladder.rest(healthy, steps=self._steps > self._formed_steps)
             self._formed_at = 0.0
+        if spoils_caches(fault.evidence):
+            self._contents = ()
         recovery = self._ladder.decide(cause, fault.evidence, by_request=fault.by_request)
         rung = recovery.rung or ""
         if self._was_ready or not rung:

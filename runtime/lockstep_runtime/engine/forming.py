@@ -14,6 +14,7 @@ from typing import Final
 from lockstep_runtime import wire
 from lockstep_runtime.engine.deadline import Deadline
 from lockstep_runtime.engine.group import RankGroup
+from lockstep_runtime.engine.probe import PROBE_BLOCKS
 from lockstep_runtime.wire import RankState
 
 RENDEZVOUS: Final = Deadline(15.0, 15.0, extends=False)
@@ -31,11 +32,15 @@ LOOK_SECONDS: Final = 0.25  # between two looks for ranks that are stuck, while 
 
 @dataclass(frozen=True, slots=True)
 class Formed:
-    """A group that has joined. `phases` are seconds of: abort, respawn, rebuild."""
+    """A group that has joined. `phases` are seconds of: abort, respawn, rebuild.
+
+    `contents` names, by rank, what stands in the KV caches: `blocks` blocks for requests, and the probe's behind them.
+    """
 
     epoch: int
     blocks: int
     block_size: int
+    contents: tuple[str, ...]
     phases: dict[str, float]
 
 
@@ -70,7 +75,7 @@ class Forming:
         self._group.gathering = False
         self._longest_load = max(self._longest_load, *(one.loaded.seconds for one in self._members if one.loaded), 0.0)
         self._on_phase("respawn", gathered - aborted, f"all {len(self._members)} ranks have their weights")
-        blocks, block_size = await self._join()
+        blocks, block_size, contents = await self._join()
         self._joined = True
         phases = {
             "abort": aborted - begun,
@@ -78,8 +83,13 @@ class Forming:
             "rebuild": time.monotonic() - gathered,
         }
         self._on_phase("rebuild", phases["rebuild"], f"a new communicator, and {blocks} blocks of cache on each rank")
-        epoch = self._inquiry.epoch
-        return Formed(epoch, blocks, block_size, {name: round(value, 4) for name, value in phases.items()})
+        return Formed(
+            epoch=self._inquiry.epoch,
+            blocks=blocks - PROBE_BLOCKS,
+            block_size=block_size,
+            contents=contents,
+            phases={name: round(value, 4) for name, value in phases.items()},
+        )
 
     def in_use(self) -> None:
         """The group was proved: it serves from now on."""
@@ -137,8 +147,8 @@ class Forming:
                 continue
             self._group.kill_stuck(member.rank, how)
 
-    async def _join(self) -> tuple[int, int]:
-        """On how many blocks of cache, and of which size, the ranks have agreed."""
+    async def _join(self) -> tuple[int, int, tuple[str, ...]]:
+        """On how many blocks of cache, and of which size, the ranks have agreed, and what stands in them."""
         inquiry, everyone = self._inquiry, self._members
         rendezvous = wire.Rendezvous(epoch=inquiry.epoch)
         opened = await inquiry.ask(everyone[:1], rendezvous, wire.RendezvousOpened, RENDEZVOUS)
@@ -151,4 +161,4 @@ class Forming:
         for member in everyone:
             member.joined_epoch = inquiry.epoch
             member.memory_bytes = laid_out[member.rank].memory_bytes
-        return blocks, block_size
+        return blocks, block_size, tuple(laid_out[member.rank].contents for member in everyone)

@@ -15,26 +15,20 @@ from typing import Final
 from lockstep_runtime.wire import SamplingParams, SequenceSlice
 
 SEQUENCE: Final = 0  # no request's: those count from 1
-PROMPT: Final = tuple(range(1, 9))  # token ids that every vocabulary has
+PROMPT: Final = [1, 2, 3]  # token ids that every vocabulary has
+PROBE_BLOCKS: Final = 1  # of the cache, behind those of requests: what stands there is nobody's
 GREEDY: Final = SamplingParams(temperature=0)
 
 
-def probe(blocks: int, block_size: int) -> list[SequenceSlice]:
-    """One prefill step, cut short where the cache is smaller than the prompt."""
-    prompt = list(PROMPT[: max(1, blocks * block_size - 1)])
-    return [_slice(0, prompt, blocks, block_size)]
+def probe(block: int) -> list[SequenceSlice]:
+    """One prefill step in this block."""
+    return [SequenceSlice(sequence_id=SEQUENCE, position=0, tokens=PROMPT, blocks=[block], sample=GREEDY)]
 
 
-def practice(blocks: int, block_size: int) -> list[SequenceSlice]:
-    """The decode step after it; none where there is no room for it."""
-    [prefill] = probe(blocks, block_size)
-    position = len(prefill.tokens)
-    return [_slice(position, prefill.tokens[-1:], blocks, block_size)] if blocks * block_size > position else []
-
-
-def _slice(position: int, tokens: list[int], blocks: int, block_size: int) -> SequenceSlice:
-    table = list(range(min(blocks, -(-(len(PROMPT) + 1) // block_size))))
-    return SequenceSlice(sequence_id=SEQUENCE, position=position, tokens=tokens, blocks=table, sample=GREEDY)
+def practice(block: int) -> list[SequenceSlice]:
+    """The decode step after it."""
+    token = PROMPT[-1:]
+    return [SequenceSlice(sequence_id=SEQUENCE, position=len(PROMPT), tokens=token, blocks=[block], sample=GREEDY)]
 
 
 class Memory:

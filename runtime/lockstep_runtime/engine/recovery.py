@@ -69,6 +69,7 @@ _WEIGHT: Final = {
 }
 _PROCESS_UNUSABLE: Final = frozenset({Fault.CONTEXT_FAULT, Fault.CORRUPTION})
 _NOT_BY_A_STEP: Final = frozenset({Fault.RANK_LOST, Fault.CORRUPTION})
+_GARBAGE: Final = frozenset({Fault.CONTEXT_FAULT, Fault.CORRUPTION, Fault.NON_FINITE, Fault.DESYNC})
 
 
 def diagnose(evidence: Sequence[Evidence]) -> Evidence:
@@ -196,6 +197,12 @@ class Ladder:
         if self.respawns.take():
             return wanted
         return Recovery(None, (), f"{RESPAWNS} respawns are used up, and {wanted.reason}")
+
+
+def spoils_caches(evidence: Sequence[Evidence]) -> bool:
+    """Whether what was computed before such a fault can't be relied on either. A step that did not end writes nothing
+    but what it writes again when it is repeated."""
+    return any(one.fault in _GARBAGE for one in evidence)
 
 
 def points(cause: Evidence) -> int:

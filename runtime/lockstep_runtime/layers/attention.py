@@ -31,7 +31,7 @@ def _context(held: Tensor, segment: Segment) -> Tensor:
     """[1, kv_heads, context, head_dim]; a view where the sequence's blocks lie side by side."""
     _, heads, width = held.shape
     if segment.slots is None:
-        first = segment.first_slot * heads * width
+        first = held.storage_offset() + segment.first_slot * heads * width
         return held.as_strided((1, heads, segment.context, width), (0, width, heads * width, 1), first)
     return held.index_select(0, segment.slots).transpose(0, 1)[None]
 

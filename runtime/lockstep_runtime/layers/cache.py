@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
+import secrets
 from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -39,24 +42,64 @@ class LayerCache:
         self.values.index_copy_(0, slots, values)
 
 
+class Held(msgspec.Struct, frozen=True, kw_only=True):
+    """What stands in a `CacheMemory`, as JSON in its first page."""
+
+    name: str
+    shape: CacheShape
+    dtype: str
+    blocks: int
+
+
+class CacheMemory:
+    """Memory in which a rank's cache outlives the process that wrote it, if the descriptor (memfd) is held elsewhere.
+
+    Its pages are zero until they are first touched: a cache of any size is there at once, and a rank that takes part in
+    a rebuild waits for nothing.
+    """
+
+    def __init__(self, descriptor: int | None = None) -> None:
+        self._descriptor = os.memfd_create("lockstep-cache") if descriptor is None else descriptor
+
+    def held(self, shape: CacheShape, dtype: torch.dtype) -> Held | None:
+        """What a cache of this shape has left here."""
+        try:
+            found = msgspec.json.decode(os.pread(self._descriptor, mmap.PAGESIZE, 0).rstrip(b"\0"), type=Held)
+        except msgspec.DecodeError:
+            return None
+        return found if (found.shape, found.dtype) == (shape, str(dtype)) else None
+
+    def open(self, shape: CacheShape, dtype: torch.dtype, blocks: int) -> tuple[str, Tensor]:
+        """The cache that is here, or a new one in its place: its name, and all of its numbers."""
+        held = self.held(shape, dtype)
+        if held is None or held.blocks != blocks:
+            held = Held(name=_new_name(), shape=shape, dtype=str(dtype), blocks=blocks)
+            os.ftruncate(self._descriptor, 0)
+            os.ftruncate(self._descriptor, mmap.PAGESIZE + blocks * shape.block_bytes(dtype))
+            os.pwrite(self._descriptor, msgspec.json.encode(held), 0)
+        pages = mmap.mmap(self._descriptor, 0)
+        pages.madvise(mmap.MADV_HUGEPAGE)
+        return held.name, torch.frombuffer(pages, dtype=dtype, offset=mmap.PAGESIZE)
+
+
 class KVCache:
-    """`layers[i]` is the layer's keys and values, each [slots, kv_heads, head_dim]."""
+    """`layers[i]` is the layer's keys and values, each [slots, kv_heads, head_dim].
 
-    def __init__(self, shape: CacheShape, blocks: int, placement: Placement) -> None:
-        size = (blocks * BLOCK_SIZE, shape.kv_heads, shape.head_dim)
-        self.layers = [LayerCache(_zeros(size, placement), _zeros(size, placement)) for _ in range(shape.layers)]
+    `name` stands for what is written to it. Where the memory is a CPU's, a later cache of the same shape and size in
+    the same `memory` has the same name and contents.
+    """
+
+    def __init__(self, shape: CacheShape, blocks: int, placement: Placement, memory: CacheMemory | None = None) -> None:
+        size = (2, shape.layers, blocks * BLOCK_SIZE, shape.kv_heads, shape.head_dim)
+        dtype, device = placement.activation, placement.device
+        if device.type == "cpu":
+            self.name, numbers = (memory or CacheMemory()).open(shape, dtype, blocks)
+        else:
+            self.name, numbers = _new_name(), torch.zeros(math.prod(size), dtype=dtype, device=device)
+        self.layers = [LayerCache(keys, values) for keys, values in zip(*numbers.view(size), strict=True)]
         self.blocks = blocks
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+        self.nbytes = numbers.nbytes
 
 
-def _zeros(size: tuple[int, ...], placement: Placement) -> Tensor:
-    """On the CPU fresh pages of the kernel's, which are zero when they are first touched: a cache of any size is there
-    at once, and a rank that takes part in a rebuild waits for nothing."""
-    if placement.device.type != "cpu":
-        return torch.zeros(size, dtype=placement.activation, device=placement.device)
-    pages = mmap.mmap(-1, math.prod(size) * placement.activation.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=placement.activation).view(size)
+def _new_name() -> str:
+    return secrets.token_hex(8)

@@ -29,6 +29,7 @@ from lockstep_runtime.supervisor.starvation import Waits
 logger = logging.getLogger(__name__)
 _HEALTHY_SECONDS: Final = 10.0  # of the spare's and the engine's life
 FORK_SECONDS: Final = 5.0  # a spare that takes longer is of no use
+_BY_OTHERS: Final = frozenset({signal.SIGKILL, signal.SIGTERM})  # what ends a process in which nothing is wrong
 _ONE_THREAD: Final = {"OPENBLAS_NUM_THREADS": "1"}  # numpy's, which is asked for no product: a spare must have none
 _PR_SET_CHILD_SUBREAPER: Final = 36  # prctl(2)
 
@@ -73,6 +74,7 @@ class Processes:
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = _ONE_THREAD | dict(environment) | {child.PARENT_VARIABLE: str(os.getpid())}
         self._by_name: dict[Name, _Process] = {}
+        self._caches: dict[int, int] = {}  # descriptors of the memory in which a rank's KV cache outlives its process
         self._orders: socket.socket | None = None  # the spare's standard input
         # What the spare forks and leaves behind becomes ours, as it does anyway where this is process 1.
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -118,7 +120,8 @@ class Processes:
         progress = new_memory(f"lockstep-progress-{rank}")
         wait, go = os.pipe()
         try:
-            pid = self._ask_spare(child.Birth(rank=rank, incarnation=incarnation), progress, wait)
+            birth = child.Birth(rank=rank, incarnation=incarnation)
+            pid = self._ask_spare(birth, progress, self._cache_of(rank), wait)
             os.write(go, b"!")
         except (OSError, ValueError) as error:
             os.close(progress)
@@ -134,6 +137,11 @@ class Processes:
             raise OSError("there is none")
         socket.send_fds(self._orders, [msgspec.json.encode(birth)], descriptors)
         return int(self._orders.recv(32))
+
+    def _cache_of(self, rank: int) -> int:
+        if rank not in self._caches:
+            self._caches[rank] = os.memfd_create(f"lockstep-cache-{rank}")
+        return self._caches[rank]
 
     def records(self) -> list[wire.ProgressRecord]:
         """How far every worker has come, whether it answers or not."""
@@ -181,6 +189,8 @@ class Processes:
     def _ended(self, process: _Process, status: int) -> Exit:
         del self._by_name[process.name]
         killed = os.WIFSIGNALED(status)
+        if killed and os.WTERMSIG(status) not in _BY_OTHERS and process.name in self._caches:
+            os.close(self._caches.pop(process.name))  # a process that crashed may have written anywhere
         return Exit(
             name=process.name,
             pid=process.pid,

@@ -12,6 +12,7 @@ from typing import Final, NoReturn, Protocol
 
 from lockstep_runtime import child, fault_box, wire
 from lockstep_runtime.config import TOKEN_VARIABLE, ServeConfig
+from lockstep_runtime.layers.cache import CacheMemory
 from lockstep_runtime.parallel import group as collectives
 from lockstep_runtime.parallel.group import Group, Rendezvous
 from lockstep_runtime.parallel.watched import WatchedGroup
@@ -155,8 +156,10 @@ class Worker:
             case wire.Join():
                 return self._join(command)
             case wire.AllocateCache():
-                memory = self._runner.allocate(command.blocks)
-                return wire.CacheAllocated(epoch=command.epoch, blocks=command.blocks, memory_bytes=memory)
+                cache = self._runner.allocate(command.blocks)
+                return wire.CacheAllocated(
+                    epoch=command.epoch, contents=cache.name, blocks=cache.blocks, memory_bytes=cache.nbytes
+                )
 
     def _join(self, command: wire.Join) -> wire.Joined:
         begun = time.monotonic()
@@ -229,11 +232,11 @@ def _loaded(report: LoadReport, seconds: float) -> wire.Loaded:
     )
 
 
-def run(config: ServeConfig, rank: int, control: Control, progress: Progress) -> int:
+def run(config: ServeConfig, rank: int, memory: CacheMemory, control: Control, progress: Progress) -> int:
     """Load, then work until dismissed; returns the exit code."""
     worker = Worker(config, rank, control, progress, collectives)
     try:
-        worker.load(Runner(config, rank))
+        worker.load(Runner(config, rank, memory))
     except Exception as error:
         message = load_error(error)
         logger.error("can't load: %s", message)
@@ -263,7 +266,8 @@ def main(config: ServeConfig, rank: int) -> NoReturn:
     progress = Progress(int(os.environ[child.PROGRESS_VARIABLE]))
     control = Control(config, rank, os.environ[TOKEN_VARIABLE], os.environ[child.INCARNATION_VARIABLE])
     control.start()
-    _end(run(config, rank, control, progress))
+    memory = CacheMemory(int(os.environ[child.CACHE_VARIABLE]))
+    _end(run(config, rank, memory, control, progress))
 
 
 def _end(code: int) -> NoReturn:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.layers.batch import Batch, build_batch
-from lockstep_runtime.layers.cache import BLOCK_SIZE, KVCache
+from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheMemory, KVCache
 from lockstep_runtime.layers.placement import choose_placement
 from lockstep_runtime.layers.weight import PlainWeight, StoredTable, Weight
 from lockstep_runtime.models.registry import Model, build_model
@@ -56,13 +56,14 @@ class StepOutput:
 
 
 class Runner:
-    """All methods belong to one thread."""
+    """All methods belong to one thread. `memory` is for the KV cache of a rank that computes on the CPU."""
 
-    def __init__(self, config: ServeConfig, rank: int) -> None:
+    def __init__(self, config: ServeConfig, rank: int, memory: CacheMemory | None = None) -> None:
         self._config, self._rank = config, rank
         self._device = _device(config, rank)
+        self._memory = memory or CacheMemory()
         self._model: Model
-        self._cache: KVCache
+        self._cache: KVCache | None = None
         torch.set_num_threads(config.threads_per_rank or max(1, _cores() // config.ranks_per_pod))
 
     def load(self, progress: Callable[[int, int], None]) -> LoadReport:
@@ -153,13 +154,13 @@ class Runner:
         with torch.inference_mode():
             return Scrub(watch(self._model.weights(), known), interval, time.monotonic())
 
-    def allocate(self, blocks: int) -> int:
-        """Lay out a KV cache of so many blocks, in place of any earlier one; returns its bytes."""
-        if hasattr(self, "_cache"):
-            del self._cache
-        with torch.inference_mode():
-            self._cache = KVCache(self._model.cache_shape, blocks, self._placement)
-        return self._cache.nbytes
+    def allocate(self, blocks: int) -> KVCache:
+        """The KV cache, if it is of so many blocks; else a new one in its place."""
+        if self._cache is None or self._cache.blocks != blocks:
+            self._cache = None  # its memory is needed
+            with torch.inference_mode():
+                self._cache = KVCache(self._model.cache_shape, blocks, self._placement, self._memory)
+        return self._cache
 
     def step(self, step: wire.Step, group: Group) -> StepOutput:
         """Run one step with all ranks of the group.
@@ -169,6 +170,8 @@ class Runner:
             NonFiniteError: rank 0 found NaN or infinity in the logits.
             ValueError: a slice that can't be run; raised before any collective.
         """
+        if self._cache is None:
+            raise RuntimeError("a step came before there was a cache")
         with torch.inference_mode():
             batch = build_batch(step.sequences, self._device)
             states = self._model.forward(batch, self._cache, group)
@@ -207,16 +210,19 @@ class Runner:
         return [] if logits is None else sample(logits, draws)
 
     def _room(self) -> int:
-        """Blocks that fit; never more than all sequences at full length could use."""
+        """Blocks that fit; never more than all sequences at full length could use, beside the probe."""
+        shape, dtype = self._model.cache_shape, self._placement.activation
+        if self._device.type == "cpu" and (held := self._memory.held(shape, dtype)):
+            return held.blocks
         limits = self._config.limits
         length = min(limits.max_model_len or self._model.max_positions, self._model.max_positions)
-        useful = limits.max_sequences * -(-length // BLOCK_SIZE)
+        useful = limits.max_sequences * -(-length // BLOCK_SIZE) + 1
         here = self._config.ranks_per_pod
         if self._device.type == "cuda":
             here = sharers(self._config, torch.cuda.device_count())
         budget = cache_budget(self._device, here, limits.kv_cache_bytes)
-        blocks = min(useful, budget // self._model.cache_shape.block_bytes(self._placement.activation))
-        if blocks < 1:
+        blocks = min(useful, budget // shape.block_bytes(dtype))
+        if blocks < 2:  # the probe's, and one for requests
             raise ModelError(f"no room for a KV cache: {budget} bytes are left beside the weights")
         return blocks
 

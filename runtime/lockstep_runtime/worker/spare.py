@@ -28,16 +28,16 @@ def main() -> NoReturn:
     child.become("spare", f"spare {title}")
     orders.send(child.WARM)
     while True:
-        data, descriptors, _, _ = socket.recv_fds(orders, 4096, 2, socket.MSG_CMSG_CLOEXEC)
+        data, descriptors, _, _ = socket.recv_fds(orders, 4096, 3, socket.MSG_CMSG_CLOEXEC)
         if not data:
             sys.exit(0)
-        birth, (progress, go) = msgspec.json.decode(data, type=child.Birth), descriptors
+        birth, (progress, cache, go) = msgspec.json.decode(data, type=child.Birth), descriptors
         pid = fork_orphan()
         if pid == 0:
             orders.close()
-            _live(config, birth, progress, go)
-        os.close(progress)
-        os.close(go)
+            _live(config, birth, progress, cache, go)
+        for descriptor in descriptors:
+            os.close(descriptor)
         orders.send(str(pid).encode())
 
 
@@ -84,7 +84,7 @@ def _take_orders_from_stdin() -> socket.socket:
     return orders
 
 
-def _live(config: ServeConfig, birth: child.Birth, progress: int, go: int) -> NoReturn:
+def _live(config: ServeConfig, birth: child.Birth, progress: int, cache: int, go: int) -> NoReturn:
     """In the newborn."""
     os.setpgid(0, 0)
     if not os.read(go, 1):
@@ -92,6 +92,7 @@ def _live(config: ServeConfig, birth: child.Birth, progress: int, go: int) -> No
     os.close(go)
     os.environ[child.INCARNATION_VARIABLE] = birth.incarnation
     os.environ[child.PROGRESS_VARIABLE] = str(progress)
+    os.environ[child.CACHE_VARIABLE] = str(cache)
     from lockstep_runtime.worker import main as worker  # imported by `warm_up`
 
     try:
