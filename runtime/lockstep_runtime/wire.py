@@ -204,7 +204,7 @@ class Join(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 class AllocateCache(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """To every rank: have a KV cache of this many blocks (the least that any rank offered), the one there is if it is
-    of that size. Answered by `CacheAllocated`."""
+    of that size, and fill the last block as always: it is the probe's. Answered by `CacheAllocated`."""
 
     epoch: int
     blocks: int

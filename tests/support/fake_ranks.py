@@ -162,6 +162,7 @@ class FakeRank:
         memory = self.memory
         if order.blocks != memory.blocks:
             memory.name, memory.blocks, memory.slots = secrets.token_hex(4), order.blocks, {}
+        memory.slots[order.blocks - 1] = [*range(BLOCK_SIZE)]
         return wire.CacheAllocated(epoch=order.epoch, contents=memory.name, blocks=memory.blocks, memory_bytes=7)
 
     def _loaded(self) -> wire.Loaded:

@@ -109,11 +109,11 @@ def test_ranks_are_listed_as_people_do() -> None:
     assert (ranks_text([1]), ranks_text([0, 2, 3])) == ("rank 1", "ranks 0,2,3")
 
 
-def test_the_probe_is_a_prefill_and_practice_a_decode_step_in_the_same_block() -> None:
-    [prefill], [decode] = probe(99), practice(99)
+def test_the_probe_is_a_decode_and_practice_a_prefill_step_in_the_same_block() -> None:
+    [decode], [prefill] = probe(99), practice(99)
     assert (prefill.tokens, prefill.position, prefill.blocks) == (PROMPT, 0, [99])
     assert (decode.position, len(decode.tokens), decode.blocks) == (len(PROMPT), 1, [99])
-    assert decode.position < BLOCK_SIZE
+    assert 0 < decode.position < BLOCK_SIZE
 
 
 def test_fingerprints_are_compared_as_long_as_a_process_is_left_that_was_there() -> None:

@@ -11,14 +11,17 @@ from tests.support.ranks import Ranks, piece
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import EngineLimits, ServeConfig
+from lockstep_runtime.engine.probe import probe
 from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheMemory, KVCache
 from lockstep_runtime.layers.matrix import pack_fbgemm
+from lockstep_runtime.layers.weight import PlainWeight
 from lockstep_runtime.progress import Progress, new_memory
 from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.wire import SamplingParams
 from lockstep_runtime.worker.inject import FaultyGroup
 from lockstep_runtime.worker.runner import Runner
 from lockstep_runtime.worker.sampler import NonFiniteError
+from lockstep_runtime.worker.scrub import name_of
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -79,7 +82,7 @@ def test_the_next_process_of_a_rank_finds_what_stood_in_its_cache(model: Path) -
     found = after.allocate(offered - 2)
     assert found.name == cache.name
     assert torch.equal(found.layers[1].values, cache.layers[1].values)
-    assert not found.layers[1].keys.any()
+    assert not found.layers[1].keys[3].any()
 
 
 def test_a_cache_of_another_model_is_not_taken_over(model: Path, tmp_path: Path) -> None:
@@ -140,6 +143,32 @@ def test_a_nan_in_the_weights_shows_as_non_finite(model: Path, logprobs: int) ->
     save_file(tensors, file)
     with Ranks(model, 2) as ranks, pytest.raises(NonFiniteError, match="1 of 1 sequences"):
         ranks.step(piece(1, 0, [1, 2, 3], [0], SamplingParams(temperature=0, logprobs=logprobs)))
+
+
+def test_the_probe_sees_every_weight_of_a_layer(model: Path) -> None:
+    with Ranks(model, 2, blocks=4) as ranks:
+        right = prove(ranks)
+        assert prove(ranks) == right
+        plain = [weight for weight in ranks.runners[1].weights() if isinstance(weight, PlainWeight)]
+        layers = [weight for weight in plain if "layers." in name_of(weight)]
+        assert len(layers) > 10
+        for weight in layers:
+            right_data = weight.data
+            with torch.inference_mode():
+                weight.data = right_data * 1.5
+                ranks.runners[1]._model.loaded()
+                assert prove(ranks) != right, name_of(weight)
+                weight.data = right_data
+                ranks.runners[1]._model.loaded()
+        assert prove(ranks) == right
+
+
+def prove(ranks: Ranks) -> int:
+    """The fingerprint of the probe, after a request's step."""
+    ranks.step(piece(1, 0, [5, 6, 7], [0], GREEDY))
+    for runner in ranks.runners:
+        runner.allocate(4)
+    return ranks.step(*probe(3)).fingerprint
 
 
 def test_values_beyond_float16_stay_exact() -> None:

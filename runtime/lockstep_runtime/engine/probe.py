@@ -1,10 +1,12 @@
-"""Proof before use: a fixed prompt is run on a newly made group, and its fingerprint must be that of the first time.
+"""Proof before use: a fixed token is decoded on a newly made group, and its fingerprint must be that of the first time.
 
 A shard that differs from what was loaded changes the sum of all ranks, so fingerprints agree with each other and yet
 differ from the remembered one. What is remembered counts as long as one process is left that was there.
 
-Streams wait for it, so it is one step. A group that serves nobody yet runs a decode step as well, so that the engine
-knows how long those take before the first request may hang in one.
+Streams wait for it, so it is the shortest step there is. Its context stands in a block of the cache that is nobody's
+and that every rank fills with the same numbers each time: with one token alone attention would have nothing to choose
+from. A group that serves nobody yet runs a prefill step as well, so that the engine knows how long those take before
+the first request may hang in one.
 """
 
 from __future__ import annotations
@@ -16,19 +18,18 @@ from lockstep_runtime.wire import SamplingParams, SequenceSlice
 
 SEQUENCE: Final = 0  # no request's: those count from 1
 PROMPT: Final = [1, 2, 3]  # token ids that every vocabulary has
-PROBE_BLOCKS: Final = 1  # of the cache, behind those of requests: what stands there is nobody's
+PROBE_BLOCKS: Final = 1  # of the cache, behind those of requests
 GREEDY: Final = SamplingParams(temperature=0)
 
 
 def probe(block: int) -> list[SequenceSlice]:
-    """One prefill step in this block."""
-    return [SequenceSlice(sequence_id=SEQUENCE, position=0, tokens=PROMPT, blocks=[block], sample=GREEDY)]
+    """A decode step behind what the block was filled with."""
+    return [SequenceSlice(sequence_id=SEQUENCE, position=len(PROMPT), tokens=[4], blocks=[block], sample=GREEDY)]
 
 
 def practice(block: int) -> list[SequenceSlice]:
-    """The decode step after it."""
-    token = PROMPT[-1:]
-    return [SequenceSlice(sequence_id=SEQUENCE, position=len(PROMPT), tokens=token, blocks=[block], sample=GREEDY)]
+    """A prefill step over it."""
+    return [SequenceSlice(sequence_id=SEQUENCE, position=0, tokens=PROMPT, blocks=[block], sample=GREEDY)]
 
 
 class Memory:

@@ -155,11 +155,12 @@ class Runner:
             return Scrub(watch(self._model.weights(), known), interval, time.monotonic())
 
     def allocate(self, blocks: int) -> KVCache:
-        """The KV cache, if it is of so many blocks; else a new one in its place."""
-        if self._cache is None or self._cache.blocks != blocks:
-            self._cache = None  # its memory is needed
-            with torch.inference_mode():
+        """The KV cache, if it is of so many blocks; else a new one in its place. The last block is the probe's."""
+        with torch.inference_mode():
+            if self._cache is None or self._cache.blocks != blocks:
+                self._cache = None  # its memory is needed
                 self._cache = KVCache(self._model.cache_shape, blocks, self._placement, self._memory)
+            self._cache.fill_last_block()
         return self._cache
 
     def step(self, step: wire.Step, group: Group) -> StepOutput:
