@@ -54,5 +54,5 @@ def parse_once(text: str) -> wire.Inject:
     kind, _, rank = text.partition(":")
     if kind not in list(wire.Injection) or not rank.isdecimal():
         raise ValueError(f"{ONCE_VARIABLE}={text!r}: write <fault>:<rank> with one of {', '.join(wire.Injection)}")
-    past_the_probe = 1  # whose prefill is the first of all
-    return wire.Inject(rank=int(rank), kind=wire.Injection(kind), phase=wire.Phase.PREFILL, skip=past_the_probe)
+    past_practice = 1  # whose prefill is the first of all
+    return wire.Inject(rank=int(rank), kind=wire.Injection(kind), phase=wire.Phase.PREFILL, skip=past_practice)

@@ -152,7 +152,7 @@ async def test_a_shard_that_changed_is_found_before_the_group_is_used_again() ->
         assert (first.fault, second.fault, second.rank, second.rung) == (
             Fault.STEP_FAILED, Fault.CORRUPTION, None, "Respawn",
         )  # fmt: skip
-        assert "the probe prompt's fingerprint is" in second.message
+        assert "the probe's fingerprint is" in second.message
         assert respawns(live) == [1, 1]
         assert live.engine.status().state is GroupState.READY
 

@@ -121,7 +121,7 @@ def test_fingerprints_are_compared_as_long_as_a_process_is_left_that_was_there()
     assert memory.judge(2, ["a", "b"]) == ""
     assert memory.judge(2, ["a", "c"]) == ""
     wrong = memory.judge(3, ["d", "c"])
-    assert wrong.startswith("the probe prompt's fingerprint is 0000000000000003, and was 0000000000000002 when")
+    assert wrong.startswith("the probe's fingerprint is 0000000000000003, and was 0000000000000002 when")
     assert memory.judge(3, ["d", "e"]) == ""  # all loaded anew: what they give is what was loaded
     assert memory.judge(2, ["d", "f"]) != ""
 

@@ -261,7 +261,7 @@ def test_a_fault_left_for_a_rank_is_found_once_and_by_no_other(box: dict[str, st
 
 
 def test_the_one_shot_variable_is_checked_at_the_start() -> None:
-    # The probe prompt is prefilled before any request.
+    # A prompt is prefilled for practice before any request's.
     assert fault_box.parse_once("hang:1") == wire.Inject(rank=1, kind=Injection.HANG, phase=Phase.PREFILL, skip=1)
     config = ServeConfig(model="m", served_name="m", allow_faults=True)
     for wrong in ("hang", "hang:", "crash:0", "hang:x"):

@@ -267,7 +267,7 @@ class Engine:
         if not self._was_ready:
             await self._prove(practice(formed.blocks))
         seconds = time.monotonic() - begun
-        self._log_phase("verify", seconds, "an all-reduce of ones and the probe prompt gave what they must")
+        self._log_phase("verify", seconds, "an all-reduce of ones and the probe gave what they must")
         return seconds
 
     async def _prove(self, slices: list[wire.SequenceSlice]) -> int:

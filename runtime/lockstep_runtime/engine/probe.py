@@ -44,7 +44,7 @@ class Memory:
         now = set(incarnations)
         if self._witnesses & now and fingerprint != self._fingerprint:
             was, found = f"{self._fingerprint:016x}", f"{fingerprint:016x}"
-            return f"the probe prompt's fingerprint is {found}, and was {was} when the model was loaded"
+            return f"the probe's fingerprint is {found}, and was {was} when the model was loaded"
         self._fingerprint = fingerprint
         self._witnesses = now
         return ""
