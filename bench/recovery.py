@@ -80,10 +80,10 @@ def ask(serve: Served, tokens: int) -> Stream:
 
 def text_of(stream: Stream) -> str:
     """The whole, once it has ended."""
-    text, _, error = stream.wait()
-    if error:
-        raise RuntimeError(f"the request failed: {error}")
-    return text
+    answer = stream.wait()
+    if answer.error:
+        raise RuntimeError(f"the request failed: {answer.error}")
+    return answer.text
 
 
 @contextlib.contextmanager
@@ -112,7 +112,7 @@ def disturb(serve: Served, case: Case, harm: Harm, undisturbed: str) -> tuple[fl
         return [one for one in serve.status().faults if one.id not in known and "firstToken" in one.phases]
 
     serve.until(lambda: bool(told()), "the repair is told", 30)
-    return stream.pause(), told()[0]
+    return stream.pause, told()[0]
 
 
 def restart(case: Case) -> float:

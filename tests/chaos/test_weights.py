@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.chaos import Arena, healed, outcome, ranks_of, start, wait_for
+from tests.support.chaos import Arena, healed, ranks_of, read, wait_for
 from tests.support.faults import inject
 from tests.support.serve import Served
+from tests.support.stream import answers
 
 from lockstep_runtime.wire import Fault, Injection
 
@@ -35,7 +36,7 @@ def test_a_flipped_bit_is_found_within_the_interval_and_healed(arena: Arena, ran
         after = ranks_of(serve.status())
         assert after[rank] != pids[rank]
         assert after[1 - rank] == pids[1 - rank]
-        assert outcome(start(serve)) == arena.undisturbed
+        assert answers(read(serve)) == arena.undisturbed
 
 
 def test_a_damaged_cache_is_not_used_but_made_anew(arena: Arena) -> None:
@@ -47,7 +48,7 @@ def test_a_damaged_cache_is_not_used_but_made_anew(arena: Arena) -> None:
             healed(serve)
             assert "the weight cache is discarded" in serve.log.read_text()
             assert not os.path.samestat(os.fstat(damaged.fileno()), file.stat())
-        assert outcome(start(serve)) == arena.undisturbed
+        assert answers(read(serve)) == arena.undisturbed
 
 
 def wait_until_corrupt(serve: Served, rank: int, seconds: float) -> None:

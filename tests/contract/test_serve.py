@@ -146,12 +146,12 @@ def test_a_killed_rank_is_a_pause_and_the_stream_goes_on_with_the_same_tokens(
 ) -> None:
     before = server.status()
     streams = [stream(server, prompt, 300) for prompt in PROMPTS[:3]]
-    server.until(lambda: all(one.chunks > 5 for one in streams), "the streams have begun")
+    server.until(lambda: all(one.pieces > 5 for one in streams), "the streams have begun")
     os.kill(server.pid_of(f"rank={rank}"), signal.SIGKILL)
     for one, prompt in zip(streams, PROMPTS[:3], strict=True):
-        text, finish, error = one.wait()
-        assert (text, error) == (oracle[prompt], "")
-        assert finish in ("length", "stop")
+        answer = one.wait()
+        assert (answer.text, answer.error) == (oracle[prompt], "")
+        assert answer.finish in ("length", "stop")
     server.until(lambda: server.status().recoveries == before.recoveries + 1, "the repair is told")
     fault = server.status().faults[-1]
     assert (fault.fault, fault.rank, fault.rung) == (Fault.RANK_LOST, rank, "Respawn")
@@ -230,10 +230,9 @@ def test_recycle_pods_only_says_that_it_is_poisoned(tmp_path: Path) -> None:
     ) as serve:
         serve.ready()
         running = stream(serve, PROMPTS[0], 300)
-        serve.until(lambda: running.chunks > 5, "the stream has begun")
+        serve.until(lambda: running.pieces > 5, "the stream has begun")
         os.kill(serve.pid_of("rank=1"), signal.SIGKILL)
-        _, _, error = running.wait()
-        assert "poisoned" in error
+        assert "poisoned" in running.wait().error
         serve.until(lambda: serve.status().state is GroupState.POISONED, "it is told")
         assert not serve.is_ready()
         assert serve.status().faults[-1].fault is Fault.RANK_LOST
@@ -300,11 +299,11 @@ def test_a_port_in_use_is_named_with_its_flag() -> None:
 
 def test_sigterm_drains_the_running_stream_is_finished_and_nothing_is_left(server: Served) -> None:
     running = stream(server, PROMPTS[0], 300)
-    server.until(lambda: running.chunks > 2, "the stream has begun")
+    server.until(lambda: running.pieces > 2, "the stream has begun")
     children = server.child_pids()
     server.process.send_signal(signal.SIGTERM)
     server.until(lambda: not server.is_ready(), "it is unready")
-    _, finish, error = running.wait()
-    assert (error, finish) in (("", "length"), ("", "stop"))
+    answer = running.wait()
+    assert (answer.error, answer.finish) in (("", "length"), ("", "stop"))
     assert server.process.wait(60) == 0
     assert not [pid for pid in children if is_running(pid)]

@@ -11,9 +11,6 @@ from tests.support.chaos import Cell
 from tests.support.cluster_api import ClusterApi
 from tests.support.cluster_faults import (
     WORKER,
-    Answer,
-    Reader,
-    answers,
     begun,
     breakable,
     events,
@@ -24,6 +21,7 @@ from tests.support.cluster_faults import (
 )
 from tests.support.cluster_model import Model
 from tests.support.cluster_processes import kill, one_process
+from tests.support.stream import Answer, Stream, answers
 
 from lockstep_runtime.wire import Fault, Injection, Moment, Phase
 
@@ -92,7 +90,7 @@ def test_clients_notice_a_pause_and_nothing_else(cell: Cell, faulty: Model, undi
     print(f"{cell.name}: pause {max(reader.pause for reader in readers):.2f} s, {faulty.status()['lastRecovery']}")
 
 
-def provoke(model: Model, cell: Cell) -> list[Reader]:
+def provoke(model: Model, cell: Cell) -> list[Stream]:
     """Let the fault happen while clients read; an idle group gets them right afterwards."""
     if cell.kind in SIGNALS and cell.phase is not Phase.PREFILL:
         process = one_process(model.pod(0, cell.rank), WORKER)

@@ -15,9 +15,7 @@ from tests.support.cluster_chaos import operator_away
 from tests.support.cluster_faults import (
     TOLD_SECONDS,
     WORKER,
-    Answer,
     address,
-    answers,
     begun,
     breakable,
     cut_off,
@@ -30,6 +28,7 @@ from tests.support.cluster_faults import (
 from tests.support.cluster_model import Model, Object
 from tests.support.cluster_processes import container_processes, kill, one_process, stopped
 from tests.support.cluster_wait import until
+from tests.support.stream import Answer, answers
 
 pytestmark = pytest.mark.outage
 

@@ -12,11 +12,12 @@ from typing import Final
 
 import httpx
 import pytest
-from tests.support.chaos import healed, outcome, ranks_of, start, tell
+from tests.support.chaos import healed, ranks_of, read, tell
 from tests.support.faults import inject
 from tests.support.gpu import MIB, Ballast, until_used, used_bytes
 from tests.support.models import ModelShape, write_model
 from tests.support.serve import TINY_CHAT, Served, served, title_of
+from tests.support.stream import answers
 
 from lockstep_runtime.owned_files import FOLDER_VARIABLE
 from lockstep_runtime.wire import Fault, FaultRecord, GroupState, Injection, Phase
@@ -61,16 +62,16 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 def survive(serve: Served, rank: int, kind: Injection, phase: Phase) -> FaultRecord:
     """A fault under two streams, which go on with the same tokens; the memory of the lost context is free again."""
-    undisturbed = outcome(start(serve))
-    assert all(text and finish == "length" and not error for text, finish, error in undisturbed)
+    undisturbed = answers(read(serve))
+    assert all(one.text and one.finish == "length" and not one.error for one in undisturbed)
     before, pids, used = {one.id for one in serve.status().faults}, ranks_of(serve.status()), used_bytes()
     if phase is Phase.PREFILL:
         inject(serve, kind, rank, phase=phase)
-    streams = start(serve)
+    streams = read(serve)
     if phase is Phase.DECODE:
-        serve.until(lambda: all(stream.chunks > 3 or stream.error for stream in streams), "the streams have begun")
+        serve.until(lambda: all(stream.pieces > 3 or stream.error for stream in streams), "the streams have begun")
         inject(serve, kind, rank, phase=phase)
-    assert outcome(streams) == undisturbed, serve.log.read_text()
+    assert answers(streams) == undisturbed, serve.log.read_text()
     healed(serve)
     print(tell(serve, before))
     [record] = [one for one in serve.status().faults if one.id not in before]
@@ -103,11 +104,11 @@ def test_two_ranks_on_one_gpu_answer_as_one_does(alone: Served, pair: Served) ->
 
 
 def test_a_killed_rank_of_two_comes_back_on_the_same_gpu(pair: Served) -> None:
-    undisturbed, used = outcome(start(pair)), used_bytes()
-    streams = start(pair)
-    pair.until(lambda: all(stream.chunks > 3 for stream in streams), "the streams have begun")
+    undisturbed, used = answers(read(pair)), used_bytes()
+    streams = read(pair)
+    pair.until(lambda: all(stream.pieces > 3 for stream in streams), "the streams have begun")
     os.kill(ranks_of(pair.status())[0], signal.SIGKILL)
-    assert outcome(streams) == undisturbed
+    assert answers(streams) == undisturbed
     healed(pair)
     until_used(used + SLACK)
 

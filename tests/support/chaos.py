@@ -11,7 +11,7 @@ from typing import Final
 
 from tests.support.faults import inject
 from tests.support.serve import Served, is_running, served
-from tests.support.stream import Stream
+from tests.support.stream import Answer, Stream, answers, start
 
 from lockstep_runtime import wire
 from lockstep_runtime.owned_files import FOLDER_VARIABLE, SHARED_MEMORY, owner_of
@@ -22,11 +22,6 @@ NEXT_TOKENS: Final = 16  # of the requests after it
 STREAM_SECONDS: Final = 180.0
 REPAIR: Final = {"detect", "abort", "respawn", "rebuild", "verify", "firstToken"}  # its phases
 CELLS_PER_GROUP: Final = 8  # so that no cell meets a group whose budgets others have spent
-# Greedy and seeded: both must go on with the tokens that would have come.
-REQUESTS: Final = (
-    {"prompt": "What is a module? ", "temperature": 0},
-    {"prompt": "The for statement is used to", "temperature": 1.0, "seed": 7},
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +43,12 @@ class Cell:
         """Let the fault happen while requests are in flight; an idle group gets them right afterwards."""
         if self.phase is Phase.IDLE:
             inject(serve, self.kind, self.rank, phase=Phase.IDLE)
-            return start(serve)
+            return read(serve)
         if self.phase in (Phase.PREFILL, Phase.JOINING, Phase.LOADING):
             inject(serve, self.kind, self.rank, phase=self.phase, at=self.at)
-        streams = start(serve)
+        streams = read(serve)
         if self.phase is not Phase.PREFILL:
-            serve.until(lambda: all(stream.chunks > 3 or stream.error for stream in streams), "the streams have begun")
+            serve.until(lambda: all(stream.pieces > 3 or stream.error for stream in streams), "the streams have begun")
         if self.phase is Phase.DECODE:
             inject(serve, self.kind, self.rank, phase=Phase.DECODE, at=self.at)
         if self.phase is Phase.JOINING:  # another rank is lost: the communicator has to be made anew
@@ -128,13 +123,8 @@ def _turn(cell: Cell) -> int:
     return (kinds.index(cell.kind) + list(Moment).index(cell.at) + PHASES.index(cell.phase) + cell.rank) % 3
 
 
-def start(serve: Served, tokens: int = MAX_TOKENS) -> list[Stream]:
-    asked = {"model": "tiny-chat", "max_tokens": tokens}
-    return [Stream(serve.api, asked | request, STREAM_SECONDS) for request in REQUESTS]
-
-
-def outcome(streams: list[Stream]) -> list[tuple[str, str, str]]:
-    return [stream.wait() for stream in streams]
+def read(serve: Served, tokens: int = MAX_TOKENS) -> list[Stream]:
+    return start(serve.api, "tiny-chat", tokens, STREAM_SECONDS)
 
 
 class Arena:
@@ -147,7 +137,7 @@ class Arena:
         self._stack = contextlib.ExitStack()
         self._group: Served | None = None
         self._cells = 0
-        self.undisturbed: list[tuple[str, str, str]] = []
+        self.undisturbed: list[Answer] = []
 
     @contextlib.contextmanager
     def group(self) -> Iterator[Served]:
@@ -181,8 +171,8 @@ class Arena:
             )
         )
         serve.ready()
-        self.undisturbed = outcome(start(serve))
-        assert all(text and finish == "length" and not error for text, finish, error in self.undisturbed)
+        self.undisturbed = answers(read(serve))
+        assert all(one.text and one.finish == "length" and one.done and not one.error for one in self.undisturbed)
         return serve
 
     def _end(self, serve: Served) -> None:
@@ -199,7 +189,7 @@ def survive(arena: Arena, cell: Cell) -> None:
     with arena.group() as serve:
         status = serve.status()
         before, pids = {record.id for record in status.faults}, ranks_of(status)
-        assert outcome(cell.provoke(serve)) == arena.undisturbed, serve.log.read_text()
+        assert answers(cell.provoke(serve)) == arena.undisturbed, serve.log.read_text()
         faults, ranks = cell.expected
 
         def named() -> bool:
@@ -208,9 +198,9 @@ def survive(arena: Arena, cell: Cell) -> None:
 
         serve.until(named, f"a fault {sorted(faults)} of rank {ranks}; told are {tell(serve, before)}", 20)
         healed(serve)
-        for (text, *_), (whole, *_) in zip(outcome(start(serve, NEXT_TOKENS)), arena.undisturbed, strict=True):
-            assert text, serve.log.read_text()
-            assert whole.startswith(text), serve.log.read_text()
+        for after, whole in zip(answers(read(serve, NEXT_TOKENS)), arena.undisturbed, strict=True):
+            assert after.text, serve.log.read_text()
+            assert whole.text.startswith(after.text), serve.log.read_text()
         print(f"{cell.name}: {tell(serve, before)}")
         told = [record for record in serve.status().faults if record.id not in before]
         if len(told) == 1:

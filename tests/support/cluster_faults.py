@@ -1,32 +1,23 @@
-"""Faults done to a model on the cluster, by `lockstep inject` as by a user or from its node, and clients that read on.
-
-All streams ask with the same requests, greedy and seeded, so that the texts of two runs can be compared.
-"""
+"""Faults done to a model on the cluster, by `lockstep inject` as by a user or from its node; and who reads on."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import httpx
 from tests.support import kubectl
 from tests.support.cluster_model import RESOURCES, Model, Object, tiny_chat
 from tests.support.cluster_wait import until
+from tests.support.stream import Stream, start
 
 STREAM_SECONDS: Final = 120.0
 TOLD_SECONDS: Final = 30.0
 API_PORT: Final = 8000
-REQUESTS: Final = (
-    {"prompt": "What is a module? ", "temperature": 0},
-    {"prompt": "The for statement is used to", "temperature": 1.0, "seed": 7},
-)
 WORKER: Final = "lockstep: worker"  # how the process of a rank is called
 
 
@@ -49,81 +40,19 @@ def inject(model: Model, fault: str, rank: int, *options: str) -> None:
 # --- clients ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a client can tell of a stream that has ended."""
-
-    text: str
-    finish: str  # the finish reason; empty when none came
-    done: bool  # `data: [DONE]` was the last event
-    error: str
-
-    @property
-    def looks_whole(self) -> bool:
-        return bool(self.finish) or self.done
-
-
-class Reader:
-    """A streamed completion, read by a thread of its own. `times` are those of its pieces, monotonic seconds."""
-
-    def __init__(self, url: str, request: Object) -> None:
-        self.text, self.finish, self.done, self.error = "", "", False, ""
-        self.times: list[float] = []
-        self._url, self._body = f"{url}/v1/completions", {"stream": True, "ignore_eos": True, **request}
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def wait(self) -> Answer:
-        self._thread.join(STREAM_SECONDS)
-        assert not self._thread.is_alive(), f"the stream does not end; {len(self.times)} pieces came: {self.text!r}"
-        return Answer(self.text, self.finish, self.done, self.error)
-
-    @property
-    def pause(self) -> float:
-        """The longest time between two pieces, seconds."""
-        return max((later - sooner for sooner, later in zip(self.times, self.times[1:], strict=False)), default=0.0)
-
-    def _read(self) -> None:
-        try:
-            with httpx.stream("POST", self._url, json=self._body, timeout=STREAM_SECONDS) as answer:
-                if answer.status_code != httpx.codes.OK:
-                    self.error = f"{answer.status_code}: {answer.read().decode()}"
-                for line in answer.iter_lines():
-                    self._take(line)
-        except httpx.HTTPError as error:
-            self.error = f"{type(error).__name__}: {error}"
-
-    def _take(self, line: str) -> None:
-        self.done = self.done or line == "data: [DONE]"
-        if not line.startswith("data: {"):
-            return
-        event = json.loads(line.removeprefix("data: "))
-        self.error = self.error or str(event.get("error", ""))
-        for choice in event.get("choices", []):
-            if choice["text"]:
-                self.text += choice["text"]
-                self.times.append(time.monotonic())
-            self.finish = choice.get("finish_reason") or self.finish
-
-
-def read(model: Model, tokens: int, url: str | None = None) -> list[Reader]:
+def read(model: Model, tokens: int, url: str | None = None) -> list[Stream]:
     """Start a stream for each of the requests, through the Service or at a leader's own address."""
-    where, name = url or model.url(), model.served()
-    return [Reader(where, {"model": name, "max_tokens": tokens, **request}) for request in REQUESTS]
+    return start(url or model.url(), model.served(), tokens, STREAM_SECONDS)
 
 
-def begun(readers: Sequence[Reader], pieces: int = 10) -> None:
+def begun(readers: Sequence[Stream], pieces: int = 10) -> None:
     """Wait until each has so many pieces."""
     deadline = time.monotonic() + STREAM_SECONDS
-    while not all(len(reader.times) >= pieces for reader in readers):
+    while not all(reader.pieces >= pieces for reader in readers):
         failed = [reader.error for reader in readers if reader.error]
         assert not failed, failed
         assert time.monotonic() < deadline, "the streams have not begun"
         time.sleep(0.005)
-
-
-def answers(readers: Sequence[Reader]) -> list[Answer]:
-    return [reader.wait() for reader in readers]
 
 
 def address(pod: Object) -> str:

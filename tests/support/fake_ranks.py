@@ -19,6 +19,7 @@ import msgspec
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.engine.probe import SEQUENCE
 from lockstep_runtime.transport import Framer, encode
 
 VOCABULARY = 50_000
@@ -69,6 +70,7 @@ class FakeRank:
     deaf: bool = False  # to Abort too: like a process that is stopped
     load_error: str = ""
     steps: int = 0
+    fed: int = 0  # tokens of requests
     aborts: list[int] = field(default_factory=list)
     weights: int = 0  # what every fingerprint depends on: another value is a corrupted shard
     stands: tuple[int, bool] = (1, True)  # the collective where a silent step stands, and whether it is inside
@@ -198,6 +200,7 @@ class FakeRank:
         """The honest answer."""
         owners: dict[int, int] = {}
         fingerprint, sampled = self.weights, []
+        self.fed += sum(len(part.tokens) for part in step.sequences if part.sequence_id != SEQUENCE)
         for part in step.sequences:
             for block in part.blocks:
                 assert owners.setdefault(block, part.sequence_id) == part.sequence_id, "two sequences hold one block"
