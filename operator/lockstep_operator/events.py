@@ -11,7 +11,7 @@ from lockstep_operator import history
 from lockstep_operator.decide import Action, Apply, Delete
 from lockstep_operator.history import Repair
 from lockstep_operator.memory import Memory, from_status
-from lockstep_operator.moment import micro
+from lockstep_operator.moment import micro, text
 from lockstep_operator.names import API_VERSION, KIND
 from lockstep_operator.observe import Observed
 from lockstep_operator.spec import Model
@@ -23,12 +23,18 @@ NOTE_LIMIT = 1000
 
 @dataclass(frozen=True, slots=True)
 class Occurrence:
-    """`key` tells it from every other of the model."""
+    """`key` tells it from every other of the model.
+
+    `at`: when it was, in unix seconds, if that is known. `order` sorts what falls into the same second, as faults and
+    their repairs do: it is a part of the name, so it must be the same at every look.
+    """
 
     key: str
     reason: str
     note: str
     warning: bool = False
+    at: float | None = None
+    order: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,19 +78,26 @@ def occurrences(seen: Pass) -> list[Occurrence]:
 
 
 def manifest(model: Model, occurrence: Occurrence, now: float) -> dict[str, Any]:
+    """Of the core API: `kubectl describe` sorts by `lastTimestamp`, which Events of events.k8s.io may not have, and
+    then by name."""
     digest = hashlib.sha256(f"{model.uid}/{occurrence.key}".encode()).hexdigest()[:16]
+    at = min(occurrence.at or now, now)
     return {
-        "apiVersion": "events.k8s.io/v1",
+        "apiVersion": "v1",
         "kind": "Event",
-        "metadata": {"name": f"{model.name}.{digest}", "namespace": model.namespace},
-        "eventTime": micro(now),
-        "reportingController": "lockstep.dev/operator",
+        "metadata": {"name": f"{model.name}.{occurrence.order}{digest}", "namespace": model.namespace},
+        "eventTime": micro(at),
+        "firstTimestamp": text(at),
+        "lastTimestamp": text(at),
+        "count": 1,
+        "source": {"component": "lockstep-operator"},
+        "reportingComponent": "lockstep.dev/operator",
         "reportingInstance": "lockstep-operator",
         "action": "Reconcile",
         "reason": occurrence.reason,
-        "note": occurrence.note[:NOTE_LIMIT],
+        "message": occurrence.note[:NOTE_LIMIT],
         "type": "Warning" if occurrence.warning else "Normal",
-        "regarding": {
+        "involvedObject": {
             "apiVersion": API_VERSION,
             "kind": KIND,
             "namespace": model.namespace,
@@ -122,7 +135,8 @@ def _faults(seen: Pass) -> Iterator[Occurrence]:
     for status, fault in history.begun(seen.old, seen.said):
         where = f"group {status.group}" if fault.rank is None else f"group {status.group} rank {fault.rank}"
         key = f"fault/{status.group}/{status.incarnation}/{fault.id}"
-        yield Occurrence(key, str(fault.fault), f"{where}: {fault.message}", warning=True)
+        note, order = f"{where}: {fault.message}", _order(fault.at, "0")
+        yield Occurrence(key, str(fault.fault), note, warning=True, at=fault.at, order=order)
 
 
 def _steps(old: Mapping[str, Any], memories: Mapping[int, Memory]) -> Iterator[Occurrence]:
@@ -139,7 +153,12 @@ def _steps(old: Mapping[str, Any], memories: Mapping[int, Memory]) -> Iterator[O
 def _healed(seen: Pass) -> Iterator[Occurrence]:
     for repair in seen.repairs:
         key = f"healed/{repair.group}/{repair.rung}/{repair.noticed:.3f}"
-        yield Occurrence(key, "Recovered", repair.sentence)
+        order = _order(repair.noticed, "1")
+        yield Occurrence(key, "Recovered", repair.sentence, at=repair.finished, order=order)
+
+
+def _order(noticed: float, stage: str) -> str:
+    return f"{round(noticed * 1000):x}.{stage}."
 
 
 def _given_up(done: Sequence[Action]) -> Iterator[Occurrence]:

@@ -31,7 +31,6 @@ RESOURCES: Final[Mapping[str, tuple[str, str]]] = {
     "NetworkPolicy": ("networking.k8s.io/v1", "networkpolicies"),
     "Pod": ("v1", "pods"),
     "Event": ("v1", "events"),
-    "EventRecord": ("events.k8s.io/v1", "events"),  # what the operator writes; "Event" is what it reads
 }
 
 

@@ -28,6 +28,5 @@ PERMISSIONS: Final = (
     ),
     Permission("", "secrets", ("get", "create", "delete"), "the token: read by name, never listed"),
     Permission("", "pods", ("list", "watch", "delete"), "who is Ready; replaced in a rollout"),
-    Permission("", "events", ("list",), "why a pod can't start"),
-    Permission("events.k8s.io", "events", ("create",), "what happened"),
+    Permission("", "events", ("list", "create"), "why a pod can't start; what happened"),
 )

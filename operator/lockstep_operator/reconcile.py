@@ -136,7 +136,7 @@ class Reconciler:
     async def _record(self, event: Mapping[str, Any]) -> None:
         """Events are a courtesy: one that can't be written stops nothing."""
         try:
-            await self._kube.create("EventRecord", event)
+            await self._kube.create("Event", event)
             self._metrics.writes.labels("Event", "Create").inc()
         except KubeError as error:
             if not error.already_exists:

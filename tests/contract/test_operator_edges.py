@@ -89,7 +89,7 @@ async def test_writes() -> None:
         await kube.apply("Service", MANIFEST)
         await kube.overwrite("Service", MANIFEST)
         await kube.apply_status("TensorParallelModel", MANIFEST)
-        await kube.create("EventRecord", MANIFEST)
+        await kube.create("Event", MANIFEST)
         await kube.delete("Pod", "team", "chat-0-0", "uid-1")
     services = "/api/v1/namespaces/team/services/chat"
     status = "/apis/lockstep.dev/v1alpha1/namespaces/team/tensorparallelmodels/chat/status"
@@ -99,7 +99,7 @@ async def test_writes() -> None:
         ("PATCH", services, owned | force, "application/apply-patch+yaml", MANIFEST),
         ("PATCH", services, owned, "application/merge-patch+json", {"spec": {"a": 1}}),
         ("PATCH", status, by_status, "application/apply-patch+yaml", MANIFEST),
-        ("POST", "/apis/events.k8s.io/v1/namespaces/team/events", owned, "application/json", MANIFEST),
+        ("POST", "/api/v1/namespaces/team/events", owned, "application/json", MANIFEST),
         ("DELETE", "/api/v1/namespaces/team/pods/chat-0-0", {}, "application/json",
          {"propagationPolicy": "Background", "preconditions": {"uid": "uid-1"}}),
     ]  # fmt: skip

@@ -19,7 +19,7 @@ CHILDREN = {
 
 
 def children(world: World) -> set[tuple[str, str]]:
-    quiet = ("Pod", "EventRecord", "TensorParallelModel", "Event")
+    quiet = ("Pod", "TensorParallelModel", "Event")
     return {(kind, name) for kind, _, name in world.kube.objects if kind not in quiet}
 
 
@@ -61,7 +61,7 @@ async def test_the_operator_uses_just_the_verbs_that_it_is_granted() -> None:
     await world.settle(key)
     verbs = {"apply": ("create", "patch"), "status": ("patch",), "find": ("list",)}
     used = {
-        (plural(kind) + ("/status" if verb == "status" else ""), allowed)
+        (RESOURCES[kind][1] + ("/status" if verb == "status" else ""), allowed)
         for verb, kind in world.kube.requests
         for allowed in verbs.get(verb, (verb,))
     }
@@ -70,20 +70,11 @@ async def test_the_operator_uses_just_the_verbs_that_it_is_granted() -> None:
     # kopf lists what it watches; Events of pods are read only when one is stuck.
     by_kopf = {((p.group, p.resource), "list") for p in PERMISSIONS if "watch" in p.verbs}
     stuck = {(("", "events"), "list")}
-    renamed = {
-        (("events.k8s.io", "events") if name == ("events.k8s.io", "records") else name, v) for name, v in used_by_group
-    }
-    assert renamed | by_kopf | stuck == granted
-
-
-def plural(kind: str) -> str:
-    return "records" if kind == "EventRecord" else RESOURCES[kind][1]
+    assert used_by_group | by_kopf | stuck == granted
 
 
 def group_of(name: str) -> str:
-    if name == "records":
-        return "events.k8s.io"
-    versions = {plural: version for version, plural in RESOURCES.values() if plural != "events"} | {"events": "v1"}
+    versions = {plural: version for version, plural in RESOURCES.values()}
     version = versions[name.removesuffix("/status")]
     return version.rpartition("/")[0]
 
@@ -254,7 +245,7 @@ async def test_a_deleted_model_leaves_nothing_even_when_the_operator_is_away() -
     world.kube.remove("TensorParallelModel", "team", "chat")
     while steps := world.kube.steps(world.broken):
         steps[0]()
-    assert {kind for kind, _, _ in world.kube.objects} == {"EventRecord"}
+    assert {kind for kind, _, _ in world.kube.objects} == {"Event"}
 
 
 async def test_a_service_of_somebody_else_is_not_taken_over() -> None:

@@ -84,7 +84,7 @@ class World:
         return next(item for item in self.status(key)["conditions"] if item["type"] == name)
 
     def events(self) -> list[tuple[str, str]]:
-        return [(event["reason"], event["note"]) for event in self.kube.of_kind("EventRecord")]
+        return [(event["reason"], event["message"]) for event in self.kube.of_kind("Event")]
 
     async def reconcile(self, key: ModelKey, operator: int = 0) -> float | None:
         """One pass by an operator; one that is killed meanwhile is replaced by a new process that remembers nothing."""

@@ -13,7 +13,7 @@ from tests.support.kube_world import well
 from tests.support.operator_models import NOW, group, model
 
 from lockstep_operator.decide import Decision
-from lockstep_operator.events import Pass, occurrences
+from lockstep_operator.events import Pass, manifest, occurrences
 from lockstep_operator.history import Repair
 from lockstep_operator.memory import Memory, Plan, Rung
 from lockstep_operator.metrics import Metrics
@@ -136,6 +136,17 @@ def test_what_a_dying_operator_told_and_did_not_write_down_is_not_told_again_by_
 
     served, well_again = replace(STEP, healed=True, pods=()), Report(status=said([], incarnation="other"))
     assert len(keys(written, well_again, served, NOW) | keys(written, well_again, served, NOW + 7)) == 1
+
+
+def test_faults_and_repairs_of_one_second_are_sorted_as_they_came() -> None:
+    """As `kubectl describe` does: by the last time, which has whole seconds, and then by name."""
+    times = (0.1, 0.3), (0.5, 0.7)
+    records = [fault(n, at=NOW + at, recovered_at=NOW + done) for n, (at, done) in enumerate(times, 1)]
+    seen, _ = look({}, Report(status=said(records)), now=NOW + 0.8)
+    written = [manifest(model(), item, NOW + 0.8) for item in occurrences(seen) if item.at]
+    assert {item["lastTimestamp"] for item in written} == {text(NOW)}
+    written.sort(key=lambda item: str(item["metadata"]["name"]))
+    assert [item["reason"] for item in written] == ["Hang", "Recovered", "Hang", "Recovered"]
 
 
 def test_repairs_are_counted_by_fault_and_rung_and_timed_by_phase() -> None:
