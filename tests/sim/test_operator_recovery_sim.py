@@ -249,7 +249,10 @@ def disturb(world: FaultWorld, key: ModelKey) -> None:
             world.kube.remove("Pod", "team", random.choice(pods)["metadata"]["name"])
 
 
-@pytest.mark.parametrize("seed", range(FIRST, FIRST + SCHEDULES))
+FAILED: Final = {634}  # a node came back under a pod that could not become Ready, and nobody said so
+
+
+@pytest.mark.parametrize("seed", sorted({*range(FIRST, FIRST + SCHEDULES)} | FAILED))
 async def test_any_schedule_of_faults_ends_as_if_nothing_had_happened(seed: int) -> None:
     random = Random(seed)
     operators = 1 + seed % 2

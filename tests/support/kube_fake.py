@@ -26,6 +26,7 @@ LIST_KEYS = {
 }  # fmt: skip
 
 NOT_READY = {"type": "Ready", "status": "False", "reason": "ContainersNotReady"}
+_UNHEARD = {"type": "Ready", "status": "False"}  # by the node controller, until the kubelet is back and says why
 
 
 class Killed(BaseException):
@@ -232,8 +233,8 @@ class FakeKube:
                 yield lambda identity=identity: self.objects.pop(identity, None)  # type: ignore[misc]
             elif pod["status"]["phase"] == "Pending":
                 yield from self._start(pod)
-            elif is_ready(pod) == broken(pod):
-                yield lambda pod=pod: _turn_ready(pod, not is_ready(pod))  # type: ignore[misc]
+            elif is_ready(pod) == broken(pod) or _UNHEARD in (pod["status"].get("conditions") or []):
+                yield lambda pod=pod: _turn_ready(pod, not broken(pod))  # type: ignore[misc]
 
     def _start(self, pod: Object) -> Iterator[Callable[[], None]]:
         allowed = [node for node in self.nodes if node not in self.lost_nodes and node not in _ruled_out(pod)]
@@ -254,7 +255,7 @@ class FakeKube:
     def _unheard(self, pod: Object) -> Iterator[Callable[[], None]]:
         evicted = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}
         if is_ready(pod):
-            yield lambda: pod["status"].update(conditions=[{"type": "Ready", "status": "False"}])
+            yield lambda: pod["status"].update(conditions=[dict(_UNHEARD)])
         elif "deletionTimestamp" not in pod["metadata"]:
 
             def evict() -> None:
