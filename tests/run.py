@@ -43,7 +43,7 @@ PHASES = (
     Phase("images"),
     Phase("deploy", needs=("images",)),
     Phase("test-e2e", needs=("venv", "deploy")),
-    Phase("test-chaos", needs=("venv",), after=("lint",)),
+    Phase("test-chaos", needs=("venv",), after=("lint", "images")),  # on a fresh machine everything waits for those
     Phase("test-contract", needs=("venv",), after=("test-chaos", "images")),  # the chart's tests want Helm, too
 )
 
