@@ -37,9 +37,7 @@ def test_every_condition_is_about_the_current_spec_and_says_why(served: Model) -
 def test_every_rank_is_shown_with_its_pod_and_its_latency(served: Model) -> None:
     with served.client() as client:
         client.completions.create(model="tiny", prompt="A class", max_tokens=16, temperature=0)
-    served.until(
-        "every rank's step latency", lambda: all("p50" in rank.get("stepLatency", {}) for rank in _ranks(served)), 45
-    )
+    served.until("the step latencies", lambda: all("p50" in one.get("stepLatency", {}) for one in _timed(served)), 45)
 
     [group] = served.status()["groups"]
     assert (group["group"], group["ready"], group["state"]) == (0, True, "Ready")
@@ -56,8 +54,10 @@ def test_every_rank_is_shown_with_its_pod_and_its_latency(served: Model) -> None
     assert DURATION.match(served.status()["stepLatency"]["p50"])
 
 
-def _ranks(model: Model) -> list[Object]:
-    return [rank for group in model.status()["groups"] for rank in group["ranks"]]
+def _timed(model: Model) -> list[Object]:
+    """The model and its ranks, of which the proof is a step, too."""
+    status = model.status()
+    return [status, *(rank for group in status["groups"] for rank in group["ranks"])]
 
 
 def test_kubectl_get_prints_the_state_in_one_line(served: Model) -> None:
