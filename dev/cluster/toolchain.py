@@ -15,13 +15,9 @@ from dev.cluster.progress import Failure, say
 LINKS: Final = ("kubectl", "helm")
 _STAMP: Final = BIN / "sources.sha256"
 _OLDEST_GO: Final = (1, 24)
-# A first build is what a newcomer waits for: no debugging tables, which are stripped anyway, and nothing inlined in the
-# thousands of generated clients and the command lines, which do nothing often.
-_SELDOM_RUN: Final = ("k8s.io/client-go/...", "k8s.io/kubectl/...", "k8s.io/cli-runtime/...", "helm.sh/helm/...")
-_QUICKLY: Final = (
-    "-gcflags=all=-dwarf=false",
-    *(f"-gcflags={packages}=-dwarf=false -l" for packages in _SELDOM_RUN),
-)
+# A first build is what a newcomer waits for, and it is bound by the compiler: no debugging tables, which are stripped
+# anyway, and nothing inlined.
+_QUICKLY: Final = "-gcflags=all=-dwarf=false -l"
 
 
 def ensure() -> None:
@@ -106,7 +102,7 @@ def _version(go: str) -> tuple[int, int]:
 
 def _build(go: str, package: str, target: Path, flags: str) -> None:
     fresh = target.with_suffix(".new")  # a cluster may be running the old one
-    options = ["-trimpath", "-buildvcs=false", *_QUICKLY, "-ldflags", f"-s -w {flags}"]
+    options = ["-trimpath", "-buildvcs=false", _QUICKLY, "-ldflags", f"-s -w {flags}"]
     command = [go, "build", *options, "-o", str(fresh), package]
     environment = {**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "", "GOGC": "400"}
     if subprocess.run(command, cwd=SOURCES, env=environment, stdout=sys.stderr).returncode != 0:
