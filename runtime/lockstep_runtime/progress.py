@@ -1,7 +1,8 @@
 """The progress record of one worker: memory that its supervisor can read without asking it.
 
 The supervisor makes the memory (memfd), the worker inherits it and alone writes to it: 64-bit words, one store each,
-and a table of the names of places (modules that call collectives), which only grows. Writing costs well below 1 µs.
+and a table of the names of places (modules that call collectives), which only grows. There is no time in it: reading a
+clock costs more than all else of a note, and who reads the record often sees when it changes.
 """
 
 from __future__ import annotations
@@ -9,12 +10,11 @@ from __future__ import annotations
 import enum
 import mmap
 import os
-import time
 from dataclasses import dataclass
 from typing import Final
 
 SIZE: Final = 16 * mmap.PAGESIZE
-_STAGE, _EPOCH, _STEP, _IN_STEP, _POSITION, _PLACE, _MOVED, _NAMES_LENGTH = range(8)  # words
+_STAGE, _EPOCH, _STEP, _IN_STEP, _POSITION, _PLACE, _NAMES_LENGTH = range(7)  # words
 _NAMES_OFFSET: Final = 512
 
 
@@ -37,7 +37,6 @@ class Record:
     collective: int
     inside: bool
     place: str
-    moved: float  # on this machine's monotonic clock, seconds
 
 
 class Progress:
@@ -48,35 +47,31 @@ class Progress:
         self._view = memoryview(self._memory)
         self._words = self._view[:_NAMES_OFFSET].cast("q")
         self._places: dict[str, int] = {}  # name -> its number, from 1
+        self._position = 0  # the writer's own copy
 
     def set_stage(self, stage: Stage) -> None:
         self._words[_STAGE] = stage
-        self._words[_MOVED] = time.monotonic_ns()
 
     def enter(self, epoch: int, step: int) -> None:
         words = self._words
-        words[_POSITION] = words[_PLACE] = 0
+        words[_POSITION] = words[_PLACE] = self._position = 0
         words[_EPOCH], words[_STEP], words[_IN_STEP] = epoch, step, 1
-        words[_MOVED] = time.monotonic_ns()
 
     def leave(self, epoch: int, step: int) -> None:
         self._words[_IN_STEP] = 0
-        self._words[_MOVED] = time.monotonic_ns()
 
     def enter_collective(self, place: str) -> None:
         words = self._words
         words[_PLACE] = self._places.get(place) or self._number(place)
-        words[_POSITION] += 1 if words[_POSITION] & 1 == 0 else 2  # odd: inside; a raise leaves without saying so
-        words[_MOVED] = time.monotonic_ns()
+        self._position = words[_POSITION] = self._position + 1 | 1  # odd: inside; a raise leaves without saying so
 
     def leave_collective(self) -> None:
-        self._words[_POSITION] += 1
-        self._words[_MOVED] = time.monotonic_ns()
+        self._position = self._words[_POSITION] = self._position + 1
 
     @property
     def collectives(self) -> int:
         """Entered in this step."""
-        return (self._words[_POSITION] + 1) // 2
+        return (self._position + 1) // 2
 
     def read(self) -> Record:
         words = self._words
@@ -89,7 +84,6 @@ class Progress:
             collective=(position + 1) // 2,
             inside=bool(position & 1),
             place=self._name(words[_PLACE]),
-            moved=words[_MOVED] / 1e9,
         )
 
     def close(self) -> None:

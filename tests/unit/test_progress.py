@@ -40,7 +40,6 @@ def test_collectives_of_a_step_are_counted_and_named(ends: tuple[Progress, Progr
     record = reader.read()
     assert (record.stage, record.epoch, record.step, record.in_step) == (Stage.LOADED, 7, 2, True)
     assert (record.collective, record.inside, record.place) == (2, False, "layers.0.mlp.down_proj")
-    assert abs(record.moved - time.monotonic()) < 5
     writer.leave(7, 2)
     assert not reader.read().in_step
 

@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lockstep_runtime.supervisor.starvation import Waits, run_delay
+from lockstep_runtime.progress import Record, Stage
+from lockstep_runtime.supervisor.starvation import Standstill, run_delay
 
 BURN = "while True: pass"
 SLEEP = "import time; time.sleep(1000)"
@@ -31,6 +32,10 @@ def running(*programs: str) -> Iterator[list[int]]:
             process.wait()
 
 
+def at_step(step: int) -> Record:
+    return Record(stage=Stage.LOADED, epoch=1, step=step, in_step=True, collective=1, inside=False, place="")
+
+
 def until_delayed(pid: int, seconds: float) -> None:
     deadline, start = time.monotonic() + DEADLINE_SECONDS, run_delay(pid)
     while run_delay(pid) - start < seconds:
@@ -40,20 +45,22 @@ def until_delayed(pid: int, seconds: float) -> None:
 
 def test_of_a_process_that_shares_its_core_the_wait_counts_from_its_last_move() -> None:
     with running(BURN, BURN, BURN) as pids:
-        waits = Waits(pids[0])
-        assert waits.look(moved=1.0) == 0.0
+        standstill = Standstill(pids[0], now=0.0)
+        assert standstill.look(at_step(1), now=10.0) == (0.0, 0.0)
         until_delayed(pids[0], 0.5)
-        assert waits.look(moved=1.0) >= 0.5
-        assert waits.look(moved=2.0) == 0.0  # it got further meanwhile
+        stood, starved = standstill.look(at_step(1), now=13.0)
+        assert stood == 3.0
+        assert starved >= 0.5
+        assert standstill.look(at_step(2), now=14.0) == (0.0, 0.0)  # it got further meanwhile
 
 
 def test_of_a_process_that_sleeps_hardly_any() -> None:
     with running(SLEEP, BURN, BURN) as [sleeper, burner, _]:
         until_delayed(burner, 0.3)  # all have begun
-        waits = Waits(sleeper)
-        waits.look(moved=1.0)
+        standstill = Standstill(sleeper, now=0.0)
+        standstill.look(at_step(1), now=0.0)
         until_delayed(burner, 0.5)
-        assert waits.look(moved=1.0) < 0.1
+        assert standstill.look(at_step(1), now=1.0)[1] < 0.1
 
 
 def test_of_a_process_that_is_gone_nothing() -> None:

@@ -84,6 +84,10 @@ class FakeGroup:
         assert self.aborted.wait(SECONDS)
         raise GroupAborted("aborted")
 
+    gather = all_reduce
+
+    def check(self) -> None: ...
+
 
 @dataclass
 class FakeRendezvous:

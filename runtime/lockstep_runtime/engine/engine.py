@@ -273,7 +273,7 @@ class Engine:
     async def _prove(self, slices: list[wire.SequenceSlice]) -> int:
         """The fingerprint of a step that nobody asked for."""
         try:
-            return (await self._run_step(slices)).fingerprint
+            return (await self._run_step(slices))[0].fingerprint
         except StepRefusedError as refusal:
             raise GroupFaultError(refusal.evidence[0], refusal.evidence) from refusal
 
@@ -335,9 +335,8 @@ class Engine:
             await self._step(scheduler, slices)
 
     async def _step(self, scheduler: Scheduler, slices: list[wire.SequenceSlice]) -> None:
-        begun = time.monotonic()
         try:
-            sampled = (await self._run_step(slices)).sampled
+            done, seconds = await self._run_step(slices)
         except StepRefusedError as refusal:
             self._refused(scheduler, slices, refusal)
             return
@@ -348,26 +347,27 @@ class Engine:
             fault.by_request = bool(guilty)
             raise
         self._refusals = 0
-        self._latency.add(time.monotonic() - begun)
+        self._latency.add(seconds)
         self._steps += 1
         self._poisonings = 0
         self._last_step_at = time.time()
-        for drawn in scheduler.apply(slices, sampled):
+        for drawn in scheduler.apply(slices, done.sampled):
             stream = self._streams.get(drawn.sequence_id)
             if stream is not None:
                 stream.push(TokenEvent(drawn.token, drawn.finish))
             if drawn.finish is not None:
                 self._streams.pop(drawn.sequence_id, None)
                 self._settle()
-        self._changed(bool(sampled) and self._faults.token(self._last_step_at))
+        self._changed(bool(done.sampled) and self._faults.token(self._last_step_at))
 
-    async def _run_step(self, slices: list[wire.SequenceSlice]) -> wire.StepDone:
-        """One step under its own deadline, from which the next ones are learned."""
+    async def _run_step(self, slices: list[wire.SequenceSlice]) -> tuple[wire.StepDone, float]:
+        """One step under its own deadline, and the seconds it took, from which the next ones are learned."""
         self._work = work = work_of(slices)
         begun = time.monotonic()
         done = await self._inquiry.step(slices, self._deadlines.deadline(work))
-        self._deadlines.learn(work, time.monotonic() - begun)
-        return done
+        seconds = time.monotonic() - begun
+        self._deadlines.learn(work, seconds)
+        return done, seconds
 
     def _refused(self, scheduler: Scheduler, slices: list[wire.SequenceSlice], refusal: StepRefusedError) -> None:
         """No rank could begin the step, none was harmed: rung 0, once the request is known that is the cause."""

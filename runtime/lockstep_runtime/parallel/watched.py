@@ -13,26 +13,18 @@ class WatchedGroup:
 
     def __init__(self, group: Group, progress: Progress) -> None:
         self.rank, self.size = group.rank, group.size
-        self._group, self._progress = group, progress
+        self._enter, self._leave = progress.enter_collective, progress.leave_collective
+        self._all_reduce, self._gather = group.all_reduce, group.gather
+        self.check, self.abort, self.close = group.check, group.abort, group.close
 
     def all_reduce(self, tensor: Tensor, place: str = "") -> Tensor:
-        progress = self._progress
-        progress.enter_collective(place)
-        result = self._group.all_reduce(tensor, place)
-        progress.leave_collective()
+        self._enter(place)
+        result = self._all_reduce(tensor, place)
+        self._leave()
         return result
 
     def gather(self, tensor: Tensor, place: str = "") -> list[Tensor] | None:
-        self._progress.enter_collective(place)
-        parts = self._group.gather(tensor, place)
-        self._progress.leave_collective()
+        self._enter(place)
+        parts = self._gather(tensor, place)
+        self._leave()
         return parts
-
-    def check(self) -> None:
-        self._group.check()
-
-    def abort(self) -> None:
-        self._group.abort()
-
-    def close(self) -> None:
-        self._group.close()

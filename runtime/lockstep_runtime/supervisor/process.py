@@ -24,7 +24,7 @@ import msgspec
 from lockstep_runtime import child, wire
 from lockstep_runtime.progress import Progress, Record, Stage, new_memory
 from lockstep_runtime.supervisor.machine import ENGINE, Name
-from lockstep_runtime.supervisor.starvation import Waits
+from lockstep_runtime.supervisor.starvation import Standstill
 
 logger = logging.getLogger(__name__)
 _HEALTHY_SECONDS: Final = 10.0  # of the spare's and the engine's life
@@ -65,7 +65,7 @@ class _Process:
     incarnation: str
     started: float
     progress: int  # a rank's descriptor; -1 for others
-    waits: Waits
+    standstill: Standstill
 
 
 class Processes:
@@ -90,7 +90,7 @@ class Processes:
             return self._fork(name, incarnation)
         environment = self._environment | {child.INCARNATION_VARIABLE: incarnation} | dict(extra or {})
         pid = _spawn("lockstep_runtime.engine", environment) if name == ENGINE else self._spawn_spare(environment)
-        self._by_name[name] = _Process(name, pid, incarnation, time.monotonic(), -1, Waits(pid))
+        self._by_name[name] = _new(name, pid, incarnation, -1)
         return pid
 
     def _spawn_spare(self, environment: Mapping[str, str]) -> int:
@@ -129,7 +129,7 @@ class Processes:
         finally:
             os.close(wait)
             os.close(go)
-        self._by_name[rank] = _Process(rank, pid, incarnation, time.monotonic(), progress, Waits(pid))
+        self._by_name[rank] = _new(rank, pid, incarnation, progress)
         return pid
 
     def _ask_spare(self, birth: child.Birth, *descriptors: int) -> int:
@@ -148,10 +148,11 @@ class Processes:
         now = time.monotonic()
         return [_told(process, self._record(process), now) for process in self._ranks()]
 
-    def look_at_waits(self) -> None:
-        """So that `records` can say since when a rank has been waiting for a CPU."""
+    def look_at_records(self) -> None:
+        """So that `records` can say since when a rank has not got further."""
+        now = time.monotonic()
         for process in self._ranks():
-            process.waits.look(self._record(process).moved)
+            process.standstill.look(self._record(process), now)
 
     def _ranks(self) -> list[_Process]:
         return [process for process in self._by_name.values() if isinstance(process.name, int)]
@@ -226,7 +227,13 @@ def _spawn(module: str, environment: Mapping[str, str], stdin: int = 0) -> int:
     )
 
 
+def _new(name: Name, pid: int, incarnation: str, progress: int) -> _Process:
+    now = time.monotonic()
+    return _Process(name, pid, incarnation, now, progress, Standstill(pid, now))
+
+
 def _told(process: _Process, record: Record, now: float) -> wire.ProgressRecord:
+    age, starved = process.standstill.look(record, now)
     return wire.ProgressRecord(
         rank=int(process.name),
         incarnation=process.incarnation,
@@ -236,6 +243,6 @@ def _told(process: _Process, record: Record, now: float) -> wire.ProgressRecord:
         collective=record.collective,
         inside=record.inside,
         place=record.place,
-        age=max(0.0, now - record.moved),
-        starved=process.waits.look(record.moved),
+        age=age,
+        starved=starved,
     )

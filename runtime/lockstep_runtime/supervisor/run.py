@@ -66,7 +66,7 @@ class Supervisor:
         self._lay_out_files()
         self._do(self._machine.start(time.monotonic()))
         works: list[Coroutine[Any, Any, None]] = [
-            self._link.run(), self._keep_time(), self._watch_waits(), self._serve(listening),
+            self._link.run(), self._keep_time(), self._watch_records(), self._serve(listening),
         ]  # fmt: skip
         tasks = [loop.create_task(work) for work in works]
         ends: list[asyncio.Future[Any]] = [*tasks, self._finished]
@@ -105,9 +105,9 @@ class Supervisor:
                     await self._due.wait()
             self._do(self._machine.tick(time.monotonic()))
 
-    async def _watch_waits(self) -> None:
+    async def _watch_records(self) -> None:
         while True:
-            self._processes.look_at_waits()
+            self._processes.look_at_records()
             await asyncio.sleep(starvation.LOOK_SECONDS)
 
     # --- what happens

@@ -1,11 +1,13 @@
-"""How long a process has been waiting for a CPU. A rank that others keep from running is slow; it does not hang."""
+"""How long a rank has not got further, and how much of that it waited for a CPU: kept from running it does not hang."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Final
 
-LOOK_SECONDS: Final = 0.25  # between two looks; a wait that began in between counts from the later one
+from lockstep_runtime.progress import Record
+
+LOOK_SECONDS: Final = 0.25  # between two looks; what happened in between counts from the later one
 _NANO: Final = 1e-9
 
 
@@ -17,17 +19,17 @@ def run_delay(pid: int) -> float:
         return 0.0
 
 
-class Waits:
-    """Of one process, since its progress record last changed. `look` has to be called often."""
+class Standstill:
+    """Of one process, whose progress record is looked at often."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, now: float) -> None:
         self._pid = pid
-        self._moved = -1.0
-        self._before = 0.0
+        self._record: Record | None = None
+        self._since, self._before = now, 0.0
 
-    def look(self, moved: float) -> float:
-        """`moved`: when the record last changed, as it says; returns the seconds waited since."""
-        now = run_delay(self._pid)
-        if moved != self._moved:
-            self._moved, self._before = moved, now
-        return max(0.0, now - self._before)
+    def look(self, record: Record, now: float) -> tuple[float, float]:
+        """Seconds since the record was last seen to change, and how many of them the process waited for a CPU."""
+        delayed = run_delay(self._pid)
+        if record != self._record:
+            self._record, self._since, self._before = record, now, delayed
+        return max(0.0, now - self._since), max(0.0, delayed - self._before)
