@@ -24,7 +24,7 @@ FAULTS = (
     "die", "crash", "stop", "hang", "hang outside", "raise", "refuse", "nan", "context", "odd", "corrupt", "cut",
     "slow", "die in join", "hang in join", "raise in join", "die in loading", "crash loop",
 )  # fmt: skip
-GARBAGE = (Fault.NON_FINITE, Fault.DESYNC, Fault.CORRUPTION, Fault.CONTEXT_FAULT)
+GARBAGE = (Fault.NON_FINITE, Fault.CORRUPTION, Fault.CONTEXT_FAULT)
 
 
 @dataclass
@@ -208,6 +208,7 @@ class SimRank:
                 self.toy.leave_undone(step)
                 self._fail(epoch, number, Fault.STEP_FAILED, "raised")
             case "refuse":
+                self.place = (0, False)
                 self._fail(epoch, number, Fault.STEP_FAILED, "could not begin", untouched=True)
             case "nan":
                 self._fail(epoch, number, Fault.NON_FINITE, "NaN")

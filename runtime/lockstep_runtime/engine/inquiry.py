@@ -7,6 +7,7 @@ the answers gets it as a `GroupFaultError`; from then on nothing is asked until 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,8 @@ _A = TypeVar("_A", wire.RendezvousOpened, wire.Joined, wire.CacheAllocated, wire
 Answer = wire.RendezvousOpened | wire.Joined | wire.CacheAllocated | wire.StepDone
 
 HEARSAY_SECONDS: Final = 0.5  # how long to wait for the cause when ranks only report its effect
-UNTOUCHED_SECONDS: Final = 0.1  # and for the other ranks to say that they could not begin the step either
+UNTOUCHED_SECONDS: Final = 0.1  # and for the other ranks to say that they could not begin the step either,
+UNTOUCHED_LOOK_SECONDS: Final = 0.005  # unless a look at their records shows that one has begun
 
 
 class GroupFaultError(RuntimeError):
@@ -151,15 +153,7 @@ class Inquiry:
     def _refuse(self, question: _Question, rank: int, evidence: Evidence) -> None:
         """A rank could not begin the step. When all say so, the step is at fault and the group as good as before."""
         question.refused[rank] = evidence
-        if len(question.refused) == len(question.ranks):
-            question.settle()
-        elif len(question.refused) == 1:
-            asyncio.get_running_loop().call_later(UNTOUCHED_SECONDS, self._end_of_refusals, question)
-
-    def _end_of_refusals(self, question: _Question) -> None:
-        if self._question is question and len(question.refused) < len(question.ranks):
-            for evidence in question.refused.values():
-                self.add(evidence)
+        question.settle()
 
     # --- what is asked
 
@@ -197,13 +191,26 @@ class Inquiry:
                 member.peer.send_frame(frame)
         try:
             await self._watch(question, deadline)
+            if question.refused:
+                await self._hear_others(question)
         finally:
             self._question = None
         if len(question.answers) < len(question.ranks):
             if len(question.refused) == len(question.ranks) and not self._evidence:
                 raise StepRefusedError(list(question.refused.values()))
+            self._evidence.extend(question.refused.values())
             self._raise()
         return cast("dict[int, _A]", question.answers)
+
+    async def _hear_others(self, question: _Question) -> None:
+        """Until every rank has refused the step, or one has begun it, or there has been time enough to refuse."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(UNTOUCHED_SECONDS):
+                while not self._evidence and len(question.refused) < len(question.ranks):
+                    records = await self._look.at_everyone()
+                    if any(_has_begun(record, self.epoch, question.step) for record in records):
+                        return
+                    await asyncio.sleep(UNTOUCHED_LOOK_SECONDS)
 
     async def _watch(self, question: _Question, deadline: Deadline) -> None:
         """Until it is settled, or its deadline is over and nobody gets any further."""
@@ -224,6 +231,10 @@ class Inquiry:
                 continue
             self._evidence.append(silent(question.silent, question.kind.__name__, patience.waited, suspicion))
             return
+
+
+def _has_begun(record: wire.ProgressRecord, epoch: int, step: int) -> bool:
+    return (record.epoch, record.step) == (epoch, step) and record.collective > 0
 
 
 def _grace(question: _Question, deadline: Deadline, patience: Patience, suspicion: Suspicion) -> float:
