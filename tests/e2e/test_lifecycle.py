@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
-import secrets
 from collections.abc import Callable, Iterator
-from typing import Final
 
 import pytest
 from tests.support.cluster_api import ClusterApi
@@ -25,10 +22,9 @@ from tests.support.cluster_lifecycle import (
 )
 from tests.support.cluster_load import Load
 from tests.support.cluster_model import Model, tiny_chat
+from tests.support.seed import printed_seed
 
 NewNamespace = Callable[[str], str]
-
-SEED_VARIABLE: Final = "LOCKSTEP_TEST_SEED"  # repeats the moments of an earlier run
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +57,7 @@ def test_a_changed_spec_is_rolled_out_without_a_failed_request_while_the_operato
     living: Model, api: ClusterApi
 ) -> None:
     """Again and again: an undisturbed one rolls out in test_operator_writes.py."""
-    seed = int(os.environ.get(SEED_VARIABLE, secrets.randbelow(2**31)))
-    print(f"{SEED_VARIABLE}={seed}")
+    seed = printed_seed()
     before = uids(with_groups(living, 2))
 
     with Load(living, clients=3) as load:

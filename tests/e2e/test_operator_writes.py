@@ -7,9 +7,7 @@ know of each other and get bad answers from the API server. The deployed operato
 
 from __future__ import annotations
 
-import os
 import random
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -29,11 +27,11 @@ from tests.support.cluster_model import Model, tiny_chat
 from tests.support.cluster_processes import kill, one_process
 from tests.support.disturbed_life import Life, differences, end_state, events
 from tests.support.local_operator import LocalOperator, deployed_settings, deployed_user
+from tests.support.seed import printed_seed
 
 NewNamespace = Callable[[str], str]
 Object = dict[str, Any]
 
-SEED_VARIABLE: Final = "LOCKSTEP_TEST_SEED"  # repeats the answers of an earlier run
 SETTLED_SECONDS: Final = 150.0
 # All at once, and mended without a new pod.
 MEDDLED: Final = (
@@ -101,8 +99,7 @@ class Lives:
     """The four, and what is done to their operators."""
 
     def __init__(self, api: ClusterApi, new_namespace: NewNamespace, deployment: Object, folder: Path) -> None:
-        seed = int(os.environ.get(SEED_VARIABLE, secrets.randbelow(2**31)))
-        print(f"{SEED_VARIABLE}={seed}")
+        seed = printed_seed()
         self._api, self._new_namespace, self._deployment, self._folder = api, new_namespace, deployment, folder
         self.undisturbed = self._life("undisturbed")
         self.killed = self._life("killed")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import secrets
 import subprocess
 import sys
 import threading
@@ -19,12 +18,12 @@ from pathlib import Path
 
 import httpx
 from tests.support.faults import inject
+from tests.support.seed import printed_seed
 from tests.support.serve import Served, served
 
 from lockstep_runtime.wire import GroupState, Injection
 
 SECONDS = float(os.environ.get("LOCKSTEP_SOAK_SECONDS", "1200"))
-SEED = int(os.environ.get("LOCKSTEP_TEST_SEED", secrets.randbelow(2**31)))
 CLIENTS = 4
 WORDS = ("the", "statement", "function", "list", "of", "module", "class", "value", "object", "returns", "is", "called")
 SLOW_STEPS = 200  # in a row, every so often
@@ -80,8 +79,8 @@ def slow_down(serve: Served, rank: int) -> None:
 
 
 def test_under_mixed_load_on_busy_cores_nothing_is_taken_for_a_fault(tmp_path: Path) -> None:
-    print(f"LOCKSTEP_TEST_SEED={SEED}, for {SECONDS:g} s")
-    chance = random.Random(SEED)
+    print(f"for {SECONDS:g} s")
+    chance = random.Random(printed_seed())
     arguments = ("--tensor-parallel-size", "2", "--threads-per-rank", "1", "--allow-faults")
     with served(tmp_path, *arguments) as serve, busy_cores():
         serve.ready()
