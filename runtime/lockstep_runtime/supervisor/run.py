@@ -167,9 +167,9 @@ class Supervisor:
                 self._board.take(message.status)
             case wire.KillWorker():
                 if self._processes.incarnation(message.rank) == message.incarnation:
+                    self._do(self._machine.kill(message.rank, message.reason))  # first: it must not join once more
                     if message.reload:
                         self._processes.end_loaded_spare(message.rank)
-                    self._do(self._machine.kill(message.rank, message.reason))
             case wire.ReadProgress():
                 self._link.send(wire.ProgressReport(asked=message.asked, records=self._processes.records()))
             case wire.Inject():

@@ -268,8 +268,8 @@ def main(config: ServeConfig, birth: child.Birth, descriptors: list[int], runner
         worker.load(runner)
     except Exception as error:
         _say_farewell(control, error)
-    for one in orders if runner.on_cpu else []:
-        leave_loaded_spare(config, rank, one, functools.partial(main, config, runner=runner))
+    if orders and runner.on_cpu:
+        leave_loaded_spare(config, rank, orders[0], functools.partial(main, config, runner=runner))
     logger.info("ends: %s", worker.run())
     _end(0)
 
