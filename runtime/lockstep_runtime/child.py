@@ -14,20 +14,19 @@ from lockstep_runtime import log
 
 PARENT_VARIABLE: Final = "LOCKSTEP_PARENT"
 INCARNATION_VARIABLE: Final = "LOCKSTEP_INCARNATION"
-PROGRESS_VARIABLE: Final = "LOCKSTEP_PROGRESS_FD"
-CACHE_VARIABLE: Final = "LOCKSTEP_CACHE_FD"
 HISTORY_VARIABLE: Final = "LOCKSTEP_HISTORY"
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 
-WARM: Final = b"warm"  # what a spare says, once
+WARM: Final = b"warm"  # what a spare says, once; a loaded one with a descriptor of itself (pidfd)
 
 
 class Birth(msgspec.Struct, frozen=True, kw_only=True):
     """What a spare is asked for, as JSON: a process for this rank.
 
-    With it come three descriptors: of the progress record, of the memory for the KV cache, and of a pipe from which the
-    newborn reads a byte before it does anything. The answer is its pid.
+    With it come descriptors: of a pipe from which the newborn reads a byte before it does anything, of the progress
+    record, of the memory for the KV cache, and, from the pod's spare, of the socket on which the newborn's loaded spare
+    is to take orders. The answer is its pid.
     """
 
     rank: int

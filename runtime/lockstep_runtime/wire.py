@@ -355,11 +355,15 @@ class Leaving(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class KillWorker(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """To the supervisor of the rank's pod: SIGKILL this incarnation (another is left alone) and start a new one."""
+    """To the supervisor of the rank's pod: SIGKILL this incarnation (another is left alone) and start a new one.
+
+    `reload`: from the weight cache, or the checkpoint, and nothing that has been loaded before.
+    """
 
     rank: int
     incarnation: str
     reason: str
+    reload: bool = True
 
 
 class Release(msgspec.Struct, frozen=True, kw_only=True, tag=True):

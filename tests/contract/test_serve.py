@@ -96,9 +96,11 @@ def test_processes_show_what_they_are(server: Served) -> None:
     def titles() -> list[str]:
         return sorted(title_of(pid) for pid in (server.process.pid, *server.child_pids()))
 
-    server.until(lambda: any(title.startswith("lockstep: spare") for title in titles()), "there is a spare", 120)
+    server.until(lambda: len([title for title in titles() if " spare" in title]) == 3, "there are all spares", 120)
     assert titles() == [
         "lockstep: engine model=local group=0",
+        "lockstep: loaded spare of rank 0 model=local group=0",
+        "lockstep: loaded spare of rank 1 model=local group=0",
         "lockstep: spare model=local group=0",
         "lockstep: supervisor model=local group=0",
         "lockstep: worker model=local group=0 rank=0",
@@ -106,9 +108,13 @@ def test_processes_show_what_they_are(server: Served) -> None:
     ]
 
 
-def test_the_spare_has_one_thread_so_that_it_may_be_forked(server: Served) -> None:
-    spare = server.pid_of("lockstep: spare")
-    assert len(list(Path(f"/proc/{spare}/task").iterdir())) == 1
+@pytest.mark.parametrize("title", ["lockstep: spare", "loaded spare of rank 0", "loaded spare of rank 1"])
+def test_a_spare_has_one_thread_so_that_it_may_be_forked(server: Served, title: str) -> None:
+    assert _threads(server.pid_of(title)) == 1
+
+
+def _threads(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
 
 
 def test_status_is_for_those_with_the_token_and_tells_every_rank(server: Served) -> None:
@@ -158,6 +164,7 @@ def test_a_killed_rank_is_a_pause_and_the_stream_goes_on_with_the_same_tokens(
     assert "was killed by SIGKILL" in fault.message
     assert server.status().ranks[rank].respawns == before.ranks[rank].respawns + 1
     assert server.status().ranks[1 - rank].pid == before.ranks[1 - rank].pid
+    assert f"rank {rank} has a new process from its loaded spare" in server.log.read_text()
 
 
 def test_a_killed_engine_comes_back_and_the_ranks_keep_their_weights(server: Served, oracle: dict[str, str]) -> None:
@@ -222,6 +229,18 @@ def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
         while any(is_running(pid) for pid in children):
             assert time.monotonic() < deadline, [title_of(pid) for pid in children]
             time.sleep(0.02)
+
+
+def test_a_process_from_a_loaded_spare_computes_in_as_many_threads_as_the_one_before_it(tmp_path: Path) -> None:
+    with served(tmp_path, "--dtype", "float32", "--threads-per-rank", "2") as serve:
+        serve.ready()
+        answer = serve.complete(PROMPTS[4], ANSWER)
+        threads = _threads(serve.pid_of("rank=0"))
+        assert threads > 2  # one computes, another listens to the engine
+        os.kill(serve.pid_of("rank=0"), signal.SIGKILL)
+        assert serve.complete(PROMPTS[4], ANSWER) == answer
+        assert "rank 0 has a new process from its loaded spare" in serve.log.read_text()
+        assert _threads(serve.pid_of("rank=0")) == threads
 
 
 def test_recycle_pods_only_says_that_it_is_poisoned(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ async def test_an_unusable_context_costs_that_process_and_no_other() -> None:
         fails_once(live.ranks[1], Fault.CONTEXT_FAULT, "illegal address")
         assert await live.generate((5, 6), 20) == continuation((5, 6), 20)
         assert [one.respawns for one in live.engine.status().ranks] == [0, 1]
-        assert [one.rank for one in live.told if isinstance(one, wire.KillWorker)] == [1]
+        assert live.kills() == [(1, True)]
 
 
 async def test_no_token_of_a_desynchronised_step_gets_out() -> None:

@@ -52,6 +52,24 @@ async def test_a_rank_that_never_comes_to_the_collective_is_named_and_replaced()
         assert "rank 1 stopped before layers.7.mlp.down_proj, ranks 0,2 waited 0." in fault.message
         assert fault.phases["detect"] == pytest.approx(0.3, abs=0.2)
         assert respawns(live) == [0, 1, 0]
+        assert live.kills() == [(1, False)]
+
+
+async def test_one_that_hangs_again_before_it_was_of_use_is_loaded_again() -> None:
+    hangs = [(6, False), (6, False)]
+
+    def stop(self: FakeRank, step: wire.Step) -> wire.StepDone | None:
+        if not hangs:
+            return self.compute(step)
+        self.stands = hangs.pop()
+        return None
+
+    async with live_engine(watchdog=HASTY) as live:
+        live.ranks[0].misdeed = silence((7, True))
+        live.ranks[1].misdeed = stop
+        fault = await the_fault(live)
+        assert (fault.fault, fault.rank, fault.rung) == (Fault.HANG, 1, "Respawn")
+        assert live.kills() == [(1, False), (1, True)]
 
 
 async def test_ranks_that_all_wait_in_one_collective_are_aborted_and_kept() -> None:
@@ -74,6 +92,7 @@ async def test_one_that_does_not_answer_the_abort_either_is_killed() -> None:
         assert (fault.fault, fault.rank, fault.rung) == (Fault.HANG, 1, "Respawn")
         assert "rank 1 did not leave its collective within 1.5 s and was killed" in fault.message
         assert respawns(live) == [0, 1]
+        assert live.kills() == [(1, False)]
 
 
 async def test_a_slow_rank_that_still_moves_is_no_hang() -> None:

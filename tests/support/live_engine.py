@@ -49,6 +49,10 @@ class LiveEngine:
         async with asyncio.timeout(DEADLINE):
             return [event.token.token async for event in self.engine.generate(request(prompt, max_tokens))]
 
+    def kills(self) -> list[tuple[int, bool]]:
+        """The processes that were to be killed: of which rank, and whether the next is to load again."""
+        return [(one.rank, one.reload) for one in self.told if isinstance(one, wire.KillWorker)]
+
     def obey(self, pod_index: int, message: wire.ToSupervisor) -> None:
         """A supervisor's part: status is kept, a kill is carried out."""
         if isinstance(message, wire.StatusReport):

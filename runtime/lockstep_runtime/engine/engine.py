@@ -383,6 +383,7 @@ class Engine:
     def _suffer(self, fault: GroupFaultError) -> Recovery:
         """Record the fault and start the repair; `run` forms the group again."""
         cause = fault.cause
+        reload = cause.fault is not wire.Fault.HANG or not self._formed_at  # a hang once more before the proof is over
         if self._formed_at:
             healthy = time.monotonic() - self._formed_at - cause.waited
             self._ladder.rest(healthy, steps=self._steps > self._formed_steps)
@@ -398,7 +399,7 @@ class Engine:
         )
         logger.warning("%s: fault %d: %s", rung.lower() or "poisoned", self._faults.open_id, recovery.reason)
         for rank in recovery.kill:
-            self.group.kill(rank, recovery.reason)
+            self.group.kill(rank, recovery.reason, reload=reload)
         self._changed(True)
         return recovery
 

@@ -228,8 +228,11 @@ class RankGroup:
             return False
         return True
 
-    def kill(self, rank: int, reason: str) -> bool:
-        """Have the rank's supervisor end its process, and another takes its place; whether it could be told."""
+    def kill(self, rank: int, reason: str, *, reload: bool = True) -> bool:
+        """Have the rank's supervisor end its process, and another takes its place; whether it could be told.
+
+        `reload`: as in `wire.KillWorker`.
+        """
         member = self.members[rank]
         supervisor = self.supervisors.get(member.pod_index)
         if not member.last_incarnation or supervisor is None:
@@ -237,12 +240,12 @@ class RankGroup:
         logger.warning("killing rank %d: %s", rank, reason)
         member.abort_sent_at = None
         member.condemned = member.last_incarnation
-        supervisor.send(wire.KillWorker(rank=rank, incarnation=member.last_incarnation, reason=reason))
+        supervisor.send(wire.KillWorker(rank=rank, incarnation=member.last_incarnation, reason=reason, reload=reload))
         return True
 
     def kill_stuck(self, rank: int, how: str) -> None:
         """Kill a process that keeps the group from being gathered."""
-        if self.kill(rank, how):
+        if self.kill(rank, how, reload=False):
             self._on_stuck(rank, how)
 
 

@@ -1,34 +1,33 @@
 """Child processes: started with their names, incarnations and progress records, reaped, signalled by pid.
 
 The spare and the engine are started from nothing. A rank's process is forked from the spare (see `worker.spare`), so
-that it costs no import and shares the spare's memory; it becomes a child of this process all the same.
+that it costs no import and shares the spare's memory; from the second on from its own loaded spare, if it has left one
+(see `worker.loaded_spare`). It becomes a child of this process all the same.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import os
 import secrets
 import signal
-import socket
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-import msgspec
-
 from lockstep_runtime import child, wire
 from lockstep_runtime.progress import Progress, Record, Stage, new_memory
 from lockstep_runtime.supervisor.machine import ENGINE, Name
+from lockstep_runtime.supervisor.spare import Spare
 from lockstep_runtime.supervisor.starvation import Standstill
 
 logger = logging.getLogger(__name__)
 _HEALTHY_SECONDS: Final = 10.0  # of the spare's and the engine's life
 FORK_SECONDS: Final = 5.0  # a spare that takes longer is of no use
+LOADED_FORK_SECONDS: Final = 1.0  # nor is a loaded one: there is another way
 _BY_OTHERS: Final = frozenset({signal.SIGKILL, signal.SIGTERM})  # what ends a process in which nothing is wrong
 _ONE_THREAD: Final = {"OPENBLAS_NUM_THREADS": "1"}  # numpy's, which is asked for no product: a spare must have none
 _PR_SET_CHILD_SUBREAPER: Final = 36  # prctl(2)
@@ -75,7 +74,8 @@ class Processes:
         self._environment = _ONE_THREAD | dict(environment) | {child.PARENT_VARIABLE: str(os.getpid())}
         self._by_name: dict[Name, _Process] = {}
         self._caches: dict[int, int] = {}  # descriptors of the memory in which a rank's KV cache outlives its process
-        self._orders: socket.socket | None = None  # the spare's standard input
+        self._spare: Spare | None = None
+        self._loaded: dict[int, Spare] = {}  # by rank
         # What the spare forks and leaves behind becomes ours, as it does anyway where this is process 1.
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
@@ -94,49 +94,62 @@ class Processes:
         return pid
 
     def _spawn_spare(self, environment: Mapping[str, str]) -> int:
-        self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._orders.settimeout(FORK_SECONDS)
-        with theirs:
+        self._spare = Spare()
+        with self._spare.theirs as theirs:
             return _spawn("lockstep_runtime.worker", environment, stdin=theirs.fileno())
 
     def spare_socket(self) -> int | None:
         """Readable once there is something for `hear_spare`."""
-        return self._orders.fileno() if self._orders is not None else None
+        return self._spare.fileno() if self._spare is not None else None
 
     def hear_spare(self) -> bool:
         """Whether the spare says that it is warm; it may also have ended."""
-        with contextlib.suppress(OSError):
-            return self._orders is not None and self._orders.recv(len(child.WARM)) == child.WARM
-        return False
+        return self._spare is not None and self._spare.is_warm()
 
     def dismiss_spare(self) -> None:
         """A spare that nobody can speak to any more ends."""
-        if self._orders is not None:
-            self._orders.close()
-            self._orders = None
+        if self._spare is not None:
+            self._spare.end()
+            self._spare = None
+
+    def end_loaded_spare(self, rank: int) -> None:
+        """The rank's next process loads again."""
+        if loaded := self._loaded.pop(rank, None):
+            loaded.end()
+
+    def end_loaded_spares(self) -> None:
+        for rank in list(self._loaded):
+            self.end_loaded_spare(rank)
 
     def _fork(self, rank: int, incarnation: str) -> int:
-        """The newborn waits for a byte, so that one of which we did not hear in time never becomes the rank."""
-        progress = new_memory(f"lockstep-progress-{rank}")
-        wait, go = os.pipe()
+        progress, cache = new_memory(f"lockstep-progress-{rank}"), self._cache_of(rank)
+        birth = child.Birth(rank=rank, incarnation=incarnation)
         try:
-            birth = child.Birth(rank=rank, incarnation=incarnation)
-            pid = self._ask_spare(birth, progress, self._cache_of(rank), wait)
-            os.write(go, b"!")
-        except (OSError, ValueError) as error:
+            pid = self._fork_loaded(birth, progress, cache) or self._fork_spare(birth, progress, cache)
+        except OSError as error:
             os.close(progress)
             raise ForkError(f"the spare gave rank {rank} no process: {error or type(error).__name__}") from error
-        finally:
-            os.close(wait)
-            os.close(go)
         self._by_name[rank] = _new(rank, pid, incarnation, progress)
         return pid
 
-    def _ask_spare(self, birth: child.Birth, *descriptors: int) -> int:
-        if self._orders is None:
+    def _fork_loaded(self, birth: child.Birth, *descriptors: int) -> int | None:
+        loaded = self._loaded.get(birth.rank)
+        if loaded is not None and loaded.is_warm():
+            try:
+                pid = loaded.bear(LOADED_FORK_SECONDS, birth, *descriptors)
+                logger.info("rank %d has a new process from its loaded spare (pid %d)", birth.rank, pid)
+                return pid
+            except OSError as error:
+                logger.warning("the loaded spare of rank %d gave no process: %s", birth.rank, error)
+        self.end_loaded_spare(birth.rank)
+        return None
+
+    def _fork_spare(self, birth: child.Birth, *descriptors: int) -> int:
+        if self._spare is None:
             raise OSError("there is none")
-        socket.send_fds(self._orders, [msgspec.json.encode(birth)], descriptors)
-        return int(self._orders.recv(32))
+        self._loaded[birth.rank] = loaded = Spare()
+        with loaded.theirs as theirs:
+            return self._spare.bear(FORK_SECONDS, birth, *descriptors, theirs.fileno())
 
     def _cache_of(self, rank: int) -> int:
         if rank not in self._caches:
@@ -189,14 +202,17 @@ class Processes:
 
     def _ended(self, process: _Process, status: int) -> Exit:
         del self._by_name[process.name]
-        killed = os.WIFSIGNALED(status)
-        if killed and os.WTERMSIG(status) not in _BY_OTHERS and process.name in self._caches:
+        killed, healthy = os.WIFSIGNALED(status), self._was_healthy(process)
+        crashed = killed and os.WTERMSIG(status) not in _BY_OTHERS
+        if crashed and process.name in self._caches:
             os.close(self._caches.pop(process.name))  # a process that crashed may have written anywhere
+        if isinstance(process.name, int) and (crashed or not healthy):
+            self.end_loaded_spare(process.name)  # the cause may lie in what it was forked from
         return Exit(
             name=process.name,
             pid=process.pid,
             incarnation=process.incarnation,
-            healthy=self._was_healthy(process),
+            healthy=healthy,
             code=None if killed else os.WEXITSTATUS(status),
             signal=os.WTERMSIG(status) if killed else None,
         )

@@ -80,6 +80,7 @@ class Supervisor:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._processes.end_loaded_spares()
             owned_files.remove(os.environ)
 
     def _lay_out_files(self) -> None:
@@ -166,7 +167,9 @@ class Supervisor:
                 self._board.take(message.status)
             case wire.KillWorker():
                 if self._processes.incarnation(message.rank) == message.incarnation:
-                    self._do(self._machine.kill(message.rank, message.reason))
+                    self._do(self._machine.kill(message.rank, message.reason))  # first: it must not join once more
+                    if message.reload:
+                        self._processes.end_loaded_spare(message.rank)
             case wire.ReadProgress():
                 self._link.send(wire.ProgressReport(asked=message.asked, records=self._processes.records()))
             case wire.Inject():

@@ -23,3 +23,15 @@ def in_threads(work: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
 
     with ThreadPoolExecutor(min(MOST, len(os.sched_getaffinity(0)))) as pool:
         yield from pool.map(run, items)
+
+
+def in_own_thread(work: Callable[[], _R]) -> _R:
+    """The result. Threads that OpenMP starts for the work end with its thread; in the caller's there is none of them,
+    so that it may be forked."""
+
+    def run() -> _R:
+        torch.set_num_threads(torch.get_num_threads())  # OpenMP has a number for each thread
+        return work()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()

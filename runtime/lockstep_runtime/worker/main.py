@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import queue
@@ -22,6 +23,7 @@ from lockstep_runtime.wire import Fault
 from lockstep_runtime.worker.classify import classify
 from lockstep_runtime.worker.control import Command, Connected, Control, Disconnected, Dismissed
 from lockstep_runtime.worker.inject import Injector
+from lockstep_runtime.worker.loaded_spare import leave_loaded_spare
 from lockstep_runtime.worker.runner import LoadReport, Runner
 from lockstep_runtime.worker.scrub import CorruptionError, Scrub
 
@@ -232,42 +234,44 @@ def _loaded(report: LoadReport, seconds: float) -> wire.Loaded:
     )
 
 
-def run(config: ServeConfig, rank: int, memory: CacheMemory, control: Control, progress: Progress) -> int:
-    """Load, then work until dismissed; returns the exit code."""
-    worker = Worker(config, rank, control, progress, collectives)
-    try:
-        worker.load(Runner(config, rank, memory))
-    except Exception as error:
-        message = load_error(error)
-        logger.error("can't load: %s", message)
-        _say_farewell(control, message)
-        return LOAD_FAILED_EXIT
-    reason = worker.run()
-    logger.info("ends: %s", reason)
-    return 0
-
-
 def load_error(error: Exception) -> str:
     """The model's own words where it is the model's fault, else the exception."""
     return str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
 
 
-def _say_farewell(control: Control, message: str) -> None:
+def _say_farewell(control: Control, error: Exception) -> NoReturn:
     """Tell the engine why, as soon as it can be reached: this process has nothing else to do."""
+    message = load_error(error)
+    logger.error("can't load: %s", message)
     deadline = time.monotonic() + FAREWELL_SECONDS
     while time.monotonic() < deadline and not control.connected:
         time.sleep(0.05)
     control.send(wire.LoadFailed(message=message))
+    _end(LOAD_FAILED_EXIT)
 
 
-def main(config: ServeConfig, rank: int) -> NoReturn:
-    """A rank's process from its birth; ends the process."""
+def main(config: ServeConfig, birth: child.Birth, descriptors: list[int], runner: Runner | None = None) -> NoReturn:
+    """A rank's process from its birth: load, then work until dismissed. Ends the process.
+
+    `runner`: that of the loaded spare which this process was forked from; it has loaded.
+    """
+    rank = birth.rank
     child.become(f"worker {rank}", f"worker model={config.model_name} group={config.group} rank={rank}")
-    progress = Progress(int(os.environ[child.PROGRESS_VARIABLE]))
-    control = Control(config, rank, os.environ[TOKEN_VARIABLE], os.environ[child.INCARNATION_VARIABLE])
+    record, cache, *orders = descriptors
+    control = Control(config, rank, os.environ[TOKEN_VARIABLE], birth.incarnation)
     control.start()
-    memory = CacheMemory(int(os.environ[child.CACHE_VARIABLE]))
-    _end(run(config, rank, memory, control, progress))
+    worker = Worker(config, rank, control, Progress(record), collectives)
+    try:
+        memory = CacheMemory(cache)
+        runner = runner or Runner(config, rank, memory)
+        runner.memory = memory
+        worker.load(runner)
+    except Exception as error:
+        _say_farewell(control, error)
+    if orders and runner.on_cpu:
+        leave_loaded_spare(config, rank, orders[0], functools.partial(main, config, runner=runner))
+    logger.info("ends: %s", worker.run())
+    _end(0)
 
 
 def _end(code: int) -> NoReturn:

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,10 +28,11 @@ from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.weights.load import Loaded, adopt_weights, fill_cache, load_weights
 from lockstep_runtime.weights.plan import Shard
 from lockstep_runtime.weights.source import find_model, read_config
+from lockstep_runtime.weights.threads import in_own_thread
 from lockstep_runtime.worker.device import choose_device, sharers
 from lockstep_runtime.worker.memory import cache_budget, give_back_freed_memory, keep_freed_memory, used_bytes
 from lockstep_runtime.worker.sampler import draw_of, is_plain_greedy, sample, take_best
-from lockstep_runtime.worker.scrub import INTERVAL_SECONDS, INTERVAL_VARIABLE, Scrub, name_of, watch
+from lockstep_runtime.worker.scrub import INTERVAL_SECONDS, INTERVAL_VARIABLE, Scrub, Watched, name_of, watch
 
 logger = logging.getLogger(__name__)
 
@@ -56,34 +57,52 @@ class StepOutput:
 
 
 class Runner:
-    """All methods belong to one thread. `memory` is for the KV cache of a rank that computes on the CPU."""
+    """All methods belong to one thread. `memory` is for the KV cache of a rank that computes on the CPU.
+
+    One that has loaded may be forked before its first step; then its copy needs a memory of its own.
+    """
 
     def __init__(self, config: ServeConfig, rank: int, memory: CacheMemory | None = None) -> None:
         self._config, self._rank = config, rank
         self._device = _device(config, rank)
-        self._memory = memory or CacheMemory()
+        self.memory = memory or CacheMemory()
+        self.on_cpu = self._device.type == "cpu"
+        self._loaded: Loaded | None = None
+        self._watched: list[Watched] = []
         self._model: Model
         self._cache: KVCache | None = None
         torch.set_num_threads(config.threads_per_rank or max(1, _cores() // config.ranks_per_pod))
 
     def load(self, progress: Callable[[int, int], None]) -> LoadReport:
-        """Read this rank's slices of the weights; `progress(bytes done, bytes in all)` is called often.
+        """Read this rank's slices of the weights, unless they are here; `progress(bytes done, bytes in all)` is called
+        often. On a CPU the calling thread computes nothing itself, so that it may be forked.
 
         Raises:
             ModelError: with a sentence that names what is wrong.
         """
+        if self._loaded is not None:
+            self._loaded = replace(self._loaded, read_bytes=0)
+            progress(self._loaded.weight_bytes, self._loaded.weight_bytes)
+        elif self.on_cpu:
+            self._loaded = in_own_thread(lambda: self._load(progress))
+        else:
+            self._loaded = self._load(progress)
+        return LoadReport(
+            weight_bytes=self._loaded.weight_bytes,
+            read_bytes=self._loaded.read_bytes,
+            cache_blocks=self._room(),
+            block_size=BLOCK_SIZE,
+            memory_bytes=used_bytes(self._device),
+            scrub=Scrub(self._watched, _interval(), time.monotonic()) if self._watched else None,
+        )
+
+    def _load(self, progress: Callable[[int, int], None]) -> Loaded:
         give_back_freed_memory()
         path = cache_file(os.environ, self._rank) if self._config.weight_cache == "Memory" else None
         loaded, cache = self._load_cached(path, progress) if path is not None else (self._load_plainly(progress), None)
         keep_freed_memory()
-        return LoadReport(
-            weight_bytes=loaded.weight_bytes,
-            read_bytes=loaded.read_bytes,
-            cache_blocks=self._room(),
-            block_size=BLOCK_SIZE,
-            memory_bytes=used_bytes(self._device),
-            scrub=self._scrub(cache),
-        )
+        self._watched = self._watch(cache) if _interval() > 0 else []
+        return loaded
 
     def _load_cached(self, path: Path, progress: Callable[[int, int], None]) -> tuple[Loaded, WeightCache | None]:
         """Through the weight cache, which is filled first if need be; without it where there is no room."""
@@ -142,24 +161,20 @@ class Runner:
             rank=self._rank,
         )
 
-    def _scrub(self, cache: WeightCache | None) -> Scrub | None:
-        interval = float(os.environ.get(INTERVAL_VARIABLE) or INTERVAL_SECONDS)
-        if interval <= 0:
-            return None
-
+    def _watch(self, cache: WeightCache | None) -> list[Watched]:
         def known(weight: Weight | StoredTable) -> str | None:
             kept_as_it_is = cache is not None and isinstance(weight, PlainWeight | StoredTable)
             return cache.checksum(weight.cuts) if cache is not None and kept_as_it_is else None
 
         with torch.inference_mode():
-            return Scrub(watch(self._model.weights(), known), interval, time.monotonic())
+            return watch(self._model.weights(), known)
 
     def allocate(self, blocks: int) -> KVCache:
         """The KV cache, if it is of so many blocks; else a new one in its place. The last block is the probe's."""
         with torch.inference_mode():
             if self._cache is None or self._cache.blocks != blocks:
                 self._cache = None  # its memory is needed
-                self._cache = KVCache(self._model.cache_shape, blocks, self._placement, self._memory)
+                self._cache = KVCache(self._model.cache_shape, blocks, self._placement, self.memory)
             self._cache.fill_last_block()
         return self._cache
 
@@ -213,7 +228,7 @@ class Runner:
     def _room(self) -> int:
         """Blocks that fit; never more than all sequences at full length could use, beside the probe."""
         shape, dtype = self._model.cache_shape, self._placement.activation
-        if self._device.type == "cpu" and (held := self._memory.held(shape, dtype)):
+        if self.on_cpu and (held := self.memory.held(shape, dtype)):
             return held.blocks
         limits = self._config.limits
         length = min(limits.max_model_len or self._model.max_positions, self._model.max_positions)
@@ -264,6 +279,11 @@ def _dtype(wanted: str, native: str) -> torch.dtype:
             f"the model's type is {name}; Lockstep computes in {', '.join(DTYPES)}: choose one with --dtype"
         )
     return DTYPES[name]
+
+
+def _interval() -> float:
+    """Seconds; 0: nothing is scrubbed."""
+    return float(os.environ.get(INTERVAL_VARIABLE) or INTERVAL_SECONDS)
 
 
 def _cores() -> int:

@@ -1,0 +1,199 @@
+"""A supervisor's processes: whichever spare is well gives a rank its next one, and nothing stays behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from tests.support.live_engine import free_port
+from tests.support.models import ModelShape, write_model
+from tests.support.serve import is_running, title_of
+
+from lockstep_runtime import child
+from lockstep_runtime.config import CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
+from lockstep_runtime.owned_files import FOLDER_VARIABLE, cache_file
+from lockstep_runtime.progress import Stage, new_memory
+from lockstep_runtime.supervisor.machine import SPARE
+from lockstep_runtime.supervisor.process import Exit, Processes
+from lockstep_runtime.supervisor.spare import Spare
+
+DEADLINE_SECONDS = 120.0  # importing torch on a busy machine
+LOADED_SPARE = "lockstep: loaded spare of rank 0 model=local group=0"
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {DEADLINE_SECONDS:g} s: {what}"
+        time.sleep(0.01)
+
+
+class Pod:
+    """Rank 0 of a model that is all there is: it finds no engine to talk to."""
+
+    def __init__(self, directory: Path) -> None:
+        model = write_model(directory / "model", ModelShape())
+        config = ServeConfig(model=str(model), served_name="m", bus_port=free_port(), backend="gloo", device="cpu")
+        environment = {
+            CONFIG_VARIABLE: msgspec.json.encode(config).decode(),
+            TOKEN_VARIABLE: "token",
+            FOLDER_VARIABLE: str(directory),
+        }
+        self.processes = Processes(os.environ | environment)
+        path = cache_file(environment | {child.PARENT_VARIABLE: str(os.getpid())}, 0)
+        assert path is not None
+        self.cache = path
+        self.processes.spawn(SPARE)
+        until(self.processes.hear_spare, "the spare is warm")
+
+    def start(self) -> None:
+        """The rank's process; wait for its loaded spare."""
+        self.processes.spawn(0)
+        until(self.has_loaded_spare, "it has left a loaded spare")
+
+    def is_loaded(self) -> bool:
+        return self.processes._record(self.processes._by_name[0]).stage is Stage.LOADED
+
+    def has_loaded_spare(self) -> bool:
+        loaded = self.processes._loaded.get(0)
+        return loaded is not None and loaded.is_warm()
+
+    def loaded_spares(self) -> list[int]:
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        return [int(pid) for pid in children if is_running(int(pid)) and title_of(int(pid)) == LOADED_SPARE]
+
+    def lose(self, number: int) -> None:
+        self.processes.signal(0, number)
+        gone: list[Exit] = []
+
+        def is_gone() -> bool:
+            gone.extend(one for one in self.processes.reap() if isinstance(one, Exit))
+            return bool(gone)
+
+        until(is_gone, "the rank's process has ended")
+        assert [(one.name, one.signal, one.healthy) for one in gone] == [(0, number, True)]
+
+    def end(self) -> None:
+        self.processes.end_loaded_spares()
+        self.processes.signal(SPARE, signal.SIGKILL)
+        until(lambda: bool(self.processes.reap()) and not self.processes.pids(), "the spare has ended")
+        self.processes.dismiss_spare()
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pod]:
+    pod = Pod(tmp_path_factory.mktemp("pod"))
+    yield pod
+    pod.end()
+
+
+@pytest.fixture
+def pod(warm: Pod, caplog: pytest.LogCaptureFixture) -> Iterator[Pod]:
+    """One whose rank has loaded and left a loaded spare."""
+    caplog.set_level(logging.INFO)
+    warm.start()
+    yield warm
+    if 0 in warm.processes.pids():
+        warm.lose(signal.SIGKILL)
+    warm.processes.end_loaded_spares()
+
+
+def is_from_loaded(caplog: pytest.LogCaptureFixture) -> bool:
+    return "rank 0 has a new process from its loaded spare" in caplog.text
+
+
+def test_a_lost_process_comes_back_from_its_loaded_spare_again_and_again(
+    pod: Pod, caplog: pytest.LogCaptureFixture
+) -> None:
+    spare = pod.loaded_spares()
+    assert len(spare) == 1
+    pod.cache.unlink()  # nobody reads it again
+    for _ in range(2):
+        caplog.clear()
+        pod.lose(signal.SIGKILL)
+        pod.processes.spawn(0)
+        assert is_from_loaded(caplog)
+        until(pod.is_loaded, "it is as good as one that has loaded")
+    assert pod.loaded_spares() == spare
+    assert not pod.cache.exists()
+
+
+def test_a_loaded_spare_holds_nothing_that_ends_with_the_rank(pod: Pod) -> None:
+    [spare] = pod.loaded_spares()
+    opened = [str(one.readlink()) for one in Path(f"/proc/{spare}/fd").iterdir()]
+    assert len([one for one in opened if one.startswith("socket:")]) == 1  # its orders
+    assert not [one for one in opened if "lockstep-" in one and str(pod.cache) not in one]
+    assert "lockstep-cache" not in Path(f"/proc/{spare}/maps").read_text()
+    assert len(list(Path(f"/proc/{spare}/task").iterdir())) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_one_that_does_not_answer_is_replaced_by_the_pods_spare(
+    pod: Pod, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    [spare] = pod.loaded_spares()
+    os.kill(spare, number)
+    pod.lose(signal.SIGKILL)
+    pod.start()
+    assert "the loaded spare of rank 0 gave no process" in caplog.text
+    assert not is_from_loaded(caplog)
+    assert not is_running(spare)
+    assert spare not in pod.loaded_spares()
+
+
+def test_what_is_not_to_be_trusted_is_not_forked_from_again(pod: Pod, caplog: pytest.LogCaptureFixture) -> None:
+    pod.processes.end_loaded_spare(0)
+    assert pod.loaded_spares() == []
+    pod.lose(signal.SIGKILL)
+    pod.start()
+    assert not is_from_loaded(caplog)
+
+
+def test_nor_is_what_a_process_that_crashed_was_forked_from(pod: Pod, caplog: pytest.LogCaptureFixture) -> None:
+    pod.lose(signal.SIGSEGV)
+    assert pod.loaded_spares() == []
+    pod.start()
+    assert not is_from_loaded(caplog)
+
+
+def test_a_stopped_one_ends_with_the_supervisor(pod: Pod) -> None:
+    [spare] = pod.loaded_spares()
+    os.kill(spare, signal.SIGSTOP)
+    pod.processes.end_loaded_spares()
+    assert not is_running(spare)
+
+
+def order(spare: Spare) -> int:
+    record = new_memory("test")
+    try:
+        return spare.bear(0.2, child.Birth(rank=0, incarnation="i"), record)
+    finally:
+        os.close(record)
+
+
+def test_a_newborn_of_which_nobody_heard_in_time_is_not_told_to_go() -> None:
+    spare = Spare()
+    with spare.theirs as theirs:
+        with pytest.raises(TimeoutError):
+            order(spare)
+        _, descriptors, _, _ = socket.recv_fds(theirs, 4096, 4)
+        assert os.read(descriptors[0], 1) == b""
+        for descriptor in descriptors:
+            os.close(descriptor)
+    spare.end()
+
+
+def test_of_a_spare_that_has_ended_nothing_is_heard() -> None:
+    spare = Spare()
+    spare.theirs.close()
+    assert not spare.is_warm()
+    with pytest.raises(OSError):
+        order(spare)
+    spare.end()
