@@ -4,8 +4,8 @@ Claim: a killed rank costs a running stream at most 1 s, a hang 1 s beyond its d
 larger model hardly costs more; starting everything anew, measured in the same run, takes at least 20 times as long.
 
 All run with two ranks: tiny-chat and the 0.6B shape (random weights, a tokenizer that names every id) in float32, whose
-streams must give the tokens of an undisturbed run, and the 0.6B shape in bfloat16, which a CPU without AVX-512 has to
-pack again. The pause is the longest time between two chunks of the stream. Beside it stand the two ways without a
+streams must give the tokens of an undisturbed run, and the 0.6B shape in bfloat16, which a CPU without AVX-512 packs
+when it loads. The pause is the longest time between two chunks of the stream. Beside it stand the two ways without a
 ladder, after a SIGKILL of rank 1: `RecyclePods`, in which everything is replaced once the group says that it is
 poisoned, and a restart of everything at that very moment; both lose the stream and are timed to a retry's first token.
 """

@@ -42,6 +42,17 @@ def test_progress_ends_at_the_total(model: Path) -> None:
     assert seen[-1] == (report.weight_bytes, report.weight_bytes)
 
 
+def test_one_that_has_loaded_reads_nothing_again(model: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    runner = Runner(config(model), 0)
+    first, tensors = runner.load(lambda done, total: None), runner.weights()
+    again = runner.load(lambda done, total: seen.append((done, total)))
+    assert (again.weight_bytes, again.read_bytes) == (first.weight_bytes, 0)
+    assert seen == [(first.weight_bytes, first.weight_bytes)]
+    assert runner.weights() == tensors
+    assert again.scrub is not first.scrub  # whose round begins anew
+
+
 def test_the_cache_is_what_was_asked_for_or_what_can_be_used(model: Path) -> None:
     block = 2 * 2 * 2 * 16 * 4 * BLOCK_SIZE  # keys and values, layers, kv heads, width, bytes
     report = Runner(config(model, EngineLimits(kv_cache_bytes=block * 10 + 5)), 0).load(lambda done, total: None)

@@ -383,7 +383,7 @@ class Engine:
     def _suffer(self, fault: GroupFaultError) -> Recovery:
         """Record the fault and start the repair; `run` forms the group again."""
         cause = fault.cause
-        reload = cause.fault is not wire.Fault.HANG or not self._formed_at  # a hang once more before the proof is over
+        reload = cause.fault is not wire.Fault.HANG or not self._formed_at  # or it hung again, before the proof
         if self._formed_at:
             healthy = time.monotonic() - self._formed_at - cause.waited
             self._ladder.rest(healthy, steps=self._steps > self._formed_steps)

@@ -203,10 +203,10 @@ class Processes:
     def _ended(self, process: _Process, status: int) -> Exit:
         del self._by_name[process.name]
         killed, healthy = os.WIFSIGNALED(status), self._was_healthy(process)
-        crashed = killed and os.WTERMSIG(status) not in _BY_OTHERS
-        if crashed and process.name in self._caches:
+        by_others = killed and os.WTERMSIG(status) in _BY_OTHERS
+        if killed and not by_others and process.name in self._caches:
             os.close(self._caches.pop(process.name))  # a process that crashed may have written anywhere
-        if isinstance(process.name, int) and (crashed or not healthy):
+        if isinstance(process.name, int) and not (by_others and healthy):
             self.end_loaded_spare(process.name)  # the cause may lie in what it was forked from
         return Exit(
             name=process.name,
