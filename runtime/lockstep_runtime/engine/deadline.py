@@ -107,14 +107,13 @@ class DeadlineModel:
 
     def learn(self, work: Work, seconds: float) -> None:
         """A step of this size was done in so many seconds."""
-        marks, size = self._marks[work.kind], _size(work)
-        mark = marks.get(size)
-        high = seconds if mark is None else max(seconds, seconds + (mark.seconds - seconds) * SINKING)
-        as_expected = mark is not None and seconds < mark.seconds and self._stretch == 1.0
-        if not as_expected and (expected := self.expected(work)) is not None:
+        if (expected := self.expected(work)) is not None:
             surprise = min(seconds * self._stretch / max(expected, 1e-6), LONGEST_STRETCH)
             self._stretch = max(surprise, 1.0 + (self._stretch - 1.0) * SINKING)
         self._cold.discard(work.kind)
+        marks, size = self._marks[work.kind], _size(work)
+        before = marks[size].seconds if size in marks else seconds
+        high = max(seconds, seconds + (before - seconds) * SINKING)
         marks[size] = _Mark(high, work.tokens, work.context)
 
     def processes_changed(self) -> None:
