@@ -144,6 +144,19 @@ async def test_a_stopped_process_is_noticed_at_once_at_work_or_at_rest(busy: boo
         assert "rank 1 (pid 1001) was stopped by SIGSTOP" in fault.message
 
 
+async def test_a_process_that_is_stopped_before_it_has_connected_is_killed_all_the_same() -> None:
+    async with live_engine() as live:
+        await live.until(lambda: 1 in live.links and live.links[1].connected, "the pod is connected")
+        await live.ranks[1].die()
+        await live.until(lambda: live.engine.group.gathering, "the loss is noticed")
+        live.links[1].send(wire.ProcessStopped(rank=1, pid=1002, incarnation="unheard of", signal=19))
+        await live.until(lambda: live.kills() == [(1, False)], "it is to be killed")
+        [kill] = [one for one in live.told if isinstance(one, wire.KillWorker)]
+        assert kill.incarnation == "unheard of"
+        await live.ranks[1].respawn()
+        await live.ready()
+
+
 async def test_a_rank_that_only_lost_its_connection_keeps_its_process() -> None:
     async with live_engine() as live:
         running = asyncio.create_task(live.generate(PROMPT, 100))

@@ -157,13 +157,13 @@ class RankGroup:
                 pass
 
     def _process_stopped(self, message: wire.ProcessStopped) -> None:
-        """It answers nothing until someone lets it go on, which nobody may ever do."""
-        rank = message.rank
-        if self.members[rank].last_incarnation != message.incarnation:
+        """It answers nothing until someone lets it go on, which nobody may ever do. A new one may be unknown."""
+        rank, member = message.rank, self.members[message.rank]
+        if message.incarnation in member.retired or (member.peer and member.last_incarnation != message.incarnation):
             return
         words = f"rank {rank} (pid {message.pid}) was stopped by {signal_name(message.signal)}"
         if self.gathering:
-            self.kill_stuck(rank, words)
+            self.kill_stuck(rank, words, message.incarnation)
         else:
             self.inquiry.add(Evidence(Fault.HANG, rank, words, laggards=(rank,), outside=True))
 
@@ -228,24 +228,26 @@ class RankGroup:
             return False
         return True
 
-    def kill(self, rank: int, reason: str, *, reload: bool = True) -> bool:
+    def kill(self, rank: int, reason: str, incarnation: str = "", *, reload: bool = True) -> bool:
         """Have the rank's supervisor end its process, and another takes its place; whether it could be told.
 
-        `reload`: as in `wire.KillWorker`.
+        `incarnation`: of one that may not have connected; else it is the last that has. `reload`: as in
+        `wire.KillWorker`.
         """
         member = self.members[rank]
         supervisor = self.supervisors.get(member.pod_index)
-        if not member.last_incarnation or supervisor is None:
+        incarnation = incarnation or member.last_incarnation
+        if not incarnation or supervisor is None:
             return False
         logger.warning("killing rank %d: %s", rank, reason)
         member.abort_sent_at = None
-        member.condemned = member.last_incarnation
-        supervisor.send(wire.KillWorker(rank=rank, incarnation=member.last_incarnation, reason=reason, reload=reload))
+        member.condemned = incarnation
+        supervisor.send(wire.KillWorker(rank=rank, incarnation=incarnation, reason=reason, reload=reload))
         return True
 
-    def kill_stuck(self, rank: int, how: str) -> None:
+    def kill_stuck(self, rank: int, how: str, incarnation: str = "") -> None:
         """Kill a process that keeps the group from being gathered."""
-        if self.kill(rank, how, reload=False):
+        if self.kill(rank, how, incarnation, reload=False):
             self._on_stuck(rank, how)
 
 
