@@ -21,10 +21,15 @@ from lockstep_runtime.engine.interface import (
 from lockstep_runtime.wire import Fault, GroupState, RankState
 
 
-def fails_once(rank: FakeRank, fault: Fault, message: str = "out of memory") -> None:
-    """The rank's next step fails, and only that."""
+def fails_once(rank: FakeRank, fault: Fault, message: str = "out of memory", *, after: int = 0) -> None:
+    """One step of the rank fails: the next, or that after so many."""
+    left = after
 
-    def misdeed(self: FakeRank, step: wire.Step) -> wire.StepFailed:
+    def misdeed(self: FakeRank, step: wire.Step) -> wire.StepDone | wire.StepFailed:
+        nonlocal left
+        if left:
+            left -= 1
+            return self.compute(step)
         self.misdeed = None
         return wire.StepFailed(epoch=step.epoch, step=step.step, fault=fault, message=message)
 
@@ -115,10 +120,8 @@ async def test_a_failed_step_is_repaired_with_every_process_kept(fault: Fault) -
 @pytest.mark.parametrize("fault", [Fault.STEP_FAILED, Fault.NON_FINITE, Fault.CORRUPTION])
 async def test_what_was_computed_before_garbage_is_computed_again_and_nothing_else(fault: Fault) -> None:
     async with live_engine(cache_blocks=256) as live:
-        running = asyncio.create_task(live.generate(tuple(range(100)), 20))
-        await live.until(lambda: live.ranks[0].steps > 10, "some steps are done")
-        fails_once(live.ranks[1], fault)
-        assert await running == continuation(tuple(range(100)), 20)
+        fails_once(live.ranks[1], fault, after=10)
+        assert await live.generate(tuple(range(100)), 20) == continuation(tuple(range(100)), 20)
         once = 100 + 20 - 1  # the last token is not fed
         if fault is Fault.STEP_FAILED:
             assert live.ranks[0].fed <= once + 1
@@ -129,11 +132,11 @@ async def test_what_was_computed_before_garbage_is_computed_again_and_nothing_el
 @pytest.mark.parametrize("crashed", [False, True])
 async def test_a_killed_process_leaves_its_cache_to_the_next_and_one_that_crashed_does_not(*, crashed: bool) -> None:
     async with live_engine(cache_blocks=256) as live:
-        running = asyncio.create_task(live.generate(tuple(range(100)), 50))
+        running = asyncio.create_task(live.generate(tuple(range(100)), 300))
         await live.until(lambda: live.ranks[0].steps > 10, "some steps are done")
         await live.ranks[1].respawn(crashed=crashed)
-        assert await running == continuation(tuple(range(100)), 50)
-        assert (live.ranks[0].fed > 100 + 50 + 50) == crashed
+        assert await running == continuation(tuple(range(100)), 300)
+        assert (live.ranks[0].fed > 100 + 300 + 50) == crashed
 
 
 async def test_an_unusable_context_costs_that_process_and_no_other() -> None:
