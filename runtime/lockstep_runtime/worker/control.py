@@ -64,6 +64,7 @@ class Control:
         self.fence = 0  # commands of epochs below this are void
         self.interrupt: Callable[[], None] = lambda: None
         self.on_inject: Callable[[wire.Inject], None] | None = None  # a fault on purpose; None: none are taken
+        self.resolving = threading.Lock()  # held while the engine's name is looked up: a fork would copy locks of C's
         self._socket: socket.socket | None = None
         self._connections = 0
         self._send_lock = threading.Lock()
@@ -127,7 +128,8 @@ class Control:
 
     def _one_connection(self) -> None:
         """Until the engine closes it. Returns or raises OSError or FrameError."""
-        connection = socket.create_connection(bus_address(self._config), timeout=CONNECT_SECONDS)
+        with self.resolving:
+            connection = socket.create_connection(bus_address(self._config), timeout=CONNECT_SECONDS)
         try:
             tune(connection)
             connection.sendall(encode(self._hello()))

@@ -269,7 +269,8 @@ def main(config: ServeConfig, birth: child.Birth, descriptors: list[int], runner
     except Exception as error:
         _say_farewell(control, error)
     if orders and runner.on_cpu:
-        leave_loaded_spare(config, rank, orders[0], functools.partial(main, config, runner=runner))
+        with control.resolving:
+            leave_loaded_spare(config, rank, orders[0], functools.partial(main, config, runner=runner))
     logger.info("ends: %s", worker.run())
     _end(0)
 
