@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -314,3 +315,23 @@ async def test_a_step_that_raises_after_a_collective_has_touched_the_others(scen
     peer = await scene.joined(1)
     peer.send(step(1, 1))
     assert not (await scene.script.hear(wire.StepFailed)).untouched
+
+
+def test_while_it_looks_for_the_engine_the_process_may_not_be_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    looking, seen, found = threading.Event(), threading.Event(), threading.Event()
+
+    def look(*_: Any, **__: Any) -> Any:
+        looking.set()
+        assert seen.wait(SECONDS)
+        found.set()
+        raise OSError("nobody is there")
+
+    monkeypatch.setattr(socket, "create_connection", look)
+    control = Control(ServeConfig(model="toy", served_name="toy", bus_port=1), 0, TOKEN, "incarnation")
+    control.start()
+    assert looking.wait(SECONDS)
+    assert control.resolving.locked()
+    seen.set()
+    with control.resolving:
+        assert found.is_set()
+    control.stop()
