@@ -276,7 +276,7 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     epoch: int
     step: int
     seconds: float  # the forward, as this rank saw it
-    fingerprint: int  # 64 bits of the last hidden state: equal on every rank
+    fingerprint: int  # of what went in and of the last hidden states: equal on every rank
     sampled: list[SampledToken] = []  # rank 0 only
 
 
