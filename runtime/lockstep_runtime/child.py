@@ -13,7 +13,6 @@ import msgspec
 from lockstep_runtime import log
 
 PARENT_VARIABLE: Final = "LOCKSTEP_PARENT"
-INCARNATION_VARIABLE: Final = "LOCKSTEP_INCARNATION"
 HISTORY_VARIABLE: Final = "LOCKSTEP_HISTORY"
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 

@@ -47,14 +47,13 @@ class Progress:
         self._view = memoryview(self._memory)
         self._words = self._view[:_NAMES_OFFSET].cast("q")
         self._places: dict[str, int] = {}  # name -> its number, from 1
-        self._position = 0  # the writer's own copy
 
     def set_stage(self, stage: Stage) -> None:
         self._words[_STAGE] = stage
 
     def enter(self, epoch: int, step: int) -> None:
         words = self._words
-        words[_POSITION] = words[_PLACE] = self._position = 0
+        words[_POSITION] = words[_PLACE] = 0
         words[_EPOCH], words[_STEP], words[_IN_STEP] = epoch, step, 1
 
     def leave(self, epoch: int, step: int) -> None:
@@ -63,15 +62,15 @@ class Progress:
     def enter_collective(self, place: str) -> None:
         words = self._words
         words[_PLACE] = self._places.get(place) or self._number(place)
-        self._position = words[_POSITION] = self._position + 1 | 1  # odd: inside; a raise leaves without saying so
+        words[_POSITION] = words[_POSITION] + 1 | 1  # odd: inside; a raise leaves without saying so
 
     def leave_collective(self) -> None:
-        self._position = self._words[_POSITION] = self._position + 1
+        self._words[_POSITION] += 1
 
     @property
     def collectives(self) -> int:
         """Entered in this step."""
-        return (self._position + 1) // 2
+        return (self._words[_POSITION] + 1) // 2
 
     def read(self) -> Record:
         words = self._words

@@ -18,7 +18,7 @@ import httpx
 import pytest
 import torch
 from tests.support.live_engine import free_port
-from tests.support.serve import TINY_CHAT, TOKEN, Served, is_running, served, title_of
+from tests.support.serve import TINY_CHAT, TOKEN, Served, is_running, served, threads_of, title_of
 from tests.support.stream import Stream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -110,11 +110,7 @@ def test_processes_show_what_they_are(server: Served) -> None:
 
 @pytest.mark.parametrize("title", ["lockstep: spare", "loaded spare of rank 0", "loaded spare of rank 1"])
 def test_a_spare_has_one_thread_so_that_it_may_be_forked(server: Served, title: str) -> None:
-    assert _threads(server.pid_of(title)) == 1
-
-
-def _threads(pid: int) -> int:
-    return len(list(Path(f"/proc/{pid}/task").iterdir()))
+    assert threads_of(server.pid_of(title)) == 1
 
 
 def test_status_is_for_those_with_the_token_and_tells_every_rank(server: Served) -> None:
@@ -235,12 +231,12 @@ def test_a_process_from_a_loaded_spare_computes_in_as_many_threads_as_the_one_be
     with served(tmp_path, "--dtype", "float32", "--threads-per-rank", "2") as serve:
         serve.ready()
         answer = serve.complete(PROMPTS[4], ANSWER)
-        threads = _threads(serve.pid_of("rank=0"))
+        threads = threads_of(serve.pid_of("rank=0"))
         assert threads > 2  # one computes, another listens to the engine
         os.kill(serve.pid_of("rank=0"), signal.SIGKILL)
         assert serve.complete(PROMPTS[4], ANSWER) == answer
         assert "rank 0 has a new process from its loaded spare" in serve.log.read_text()
-        assert _threads(serve.pid_of("rank=0")) == threads
+        assert threads_of(serve.pid_of("rank=0")) == threads
 
 
 def test_recycle_pods_only_says_that_it_is_poisoned(tmp_path: Path) -> None:

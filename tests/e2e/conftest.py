@@ -13,7 +13,7 @@ from tests.support import kubectl
 from tests.support.cluster_api import ClusterApi
 from tests.support.cluster_model import GONE_SECONDS, OPERATOR_NAMESPACE, TINY_CHAT, Model, operator_pods, tiny_chat
 from tests.support.cluster_rest import Rest
-from tests.support.cluster_wait import until
+from tests.support.wait import until
 
 NewNamespace = Callable[[str], str]
 

@@ -27,8 +27,8 @@ from tests.support.cluster_faults import (
 )
 from tests.support.cluster_model import Model, Object
 from tests.support.cluster_processes import container_processes, kill, one_process, stopped
-from tests.support.cluster_wait import until
 from tests.support.stream import Answer, answers
+from tests.support.wait import until
 
 pytestmark = pytest.mark.outage
 

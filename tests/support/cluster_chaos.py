@@ -13,7 +13,7 @@ from tests.support import kubectl
 from tests.support.cluster_api import ClusterApi
 from tests.support.cluster_model import OPERATOR_NAMESPACE, OPERATOR_SELECTOR, Object, operator_log, operator_pods
 from tests.support.cluster_processes import container_processes, kill
-from tests.support.cluster_wait import until
+from tests.support.wait import until
 
 
 class OperatorKiller:

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from tests.support import kubectl
 from tests.support.cluster_model import RESOURCES, Model, Object, tiny_chat
-from tests.support.cluster_wait import until
 from tests.support.stream import Stream, start
+from tests.support.wait import until
 
 STREAM_SECONDS: Final = 120.0
 TOLD_SECONDS: Final = 30.0

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from tests.support.cluster_model import Model, Object
-from tests.support.cluster_wait import until
+from tests.support.wait import until
 
 CHILDREN: Final = ("statefulsets", "services", "secrets", "serviceaccounts", "networkpolicies")
 

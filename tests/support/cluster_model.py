@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from openai import OpenAI
 from tests.support import kubectl
 from tests.support.cluster_api import ClusterApi
-from tests.support.cluster_wait import until
+from tests.support.wait import until
 
 Object = dict[str, Any]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from tests.support.cluster_model import Model
-from tests.support.cluster_wait import until
+from tests.support.wait import until
 
 # Everything that the operator writes.
 KINDS: Final = (

@@ -12,8 +12,8 @@ from typing import Any, Final
 from tests.support.api_proxy import ApiProxy
 from tests.support.cluster_lifecycle import shape
 from tests.support.cluster_model import Model
-from tests.support.cluster_wait import until
 from tests.support.local_operator import LocalOperator
+from tests.support.wait import until
 
 Object = dict[str, Any]
 

@@ -91,6 +91,11 @@ def title_of(pid: int) -> str:
         return ""
 
 
+def threads_of(pid: int) -> int:
+    """How many it has."""
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
+
+
 def is_running(pid: int) -> bool:
     """A zombie is not."""
     try:

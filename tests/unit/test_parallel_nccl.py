@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.distributed as dist
+from tests.support.wait import until
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
@@ -105,7 +106,7 @@ def test_the_second_to_abort_waits_for_the_first() -> None:
     first = threading.Thread(target=group.abort)
     second = threading.Thread(target=group.close)
     first.start()
-    until(lambda: Edge.made[0].aborts == 1)
+    until("it is called off", lambda: Edge.made[0].aborts == 1, SECONDS)
     second.start()
     second.join(0.2)
     assert second.is_alive()
@@ -180,10 +181,3 @@ def test_gloo_and_cuda_together_give_a_group_of_the_host() -> None:
         groups[1].check()
     for group in groups:
         group.close()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)

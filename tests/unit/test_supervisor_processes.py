@@ -6,15 +6,15 @@ import logging
 import os
 import signal
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 from tests.support.live_engine import free_port
 from tests.support.models import ModelShape, write_model
-from tests.support.serve import is_running, title_of
+from tests.support.serve import is_running, threads_of, title_of
+from tests.support.wait import until
 
 from lockstep_runtime import child
 from lockstep_runtime.config import CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
@@ -26,13 +26,6 @@ from lockstep_runtime.supervisor.spare import Spare
 
 DEADLINE_SECONDS = 120.0  # importing torch on a busy machine
 LOADED_SPARE = "lockstep: loaded spare of rank 0 model=local group=0"
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {DEADLINE_SECONDS:g} s: {what}"
-        time.sleep(0.01)
 
 
 class Pod:
@@ -51,12 +44,12 @@ class Pod:
         assert path is not None
         self.cache = path
         self.processes.spawn(SPARE)
-        until(self.processes.hear_spare, "the spare is warm")
+        until("the spare is warm", self.processes.hear_spare, DEADLINE_SECONDS)
 
     def start(self) -> None:
         """The rank's process; wait for its loaded spare."""
         self.processes.spawn(0)
-        until(self.has_loaded_spare, "it has left a loaded spare")
+        until("it has left a loaded spare", self.has_loaded_spare, DEADLINE_SECONDS)
 
     def is_loaded(self) -> bool:
         return self.processes._record(self.processes._by_name[0]).stage is Stage.LOADED
@@ -77,13 +70,15 @@ class Pod:
             gone.extend(one for one in self.processes.reap() if isinstance(one, Exit))
             return bool(gone)
 
-        until(is_gone, "the rank's process has ended")
+        until("the rank's process has ended", is_gone, DEADLINE_SECONDS)
         assert [(one.name, one.signal, one.healthy) for one in gone] == [(0, number, True)]
 
     def end(self) -> None:
         self.processes.end_loaded_spares()
         self.processes.signal(SPARE, signal.SIGKILL)
-        until(lambda: bool(self.processes.reap()) and not self.processes.pids(), "the spare has ended")
+        until(
+            "the spare has ended", lambda: bool(self.processes.reap()) and not self.processes.pids(), DEADLINE_SECONDS
+        )
         self.processes.dismiss_spare()
 
 
@@ -120,7 +115,7 @@ def test_a_lost_process_comes_back_from_its_loaded_spare_again_and_again(
         pod.lose(signal.SIGKILL)
         pod.processes.spawn(0)
         assert is_from_loaded(caplog)
-        until(pod.is_loaded, "it is as good as one that has loaded")
+        until("it is as good as one that has loaded", pod.is_loaded, DEADLINE_SECONDS)
     assert pod.loaded_spares() == spare
     assert not pod.cache.exists()
 
@@ -131,7 +126,7 @@ def test_a_loaded_spare_holds_nothing_that_ends_with_the_rank(pod: Pod) -> None:
     assert len([one for one in opened if one.startswith("socket:")]) == 1  # its orders
     assert not [one for one in opened if "lockstep-" in one and str(pod.cache) not in one]
     assert "lockstep-cache" not in Path(f"/proc/{spare}/maps").read_text()
-    assert len(list(Path(f"/proc/{spare}/task").iterdir())) == 1
+    assert threads_of(spare) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])

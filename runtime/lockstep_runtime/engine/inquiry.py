@@ -28,8 +28,8 @@ _A = TypeVar("_A", wire.RendezvousOpened, wire.Joined, wire.CacheAllocated, wire
 Answer = wire.RendezvousOpened | wire.Joined | wire.CacheAllocated | wire.StepDone
 
 HEARSAY_SECONDS: Final = 0.5  # how long to wait for the cause when ranks only report its effect
-UNTOUCHED_SECONDS: Final = 0.1  # and for the other ranks to say that they could not begin the step either,
-UNTOUCHED_LOOK_SECONDS: Final = 0.005  # unless a look at their records shows that one has begun
+UNTOUCHED_SECONDS: Final = 0.1  # and for the other ranks to say that they could not begin the step either
+UNTOUCHED_LOOK_SECONDS: Final = 0.005  # between two looks at whether one of them has begun it
 
 
 class GroupFaultError(RuntimeError):

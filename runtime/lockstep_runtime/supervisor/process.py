@@ -88,7 +88,7 @@ class Processes:
         incarnation = secrets.token_hex(8)
         if isinstance(name, int):
             return self._fork(name, incarnation)
-        environment = self._environment | {child.INCARNATION_VARIABLE: incarnation} | dict(extra or {})
+        environment = self._environment | dict(extra or {})
         pid = _spawn("lockstep_runtime.engine", environment) if name == ENGINE else self._spawn_spare(environment)
         self._by_name[name] = _new(name, pid, incarnation, -1)
         return pid

@@ -1,4 +1,4 @@
-"""Waiting for the cluster: always for a condition, always with a deadline, and never silently."""
+"""Waiting: always for a condition, always with a deadline, and never silently."""
 
 from __future__ import annotations
 
