@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.parallel.exchange import PIECE_BYTES
 from lockstep_runtime.parallel.group import Group, GroupAborted, GroupError, join, open_rendezvous
-from lockstep_runtime.parallel.shared_memory import SLOT_BYTES, SharedFile, SharedMemoryGroup
+from lockstep_runtime.parallel.shared_memory import SharedFile, SharedMemoryGroup
 
-KINDS = ["shared memory", "gloo"]
+KINDS = ["shared memory", "TCP"]
 Job = Callable[[Group], Any]
 
 
@@ -60,7 +61,7 @@ def run(kind: str, size: int, job: Job) -> list[Any]:
 def sums_and_gathers(group: Group) -> Any:
     results = []
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        for shape in ((1,), (3, 5), (2, SLOT_BYTES // 4 + 1)):
+        for shape in ((1,), (3, 5), (2, PIECE_BYTES // 4 + 1)):
             generator = torch.Generator().manual_seed(group.rank)
             tensor = torch.randn(*shape, generator=generator).to(dtype)
             parts = group.gather(tensor)
@@ -72,10 +73,10 @@ def sums_and_gathers(group: Group) -> Any:
     return type(group).__name__, results
 
 
-@pytest.mark.parametrize(("kind", "size"), [("shared memory", 2), ("shared memory", 5), ("gloo", 3)])
+@pytest.mark.parametrize(("kind", "size"), [("shared memory", 2), ("shared memory", 5), ("TCP", 3)])
 def test_every_rank_gets_the_same_bits(kind: str, size: int) -> None:
     results = run(kind, size, sums_and_gathers)
-    assert results[0][0] == ("SharedMemoryGroup" if kind == "shared memory" else "GlooGroup")
+    assert results[0][0] == ("SharedMemoryGroup" if kind == "shared memory" else "TcpGroup")
     assert all(result == results[0] for result in results)
 
 
@@ -133,7 +134,7 @@ def test_only_a_meeting_place_of_the_right_kind_is_mapped(tmp_path: Path) -> Non
 
 
 def test_one_rank_alone() -> None:
-    group = join(config("gloo", 1), 0, 1, "tcp://nowhere:1", timeout=1)
+    group = join(config("TCP", 1), 0, 1, "tcp://nowhere:1", timeout=1)
     tensor = torch.ones(3)
     assert group.all_reduce(tensor).equal(torch.ones(3))
     assert group.gather(tensor) == [tensor]

@@ -1,6 +1,7 @@
-"""The ranks' communicator. This and `parallel.nccl` are the only modules that touch torch.distributed.
+"""The ranks' communicator. Only this, `parallel.meeting` and `parallel.nccl` touch torch.distributed.
 
-Three kinds behind one protocol: shared memory (ranks of one pod), gloo (ranks in several pods), NCCL (a GPU per rank).
+Three kinds behind one protocol: NCCL, with a GPU per rank; and for ranks on CPUs, where torch has gloo, shared memory
+within a pod and TCP between pods.
 Each is made for one epoch of the group and thrown away with it. A collective waits without limit, because only the
 engine can tell a slow step from a hung one; `abort` ends the wait.
 """
@@ -8,24 +9,23 @@ engine can tell a slow step from a hung one; `abort` ends the wait.
 from __future__ import annotations
 
 import datetime
-import json
+import os
 import socket
-import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.parallel import gloo_sockets
-from lockstep_runtime.parallel.errors import GroupAborted, GroupError, check_proof
+from lockstep_runtime.config import TOKEN_VARIABLE, ServeConfig
+from lockstep_runtime.parallel.errors import GroupAborted, GroupError
 from lockstep_runtime.parallel.host import HostGroup
-from lockstep_runtime.parallel.nccl import WITHOUT_LIMIT, NcclGroup
+from lockstep_runtime.parallel.meeting import Meeting
+from lockstep_runtime.parallel.nccl import NcclGroup
 from lockstep_runtime.parallel.shared_memory import SCHEME, SharedFile, SharedMemoryGroup, is_supported
+from lockstep_runtime.parallel.tcp import TcpGroup
 
 __all__ = ["Group", "GroupAborted", "GroupError", "Rendezvous", "choose_backend", "join", "open_rendezvous"]
 
@@ -90,8 +90,7 @@ def join(
 ) -> Group:
     """Meet the other ranks there, and prove the communicator: an all-reduce of ones must give the group's size.
 
-    `cancelled` is asked while the others are waited for, where that is possible: in shared memory, and in the proof
-    of NCCL's.
+    `cancelled` is asked while the others are waited for; of NCCL's communicator, only in its proof.
 
     Raises:
         GroupError: not everyone came within `timeout` seconds, it was cancelled, or the proof failed.
@@ -114,7 +113,8 @@ def _meet(
         if choose_backend(config) == "nccl":
             device = torch.device("cuda", rank % config.ranks_per_pod)
             return NcclGroup(store, rank, size, device, deadline, cancelled)
-        return GlooGroup(store, rank, size, own_address(config.leader, deadline), deadline)
+        host, token = own_address(config.leader, deadline), os.environ.get(TOKEN_VARIABLE, "")
+        return TcpGroup(Meeting(store, rank, size, host, token, deadline, cancelled))
     except (RuntimeError, OSError, ValueError) as error:  # torch raises subclasses of RuntimeError for all of it
         if isinstance(error, GroupError):
             raise
@@ -162,59 +162,6 @@ class StoreServer:
 
     def close(self) -> None:
         self._store = None  # its last reference ends the server
-
-
-class GlooGroup:
-    """CPU ranks in several pods."""
-
-    def __init__(self, store: Store, rank: int, size: int, host: str, deadline: float) -> None:
-        self.rank, self.size = rank, size
-        self._aborted = threading.Event()
-        before = gloo_sockets.listening_ports()
-        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-        options._timeout = _remaining(deadline)
-        mine = gloo_sockets.listening_ports() - before
-        store.set(f"listeners-{rank}", json.dumps(sorted(mine)))
-        self._group: Any = dist.ProcessGroupGloo(store, rank, size, options)
-        self._listeners = frozenset(
-            (host, port) for other in range(size) for host, port in json.loads(store.get(f"listeners-{other}"))
-        )
-        check_proof(self.all_reduce(torch.ones(1)).item(), size)
-
-    def all_reduce(self, tensor: Tensor, place: str = "") -> Tensor:
-        options = dist.AllreduceOptions()
-        options.timeout = WITHOUT_LIMIT
-        self._run(lambda: self._group.allreduce([tensor], options))
-        return tensor
-
-    def gather(self, tensor: Tensor, place: str = "") -> list[Tensor] | None:
-        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
-        options = dist.GatherOptions()
-        options.rootRank = 0
-        options.timeout = WITHOUT_LIMIT
-        self._run(lambda: self._group.gather([parts] if parts else [], [tensor], options))
-        return parts
-
-    def check(self) -> None:
-        if self._aborted.is_set():
-            raise GroupAborted("the communicator was aborted")
-
-    def abort(self) -> None:
-        self._aborted.set()
-        gloo_sockets.shut_down(self._listeners)
-
-    def close(self) -> None:
-        self.abort()
-        self._group = None
-
-    def _run(self, collective: Any) -> None:
-        self.check()
-        try:
-            collective().wait()
-        except RuntimeError as error:
-            self.check()
-            raise GroupError(f"gloo: {error}") from error
 
 
 def own_address(leader: str, deadline: float) -> str:

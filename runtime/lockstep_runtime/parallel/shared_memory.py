@@ -28,10 +28,10 @@ from torch import Tensor
 
 from lockstep_runtime.owned_files import SHARED_MEMORY, owner, owner_of
 from lockstep_runtime.parallel.errors import GroupAborted, GroupError, check_proof
+from lockstep_runtime.parallel.exchange import PIECE_BYTES, ExchangeGroup, Slots
 
 SCHEME: Final = "shm://"
 FOLDER: Final = SHARED_MEMORY
-SLOT_BYTES: Final = 1024 * 1024
 COUNTERS_BYTES: Final = 4096
 CACHE_LINE_WORDS: Final = 8  # a counter per line: no rank's store takes another's line away
 ABORTED: Final = 0  # the word that says so; rank r's counter is word (1 + r) * CACHE_LINE_WORDS
@@ -52,7 +52,7 @@ class SharedFile:
         path = _new_path()
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, COUNTERS_BYTES + 2 * size * SLOT_BYTES)
+            os.posix_fallocate(descriptor, 0, COUNTERS_BYTES + 2 * size * PIECE_BYTES)
         except OSError as error:
             path.unlink()
             raise GroupError(f"{FOLDER} has no room for the ranks' exchange: {error}") from error
@@ -65,7 +65,7 @@ class SharedFile:
         self.path.unlink(missing_ok=True)
 
 
-class SharedMemoryGroup:
+class SharedMemoryGroup(ExchangeGroup):
     """One rank's end. All methods but `abort` belong to one thread."""
 
     def __init__(
@@ -77,14 +77,14 @@ class SharedMemoryGroup:
         """
         if size > MAX_RANKS:
             raise GroupError(f"shared memory serves {MAX_RANKS} ranks at most, not {size}")
-        self.rank, self.size = rank, size
-        self._map = _map_file(Path(address.removeprefix(SCHEME)), COUNTERS_BYTES + 2 * size * SLOT_BYTES)
+        super().__init__(rank, size)
+        self._map = _map_file(Path(address.removeprefix(SCHEME)), COUNTERS_BYTES + 2 * size * PIECE_BYTES)
         self._words = memoryview(self._map)[:COUNTERS_BYTES].cast("q")
         self._mine = (1 + rank) * CACHE_LINE_WORDS
         self._others = [(1 + other) * CACHE_LINE_WORDS for other in range(size) if other != rank]
         self._sequence = 0
-        self._slots = torch.frombuffer(self._map, dtype=torch.uint8, offset=COUNTERS_BYTES).view(2, size, SLOT_BYTES)
-        self._views: dict[tuple[torch.dtype, int], tuple[tuple[Tensor, ...], ...]] = {}
+        memory = torch.frombuffer(self._map, dtype=torch.uint8, offset=COUNTERS_BYTES).view(2, size, PIECE_BYTES)
+        self._slots = [Slots(list(memories)) for memories in memory]
         self._spin = SPIN_SECONDS if size <= len(os.sched_getaffinity(0)) else 0.0
         self._deadline: float | None = time.monotonic() + timeout
         self._cancelled = cancelled
@@ -92,29 +92,6 @@ class SharedMemoryGroup:
         if rank == 0:  # everyone has mapped it: nothing stays behind, however the ranks end
             Path(address.removeprefix(SCHEME)).unlink(missing_ok=True)
         self._deadline = None
-
-    def all_reduce(self, tensor: Tensor, place: str = "") -> Tensor:
-        """Sum over ranks, in place; contiguous, on the CPU."""
-        flat = tensor.view(-1)
-        at_once = SLOT_BYTES // tensor.itemsize
-        if flat.shape[0] <= at_once:
-            self._sum(flat)
-        else:
-            for piece in torch.split(flat, at_once):
-                self._sum(piece)
-        return tensor
-
-    def gather(self, tensor: Tensor, place: str = "") -> list[Tensor] | None:
-        """Every rank's tensor (of one shape), in rank order, on rank 0; None elsewhere."""
-        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
-        flats = [part.view(-1) for part in parts or ()]
-        at = 0
-        for piece in torch.split(tensor.reshape(-1), SLOT_BYTES // tensor.itemsize):
-            slots = self._exchange(piece)
-            for flat, slot in zip(flats, slots, strict=False):  # rank 0 alone has any
-                flat[at : at + slot.shape[0]].copy_(slot)
-            at += piece.shape[0]
-        return parts
 
     def check(self) -> None:
         if self._words[ABORTED]:
@@ -131,36 +108,18 @@ class SharedMemoryGroup:
     def _meet(self) -> None:
         check_proof(self.all_reduce(torch.ones(1)).item(), self.size)
 
-    def _sum(self, piece: Tensor) -> None:
-        slots = self._exchange(piece)
-        torch.add(slots[0], slots[1], out=piece)
-        for slot in slots[2:]:
-            piece.add_(slot)
-
-    def _exchange(self, piece: Tensor) -> tuple[Tensor, ...]:
-        """Every rank's piece, valid until the exchange after the next."""
+    def _exchange(self, piece: Tensor, *, for_rank_0: bool = False) -> tuple[Tensor, ...]:
         words = self._words
         if words[ABORTED]:
             raise GroupAborted("the communicator was aborted")
         self._sequence = sequence = self._sequence + 1
-        slots = self._slots_of(piece)[sequence & 1]
+        slots = self._slots[sequence & 1].like(piece)
         slots[self.rank].copy_(piece)
         words[self._mine] = sequence
         for other in self._others:
             if words[other] < sequence:
                 self._wait(other, sequence)
         return slots
-
-    def _slots_of(self, piece: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-        key = (piece.dtype, piece.shape[0])
-        found = self._views.get(key)
-        if found is None:
-            if len(self._views) > 256:  # prefill chunks come in many sizes
-                self._views.clear()
-            size = piece.nbytes
-            found = tuple(tuple(slot[:size].view(piece.dtype) for slot in half) for half in self._slots)
-            self._views[key] = found
-        return found
 
     def _wait(self, other: int, sequence: int) -> None:
         words = self._words
