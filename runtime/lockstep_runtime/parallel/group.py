@@ -1,4 +1,4 @@
-"""The ranks' communicator. Only this, `parallel.meeting` and `parallel.nccl` touch torch.distributed.
+"""The ranks' communicator. This and `parallel.nccl` are the only modules that touch torch.distributed.
 
 Three kinds behind one protocol: NCCL, with a GPU per rank; and for ranks on CPUs, where torch has gloo, shared memory
 within a pod and TCP between pods.
@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from lockstep_runtime.config import TOKEN_VARIABLE, ServeConfig
 from lockstep_runtime.parallel.errors import GroupAborted, GroupError
 from lockstep_runtime.parallel.host import HostGroup
-from lockstep_runtime.parallel.meeting import Meeting
+from lockstep_runtime.parallel.meeting import Meeting, MeetingPlace
 from lockstep_runtime.parallel.nccl import NcclGroup
 from lockstep_runtime.parallel.shared_memory import SCHEME, SharedFile, SharedMemoryGroup, is_supported
 from lockstep_runtime.parallel.tcp import TcpGroup
@@ -75,9 +75,11 @@ def open_rendezvous(config: ServeConfig, epoch: int) -> Rendezvous:
     Raises:
         GroupError: no room in shared memory, or the leader's own address can't be told.
     """
-    if choose_backend(config) == "gloo" and config.pods == 1 and is_supported():
+    gloo = choose_backend(config) == "gloo"
+    if gloo and config.pods == 1 and is_supported():
         return SharedFile(config.tensor_parallel_size)
-    return StoreServer(own_address(config.leader, time.monotonic() + 10.0))
+    host = own_address(config.leader, time.monotonic() + 10.0)
+    return MeetingPlace(host, config.tensor_parallel_size, _token()) if gloo else StoreServer(host)
 
 
 def join(
@@ -109,12 +111,10 @@ def _meet(
         return SharedMemoryGroup(address, rank, size, timeout, cancelled)
     deadline = time.monotonic() + timeout
     try:
-        store = _connect(address, epoch, deadline)
-        if choose_backend(config) == "nccl":
-            device = torch.device("cuda", rank % config.ranks_per_pod)
-            return NcclGroup(store, rank, size, device, deadline, cancelled)
-        host, token = own_address(config.leader, deadline), os.environ.get(TOKEN_VARIABLE, "")
-        return TcpGroup(Meeting(store, rank, size, host, token, deadline, cancelled))
+        if choose_backend(config) == "gloo":
+            return TcpGroup(Meeting(address, rank, size, _token(), deadline, cancelled))
+        device = torch.device("cuda", rank % config.ranks_per_pod)
+        return NcclGroup(_connect(address, epoch, deadline), rank, size, device, deadline, cancelled)
     except (RuntimeError, OSError, ValueError) as error:  # torch raises subclasses of RuntimeError for all of it
         if isinstance(error, GroupError):
             raise
@@ -150,7 +150,7 @@ class SingleGroup:
 
 
 class StoreServer:
-    """torch's key-value store, listening on this pod's address only."""
+    """torch's key-value store, in which NCCL's ranks meet, listening on this pod's address only."""
 
     def __init__(self, host: str) -> None:
         with socket.create_server((host, 0)) as listener:
@@ -178,6 +178,11 @@ def own_address(leader: str, deadline: float) -> str:
             if time.monotonic() > deadline:
                 raise GroupError(f"the leader's name {leader} does not resolve: {error}") from error
             time.sleep(0.1)
+
+
+def _token() -> str:
+    """The group's, which a worker always has."""
+    return os.environ.get(TOKEN_VARIABLE, "")
 
 
 def _connect(address: str, epoch: int, deadline: float) -> Store:

@@ -1,7 +1,11 @@
 """How the ranks of an epoch that are in several pods find and connect each other.
 
-Each listens on a port of its choice, tells it in the epoch's store, and connects to the ranks below it. Who connects
-proves that it knows the group's token. Nobody listens any more once all are connected.
+Rank 0's process keeps the meeting place. Every rank, rank 0 too, listens on a port of its choice and tells it there;
+when all have come, each is told where the others are, and connects to those below it. Who connects anywhere must prove
+that it knows the group's token. After that nobody listens any more.
+
+torch's TCPStore could take the place, but asks the name service for the name of whoever connects: where that doesn't
+answer, a group would take five seconds longer to be healed, or ten.
 """
 
 from __future__ import annotations
@@ -10,58 +14,113 @@ import contextlib
 import hmac
 import secrets
 import socket
-import struct
+import threading
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar
 
-from torch._C._distributed_c10d import Store
+import msgspec
 
 from lockstep_runtime.parallel.errors import GroupAborted, GroupError
+from lockstep_runtime.transport import HEADER_BYTES, FrameError, decode, encode
 
-HELLO: Final = struct.Struct("<I32s")  # the rank that connects, and its proof
+SCHEME: Final = "tcp://"
+NONCE_BYTES: Final = 16
+HELLO_BYTES: Final = 1024  # the longest
 HELLO_SECONDS: Final = 1.0  # for one that has connected to say who it is
-LOOK_SECONDS: Final = 0.01  # between two looks at whether the others are there, and the meeting is still on
+LOOK_SECONDS: Final = 0.01  # between two looks at whether the meeting is still on
+
+Address = tuple[str, int]
+_M = TypeVar("_M")
+
+
+class Hello(msgspec.Struct, frozen=True):
+    """Who connects, where it listens, and the proof that it knows the token."""
+
+    rank: int
+    address: Address
+    proof: bytes
+
+
+class Present(msgspec.Struct, frozen=True):
+    """Where every rank listens, in rank order."""
+
+    addresses: list[Address]
+
+
+_hello: Final = msgspec.msgpack.Decoder(Hello)
+_present: Final = msgspec.msgpack.Decoder(Present)
+
+
+class MeetingPlace:
+    """Rank 0's. It is served by a thread of its own until all ranks have come, or it is closed."""
+
+    def __init__(self, host: str, size: int, token: str) -> None:
+        self._listener = socket.create_server((host, 0), backlog=size)
+        self._size, self._token = size, token
+        self.address = f"{SCHEME}{host}:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._serve, name="meeting", daemon=True).start()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # it has ended by itself
+            self._listener.shutdown(socket.SHUT_RDWR)
+
+    def _serve(self) -> None:
+        with self._listener, contextlib.ExitStack() as stack:
+            came: dict[int, tuple[socket.socket, Address]] = {}
+            while len(came) < self._size:
+                try:
+                    peer, _ = self._listener.accept()
+                except OSError:  # closed
+                    return
+                hello = admit(peer, self._token)
+                if hello is not None and 0 <= hello.rank < self._size:
+                    came[hello.rank] = (stack.enter_context(peer), hello.address)
+                else:
+                    peer.close()
+            present = encode(Present([address for _, (_, address) in sorted(came.items())]))
+            for peer, _ in came.values():
+                with contextlib.suppress(OSError):  # it has left: the others will notice
+                    peer.sendall(present)
 
 
 class Meeting:
-    """One rank's part in it.
-
-    `host`: this rank's address, as the others reach it. `deadline`: monotonic. `cancelled` is asked while the others
-    are waited for.
-    """
+    """One rank's part in it. `deadline` is monotonic; `cancelled` is asked while the others are waited for."""
 
     def __init__(
         self,
-        store: Store,
+        place: str,
         rank: int,
         size: int,
-        host: str,
         token: str,
         deadline: float,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
         self.rank, self.size = rank, size
-        self._store, self._host, self._token = store, host, token.encode()
+        host, _, port = place.removeprefix(SCHEME).rpartition(":")
+        self._place, self._token = (host, int(port)), token
         self._deadline, self._cancelled = deadline, cancelled
 
     def connect(self) -> dict[int, socket.socket]:
         """A connection to every other rank, each with a time-out of LOOK_SECONDS.
 
         Raises:
-            GroupError: somebody did not come in time, or it was called off.
-            OSError, RuntimeError: the network's and the store's own.
+            GroupError: not everyone came in time, or it was called off.
+            FrameError, OSError: the others', and the network's own.
         """
         with contextlib.ExitStack() as undo:
-            listener = undo.enter_context(socket.create_server((self._host, 0), backlog=self.size))
-            nonce = secrets.token_hex(16)
-            self._store.set(f"listener-{self.rank}", f"{nonce} {listener.getsockname()[1]} {self._host}")
+            with self._reach(self._place) as place:
+                listener = undo.enter_context(socket.create_server((place.getsockname()[0], 0), backlog=self.size))
+                listener.settimeout(LOOK_SECONDS)
+                mine: Address = listener.getsockname()[:2]
+                self._introduce(place, mine)
+                addresses = self._await_the_others(place)
             peers: dict[int, socket.socket] = {}
             for other in range(self.rank):
-                peers[other] = undo.enter_context(self._connect(other))
-            listener.settimeout(LOOK_SECONDS)
+                peers[other] = undo.enter_context(self._reach(addresses[other]))
+                self._introduce(peers[other], mine)
             while missing := {*range(self.rank + 1, self.size)} - peers.keys():
-                if found := self._accept(listener, nonce, missing):
+                if found := self._accept(listener, missing):
                     peers[found[0]] = undo.enter_context(found[1])
             undo.pop_all()
             listener.close()
@@ -70,44 +129,81 @@ class Meeting:
             peer.settimeout(LOOK_SECONDS)
         return peers
 
-    def check(self, other: int) -> None:
+    def check(self) -> None:
         """
         Raises:
-            GroupError: it is too late to wait any longer for this rank, or the meeting was called off.
+            GroupError: it is too late to wait any longer, or the meeting was called off.
         """
         if self._cancelled():
             raise GroupAborted("the meeting was called off")
         if time.monotonic() > self._deadline:
-            raise GroupError(f"rank {other} did not join in time")
+            raise GroupError("not every rank joined in time")
 
-    def _connect(self, other: int) -> socket.socket:
-        key = f"listener-{other}"
-        while not self._store.check([key]):
-            self.check(other)
-            time.sleep(LOOK_SECONDS)
-        nonce, port, host = self._store.get(key).decode().split(" ", 2)
-        peer = socket.create_connection((host, int(port)), timeout=max(0.1, self._deadline - time.monotonic()))
-        peer.sendall(HELLO.pack(self.rank, self._proof(nonce, self.rank)))
-        return peer
+    def _reach(self, address: Address) -> socket.socket:
+        return socket.create_connection(address, timeout=max(0.1, self._deadline - time.monotonic()))
 
-    def _accept(self, listener: socket.socket, nonce: str, missing: set[int]) -> tuple[int, socket.socket] | None:
+    def _introduce(self, peer: socket.socket, mine: Address) -> None:
+        nonce = _read_bytes(peer, NONCE_BYTES)
+        peer.sendall(encode(Hello(self.rank, mine, _proof(self._token, nonce, self.rank))))
+
+    def _await_the_others(self, place: socket.socket) -> list[Address]:
+        place.settimeout(LOOK_SECONDS)
+        while True:
+            try:
+                place.recv(1, socket.MSG_PEEK)
+                break
+            except TimeoutError:
+                self.check()
+        place.settimeout(HELLO_SECONDS)
+        return _read(place, _present, HELLO_BYTES * self.size).addresses
+
+    def _accept(self, listener: socket.socket, missing: set[int]) -> tuple[int, socket.socket] | None:
         """One of those that are missing, if one has connected."""
         try:
             peer, _ = listener.accept()
         except TimeoutError:
-            self.check(min(missing))
+            self.check()
             return None
-        peer.settimeout(HELLO_SECONDS)
-        with contextlib.suppress(OSError):
-            hello = bytearray()
-            while len(hello) < HELLO.size and (part := peer.recv(HELLO.size - len(hello))):
-                hello += part
-            if len(hello) == HELLO.size:
-                rank, proof = HELLO.unpack(hello)
-                if rank in missing and hmac.compare_digest(proof, self._proof(nonce, rank)):
-                    return rank, peer
+        hello = admit(peer, self._token)
+        if hello is not None and hello.rank in missing:
+            return hello.rank, peer
         peer.close()
         return None
 
-    def _proof(self, nonce: str, rank: int) -> bytes:
-        return hmac.digest(self._token, f"{nonce} {rank}".encode(), "sha256")
+
+def admit(peer: socket.socket, token: str) -> Hello | None:
+    """Ask one that has connected for its name and its proof; None if it has none, or takes too long."""
+    nonce = secrets.token_bytes(NONCE_BYTES)
+    try:
+        peer.settimeout(HELLO_SECONDS)
+        peer.sendall(nonce)
+        hello = _read(peer, _hello, HELLO_BYTES)
+    except (OSError, FrameError):
+        return None
+    return hello if hmac.compare_digest(hello.proof, _proof(token, nonce, hello.rank)) else None
+
+
+def _read(peer: socket.socket, decoder: msgspec.msgpack.Decoder[_M], limit: int) -> _M:
+    """One frame, and nothing of what may follow it.
+
+    Raises:
+        FrameError: it ended, or is not what is expected.
+        OSError: the network's own.
+    """
+    length = int.from_bytes(_read_bytes(peer, HEADER_BYTES), "big")
+    if length > limit:
+        raise FrameError(f"a frame of {length} bytes; allowed are {limit}")
+    return decode(decoder, _read_bytes(peer, length))
+
+
+def _read_bytes(peer: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        if not (more := peer.recv(count - len(data))):
+            raise FrameError("the connection was closed")
+        data += more
+    return data
+
+
+def _proof(token: str, nonce: bytes, rank: int) -> bytes:
+    return hmac.digest(token.encode(), nonce + str(rank).encode(), "sha256")

@@ -33,7 +33,7 @@ class TcpGroup(ExchangeGroup):
         """
         Raises:
             GroupError: not everyone came, the meeting was called off, or the proof failed.
-            OSError, RuntimeError: the network's and the store's own.
+            FrameError, OSError: the others', and the network's own.
         """
         super().__init__(meeting.rank, meeting.size)
         self._frames = [memoryview(bytearray(HEADER.size + PIECE_BYTES)) for _ in range(self.size)]
@@ -130,7 +130,7 @@ class TcpGroup(ExchangeGroup):
             return room
         except TimeoutError:  # sockets have one while the ranks meet
             if self._meeting is not None:
-                self._meeting.check(other)
+                self._meeting.check()
             return room
         except OSError as error:
             raise self._lost(other) from error
