@@ -217,7 +217,7 @@ NONSENSE: list[Callable[[random.Random], bytes]] = [
 
 def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
     with served(tmp_path, "--tensor-parallel-size", "2") as serve:
-        serve.until(lambda: len(serve.child_pids()) == 3, "its children run")
+        serve.until(lambda: len(serve.child_pids()) >= 3, "its children run")
         children = serve.child_pids()
         serve.process.kill()
         serve.process.wait()
