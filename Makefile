@@ -49,7 +49,7 @@ lint: venv ## ruff, mypy, import-linter
 
 .PHONY: test-unit
 test-unit: venv ## the tests of the parts, and the simulations
-	$(PY) -m pytest tests/unit tests/sim
+	$(PY) -m pytest -n 2 tests/unit tests/sim
 
 .PHONY: test-contract
 test-contract: venv .dev/bin/helm ## the tests of the interfaces: real ranks, clients and charts, no cluster

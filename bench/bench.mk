@@ -1,5 +1,8 @@
-.PHONY: bench bench-decode bench-load
-bench: bench-decode bench-load ## all measurements, into build/bench (those of the cluster apart: see bench-startup)
+.PHONY: bench bench-all-reduce bench-decode bench-load
+bench: bench-all-reduce bench-decode bench-load ## all measurements, into build/bench (those of the cluster apart: see bench-startup)
+
+bench-all-reduce: venv ## microseconds of an all-reduce between CPU ranks, beside gloo
+	$(PY) -m bench.all_reduce
 
 bench-decode: venv ## tokens per second of a 0.6B shape on CPUs, beside transformers
 	$(PY) -m bench.decode

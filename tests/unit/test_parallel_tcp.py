@@ -133,7 +133,7 @@ def test_ranks_that_are_not_at_the_same_collective_notice() -> None:
     first, second = pair()
     with ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(group.all_reduce, torch.ones(size)) for group, size in ((first, 2), (second, 3))]
-        with pytest.raises(GroupError, match="rank 1 sent piece"):
+        with pytest.raises(GroupError, match="rank 1 sent "):
             jobs[0].result(SECONDS)
         first.close()
         with pytest.raises(GroupError, match="rank 0 left"):

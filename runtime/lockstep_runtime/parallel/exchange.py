@@ -66,11 +66,15 @@ class ExchangeGroup(ABC):
         return parts
 
     def _sum(self, piece: Tensor) -> None:
-        slots = self._exchange(piece)
-        torch.add(slots[0], slots[1], out=piece)
-        for slot in slots[2:]:
-            piece.add_(slot)
+        add(self._exchange(piece), piece)
 
     @abstractmethod
     def _exchange(self, piece: Tensor, *, for_rank_0: bool = False) -> tuple[Tensor, ...]:
         """Every rank's piece, in rank order, valid until the next exchange; of use to rank 0 alone if it is for it."""
+
+
+def add(slots: Sequence[Tensor], out: Tensor) -> None:
+    """In rank order."""
+    torch.add(slots[0], slots[1], out=out)
+    for slot in slots[2:]:
+        out.add_(slot)

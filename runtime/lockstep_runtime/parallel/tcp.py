@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from lockstep_runtime.parallel.errors import GroupAborted, GroupError, check_proof
-from lockstep_runtime.parallel.exchange import PIECE_BYTES, ExchangeGroup, Slots
+from lockstep_runtime.parallel.exchange import PIECE_BYTES, ExchangeGroup, Slots, add
 from lockstep_runtime.parallel.meeting import Meeting
 
 HEADER: Final = struct.Struct("<QQ")  # of every piece: which exchange of this communicator it belongs to, and its bytes
+SCATTERED_BYTES: Final = 128 * 1024  # from here on the network counts, not how often a rank is woken
 
 
 class TcpGroup(ExchangeGroup):
@@ -36,8 +37,8 @@ class TcpGroup(ExchangeGroup):
             FrameError, OSError: the others', and the network's own.
         """
         super().__init__(meeting.rank, meeting.size)
-        self._frames = [memoryview(bytearray(HEADER.size + PIECE_BYTES)) for _ in range(self.size)]
-        self._slots = Slots([torch.frombuffer(one, dtype=torch.uint8, offset=HEADER.size) for one in self._frames])
+        self._frames, self._slots = _frames(self.size)  # this rank's own piece, and what the others sent
+        self._scattered, self._scattered_slots = _frames(self.size)  # what each of them is sent, where that differs
         self._sequence = 0
         self._aborted = False
         self._closing = threading.Lock()  # so that no abort shuts down what has a closed connection's number by now
@@ -71,24 +72,47 @@ class TcpGroup(ExchangeGroup):
                 peer.close()
 
     def _exchange(self, piece: Tensor, *, for_rank_0: bool = False) -> tuple[Tensor, ...]:
-        self.check()
-        self._sequence += 1
         slots = self._slots.like(piece)
         slots[self.rank].copy_(piece)
-        header, length = (self._sequence, piece.nbytes), HEADER.size + piece.nbytes
-        HEADER.pack_into(self._frames[self.rank], 0, *header)
         others = self._peers.keys()
-        unsent = dict.fromkeys(others & {0} if for_rank_0 else others, self._frames[self.rank][:length])
-        wanted = {other: self._frames[other][:length] for other in (() if for_rank_0 and self.rank else others)}
-        self._send(unsent)
-        if unsent:
-            self._send_and_receive(unsent, wanted)
+        mine, to = self._frames[self.rank][: HEADER.size + piece.nbytes], others & {0} if for_rank_0 else others
+        self._swap(dict.fromkeys(to, mine), dict.fromkeys(() if for_rank_0 and self.rank else others, piece.nbytes))
+        return slots
+
+    def _sum(self, piece: Tensor) -> None:
+        """A long piece crosses the network twice at most, however many ranks there are: each adds up one part of it."""
+        if self.size == 2 or piece.nbytes < SCATTERED_BYTES:
+            super()._sum(piece)
+            return
+        others, parts = self._peers.keys(), piece.tensor_split(self.size)
+        mine, slots = parts[self.rank], self._slots.like(parts[self.rank])
+        for other in others:
+            self._scattered_slots.like(parts[other])[other].copy_(parts[other])
+        frames = {other: self._scattered[other][: HEADER.size + parts[other].nbytes] for other in others}
+        slots[self.rank].copy_(mine)
+        self._swap(frames, dict.fromkeys(others, mine.nbytes))
+        add(slots, mine)
+        slots[self.rank].copy_(mine)
+        frame = self._frames[self.rank][: HEADER.size + mine.nbytes]
+        self._swap(dict.fromkeys(others, frame), {other: parts[other].nbytes for other in others})
+        for other in others:
+            parts[other].copy_(self._slots.like(parts[other])[other])
+
+    def _swap(self, outgoing: dict[int, memoryview], incoming: dict[int, int]) -> None:
+        """Send each of these ranks its frame, and receive so many bytes behind a header from each of those."""
+        self.check()
+        self._sequence += 1
+        for frame in outgoing.values():
+            HEADER.pack_into(frame, 0, self._sequence, len(frame) - HEADER.size)
+        wanted = {other: self._frames[other][: HEADER.size + nbytes] for other, nbytes in incoming.items()}
+        self._send(outgoing)
+        if outgoing:
+            self._send_and_receive(outgoing, wanted)
         else:
             self._receive(wanted)
-        for other in wanted:
-            if (found := HEADER.unpack_from(self._frames[other])) != header:
-                raise GroupError(f"rank {other} sent piece {found}, where {header} was due: (number, bytes)")
-        return slots
+        for other, nbytes in incoming.items():
+            if (found := HEADER.unpack_from(self._frames[other])) != (self._sequence, nbytes):
+                raise GroupError(f"rank {other} sent {found} where {(self._sequence, nbytes)} was due: (number, bytes)")
 
     def _send(self, unsent: dict[int, memoryview]) -> None:
         """As much as the kernel takes at once: a small piece as a whole. What is left, stays."""
@@ -142,3 +166,9 @@ class TcpGroup(ExchangeGroup):
         """What to raise, unless it was our own doing."""
         self.check()
         return GroupError(f"rank {other} left the communicator")
+
+
+def _frames(count: int) -> tuple[list[memoryview], Slots]:
+    """Room for a header and a piece each, and the room for the pieces."""
+    frames = [memoryview(bytearray(HEADER.size + PIECE_BYTES)) for _ in range(count)]
+    return frames, Slots([torch.frombuffer(one, dtype=torch.uint8, offset=HEADER.size) for one in frames])
