@@ -15,6 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.support.api_server import SERVED, TINY_CHAT, serving
 from tests.support.engine import FakeEngine, Part, eventually
+from tests.support.http import async_http
 
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.tokenizer import TextTokenizer
@@ -49,7 +50,7 @@ def text(**extra: Any) -> dict[str, Any]:
 
 @pytest.fixture
 async def client() -> AsyncIterator[httpx.AsyncClient]:
-    async with serving(engine()) as url, httpx.AsyncClient(base_url=url) as client:
+    async with serving(engine()) as url, async_http(base_url=url) as client:
         yield client
 
 
@@ -236,7 +237,7 @@ async def chunked(parts: int) -> AsyncIterator[bytes]:
 
 @pytest.mark.parametrize("announced", [True, False])
 async def test_a_large_body_is_413(announced: bool) -> None:
-    async with serving(engine(), limits=Limits(max_body_bytes=5000)) as url, httpx.AsyncClient(base_url=url) as client:
+    async with serving(engine(), limits=Limits(max_body_bytes=5000)) as url, async_http(base_url=url) as client:
         body = b" " * 6000 if announced else chunked(6)
         response = await client.post(CHAT, content=body, headers=JSON)
         assert response.status_code == 413
@@ -256,7 +257,7 @@ async def test_a_slow_body_is_given_up() -> None:
 
 @pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer", "Basic secret", "secret", "Bearer sécret"])
 async def test_without_the_key_nothing_of_v1_is_served(header: str | None) -> None:
-    async with serving(engine(), api_key="secret") as url, httpx.AsyncClient(base_url=url) as client:
+    async with serving(engine(), api_key="secret") as url, async_http(base_url=url) as client:
         headers = {} if header is None else {b"Authorization": header.encode()}
         for method, path in (("GET", "/v1/models"), ("POST", CHAT), ("POST", TEXT)):
             response = await client.request(method, path, headers=headers)
@@ -267,7 +268,7 @@ async def test_without_the_key_nothing_of_v1_is_served(header: str | None) -> No
 
 
 async def test_with_the_key_everything_is() -> None:
-    async with serving(engine(), api_key="secret") as url, httpx.AsyncClient(base_url=url) as client:
+    async with serving(engine(), api_key="secret") as url, async_http(base_url=url) as client:
         response = await client.post(CHAT, json=chat(), headers={"Authorization": "Bearer secret"})
         assert response.status_code == 200
 
@@ -276,7 +277,7 @@ async def test_too_many_at_once_are_turned_away_and_told_when_to_come_back() -> 
     resume = asyncio.Event()
     fake = engine([70, resume])
     limits = EngineLimits(max_sequences=1, max_waiting=1)
-    async with serving(fake, engine_limits=limits) as url, httpx.AsyncClient(base_url=url) as client:
+    async with serving(fake, engine_limits=limits) as url, async_http(base_url=url) as client:
         running = [asyncio.create_task(client.post(CHAT, json=chat())) for _ in range(2)]
         await eventually(lambda: len(fake.running) == 2)
         response = await client.post(CHAT, json=chat())
@@ -290,7 +291,7 @@ async def test_too_many_at_once_are_turned_away_and_told_when_to_come_back() -> 
 
 async def test_until_the_model_is_there_it_says_so_and_then_serves(tmp_path: Path) -> None:
     place = tmp_path / "model"
-    async with serving(engine(), model=place, wait_loaded=False) as url, httpx.AsyncClient(base_url=url) as client:
+    async with serving(engine(), model=place, wait_loaded=False) as url, async_http(base_url=url) as client:
         await _says(client, "does not exist")
         assert (await client.get("/health")).status_code == 200
         for method, path in (("GET", "/v1/models"), ("GET", f"/v1/models/{SERVED}"), ("POST", CHAT)):
@@ -311,7 +312,7 @@ async def _says(client: httpx.AsyncClient, words: str) -> None:
 
 async def test_before_the_engine_knows_the_length_it_is_loading() -> None:
     fake = engine()
-    async with serving(fake) as url, httpx.AsyncClient(base_url=url) as client:
+    async with serving(fake) as url, async_http(base_url=url) as client:
         fake.max_model_len = None
         assert (await client.post(CHAT, json=chat())).status_code == 503
         fake.max_model_len = 100
@@ -320,7 +321,7 @@ async def test_before_the_engine_knows_the_length_it_is_loading() -> None:
 
 async def test_ready_is_the_engines_word() -> None:
     fake = engine()
-    async with serving(fake) as url, httpx.AsyncClient(base_url=url) as client:
+    async with serving(fake) as url, async_http(base_url=url) as client:
         fake.state = Readiness(False, "rank 1 is loading")
         response = await client.get("/ready")
         assert (response.status_code, response.json()["reason"]) == (503, "rank 1 is loading")
@@ -329,7 +330,7 @@ async def test_ready_is_the_engines_word() -> None:
 
 async def test_while_draining_clients_are_told_to_move_on() -> None:
     fake = engine()
-    async with serving(fake) as url, httpx.AsyncClient(base_url=url) as client:
+    async with serving(fake) as url, async_http(base_url=url) as client:
         assert (await client.post(CHAT, json=chat())).headers.get("connection") != "close"
         fake.state = Readiness(False, "asked to end", draining=True)
         assert (await client.get("/ready")).status_code == 503

@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk
 from tests.support.api_server import SERVED, TINY_CHAT, serving
 from tests.support.engine import FakeEngine, Part, eventually
+from tests.support.http import async_http
 from tokenizers import Tokenizer
 
 from lockstep_runtime.api.limits import Limits
@@ -114,7 +114,7 @@ async def test_usage_comes_last_when_asked_for(served: Served) -> None:
 
 async def test_the_stream_on_the_wire_ends_with_done(served: Served) -> None:
     body = {"model": SERVED, "messages": [{"role": "user", "content": "Hi"}], "stream": True}
-    async with httpx.AsyncClient() as client:
+    async with async_http() as client:
         response = await client.post(f"{served.url}/v1/chat/completions", json=body)
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.text.endswith("data: [DONE]\n\n")
@@ -267,7 +267,7 @@ async def test_silence_is_filled_with_comments(served: Served) -> None:
     body = {"model": SERVED, "messages": [{"role": "user", "content": "Hi"}], "stream": True}
     lines: list[str] = []
     async with (
-        httpx.AsyncClient() as client,
+        async_http() as client,
         client.stream("POST", f"{served.url}/v1/chat/completions", json=body) as response,
     ):
         async for line in response.aiter_lines():
@@ -305,7 +305,7 @@ async def test_a_failed_stream_has_no_done_on_the_wire(served: Served) -> None:
     body = {"model": SERVED, "prompt": "Hi", "stream": True}
     text = ""
     async with (
-        httpx.AsyncClient() as client,
+        async_http() as client,
         client.stream("POST", f"{served.url}/v1/completions", json=body) as response,
     ):
         async for part in response.aiter_text():

@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from tests.support.http import HTTP
 from tests.support.live_engine import free_port
 from tests.support.serve import TINY_CHAT, TOKEN, Served, is_running, served, threads_of, title_of
 from tests.support.stream import Stream
@@ -114,10 +115,10 @@ def test_a_spare_has_one_thread_so_that_it_may_be_forked(server: Served, title: 
 
 
 def test_status_is_for_those_with_the_token_and_tells_every_rank(server: Served) -> None:
-    assert httpx.get(f"{server.status_url}/healthz", timeout=60).status_code == 200
-    assert httpx.get(f"{server.status_url}/status").status_code == 401
+    assert HTTP.get(f"{server.status_url}/healthz", timeout=60).status_code == 200
+    assert HTTP.get(f"{server.status_url}/status").status_code == 401
     wrong = {"Authorization": "Bearer wrong"}
-    assert httpx.get(f"{server.status_url}/status", headers=wrong).status_code == 401
+    assert HTTP.get(f"{server.status_url}/status", headers=wrong).status_code == 401
     server.complete("The", 5)
     server.until(lambda: server.status().ranks[0].step_latency.p50_ms is not None, "latencies are told")
     status = server.status()
@@ -132,14 +133,14 @@ def test_status_long_poll_answers_at_once_or_when_something_changes(server: Serv
     url = f"{server.status_url}/status"
     known = server.status().revision
     begun = time.monotonic()
-    assert httpx.get(url, params={"after": known - 1}, headers=headers, timeout=40).json()["revision"] >= known
+    assert HTTP.get(url, params={"after": known - 1}, headers=headers, timeout=40).json()["revision"] >= known
     assert time.monotonic() - begun < 5
     with ThreadPoolExecutor(1) as reader:
         known = server.status().revision
         poll = reader.submit(httpx.get, url, params={"after": known}, headers=headers, timeout=40)
         server.complete("The", 3)
         assert poll.result(20).json()["revision"] > known
-    assert httpx.get(url, params={"after": "x"}, headers=headers).status_code == 400
+    assert HTTP.get(url, params={"after": "x"}, headers=headers).status_code == 400
 
 
 @pytest.mark.parametrize("rank", [1, 0])
@@ -192,7 +193,7 @@ def test_a_thousand_malformed_messages_on_every_port(server: Served, port: str) 
             connection.sendall(message)
     assert set(before) <= set(server.child_pids())  # a spare may have come meanwhile
     # More connections than are served at once are turned away until it has seen that they are closed.
-    server.until(lambda: httpx.get(f"{server.status_url}/healthz", timeout=60).status_code == 200, "it serves on")
+    server.until(lambda: HTTP.get(f"{server.status_url}/healthz", timeout=60).status_code == 200, "it serves on")
     assert server.complete("The", 3)
     assert "Traceback" not in server.log.read_text()
 
@@ -270,7 +271,7 @@ def test_two_pods_form_a_group_though_the_leader_comes_late(tmp_path: Path, orac
             assert oracle[PROMPTS[0]].startswith(leader.complete(PROMPTS[0], ANSWER))
             assert [rank.pod for rank in leader.status().ranks] == ["tiny-0-0", "tiny-0-1"]
             headers = {"Authorization": f"Bearer {TOKEN}"}
-            assert httpx.get(f"{member.status_url}/status", headers=headers).status_code == 404
+            assert HTTP.get(f"{member.status_url}/status", headers=headers).status_code == 404
             assert member.end() == 0  # released, though the group serves
             leader.until(lambda: leader.status().state is GroupState.RECOVERING, "the loss is told")
             assert "rank 1" in leader.status().message
@@ -278,7 +279,7 @@ def test_two_pods_form_a_group_though_the_leader_comes_late(tmp_path: Path, orac
 
 def _up(serve: Served) -> bool:
     try:
-        httpx.get(f"{serve.status_url}/healthz", timeout=5)
+        HTTP.get(f"{serve.status_url}/healthz", timeout=5)
     except httpx.TransportError:
         return False
     return True

@@ -27,6 +27,7 @@ from tests.support.cluster_faults import (
 )
 from tests.support.cluster_model import Model, Object
 from tests.support.cluster_processes import container_processes, kill, one_process, stopped
+from tests.support.http import HTTP
 from tests.support.stream import Answer, answers
 from tests.support.wait import until
 
@@ -88,7 +89,7 @@ def ask(url: str, name: str) -> str:
     """A short answer, or none."""
     body = {"model": name, "prompt": "A class", "max_tokens": 4, "temperature": 0}
     try:
-        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=30)
+        answer = HTTP.post(f"{url}/v1/completions", json=body, timeout=30)
     except httpx.HTTPError:
         return ""
     return str(answer.json()["choices"][0]["text"]) if answer.status_code == httpx.codes.OK else ""

@@ -15,6 +15,7 @@ import pytest
 from tests.support.chaos import healed, ranks_of, read, tell
 from tests.support.faults import inject
 from tests.support.gpu import MIB, Ballast, until_used, used_bytes
+from tests.support.http import HTTP
 from tests.support.models import ModelShape, write_model
 from tests.support.serve import TINY_CHAT, Served, served, title_of
 from tests.support.stream import answers
@@ -137,7 +138,7 @@ def ask(serve: Served, tokens: int) -> httpx.Response:
     """A prompt of so many tokens, four more wanted."""
     ids = [100 + number % 1000 for number in range(tokens)]
     body = {"model": "tiny-chat", "prompt": ids, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
-    return httpx.post(f"{serve.api}/v1/completions", json=body, timeout=120)
+    return HTTP.post(f"{serve.api}/v1/completions", json=body, timeout=120)
 
 
 def test_a_prefill_that_runs_out_of_memory_is_one_clean_error(wide: Served) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import httpx
 from tests.support.faults import inject
+from tests.support.http import HTTP
 from tests.support.seed import printed_seed
 from tests.support.serve import Served, served
 
@@ -64,7 +65,7 @@ class Client:
                 "ignore_eos": True,
             }
             try:
-                answer = httpx.post(f"{self._api}/v1/completions", json=body, timeout=120)
+                answer = HTTP.post(f"{self._api}/v1/completions", json=body, timeout=120)
                 self.results["answered" if answer.status_code == 200 else answer.text] += 1
             except httpx.HTTPError as error:
                 self.results[type(error).__name__] += 1

@@ -11,6 +11,7 @@ from typing import Final
 
 import httpx
 import uvicorn
+from tests.support.http import async_http
 
 from lockstep_runtime.api.app import create_app
 from lockstep_runtime.api.limits import Limits
@@ -55,7 +56,7 @@ async def serving(
 
 
 async def _started(url: str, loaded: bool) -> None:
-    async with asyncio.timeout(30), httpx.AsyncClient() as client:
+    async with asyncio.timeout(30), async_http() as client:
         while True:
             with contextlib.suppress(httpx.TransportError):
                 if (await client.get(url + ("/ready" if loaded else "/health"))).status_code == 200:

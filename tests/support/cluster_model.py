@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from openai import OpenAI
+from openai import DefaultHttpxClient, OpenAI
 from tests.support import kubectl
 from tests.support.cluster_api import ClusterApi
+from tests.support.http import NO_AUTHORITIES
 from tests.support.wait import until
 
 Object = dict[str, Any]
@@ -170,7 +171,8 @@ class Model:
 
     def client(self) -> OpenAI:
         """A client that repeats nothing and waits for nothing: a failed request must show."""
-        return OpenAI(base_url=f"{self.url()}/v1", api_key="unused", max_retries=0, timeout=120)
+        http = DefaultHttpxClient(verify=NO_AUTHORITIES)
+        return OpenAI(base_url=f"{self.url()}/v1", api_key="unused", max_retries=0, timeout=120, http_client=http)
 
     def served(self) -> str:
         name: str = self.read()["spec"]["model"].get("servedName") or self.name

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import msgspec
+from tests.support.http import HTTP
 from tests.support.live_engine import free_port
 
 from lockstep_runtime import wire
@@ -35,7 +36,7 @@ class Served:
     children: list[int] = field(default_factory=list)
 
     def status(self) -> wire.GroupStatus:
-        answer = httpx.get(f"{self.status_url}/status", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
+        answer = HTTP.get(f"{self.status_url}/status", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
         answer.raise_for_status()
         return msgspec.json.decode(answer.content, type=wire.GroupStatus)
 
@@ -45,7 +46,7 @@ class Served:
 
     def is_ready(self) -> bool:
         try:
-            return httpx.get(f"{self.api}/ready", timeout=60).status_code == 200
+            return HTTP.get(f"{self.api}/ready", timeout=60).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -73,7 +74,7 @@ class Served:
     def complete(self, prompt: str, max_tokens: int) -> str:
         """A greedy completion."""
         body = {"model": "tiny-chat", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
-        answer = httpx.post(f"{self.api}/v1/completions", json=body, timeout=120)
+        answer = HTTP.post(f"{self.api}/v1/completions", json=body, timeout=120)
         assert answer.status_code == 200, answer.text
         return str(answer.json()["choices"][0]["text"])
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import httpx
+from tests.support.http import HTTP
 
 # Greedy and seeded: both must go on with the tokens that would have come.
 REQUESTS: Final = (
@@ -66,7 +67,7 @@ class Stream:
 
     def _read(self) -> None:
         try:
-            with httpx.stream("POST", self._url, json=self._body, timeout=self._seconds) as answer:
+            with HTTP.stream("POST", self._url, json=self._body, timeout=self._seconds) as answer:
                 if answer.status_code != httpx.codes.OK:
                     self.error = f"{answer.status_code}: {answer.read().decode()}"
                 for line in answer.iter_lines():
