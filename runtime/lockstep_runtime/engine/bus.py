@@ -7,6 +7,7 @@ typed, bounded frames; whatever else it sends closes its own connection and no o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import socket
@@ -20,6 +21,7 @@ from lockstep_runtime.transport import FrameError, Framer, decode, encode, tune
 logger = logging.getLogger(__name__)
 
 HELLO_SECONDS: Final = 5.0
+CLOSE_SECONDS: Final = 1.0  # for what was sent to go out
 MAX_STRANGERS: Final = 64  # connections that have not proved themselves
 MAX_UNSENT_BYTES: Final = 256 * 1024 * 1024  # for a peer that does not read
 
@@ -70,13 +72,18 @@ class Bus:
         self._server = await loop.create_server(lambda: _Connection(self), sock=listening, backlog=128)
 
     async def close(self) -> None:
-        """Close every connection, after what was sent has gone out."""
-        if self._server is not None:
-            self._server.close()
-        for connection in (*self._strangers, *self._peers):
-            connection.close()
-        if self._server is not None:
-            await self._server.wait_closed()
+        """Close every connection, after what was sent has gone out; also one that is just being made."""
+        if self._server is None:
+            return
+        self._server.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await asyncio.sleep(0.001)
+                while connections := {*self._strangers, *self._peers}:
+                    for connection in connections:
+                        connection.close()
+                    await asyncio.sleep(0.001)
+        await self._server.wait_closed()
 
     def judge(self, hello: wire.Hello) -> wire.Welcome | wire.Refused:
         """Whether a peer may speak; the token first, so that a stranger learns nothing else."""

@@ -27,7 +27,7 @@ from lockstep_runtime.transport import HEADER_BYTES, FrameError, decode, encode
 SCHEME: Final = "tcp://"
 NONCE_BYTES: Final = 16
 HELLO_BYTES: Final = 1024  # the longest
-HELLO_SECONDS: Final = 1.0  # for one that has connected to say who it is
+HELLO_SECONDS: Final = 3.0  # for one that has connected to say who it is
 LOOK_SECONDS: Final = 0.01  # between two looks at whether the meeting is still on
 
 Address = tuple[str, int]
