@@ -114,7 +114,8 @@ class Meeting:
                 listener.settimeout(LOOK_SECONDS)
                 mine: Address = listener.getsockname()[:2]
                 self._introduce(place, mine)
-                addresses = self._await_the_others(place)
+                self._await(place)
+                addresses = _read(place, _present, HELLO_BYTES * self.size).addresses
             peers: dict[int, socket.socket] = {}
             for other in range(self.rank):
                 peers[other] = undo.enter_context(self._reach(addresses[other]))
@@ -143,19 +144,20 @@ class Meeting:
         return socket.create_connection(address, timeout=max(0.1, self._deadline - time.monotonic()))
 
     def _introduce(self, peer: socket.socket, mine: Address) -> None:
+        self._await(peer)
         nonce = _read_bytes(peer, NONCE_BYTES)
         peer.sendall(encode(Hello(self.rank, mine, _proof(self._token, nonce, self.rank))))
 
-    def _await_the_others(self, place: socket.socket) -> list[Address]:
-        place.settimeout(LOOK_SECONDS)
+    def _await(self, peer: socket.socket) -> None:
+        """Until it says something, however busy with others it is."""
+        peer.settimeout(LOOK_SECONDS)
         while True:
             try:
-                place.recv(1, socket.MSG_PEEK)
+                peer.recv(1, socket.MSG_PEEK)
                 break
             except TimeoutError:
                 self.check()
-        place.settimeout(HELLO_SECONDS)
-        return _read(place, _present, HELLO_BYTES * self.size).addresses
+        peer.settimeout(HELLO_SECONDS)
 
     def _accept(self, listener: socket.socket, missing: set[int]) -> tuple[int, socket.socket] | None:
         """One of those that are missing, if one has connected."""
