@@ -24,7 +24,6 @@ from dev.cluster.layout import (
 from dev.cluster.progress import Failure, say
 
 _PATIENCE: Final = 60.0
-_SELDOM_COLLECTED: Final = {"GOGC": "400", "GOMEMLIMIT": "1GiB"}  # a third of their time else, on a small machine
 
 
 def up() -> None:
@@ -106,7 +105,7 @@ def node_is_ready() -> bool:
 
 def _start(commands: dict[str, list[str]]) -> None:
     for name, command in commands.items():
-        processes.start(name, command, _SELDOM_COLLECTED)
+        processes.start(name, command)
 
 
 def _wait(what: str, ready: Callable[[], bool], culprit: str) -> None:

@@ -18,7 +18,7 @@ import httpx
 import pytest
 import torch
 from tests.support.http import HTTP
-from tests.support.live_engine import free_port
+from tests.support.ports import free_port
 from tests.support.serve import TINY_CHAT, TOKEN, Served, is_running, served, threads_of, title_of
 from tests.support.stream import Stream
 from transformers import AutoModelForCausalLM, AutoTokenizer

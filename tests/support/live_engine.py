@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
-import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import msgspec
 from tests.support.fake_ranks import TOKEN, FakeRank
+from tests.support.ports import free_port
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import EngineLimits, ServeConfig, Watchdog
@@ -82,15 +81,6 @@ def request(prompt: tuple[int, ...], max_tokens: int, stop: frozenset[int] = fro
         sampling=wire.SamplingParams(temperature=0),
         stop_token_ids=stop,
     )
-
-
-def free_port() -> int:
-    """Below those that the kernel gives to connections (32768 and up): no connection takes it before its owner does."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):  # somebody listens there
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 @contextlib.asynccontextmanager

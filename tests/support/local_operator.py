@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 import threading
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
+from tests.support.ports import free_port
 
 Object = dict[str, Any]
 
@@ -37,7 +37,7 @@ class LocalOperator:
             **deployed,
             "KUBECONFIG": str(kubeconfig),
             "LOCKSTEP_NAMESPACES": namespace,
-            "LOCKSTEP_PORT": str(_free_port()),
+            "LOCKSTEP_PORT": str(free_port()),
             "NO_PROXY": "127.0.0.1",
         }
         self._process: ForkServerProcess | None = None
@@ -84,13 +84,6 @@ def _kubeconfig(server: str) -> Object:
         "contexts": [{"name": "proxy", "context": {"cluster": "proxy", "user": "nobody"}}],
         "users": [{"name": "nobody", "user": {"token": "unused"}}],
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _live(environment: dict[str, str], log: str) -> None:

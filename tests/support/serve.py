@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import msgspec
 from tests.support.http import HTTP
-from tests.support.live_engine import free_port
+from tests.support.ports import free_port
 
 from lockstep_runtime import wire
 

@@ -8,7 +8,7 @@ import io
 import socket
 
 import pytest
-from tests.support.live_engine import free_port
+from tests.support.ports import free_port
 
 from lockstep_runtime.cli import UsageError, build_parser, byte_size, config_from, open_ports, token_for
 from lockstep_runtime.config import EngineLimits, ServeConfig, Watchdog

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from tests.support.live_engine import free_port
 from tests.support.models import ModelShape, write_model
+from tests.support.ports import free_port
 from tests.support.serve import is_running, threads_of, title_of
 from tests.support.wait import until
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.support.live_engine import free_port
+from tests.support.ports import free_port
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig

@@ -133,18 +133,17 @@ class TcpGroup(ExchangeGroup):
 
     def _send_and_receive(self, unsent: dict[int, memoryview], wanted: dict[int, memoryview]) -> None:
         """By turns: who only sends, until all is sent, waits for one who does so, too."""
-        missing = dict(wanted)
-        while unsent or missing:
+        while unsent or wanted:
             ready = select.poll()
-            for other in unsent.keys() | missing.keys():
-                events = (select.POLLOUT if other in unsent else 0) | (select.POLLIN if other in missing else 0)
+            for other in unsent.keys() | wanted.keys():
+                events = (select.POLLOUT if other in unsent else 0) | (select.POLLIN if other in wanted else 0)
                 ready.register(self._peers[other], events)
             ready.poll()
             self._send(unsent)
-            for other, room in list(missing.items()):
-                missing[other] = self._read(other, room, socket.MSG_DONTWAIT)
-                if not missing[other]:
-                    del missing[other]
+            for other, room in list(wanted.items()):
+                wanted[other] = self._read(other, room, socket.MSG_DONTWAIT)
+                if not wanted[other]:
+                    del wanted[other]
 
     def _read(self, other: int, room: memoryview, how: int) -> memoryview:
         """The room that is left."""
