@@ -123,10 +123,27 @@ async def test_what_was_computed_before_garbage_is_computed_again_and_nothing_el
         fails_once(live.ranks[1], fault, after=10)
         assert await live.generate(tuple(range(100)), 20) == continuation(tuple(range(100)), 20)
         once = 100 + 20 - 1  # the last token is not fed
-        if fault is Fault.STEP_FAILED:
-            assert live.ranks[0].fed <= once + 1
-        else:
+        if fault is Fault.CORRUPTION:
             assert live.ranks[0].fed > once + 100
+        else:
+            assert live.ranks[0].fed <= once + 1
+
+
+async def test_a_nan_that_stands_in_a_cache_has_every_context_computed_again() -> None:
+    def spoils(self: FakeRank, step: wire.Step) -> wire.StepFailed | wire.StepDone:
+        if self.steps < 10:
+            return self.compute(step)
+        self.misdeed = None
+        self.spoil_context(step)
+        return wire.StepFailed(epoch=step.epoch, step=step.step, fault=Fault.NON_FINITE, message="NaN")
+
+    async with live_engine(cache_blocks=256) as live:
+        live.ranks[1].misdeed = spoils
+        assert await live.generate(tuple(range(100)), 20) == continuation(tuple(range(100)), 20)
+        assert live.ranks[0].fed > 100 + 20 + 100
+        [fault] = live.engine.status().faults
+        assert (fault.fault, fault.rank, fault.rung) == (Fault.NON_FINITE, 1, "Rebuild")
+        assert "KV cache of rank 1" in fault.message
 
 
 @pytest.mark.parametrize("crashed", [False, True])

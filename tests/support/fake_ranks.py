@@ -24,6 +24,8 @@ from lockstep_runtime.transport import Framer, encode
 
 VOCABULARY = 50_000
 BLOCK_SIZE = 4
+UNWRITTEN = (None,) * BLOCK_SIZE
+NAN = -1  # in a slot: whoever reads it finds no number
 TOKEN = "a token of the tests"
 
 
@@ -162,10 +164,13 @@ class FakeRank:
 
     def allocate(self, order: wire.AllocateCache) -> wire.CacheAllocated:
         memory = self.memory
-        if order.blocks != memory.blocks:
+        spoiled = any(self._reads_nan(part, part.position + 1) for part in order.doubted)
+        if order.blocks != memory.blocks or spoiled:
             memory.name, memory.blocks, memory.slots = secrets.token_hex(4), order.blocks, {}
         memory.slots[order.blocks - 1] = [*range(BLOCK_SIZE)]
-        return wire.CacheAllocated(epoch=order.epoch, contents=memory.name, blocks=memory.blocks, memory_bytes=7)
+        return wire.CacheAllocated(
+            epoch=order.epoch, contents=memory.name, blocks=memory.blocks, memory_bytes=7, spoiled=spoiled
+        )
 
     def _loaded(self) -> wire.Loaded:
         return wire.Loaded(
@@ -220,9 +225,26 @@ class FakeRank:
                 block, slot = divmod(position, BLOCK_SIZE)
                 self.memory.slots[part.blocks[block]][slot] = None
 
+    def spoil_context(self, step: wire.Step) -> None:
+        """What the step attends to is no number any more."""
+        for part in step.sequences:
+            for position in range(part.position):
+                block, slot = divmod(position, BLOCK_SIZE)
+                self.memory.slots[part.blocks[block]][slot] = NAN
+
+    def finds_nan(self, step: wire.Step) -> bool:
+        """In what was computed before."""
+        return any(self._reads_nan(part, part.position) for part in step.sequences)
+
+    def _reads_nan(self, part: wire.SequenceSlice, end: int) -> bool:
+        return NAN in self._read(part, end)
+
     def _context(self, part: wire.SequenceSlice, end: int) -> list[int]:
         """What the cache holds for the sequence's first `end` positions."""
-        blocks = part.blocks[: -(-end // BLOCK_SIZE)]
-        context = [token for block in blocks for token in self.memory.slots[block]][:end]
+        context = self._read(part, end)
         assert None not in context, "a slot is read that nobody wrote"
         return cast(list[int], context)
+
+    def _read(self, part: wire.SequenceSlice, end: int) -> list[int | None]:
+        blocks = part.blocks[: -(-end // BLOCK_SIZE)]
+        return [token for block in blocks for token in self.memory.slots.get(block, UNWRITTEN)][:end]

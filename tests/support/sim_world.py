@@ -21,10 +21,10 @@ from lockstep_runtime.wire import Fault
 
 _decoder: msgspec.msgpack.Decoder[wire.ToWorker] = msgspec.msgpack.Decoder(wire.ToWorker)
 FAULTS = (
-    "die", "crash", "stop", "hang", "hang outside", "raise", "refuse", "nan", "context", "odd", "corrupt", "cut",
-    "slow", "die in join", "hang in join", "raise in join", "die in loading", "crash loop",
+    "die", "crash", "stop", "hang", "hang outside", "raise", "refuse", "nan", "nan in cache", "context", "odd",
+    "corrupt", "cut", "slow", "die in join", "hang in join", "raise in join", "die in loading", "crash loop",
 )  # fmt: skip
-GARBAGE = (Fault.NON_FINITE, Fault.CORRUPTION, Fault.CONTEXT_FAULT)
+GARBAGE = (Fault.CORRUPTION, Fault.CONTEXT_FAULT)
 
 
 @dataclass
@@ -194,11 +194,14 @@ class SimRank:
         self.world.served(step.epoch)
         self.toy.at_step, self.toy.moved_at = (step.epoch, step.step, True), time.monotonic()
         self.place = (3, True)
+        if self.toy.finds_nan(step):
+            self._fail(step.epoch, step.step, Fault.NON_FINITE, "NaN")
+            return
         done = self.toy.compute(step)
         if self.world.is_corrupt():
             done = msgspec.structs.replace(done, fingerprint=done.fingerprint ^ 0xBAD)
         epoch, number = step.epoch, step.step
-        match self._takes("hang", "hang outside", "raise", "refuse", "nan", "context", "odd", "slow"):
+        match self._takes("hang", "hang outside", "raise", "refuse", "nan", "nan in cache", "context", "odd", "slow"):
             case "hang":  # an abort gets it out
                 self.toy.leave_undone(step)
             case "hang outside":
@@ -210,7 +213,10 @@ class SimRank:
             case "refuse":
                 self.place = (0, False)
                 self._fail(epoch, number, Fault.STEP_FAILED, "could not begin", untouched=True)
-            case "nan":
+            case "nan" | "nan in cache" as kind:
+                self.toy.leave_undone(step)
+                if kind == "nan in cache":
+                    self.toy.spoil_context(step)
                 self._fail(epoch, number, Fault.NON_FINITE, "NaN")
             case "context":
                 self._fail(epoch, number, Fault.CONTEXT_FAULT, "illegal address")

@@ -96,6 +96,29 @@ def test_the_next_process_of_a_rank_finds_what_stood_in_its_cache(model: Path) -
     assert not found.layers[1].keys[3].any()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("position", [0, 40])
+def test_a_cache_is_spoiled_by_what_is_no_number_in_a_context(model: Path, bad: float, position: int) -> None:
+    held = piece(1, 40, [7], [2, 0])  # 41 tokens in two blocks
+    with Ranks(model, 2, blocks=4) as ranks:
+        ranks.step(piece(1, 0, list(range(41)), [2, 0], GREEDY))
+        runner = ranks.runners[1]
+        cache = runner.allocate(4)
+        slot = (2, 0)[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+        beyond = 41 % BLOCK_SIZE
+        with torch.inference_mode():
+            cache.layers[1].values[beyond, 0, 3] = bad  # of a step that failed: it is computed again
+        assert not runner.is_spoiled([held])
+        with torch.inference_mode():
+            cache.layers[1].values[slot, 0, 3] = bad
+        assert runner.is_spoiled([held])
+        assert runner.allocate(4) is cache
+        anew = runner.allocate(4, anew=True)
+        assert anew.name != cache.name
+        assert not anew.layers[1].values[: 3 * BLOCK_SIZE].any()
+        assert not runner.is_spoiled([held])
+
+
 def test_a_cache_of_another_model_is_not_taken_over(model: Path, tmp_path: Path) -> None:
     descriptor = os.memfd_create("test")
     other = write_model(tmp_path / "other", ModelShape(layers=3))

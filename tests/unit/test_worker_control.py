@@ -118,8 +118,11 @@ class FakeEdge:
         progress(10, 10)
         return LoadReport(weight_bytes=10, read_bytes=10, cache_blocks=5, block_size=16, memory_bytes=99)
 
-    def allocate(self, blocks: int) -> Any:
-        return SimpleNamespace(name="fresh", blocks=blocks, nbytes=blocks * 100)
+    def allocate(self, blocks: int, *, anew: bool = False) -> Any:
+        return SimpleNamespace(name="anew" if anew else "fresh", blocks=blocks, nbytes=blocks * 100)
+
+    def is_spoiled(self, doubted: list[wire.SequenceSlice]) -> bool:
+        return doubted[0].tokens == [13]
 
     def step(self, step: wire.Step, group: Any) -> StepOutput:
         return StepOutput(fingerprint=self.step_work(group), sampled=[])
@@ -191,6 +194,15 @@ async def test_the_dance_and_a_step(scene: Scene) -> None:
     assert (done.epoch, done.step, done.fingerprint) == (1, 7, 42)
     record = scene.progress.read()
     assert (record.epoch, record.step, record.in_step) == (1, 7, False)
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+async def test_a_cache_that_is_found_spoiled_is_laid_out_anew(scene: Scene, *, spoiled: bool) -> None:
+    peer = await scene.joined(1)
+    doubted = wire.SequenceSlice(sequence_id=1, position=4, tokens=[13 if spoiled else 14], blocks=[0])
+    peer.send(wire.AllocateCache(epoch=1, blocks=3, doubted=[doubted]))
+    laid_out = await scene.script.hear(wire.CacheAllocated)
+    assert (laid_out.contents, laid_out.spoiled) == (("anew", True) if spoiled else ("fresh", False))
 
 
 async def test_an_abort_ends_a_blocked_collective_and_is_answered_once(scene: Scene) -> None:

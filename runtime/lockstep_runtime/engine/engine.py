@@ -30,7 +30,15 @@ from lockstep_runtime.engine.interface import (
 from lockstep_runtime.engine.latency import LatencyWindow
 from lockstep_runtime.engine.probe import Memory as ProbeMemory
 from lockstep_runtime.engine.probe import practice, probe
-from lockstep_runtime.engine.recovery import Evidence, Ladder, Recovery, Rung, points, spoils_caches
+from lockstep_runtime.engine.recovery import (
+    Evidence,
+    Ladder,
+    Recovery,
+    Rung,
+    points,
+    spoils_caches,
+    throws_doubt_on_caches,
+)
 from lockstep_runtime.engine.scheduler import Scheduler
 from lockstep_runtime.engine.sequence import Sequence
 from lockstep_runtime.engine.status import Standing, group_state
@@ -72,6 +80,7 @@ class Engine:
         self._formed_steps = 0  # what `_steps` was then
         self._processes: list[str] = []  # incarnations that formed it
         self._contents: tuple[str, ...] = ()  # the caches, by rank, in which the sequences stand
+        self._doubted = False  # they may hold garbage
         self._work: Work | None = None  # of the last step
         self._refusals = 0
         self._faults = FaultBook(history.faults if history else [], history.recoveries if history else 0)
@@ -241,7 +250,12 @@ class Engine:
 
     async def _form(self) -> None:
         under_way = self._deadlines.expected(self._work) if self._work else None
-        formed = await self._forming.form(min(LONGEST_ABORT_SECONDS, under_way or 0.0))
+        doubted = self._scheduler.held() if self._scheduler and self._doubted else []
+        formed = await self._forming.form(min(LONGEST_ABORT_SECONDS, under_way or 0.0), doubted)
+        self._doubted = False
+        if len(formed.spoiled) == 1:  # all had the same to compute it from
+            [rank] = formed.spoiled
+            self._faults.accuse(wire.Fault.NON_FINITE, rank, f"it stood in the KV cache of rank {rank}")
         processes = [member.last_incarnation for member in self.group.members]
         respawned = processes != self._processes
         if respawned:
@@ -390,6 +404,7 @@ class Engine:
             self._formed_at = 0.0
         if spoils_caches(fault.evidence):
             self._contents = ()
+        self._doubted |= throws_doubt_on_caches(fault.evidence)
         recovery = self._ladder.decide(cause, fault.evidence, by_request=fault.by_request)
         rung = recovery.rung or ""
         if self._was_ready or not rung:

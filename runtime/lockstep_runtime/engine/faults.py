@@ -56,6 +56,13 @@ class FaultBook:
             text = f"{record.message}; {message}"
             self._replace(msgspec.structs.replace(record, rank=rank, message=text, rung=rung))
 
+    def accuse(self, fault: Fault, rank: int, message: str) -> None:
+        """An open fault of this kind that nobody was named for is this rank's."""
+        for record in reversed(self._records):
+            if record.id in self._open and (record.fault, record.rank) == (fault, None):
+                self._replace(msgspec.structs.replace(record, rank=rank, message=f"{record.message}; {message}"))
+                return
+
     def explain(self, rank: int, message: str) -> None:
         """What became of a lost rank's process: better words for its newest record, if it is still open."""
         for record in reversed(self._records):

@@ -35,12 +35,14 @@ class Formed:
     """A group that has joined. `phases` are seconds of: abort, respawn, rebuild.
 
     `contents` names, by rank, what stands in the KV caches: `blocks` blocks for requests, and the probe's behind them.
+    `spoiled` are ranks that found garbage in what was doubted there.
     """
 
     epoch: int
     blocks: int
     block_size: int
     contents: tuple[str, ...]
+    spoiled: tuple[int, ...]
     phases: dict[str, float]
 
 
@@ -58,10 +60,11 @@ class Forming:
         self._has_served = False
         self._longest_load = 0.0  # seconds
 
-    async def form(self, longest_work: float = 0.0) -> Formed:
+    async def form(self, longest_work: float, doubted: list[wire.SequenceSlice]) -> Formed:
         """Make the group, under a new epoch; waits for absent and loading ranks for as long as it takes.
 
-        `longest_work`: seconds that a rank may compute on before it sees that it was aborted.
+        `longest_work`: seconds that a rank may compute on before it sees that it was aborted. `doubted`: what of the
+        caches is looked at before it is used again.
 
         Raises:
             GroupFaultError: a rank was lost or failed after all were there; try again.
@@ -75,7 +78,7 @@ class Forming:
         self._group.gathering = False
         self._longest_load = max(self._longest_load, *(one.loaded.seconds for one in self._members if one.loaded), 0.0)
         self._on_phase("respawn", gathered - aborted, f"all {len(self._members)} ranks have their weights")
-        blocks, block_size, contents = await self._join()
+        blocks, block_size, laid_out = await self._join(doubted)
         self._joined = True
         phases = {
             "abort": aborted - begun,
@@ -87,7 +90,8 @@ class Forming:
             epoch=self._inquiry.epoch,
             blocks=blocks - PROBE_BLOCKS,
             block_size=block_size,
-            contents=contents,
+            contents=tuple(one.contents for one in laid_out),
+            spoiled=tuple(rank for rank, one in enumerate(laid_out) if one.spoiled),
             phases={name: round(value, 4) for name, value in phases.items()},
         )
 
@@ -147,8 +151,8 @@ class Forming:
                 continue
             self._group.kill_stuck(member.rank, how)
 
-    async def _join(self) -> tuple[int, int, tuple[str, ...]]:
-        """On how many blocks of cache, and of which size, the ranks have agreed, and what stands in them."""
+    async def _join(self, doubted: list[wire.SequenceSlice]) -> tuple[int, int, list[wire.CacheAllocated]]:
+        """On how many blocks of cache, and of which size, the ranks have agreed, and what each says of its own."""
         inquiry, everyone = self._inquiry, self._members
         rendezvous = wire.Rendezvous(epoch=inquiry.epoch)
         opened = await inquiry.ask(everyone[:1], rendezvous, wire.RendezvousOpened, RENDEZVOUS)
@@ -156,9 +160,9 @@ class Forming:
         await inquiry.ask(everyone, join, wire.Joined, JOIN)
         offers = [member.loaded for member in everyone if member.loaded is not None]
         blocks, block_size = min(one.cache_blocks for one in offers), offers[0].block_size
-        allocate = wire.AllocateCache(epoch=inquiry.epoch, blocks=blocks)
+        allocate = wire.AllocateCache(epoch=inquiry.epoch, blocks=blocks, doubted=doubted)
         laid_out = await inquiry.ask(everyone, allocate, wire.CacheAllocated, ALLOCATE)
         for member in everyone:
             member.joined_epoch = inquiry.epoch
             member.memory_bytes = laid_out[member.rank].memory_bytes
-        return blocks, block_size, tuple(laid_out[member.rank].contents for member in everyone)
+        return blocks, block_size, [laid_out[member.rank] for member in everyone]

@@ -69,7 +69,7 @@ _WEIGHT: Final = {
 }
 _PROCESS_UNUSABLE: Final = frozenset({Fault.CONTEXT_FAULT, Fault.CORRUPTION})
 _NOT_BY_A_STEP: Final = frozenset({Fault.RANK_LOST, Fault.CORRUPTION})
-_GARBAGE: Final = frozenset({Fault.CONTEXT_FAULT, Fault.CORRUPTION, Fault.NON_FINITE})
+_GARBAGE: Final = frozenset({Fault.CONTEXT_FAULT, Fault.CORRUPTION})
 
 
 def diagnose(evidence: Sequence[Evidence]) -> Evidence:
@@ -203,9 +203,14 @@ def spoils_caches(evidence: Sequence[Evidence]) -> bool:
     """Whether what was computed before such a fault can't be relied on either.
 
     A step that did not end writes nothing but what it writes again when it is repeated; nor does one in which ranks
-    came to differ, since they agreed on every step before it. A NaN may have stood in a cache.
+    came to differ, since they agreed on every step before it.
     """
     return any(one.fault in _GARBAGE for one in evidence)
+
+
+def throws_doubt_on_caches(evidence: Sequence[Evidence]) -> bool:
+    """Whether the caches are to be looked at before they are used again: a NaN may have stood in one."""
+    return any(one.fault is Fault.NON_FINITE for one in evidence)
 
 
 def points(cause: Evidence) -> int:

@@ -110,6 +110,19 @@ class Scheduler:
             self.remove(sequence.id)
         return guilty
 
+    def held(self) -> list[SequenceSlice]:
+        """What the caches hold: every sequence's last computed token, which attends to all of it."""
+        return [
+            SequenceSlice(
+                sequence_id=sequence.id,
+                position=sequence.computed - 1,
+                tokens=sequence.tokens[sequence.computed - 1 : sequence.computed],
+                blocks=self.book.table(sequence.id),
+            )
+            for sequence in self._running
+            if sequence.computed
+        ]
+
     def start_over(self, *, max_model_len: int, blocks: int, block_size: int) -> list[Sequence]:
         """The caches are new: every sequence is computed again. Returns (removed) what no longer fits."""
         everyone = sorted((*self._running, *self._waiting), key=_by_arrival)

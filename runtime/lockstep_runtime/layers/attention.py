@@ -7,7 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from lockstep_runtime.layers.batch import Batch, Segment
-from lockstep_runtime.layers.cache import LayerCache
+from lockstep_runtime.layers.cache import KVCache, LayerCache
 
 TILE = 512  # queries at once: bounds the mask, and skips most of what is masked
 
@@ -25,6 +25,16 @@ def attend(queries: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
         else:
             _attend_chunk(queries[segment.start : segment.stop], keys, values, out[segment.start : segment.stop])
     return out.view(out.shape[0], -1)
+
+
+def is_finite(cache: KVCache, batch: Batch) -> bool:
+    """Whether the contexts that the batch attends to hold neither NaN nor infinity."""
+    return all(
+        bool(torch.isfinite(_context(held, segment).sum(dtype=torch.float32)))
+        for segment in batch.segments
+        for layer in cache.layers
+        for held in (layer.keys, layer.values)
+    )
 
 
 def _context(held: Tensor, segment: Segment) -> Tensor:

@@ -69,6 +69,10 @@ class CacheMemory:
             return None
         return found if (found.shape, found.dtype) == (shape, str(dtype)) else None
 
+    def forget(self) -> None:
+        """What stands here is of no use."""
+        os.ftruncate(self._descriptor, 0)
+
     def open(self, shape: CacheShape, dtype: torch.dtype, blocks: int) -> tuple[str, Tensor]:
         """The cache that is here, or a new one in its place: its name, and all of its numbers."""
         held = self.held(shape, dtype)

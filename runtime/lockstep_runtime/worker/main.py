@@ -158,10 +158,17 @@ class Worker:
             case wire.Join():
                 return self._join(command)
             case wire.AllocateCache():
-                cache = self._runner.allocate(command.blocks)
-                return wire.CacheAllocated(
-                    epoch=command.epoch, contents=cache.name, blocks=cache.blocks, memory_bytes=cache.nbytes
-                )
+                return self._allocate(command)
+
+    def _allocate(self, command: wire.AllocateCache) -> wire.CacheAllocated:
+        cache = self._runner.allocate(command.blocks)
+        spoiled = bool(command.doubted) and self._runner.is_spoiled(command.doubted)
+        if spoiled:
+            logger.warning("NaN or infinity stood in the KV cache, which is laid out anew")
+            cache = self._runner.allocate(command.blocks, anew=True)
+        return wire.CacheAllocated(
+            epoch=command.epoch, contents=cache.name, blocks=cache.blocks, memory_bytes=cache.nbytes, spoiled=spoiled
+        )
 
     def _join(self, command: wire.Join) -> wire.Joined:
         begun = time.monotonic()

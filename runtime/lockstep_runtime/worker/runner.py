@@ -6,7 +6,7 @@ import ctypes
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.layers.attention import is_finite
 from lockstep_runtime.layers.batch import Batch, build_batch
 from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheMemory, KVCache
 from lockstep_runtime.layers.placement import choose_placement
@@ -169,14 +170,25 @@ class Runner:
         with torch.inference_mode():
             return watch(self._model.weights(), known)
 
-    def allocate(self, blocks: int) -> KVCache:
-        """The KV cache, if it is of so many blocks; else a new one in its place. The last block is the probe's."""
+    def allocate(self, blocks: int, *, anew: bool = False) -> KVCache:
+        """The KV cache, if it is of so many blocks and not wanted anew; else another in its place. The last block is
+        the probe's."""
         with torch.inference_mode():
+            if anew:
+                self._cache = None
+                self.memory.forget()
             if self._cache is None or self._cache.blocks != blocks:
                 self._cache = None  # its memory is needed
                 self._cache = KVCache(self._model.cache_shape, blocks, self._placement, self.memory)
             self._cache.fill_last_block()
         return self._cache
+
+    def is_spoiled(self, doubted: Sequence[wire.SequenceSlice]) -> bool:
+        """Whether the cache holds a NaN or an infinity in the context of any of these."""
+        if self._cache is None:
+            raise RuntimeError("there is no cache to look at yet")
+        with torch.inference_mode():
+            return not is_finite(self._cache, build_batch(doubted, self._device))
 
     def step(self, step: wire.Step, group: Group) -> StepOutput:
         """Run one step with all ranks of the group.
