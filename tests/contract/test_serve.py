@@ -97,11 +97,16 @@ def test_processes_show_what_they_are(server: Served) -> None:
     def titles() -> list[str]:
         return sorted(title_of(pid) for pid in (server.process.pid, *server.child_pids()))
 
-    server.until(lambda: len([title for title in titles() if " spare" in title]) == 3, "there are all spares", 120)
+    def to_come() -> list[str]:
+        return [title for title in titles() if " spare" in title or "next process" in title]
+
+    server.until(lambda: len(to_come()) == 5, "there are all spares, and the ranks' next processes", 120)
     assert titles() == [
         "lockstep: engine model=local group=0",
         "lockstep: loaded spare of rank 0 model=local group=0",
         "lockstep: loaded spare of rank 1 model=local group=0",
+        "lockstep: next process of rank 0 model=local group=0",
+        "lockstep: next process of rank 1 model=local group=0",
         "lockstep: spare model=local group=0",
         "lockstep: supervisor model=local group=0",
         "lockstep: worker model=local group=0 rank=0",

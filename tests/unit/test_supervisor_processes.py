@@ -26,6 +26,7 @@ from lockstep_runtime.supervisor.spare import Spare
 
 DEADLINE_SECONDS = 120.0  # importing torch on a busy machine
 LOADED_SPARE = "lockstep: loaded spare of rank 0 model=local group=0"
+NEXT = "lockstep: next process of rank 0 model=local group=0"
 
 
 class Pod:
@@ -58,9 +59,17 @@ class Pod:
         loaded = self.processes._loaded.get(0)
         return loaded is not None and loaded.is_warm()
 
+    def children(self, title: str) -> list[int]:
+        pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        return [int(pid) for pid in pids if is_running(int(pid)) and title_of(int(pid)) == title]
+
     def loaded_spares(self) -> list[int]:
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        return [int(pid) for pid in children if is_running(int(pid)) and title_of(int(pid)) == LOADED_SPARE]
+        return self.children(LOADED_SPARE)
+
+    def next(self) -> int:
+        """The process that is forked ahead; wait for it."""
+        until("the next process is there", lambda: len(self.children(NEXT)) == 1, DEADLINE_SECONDS)
+        return self.children(NEXT)[0]
 
     def lose(self, number: int) -> None:
         self.processes.signal(0, number)
@@ -120,10 +129,37 @@ def test_a_lost_process_comes_back_from_its_loaded_spare_again_and_again(
     assert not pod.cache.exists()
 
 
+def test_while_nothing_happens_the_next_process_is_forked_ahead(pod: Pod, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        caplog.clear()
+        ahead = pod.next()
+        pod.lose(signal.SIGKILL)
+        assert pod.processes.spawn(0) == ahead
+        assert is_from_loaded(caplog)
+        until("it is as good as one that has loaded", pod.is_loaded, DEADLINE_SECONDS)
+
+
+def test_one_that_was_forked_ahead_and_is_lost_is_not_missed(pod: Pod, caplog: pytest.LogCaptureFixture) -> None:
+    ahead = pod.next()
+    os.kill(ahead, signal.SIGKILL)
+    until("it has ended", lambda: not is_running(ahead), DEADLINE_SECONDS)
+    pod.lose(signal.SIGKILL)
+    assert pod.processes.spawn(0) != ahead
+    assert is_from_loaded(caplog)
+    until("it is as good as one that has loaded", pod.is_loaded, DEADLINE_SECONDS)
+
+
+def test_what_was_forked_ahead_ends_with_the_loaded_spare(pod: Pod) -> None:
+    ahead = pod.next()
+    pod.processes.end_loaded_spare(0)
+    until("it has ended", lambda: not is_running(ahead), DEADLINE_SECONDS)
+
+
 def test_a_loaded_spare_holds_nothing_that_ends_with_the_rank(pod: Pod) -> None:
+    pod.next()
     [spare] = pod.loaded_spares()
     opened = [str(one.readlink()) for one in Path(f"/proc/{spare}/fd").iterdir()]
-    assert len([one for one in opened if one.startswith("socket:")]) == 1  # its orders
+    assert len([one for one in opened if one.startswith("socket:")]) == 2  # its orders, and the next process's
     assert not [one for one in opened if "lockstep-" in one and str(pod.cache) not in one]
     assert "lockstep-cache" not in Path(f"/proc/{spare}/maps").read_text()
     assert threads_of(spare) == 1

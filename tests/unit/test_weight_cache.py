@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import mmap
 import os
+import re
 from collections.abc import Generator
 from pathlib import Path
 
@@ -89,6 +91,28 @@ def test_a_rank_that_is_started_again_has_the_same_weights_without_the_checkpoin
     assert output(second) == expected
     assert (told.read_bytes, filled.read_bytes, mapped.read_bytes) == (told.weight_bytes, told.weight_bytes, 0)
     assert mapped.weight_bytes == filled.weight_bytes == told.weight_bytes
+
+
+def test_a_process_that_gets_ready_has_all_of_its_weights_in_its_page_table(tmp_path: Path, folder: Path) -> None:
+    runner, _ = load(config(write_model(tmp_path / "model", ModelShape(layers=9))))
+    [file] = folder.iterdir()
+    pages = -(-file.stat().st_size // mmap.PAGESIZE)
+    pid = os.fork()  # no page of a file is in a child's table at first
+    if pid == 0:
+        try:
+            before = pages_of(file)
+            runner.touch_weights()
+            os._exit(0 if before == 0 and pages_of(file) >= pages - 1 else 1)  # the header's is no weight's
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def pages_of(file: Path) -> int:
+    """How many of the file's pages are in this process's page table."""
+    sections = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    sizes = [re.search(r"^Rss: +(\d+) kB", one, re.MULTILINE) for one in sections if str(file) in one]
+    return sum(int(size[1]) * 1024 // mmap.PAGESIZE for size in sizes if size)
 
 
 def test_parameters_are_the_file_and_a_stray_write_does_not_reach_it(tmp_path: Path, folder: Path) -> None:

@@ -7,6 +7,7 @@ that it costs no import and shares the spare's memory; from the second on from i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -27,6 +28,7 @@ from lockstep_runtime.supervisor.starvation import Standstill
 logger = logging.getLogger(__name__)
 _HEALTHY_SECONDS: Final = 10.0  # of the spare's and the engine's life
 FORK_SECONDS: Final = 5.0  # a spare that takes longer is of no use
+_ORPHAN_SECONDS: Final = 1.0
 LOADED_FORK_SECONDS: Final = 1.0  # nor is a loaded one: there is another way
 _BY_OTHERS: Final = frozenset({signal.SIGKILL, signal.SIGTERM})  # what ends a process in which nothing is wrong
 _ONE_THREAD: Final = {"OPENBLAS_NUM_THREADS": "1"}  # numpy's, which is asked for no product: a spare must have none
@@ -120,6 +122,14 @@ class Processes:
     def end_loaded_spares(self) -> None:
         for rank in list(self._loaded):
             self.end_loaded_spare(rank)
+
+    def wait_for_orphans(self) -> None:
+        """Until no child is left, named or not: what a loaded spare has forked ahead ends when the spare has."""
+        deadline = time.monotonic() + _ORPHAN_SECONDS
+        with contextlib.suppress(ChildProcessError):
+            while time.monotonic() < deadline:
+                if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                    time.sleep(0.002)
 
     def _fork(self, rank: int, incarnation: str) -> int:
         progress, cache = new_memory(f"lockstep-progress-{rank}"), self._cache_of(rank)

@@ -81,6 +81,7 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._processes.end_loaded_spares()
+            self._processes.wait_for_orphans()
             owned_files.remove(os.environ)
 
     def _lay_out_files(self) -> None:

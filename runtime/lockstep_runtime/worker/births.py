@@ -3,40 +3,96 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 from collections.abc import Callable
-from typing import NoReturn
+from dataclasses import dataclass
+from typing import Final, NoReturn
 
 import msgspec
 
 from lockstep_runtime import child
 
+QUIET_SECONDS: Final = 2.0  # after a birth, in which the group has better things to do than to get ready for the next
 Life = Callable[[child.Birth, list[int]], NoReturn]  # a newborn's, with what `child.Birth` says it is given
 
 
-def give_birth(orders: socket.socket, live: Life) -> NoReturn:
-    """Fork whatever is ordered, until nobody can order."""
+def give_birth(orders: socket.socket, live: Life, prepare: Callable[[], None] | None = None) -> NoReturn:
+    """Fork whatever is ordered, until nobody can order.
+
+    With `prepare`, the next newborn is forked ahead while nothing is ordered, prepares itself and waits.
+    """
+    ahead: _Ahead | None = None
     while True:
-        data, descriptors, _, _ = socket.recv_fds(orders, 4096, 4, socket.MSG_CMSG_CLOEXEC)
-        if not data:
-            os._exit(0)
-        pid = fork_orphan()
-        if pid == 0:
+        if prepare is not None and ahead is None and not select.select([orders], [], [], QUIET_SECONDS)[0]:
+            ahead = _fork_ahead(orders, live, prepare)
+        data, descriptors = _receive(orders)
+        pid = ahead.take(data, descriptors) if ahead is not None else 0
+        ahead = None
+        if not pid and not (pid := fork_orphan()):
             orders.close()
-            _begin(live, msgspec.json.decode(data, type=child.Birth), *descriptors)
+            _begin(live, data, descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
         orders.send(str(pid).encode())
 
 
-def _begin(live: Life, birth: child.Birth, go: int, *descriptors: int) -> NoReturn:
+def _receive(orders: socket.socket) -> tuple[bytes, list[int]]:
+    data, descriptors, _, _ = socket.recv_fds(orders, 4096, 4, socket.MSG_CMSG_CLOEXEC)
+    if not data:
+        os._exit(0)
+    return data, descriptors
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """A process that was forked before anybody ordered it; it ends with whoever holds the other end of its socket."""
+
+    pid: int
+    orders: socket.socket
+
+    def take(self, data: bytes, descriptors: list[int]) -> int:
+        """Hand the order on to it: its pid, or 0 if it is there no more."""
+        with self.orders:
+            try:
+                socket.send_fds(self.orders, [data], descriptors)
+            except OSError:
+                return 0
+        return self.pid
+
+
+def _fork_ahead(orders: socket.socket, live: Life, prepare: Callable[[], None]) -> _Ahead | None:
+    """None: there is no room for it now."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        pid = fork_orphan()
+    except OSError:
+        ours.close()
+        theirs.close()
+        return None
+    if pid:
+        theirs.close()
+        return _Ahead(pid, ours)
+    try:
+        ours.close()
+        orders.close()
+        prepare()
+        with theirs:
+            data, descriptors = _receive(theirs)
+        _begin(live, data, descriptors)
+    finally:
+        os._exit(1)
+
+
+def _begin(live: Life, order: bytes, given: list[int]) -> NoReturn:
     """In the newborn."""
+    go, *descriptors = given
     os.setpgid(0, 0)
     if not os.read(go, 1):
         os._exit(0)  # the supervisor did not wait for it
     os.close(go)
     try:
-        live(birth, list(descriptors))
+        live(msgspec.json.decode(order, type=child.Birth), descriptors)
     finally:
         os._exit(1)  # never back into the spare's loop
 

@@ -1,7 +1,9 @@
 """A rank's loaded spare: its process as it was when it had just loaded, from which its next ones are forked.
 
 They share the weights with it, packed or not, until somebody writes to them, which nobody does. So a lost process is
-replaced without a weight being read, checked or packed. Only on CPUs: what a device holds doesn't survive a fork.
+replaced without a weight being read, checked or packed; nor does anybody wait for the fork and for what the kernel does
+when a page is first read, since the next process is forked ahead. Only on CPUs: what a device holds doesn't survive a
+fork.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -23,7 +26,7 @@ logger = logging.getLogger(__name__)
 _THE_RANKS_OWN: Final = ("socket:", "/memfd:lockstep-")  # its connections, its progress record and its KV cache
 
 
-def leave_loaded_spare(config: ServeConfig, rank: int, orders: int, live: Life) -> None:
+def leave_loaded_spare(config: ServeConfig, rank: int, orders: int, live: Life, prepare: Callable[[], None]) -> None:
     """By a rank that has just loaded; `orders` is a socket's descriptor.
 
     This thread must not have computed in parallel: OpenMP's threads don't survive a fork, and it would wait for them.
@@ -36,10 +39,10 @@ def leave_loaded_spare(config: ServeConfig, rank: int, orders: int, live: Life) 
             logger.warning("rank %d has no loaded spare, and its next process loads again: %s", rank, error)
             return
         if newborn:
-            _wait(config, rank, taken, live)
+            _wait(config, rank, taken, live, prepare)
 
 
-def _wait(config: ServeConfig, rank: int, orders: socket.socket, live: Life) -> NoReturn:
+def _wait(config: ServeConfig, rank: int, orders: socket.socket, live: Life, prepare: Callable[[], None]) -> NoReturn:
     """In the loaded spare. It never returns: what its stack refers to stays as it is, in the newborns too."""
     try:
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)  # the old one may be locked for ever
@@ -49,7 +52,7 @@ def _wait(config: ServeConfig, rank: int, orders: socket.socket, live: Life) -> 
         myself = os.pidfd_open(os.getpid())
         socket.send_fds(orders, [child.WARM], [myself])
         os.close(myself)
-        give_birth(orders, live)
+        give_birth(orders, live, prepare)
     finally:
         os._exit(1)
 

@@ -277,9 +277,17 @@ def main(config: ServeConfig, birth: child.Birth, descriptors: list[int], runner
         _say_farewell(control, error)
     if orders and runner.on_cpu:
         with control.resolving:
-            leave_loaded_spare(config, rank, orders[0], functools.partial(main, config, runner=runner))
+            live = functools.partial(main, config, runner=runner)
+            leave_loaded_spare(config, rank, orders[0], live, functools.partial(_get_ready, config, rank, runner))
     logger.info("ends: %s", worker.run())
     _end(0)
+
+
+def _get_ready(config: ServeConfig, rank: int, runner: Runner) -> None:
+    """In a process that is not needed yet: what the rank would wait for if it were."""
+    title = f"next process of rank {rank} model={config.model_name} group={config.group}"
+    child.become(f"worker {rank}", title)
+    runner.touch_weights()
 
 
 def _end(code: int) -> NoReturn:

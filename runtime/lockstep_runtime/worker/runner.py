@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import mmap
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -211,6 +212,14 @@ class Runner:
 
     def weights(self) -> list[Weight | StoredTable]:
         return list(self._model.weights())
+
+    def touch_weights(self) -> None:
+        """Read a byte of every page of the weights: a process whose page table lacks them takes twice as long for its
+        first step. What is packed came with the fork."""
+        with torch.inference_mode():
+            for weight in self.weights():
+                if isinstance(weight, PlainWeight):
+                    weight.data.view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
 
     def flip_bit(self, number: int) -> str:
         """Damage this process's copy of its weights, as bad memory would; returns the tensor's name.
