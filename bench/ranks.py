@@ -86,22 +86,23 @@ class Ranks:
             ],
         )  # fmt: skip
 
-    def take(self, order: msgspec.Struct) -> list[int]:
-        """Have the ranks take a step: every sequence's next token.
+    def take(self, order: msgspec.Struct, meanwhile: Callable[[], object] = lambda: None) -> list[int]:
+        """Have the ranks take a step: every sequence's next token. `meanwhile` is done here.
 
         Raises:
             RuntimeError: the ranks disagree.
         """
-        answers = self.ask(order, wire.StepDone)
+        answers = self.ask(order, wire.StepDone, meanwhile)
         if len({answer.fingerprint for answer in answers}) != 1:
             raise RuntimeError("the ranks' hidden states differ")
         return [sampled.token for sampled in answers[0].sampled]
 
-    def ask(self, order: msgspec.Struct, kind: type[T]) -> list[T]:
+    def ask(self, order: msgspec.Struct, kind: type[T], meanwhile: Callable[[], object] = lambda: None) -> list[T]:
         """Every rank's answer, which is of this kind."""
         frame = msgspec.msgpack.encode(order)
         for child in self._children:
             child.pipe.send_bytes(frame)
+        meanwhile()
         return [msgspec.msgpack.decode(child.pipe.recv_bytes(), type=kind) for child in self._children]
 
     def close(self) -> None:

@@ -378,7 +378,7 @@ class Engine:
         """One step under its own deadline, and the seconds it took, from which the next ones are learned."""
         self._work = work = work_of(slices)
         begun = time.monotonic()
-        done = await self._inquiry.step(slices, self._deadlines.deadline(work))
+        done = await self._inquiry.step(slices, lambda: self._deadlines.deadline(work))
         seconds = time.monotonic() - begun
         self._deadlines.learn(work, seconds)
         return done, seconds

@@ -157,8 +157,9 @@ class Inquiry:
 
     # --- what is asked
 
-    async def step(self, sequences: list[wire.SequenceSlice], deadline: Deadline) -> wire.StepDone:
-        """Run one step on every rank and return what rank 0 says of it, once all ranks agree.
+    async def step(self, sequences: list[wire.SequenceSlice], deadline: Callable[[], Deadline]) -> wire.StepDone:
+        """Run one step on every rank and return what rank 0 says of it, once all ranks agree. What its deadline is, is
+        asked when the ranks are at work: they wait for nothing that isn't needed to begin.
 
         Raises:
             GroupFaultError: a rank failed, was lost, differs from the others, or hangs.
@@ -166,7 +167,8 @@ class Inquiry:
         """
         self._step += 1
         step = wire.Step(epoch=self.epoch, step=self._step, sequences=sequences)
-        answers = await self.ask(self._members, step, wire.StepDone, deadline)
+        question = self._put(self._members, step, wire.StepDone)
+        answers: dict[int, wire.StepDone] = await self._answers(question, deadline())
         if odd := compare(answers):
             self._evidence.append(odd)
             self._raise()
@@ -181,6 +183,9 @@ class Inquiry:
             GroupFaultError: there is evidence against this epoch, or an answer did not come in time.
             StepRefusedError: the question is a step that none of them could begin.
         """
+        return await self._answers(self._put(members, message, kind), deadline)
+
+    def _put(self, members: Sequence[Member], message: msgspec.Struct, kind: type[_A]) -> _Question:
         self.check()
         done = asyncio.get_running_loop().create_future()
         step = message.step if isinstance(message, wire.Step) else -1
@@ -189,6 +194,9 @@ class Inquiry:
         for member in members:
             if member.peer is not None:
                 member.peer.send_frame(frame)
+        return question
+
+    async def _answers(self, question: _Question, deadline: Deadline) -> dict[int, _A]:
         try:
             await self._watch(question, deadline)
             if question.refused:
