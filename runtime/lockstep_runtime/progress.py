@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 SIZE: Final = 16 * mmap.PAGESIZE
-_STAGE, _EPOCH, _STEP, _IN_STEP, _POSITION, _PLACE, _NAMES_LENGTH = range(7)  # words
+_STAGE, _EPOCH, _STEP, _IN_STEP, _POSITION, _PLACE, _AWAITED, _NAMES_LENGTH = range(8)  # words
 _NAMES_OFFSET: Final = 512
 
 
@@ -28,7 +28,10 @@ class Stage(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """`collective` counts those of the step from 1 (0: before the first); `inside`: entered and not left."""
+    """`collective` counts those of the step from 1 (0: before the first); `inside`: entered and not left.
+
+    `awaited`: the rank without which it can't be left, where that is known.
+    """
 
     stage: Stage
     epoch: int
@@ -37,6 +40,7 @@ class Record:
     collective: int
     inside: bool
     place: str
+    awaited: int | None = None
 
 
 class Progress:
@@ -53,7 +57,7 @@ class Progress:
 
     def enter(self, epoch: int, step: int) -> None:
         words = self._words
-        words[_POSITION] = words[_PLACE] = 0
+        words[_POSITION] = words[_PLACE] = words[_AWAITED] = 0
         words[_EPOCH], words[_STEP], words[_IN_STEP] = epoch, step, 1
 
     def leave(self, epoch: int, step: int) -> None:
@@ -66,6 +70,10 @@ class Progress:
 
     def leave_collective(self) -> None:
         self._words[_POSITION] += 1
+
+    def wait_for(self, rank: int | None) -> None:
+        """The collective waits for this rank's part; None: no more."""
+        self._words[_AWAITED] = 0 if rank is None else rank + 1
 
     @property
     def collectives(self) -> int:
@@ -83,6 +91,7 @@ class Progress:
             collective=(position + 1) // 2,
             inside=bool(position & 1),
             place=self._name(words[_PLACE]),
+            awaited=words[_AWAITED] - 1 if words[_AWAITED] else None,
         )
 
     def close(self) -> None:

@@ -344,6 +344,7 @@ class ProgressRecord(msgspec.Struct, frozen=True, kw_only=True):
     collective: int  # of the step, counted from 1; 0 before the first
     inside: bool  # has entered it and not left it
     place: str  # the module that called it; empty where none said so
+    awaited: int | None = None  # the rank without which it can't leave the collective, where that is known
     age: float  # seconds since the record last changed
     starved: float = 0.0  # of these, how many the process was ready to run and got no CPU
 

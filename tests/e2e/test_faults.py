@@ -23,7 +23,7 @@ from tests.support.cluster_model import Model
 from tests.support.cluster_processes import kill, one_process
 from tests.support.stream import Answer, Stream, answers
 
-from lockstep_runtime.wire import Fault, Injection, Moment, Phase
+from lockstep_runtime.wire import Injection, Moment, Phase
 
 TOKENS: Final = 64
 SKIPPED_STEPS: Final = 8  # so that a fault in a decode step meets streams that have begun
@@ -105,7 +105,7 @@ def provoke(model: Model, cell: Cell) -> list[Stream]:
 
 def assert_told(model: Model, cell: Cell, known: set[str]) -> None:
     """An Event and `status.lastFault` name the fault and the rank, and tell of the repair."""
-    faults, ranks = expected(cell)
+    faults, ranks = cell.expected
     who = ["group 0" if rank is None else f"group 0 rank {rank}" for rank in ranks]
     until_told(model, known, faults, [f"{one}: " for one in who])
     model.until("the repair in the status", lambda: "recoveredTime" in model.status()["lastFault"], 20)
@@ -114,9 +114,3 @@ def assert_told(model: Model, cell: Cell, known: set[str]) -> None:
     fault = model.status()["lastFault"]
     assert fault["fault"] in faults
     assert fault.get("rank") in ranks
-
-
-def expected(cell: Cell) -> tuple[frozenset[Fault], frozenset[int | None]]:
-    """As everywhere, but over TCP all ranks of a collective that never ends are alike inside it."""
-    faults, ranks = cell.expected
-    return faults, frozenset({None}) if cell.at is Moment.INSIDE else ranks

@@ -64,8 +64,8 @@ class Cell:
             return frozenset({Fault.RANK_LOST}), frozenset({self.rank})
         if self.phase is Phase.IDLE and self.kind in (Injection.RAISE, Injection.MEMORY):
             return frozenset({Fault.RANK_LOST}), frozenset({self.rank})  # outside of any step it ends the process
-        if self.at is Moment.INSIDE:  # all wait at the same place: nobody is behind the others
-            return frozenset({Fault.HANG}), frozenset({None})
+        if self.at is Moment.INSIDE:
+            return frozenset({Fault.HANG}), frozenset({self.rank})
         unseen = self.kind in (Injection.NAN, Injection.INPUT, Injection.ACTIVATION) and self.size == 2
         return NAMES[self.kind], frozenset({self.rank, *([None] if unseen or self.kind is Injection.NAN else [])})
 
@@ -77,8 +77,12 @@ class Cell:
     @property
     def words(self) -> str:
         """What the fault's sentence must have in it."""
-        if self.kind is Injection.HANG and self.at is Moment.BEFORE and self.phase in (Phase.DECODE, Phase.PREFILL):
-            return f"rank {self.rank} stopped before "
+        if self.kind is Injection.HANG and self.phase in (Phase.DECODE, Phase.PREFILL):
+            return {
+                Moment.BEFORE: f"rank {self.rank} stopped before ",
+                Moment.INSIDE: f"the others wait for rank {self.rank}",
+                Moment.AFTER: "",
+            }[self.at]
         killers = (Injection.SIGKILL, Injection.SIGSEGV)
         return f"was killed by {self.kind.upper()}" if self.kind in killers and self.phase is Phase.DECODE else ""
 

@@ -69,6 +69,8 @@ def test_silence_is_told_with_who_holds_up_whom() -> None:
     assert lagging == Evidence(Fault.HANG, 1, words, laggards=(1,), waited=2.04)
     alike = silent([0, 2], "Joined", 1.5, Suspicion((), "none is behind", None))
     assert (alike.rank, alike.laggards) == (None, ())
+    awaited = silent([0, 1], "StepDone", 2.0, Suspicion((), "rank 0 waits for rank 1", 2.0, awaited=(1,)))
+    assert (awaited.rank, awaited.laggards) == (1, ())  # an abort may get it out
 
 
 @pytest.mark.parametrize(

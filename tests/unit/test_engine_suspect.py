@@ -14,11 +14,12 @@ from lockstep_runtime.wire import ProgressRecord
 
 def record(
     rank: int, collective: int, *, inside: bool, age: float = 3.14, step: int = 9, done: bool = False,
-    starved: float = 0.0,
+    starved: float = 0.0, awaited: int | None = None,
 ) -> ProgressRecord:  # fmt: skip
     return ProgressRecord(
         rank=rank, incarnation="i", epoch=4, step=step, in_step=not done, collective=collective, inside=inside,
         place=f"layers.{collective}.mlp.down_proj", age=age, starved=starved,
+        awaited=awaited,
     )  # fmt: skip
 
 
@@ -73,6 +74,14 @@ def test_several_that_hold_up_one() -> None:
     found = judge(record(0, 5, inside=False), record(1, 6, inside=True), record(2, 5, inside=False))
     assert found.laggards == (0, 2)
     assert found.sentence == "ranks 0,2 stopped before layers.6.mlp.down_proj, rank 1 waited 3.1 s"
+
+
+def test_who_is_inside_like_all_others_and_is_waited_for_is_named() -> None:
+    found = judge(record(0, 5, inside=True, awaited=2), record(1, 5, inside=True, awaited=2), record(2, 5, inside=True))
+    assert (found.laggards, found.awaited) == ((), (2,))
+    assert found.sentence == "ranks 0,1,2 all stopped in layers.5.mlp.down_proj, the others wait for rank 2"
+    each_other = judge(record(0, 5, inside=True, awaited=1), record(1, 5, inside=True, awaited=0))
+    assert (each_other.laggards, each_other.awaited) == ((), ())
 
 
 def test_nobody_is_blamed_when_all_stand_alike_or_records_are_missing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import threading
 import time
@@ -13,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.wait import until
 
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.parallel.exchange import PIECE_BYTES
+from lockstep_runtime.parallel.exchange import PIECE_BYTES, ExchangeGroup
 from lockstep_runtime.parallel.group import Group, GroupAborted, GroupError, join, open_rendezvous
 from lockstep_runtime.parallel.shared_memory import SharedFile, SharedMemoryGroup
 
@@ -100,6 +102,29 @@ def blocked_then_aborted(group: Group) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_abort_releases_a_rank_that_waits(kind: str) -> None:
     assert run(kind, 3, blocked_then_aborted) == ["released", "released", "late"]
+
+
+def say_who_is_waited_for(folder: Path, group: Group) -> Any:
+    """Rank 1 comes when the others have said, by a file each, that they wait for it."""
+    assert isinstance(group, ExchangeGroup)
+    told: list[int | None] = []
+
+    def note(rank: int | None) -> None:
+        told.append(rank)
+        if rank == 1:
+            (folder / str(group.rank)).touch()
+
+    group.on_wait = note
+    if group.rank == 1:
+        until("the others wait", lambda: {file.name for file in folder.iterdir()} == {"0", "2"}, 60)
+    group.all_reduce(torch.ones(3))
+    return told[-1:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_that_waits_says_for_whom(kind: str, tmp_path: Path) -> None:
+    first, _, last = run(kind, 3, functools.partial(say_who_is_waited_for, tmp_path))
+    assert first == last == [None]
 
 
 @pytest.mark.parametrize("kind", KINDS)

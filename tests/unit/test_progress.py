@@ -54,6 +54,18 @@ def test_a_collective_that_raised_was_not_left_and_the_next_is_another(ends: tup
     assert writer.collectives == 2
 
 
+def test_whom_a_collective_waits_for(ends: tuple[Progress, Progress]) -> None:
+    writer, reader = ends
+    writer.enter(1, 1)
+    writer.enter_collective("a")
+    assert reader.read().awaited is None
+    for rank in (0, 7, None, 3):
+        writer.wait_for(rank)
+        assert reader.read().awaited == rank
+    writer.enter(1, 2)
+    assert reader.read().awaited is None
+
+
 def test_a_full_table_of_names_costs_only_the_names(ends: tuple[Progress, Progress]) -> None:
     writer, reader = ends
     writer.enter(1, 1)

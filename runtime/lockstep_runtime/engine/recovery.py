@@ -90,7 +90,8 @@ def silent(missing: Sequence[int], what: str, waited: float, suspicion: Suspicio
     """The evidence of an answer that did not come in time."""
     laggards = suspicion.laggards
     message = f"{ranks_text(missing)}: no {what} within {waited:.1f} s; {suspicion.sentence}"
-    rank = laggards[0] if len(laggards) == 1 else None
+    named = laggards or suspicion.awaited
+    rank = named[0] if len(named) == 1 else None
     return Evidence(Fault.HANG, rank, message, laggards=laggards, waited=waited)
 
 

@@ -1,7 +1,8 @@
 """Who hangs: the rank whose progress record is furthest behind. Pure: records in, a name and a sentence out.
 
 Ranks of a group run the same collectives in the same order, so a record's place in that order says who waits for whom:
-a rank that is inside collective n waits for every rank that has not entered n.
+a rank that is inside collective n waits for every rank that has not entered n. Where all are inside, a record may say
+whose part its rank waits for: who is waited for, and waits for nobody, holds up the others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ _AFTER: _Place = (2, 0)
 
 @dataclass(frozen=True, slots=True)
 class Suspicion:
-    """`laggards` hold up the others; none where all wait alike.
+    """`laggards` hold up the others; none where all wait alike. `awaited` have entered the collective like the others,
+    who say that their part has not come.
 
     `moved_ago`: seconds since any rank got further. Those in which the ones that are waited for were ready to run and
     got no CPU don't count.
@@ -26,6 +28,7 @@ class Suspicion:
     laggards: tuple[int, ...]
     sentence: str
     moved_ago: float | None
+    awaited: tuple[int, ...] = ()
 
 
 def suspect(records: Sequence[ProgressRecord], *, epoch: int, step: int, silent: Sequence[int], size: int) -> Suspicion:
@@ -41,7 +44,10 @@ def suspect(records: Sequence[ProgressRecord], *, epoch: int, step: int, silent:
         return Suspicion((), f"{ranks_text(silent)} did not answer, and not all of their records can be read", moved)
     if len(laggards) == size:
         where = _where(known[laggards[0]], last)
-        return Suspicion((), f"{ranks_text(laggards)} all stopped {where}, none behind the others", moved)
+        idle = {record.rank for record in known.values() if record.awaited is None}
+        awaited = tuple(sorted(idle & {record.awaited for record in known.values()}))
+        what = f"the others wait for {ranks_text(awaited)}" if awaited else "none behind the others"
+        return Suspicion((), f"{ranks_text(laggards)} all stopped {where}, {what}", moved, awaited)
     waiting = sorted(places.keys() - set(laggards))
     return Suspicion(laggards, _sentence(laggards, waiting, known, places), moved)
 

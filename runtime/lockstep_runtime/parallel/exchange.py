@@ -7,7 +7,7 @@ across: through shared memory, or over TCP.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -41,6 +41,7 @@ class ExchangeGroup(ABC):
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
+        self.on_wait: Callable[[int | None], None] = lambda rank: None  # for this rank's part; None: it has come
 
     def all_reduce(self, tensor: Tensor, place: str = "") -> Tensor:
         """Sum over ranks, in place; contiguous, on the CPU."""

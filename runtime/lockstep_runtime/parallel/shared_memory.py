@@ -127,6 +127,7 @@ class SharedMemoryGroup(ExchangeGroup):
         while True:
             for _ in range(LOOKS if self._spin else 1):
                 if words[other] >= sequence:
+                    self.on_wait(None)
                     return
             now = time.monotonic()
             if words[ABORTED]:
@@ -138,6 +139,7 @@ class SharedMemoryGroup(ExchangeGroup):
 
     def _sleep(self, other: int, sequence: int) -> None:
         """Until the other is there, or there is reason to look at the clock and the abort flag again."""
+        self.on_wait(other // CACHE_LINE_WORDS - 1)
         words = self._words
         for _ in range(20):
             time.sleep(SLEEP_SECONDS)

@@ -110,6 +110,7 @@ class TcpGroup(ExchangeGroup):
             self._send_and_receive(outgoing, wanted)
         else:
             self._receive(wanted)
+        self.on_wait(None)
         for other, nbytes in incoming.items():
             if (found := HEADER.unpack_from(self._frames[other])) != (self._sequence, nbytes):
                 raise GroupError(f"rank {other} sent {found} where {(self._sequence, nbytes)} was due: (number, bytes)")
@@ -128,6 +129,7 @@ class TcpGroup(ExchangeGroup):
 
     def _receive(self, wanted: dict[int, memoryview]) -> None:
         for other, room in wanted.items():
+            self.on_wait(other)
             while room:
                 room = self._read(other, room, socket.MSG_WAITALL)
 
@@ -138,6 +140,7 @@ class TcpGroup(ExchangeGroup):
             for other in unsent.keys() | wanted.keys():
                 events = (select.POLLOUT if other in unsent else 0) | (select.POLLIN if other in wanted else 0)
                 ready.register(self._peers[other], events)
+            self.on_wait(next(iter(wanted or unsent)))
             ready.poll()
             self._send(unsent)
             for other, room in list(wanted.items()):

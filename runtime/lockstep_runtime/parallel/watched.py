@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lockstep_runtime.parallel.exchange import ExchangeGroup
 from lockstep_runtime.parallel.group import Group
 from lockstep_runtime.progress import Progress
 
@@ -13,6 +14,8 @@ class WatchedGroup:
 
     def __init__(self, group: Group, progress: Progress) -> None:
         self.rank, self.size = group.rank, group.size
+        if isinstance(group, ExchangeGroup):
+            group.on_wait = progress.wait_for
         self._enter, self._leave = progress.enter_collective, progress.leave_collective
         self._all_reduce, self._gather = group.all_reduce, group.gather
         self.check, self.abort, self.close = group.check, group.abort, group.close

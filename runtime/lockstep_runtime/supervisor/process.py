@@ -269,6 +269,7 @@ def _told(process: _Process, record: Record, now: float) -> wire.ProgressRecord:
         collective=record.collective,
         inside=record.inside,
         place=record.place,
+        awaited=record.awaited,
         age=age,
         starved=starved,
     )
