@@ -3,10 +3,10 @@
 A shard that differs from what was loaded changes the sum of all ranks, so fingerprints agree with each other and yet
 differ from the remembered one. What is remembered counts as long as one process is left that was there.
 
-Streams wait for it, so it is the shortest step there is. Its context stands in a block of the cache that is nobody's
-and that every rank fills with the same numbers each time: with one token alone attention would have nothing to choose
-from. A group that serves nobody yet runs a prefill step as well, so that the engine knows how long those take before
-the first request may hang in one.
+Streams wait for it, so it is the shortest step there is, and draws nothing: no fingerprint covers the logits. Its
+context stands in a block of the cache that is nobody's and that every rank fills with the same numbers each time: with
+one token alone attention would have nothing to choose from. A group that serves nobody yet runs a prefill step as well,
+so that the engine knows how long those take before the first request may hang in one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GREEDY: Final = SamplingParams(temperature=0)
 
 def probe(block: int) -> list[SequenceSlice]:
     """A decode step behind what the block was filled with."""
-    return [SequenceSlice(sequence_id=SEQUENCE, position=len(PROMPT), tokens=[4], blocks=[block], sample=GREEDY)]
+    return [SequenceSlice(sequence_id=SEQUENCE, position=len(PROMPT), tokens=[4], blocks=[block])]
 
 
 def practice(block: int) -> list[SequenceSlice]:

@@ -137,15 +137,15 @@ class Worker:
             if self._control.fence > command.epoch:
                 return  # it was aborted; `Abort` is next in the inbox and is answered
             fault, message = classify(error)
+            untouched = step >= 0 and not self._progress.collectives
+            self._control.send(  # before it is logged: a traceback takes its time
+                wire.StepFailed(epoch=command.epoch, step=step, fault=fault, message=message, untouched=untouched)
+            )
             logger.log(
                 logging.WARNING if fault is Fault.RANK_LOST else logging.ERROR,
                 "%s of epoch %d failed: %s", type(command).__name__, command.epoch, message,
                 exc_info=None if fault is Fault.RANK_LOST else error,
             )  # fmt: skip
-            untouched = step >= 0 and not self._progress.collectives
-            self._control.send(
-                wire.StepFailed(epoch=command.epoch, step=step, fault=fault, message=message, untouched=untouched)
-            )
 
     def _answer(self, command: wire.Rendezvous | wire.Join | wire.AllocateCache | wire.Step) -> wire.FromWorker:
         match command:
