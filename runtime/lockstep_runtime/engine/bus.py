@@ -21,6 +21,7 @@ from lockstep_runtime.transport import FrameError, Framer, decode, encode, tune
 logger = logging.getLogger(__name__)
 
 HELLO_SECONDS: Final = 5.0
+ACCEPT_ROUNDS: Final = 10  # of the event loop; a connection that was accepted is made within a few
 CLOSE_SECONDS: Final = 1.0  # for what was sent to go out
 MAX_STRANGERS: Final = 64  # connections that have not proved themselves
 MAX_UNSENT_BYTES: Final = 256 * 1024 * 1024  # for a peer that does not read
@@ -76,9 +77,10 @@ class Bus:
         if self._server is None:
             return
         self._server.close()
+        for _ in range(ACCEPT_ROUNDS):
+            await asyncio.sleep(0)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_SECONDS):
-                await asyncio.sleep(0.001)
                 while connections := {*self._strangers, *self._peers}:
                     for connection in connections:
                         connection.close()
