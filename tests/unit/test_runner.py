@@ -109,6 +109,8 @@ def test_a_cache_is_spoiled_by_what_is_no_number_in_a_context(model: Path, bad: 
         with torch.inference_mode():
             cache.layers[1].values[beyond, 0, 3] = bad  # of a step that failed: it is computed again
         assert not runner.is_spoiled([held])
+        assert not runner.is_spoiled([])
+        assert not runner.is_spoiled([piece(2, 200, [7], [2, 4, 5, 6, 7, 8, 9])])  # of a larger cache, that is no more
         with torch.inference_mode():
             cache.layers[1].values[slot, 0, 3] = bad
         assert runner.is_spoiled([held])
@@ -167,6 +169,14 @@ def test_a_state_of_any_token_that_one_rank_alters_shows_in_its_fingerprint(mode
             ranks.step(piece(1, 0, [1, 2, 3], [0], GREEDY))
         ranks.groups[1] = honest
         ranks.step(piece(1, 0, [1, 2, 3], [0], GREEDY))
+
+
+def test_a_nan_shows_at_once_where_no_token_is_drawn(model: Path) -> None:
+    fault = wire.Inject(rank=1, kind=wire.Injection.NAN, place="layers.0.mlp")
+    with Ranks(model, 2) as ranks:
+        ranks.groups[1] = FaultyGroup(ranks.groups[1], Progress(new_memory("test")), [fault], lambda fault: None)
+        with pytest.raises(NonFiniteError, match="the hidden states of 1 of 1 sequences hold NaN"):
+            ranks.step(piece(1, 0, [1, 2, 3], [0]))
 
 
 @pytest.mark.parametrize("logprobs", [-1, 3])

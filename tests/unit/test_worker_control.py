@@ -122,7 +122,7 @@ class FakeEdge:
         return SimpleNamespace(name="anew" if anew else "fresh", blocks=blocks, nbytes=blocks * 100)
 
     def is_spoiled(self, doubted: list[wire.SequenceSlice]) -> bool:
-        return doubted[0].tokens == [13]
+        return [one.tokens for one in doubted] == [[13]]
 
     def step(self, step: wire.Step, group: Any) -> StepOutput:
         return StepOutput(fingerprint=self.step_work(group), sampled=[])

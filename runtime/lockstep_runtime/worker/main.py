@@ -162,7 +162,7 @@ class Worker:
 
     def _allocate(self, command: wire.AllocateCache) -> wire.CacheAllocated:
         cache = self._runner.allocate(command.blocks)
-        spoiled = bool(command.doubted) and self._runner.is_spoiled(command.doubted)
+        spoiled = self._runner.is_spoiled(command.doubted)
         if spoiled:
             logger.warning("NaN or infinity stood in the KV cache, which is laid out anew")
             cache = self._runner.allocate(command.blocks, anew=True)

@@ -33,7 +33,7 @@ from lockstep_runtime.weights.source import find_model, read_config
 from lockstep_runtime.weights.threads import in_own_thread
 from lockstep_runtime.worker.device import choose_device, sharers
 from lockstep_runtime.worker.memory import cache_budget, give_back_freed_memory, keep_freed_memory, used_bytes
-from lockstep_runtime.worker.sampler import draw_of, is_plain_greedy, sample, take_best
+from lockstep_runtime.worker.sampler import check_finite, draw_of, is_plain_greedy, sample, take_best
 from lockstep_runtime.worker.scrub import INTERVAL_SECONDS, INTERVAL_VARIABLE, Scrub, Watched, name_of, watch
 
 logger = logging.getLogger(__name__)
@@ -185,18 +185,21 @@ class Runner:
         return self._cache
 
     def is_spoiled(self, doubted: Sequence[wire.SequenceSlice]) -> bool:
-        """Whether the cache holds a NaN or an infinity in the context of any of these."""
-        if self._cache is None:
+        """Whether the cache holds a NaN or an infinity in the context of any of these. One that has fewer blocks is
+        not theirs any more."""
+        cache = self._cache
+        if cache is None:
             raise RuntimeError("there is no cache to look at yet")
+        held = [one for one in doubted if max(one.blocks) < cache.blocks]
         with torch.inference_mode():
-            return not is_finite(self._cache, build_batch(doubted, self._device))
+            return not is_finite(cache, build_batch(held, self._device))
 
     def step(self, step: wire.Step, group: Group) -> StepOutput:
         """Run one step with all ranks of the group.
 
         Raises:
             GroupAborted: a collective was left.
-            NonFiniteError: rank 0 found NaN or infinity in the logits.
+            NonFiniteError: rank 0 found NaN or infinity in the logits, or where nothing is drawn in the last states.
             ValueError: a slice that can't be run; raised before any collective.
         """
         if self._cache is None:
@@ -237,6 +240,8 @@ class Runner:
     def _draw(self, sequences: list[wire.SequenceSlice], hidden: Tensor, group: Group) -> list[wire.SampledToken]:
         drawn = [row for row, sequence in enumerate(sequences) if sequence.sample is not None]
         if not drawn:
+            if group.rank == 0:
+                check_finite(hidden, "hidden states")
             return []
         rows = hidden if len(drawn) == len(sequences) else hidden[drawn]
         draws = [draw_of(sequences[row]) for row in drawn]

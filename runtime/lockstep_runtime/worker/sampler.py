@@ -72,15 +72,16 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[SampledToken]:
     ]
 
 
-def check_finite(logits: Tensor) -> None:
-    """
+def check_finite(rows: Tensor, what: str = "logits") -> None:
+    """rows: [sequences, n].
+
     Raises:
         NonFiniteError: naming how many rows are bad.
     """
-    if not bool(torch.isfinite(logits.sum())):  # one pass; a sum that overflows is looked at again
-        bad = int((~torch.isfinite(logits)).any(dim=-1).sum())
+    if not bool(torch.isfinite(rows.sum())):  # one pass; a sum that overflows is looked at again
+        bad = int((~torch.isfinite(rows)).any(dim=-1).sum())
         if bad:
-            raise NonFiniteError(f"the logits of {bad} of {logits.shape[0]} sequences hold NaN or infinity")
+            raise NonFiniteError(f"the {what} of {bad} of {rows.shape[0]} sequences hold NaN or infinity")
 
 
 def uniform(seed: int, position: int) -> float:
