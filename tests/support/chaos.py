@@ -22,7 +22,7 @@ MAX_TOKENS: Final = 160  # so many that a fault meets the stream while it runs, 
 NEXT_TOKENS: Final = 16  # of the requests after it
 STREAM_SECONDS: Final = 180.0
 REPAIR: Final = {"detect", "abort", "respawn", "rebuild", "verify", "firstToken"}  # its phases
-CELLS_PER_GROUP: Final = 8  # and half of its respawns: so that no cell meets a group whose budgets others have spent
+CELLS_PER_GROUP: Final = 8  # and most of its respawns: so that no cell meets a group whose budgets others have spent
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ class Arena:
         self._cells += 1
         yield serve
         respawns = sum(rank.respawns for rank in serve.status().ranks)
-        if self._cells < CELLS_PER_GROUP and respawns < RESPAWNS // 2 and serve.is_ready():
+        if self._cells < CELLS_PER_GROUP and respawns < RESPAWNS - 3 and serve.is_ready():
             self._group = serve
         else:
             self._end(serve)
