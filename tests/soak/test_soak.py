@@ -102,3 +102,4 @@ def test_under_mixed_load_on_busy_cores_nothing_is_taken_for_a_fault(tmp_path: P
         assert (status.state, status.recoveries, status.epoch) == (GroupState.READY, 0, 1)
         assert set(results) == {"answered"}
         assert results["answered"] > SECONDS / 10
+        assert serve.end() == 0, serve.log.read_text()
