@@ -68,8 +68,8 @@ class Pod:
 
     def next(self) -> int:
         """The process that is forked ahead; wait for it."""
-        until("the next process is there", lambda: len(self.children(NEXT)) == 1, DEADLINE_SECONDS)
-        return self.children(NEXT)[0]
+        [pid] = until("the next process is there", lambda: self.children(NEXT), DEADLINE_SECONDS)
+        return pid
 
     def lose(self, number: int) -> None:
         self.processes.signal(0, number)

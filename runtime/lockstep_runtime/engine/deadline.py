@@ -84,7 +84,6 @@ class DeadlineModel:
         self._marks: dict[Kind, dict[_Size, _Mark]] = {kind: {} for kind in Kind}
         self._stretch = 1.0
         self._cold: set[Kind] = set()
-        self._learned: tuple[Work, float] | None = None  # and not taken in yet
 
     def deadline(self, work: Work) -> Deadline:
         """For a step of this size, in seconds."""
@@ -98,10 +97,6 @@ class DeadlineModel:
 
     def expected(self, work: Work) -> float | None:
         """Seconds; None when no step of this kind was seen yet."""
-        self._take_in()
-        return self._expected(work)
-
-    def _expected(self, work: Work) -> float | None:
         marks = self._marks[work.kind]
         if not marks:
             return None
@@ -111,15 +106,8 @@ class DeadlineModel:
         return mark.seconds * more * self._stretch
 
     def learn(self, work: Work, seconds: float) -> None:
-        """A step of this size was done in so many seconds. It is taken in when it is needed: its tokens don't wait."""
-        self._take_in()
-        self._learned = work, seconds
-
-    def _take_in(self) -> None:
-        if self._learned is None:
-            return
-        (work, seconds), self._learned = self._learned, None
-        if (expected := self._expected(work)) is not None:
+        """A step of this size was done in so many seconds."""
+        if (expected := self.expected(work)) is not None:
             surprise = min(seconds * self._stretch / max(expected, 1e-6), LONGEST_STRETCH)
             self._stretch = max(surprise, 1.0 + (self._stretch - 1.0) * SINKING)
         self._cold.discard(work.kind)
@@ -130,7 +118,6 @@ class DeadlineModel:
 
     def processes_changed(self) -> None:
         """A rank's process is new: its first steps touch everything for the first time."""
-        self._take_in()
         self._cold = set(Kind)
 
 
