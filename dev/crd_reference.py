@@ -17,7 +17,8 @@ HEAD: Final = """\
 <!-- Written by dev/crd_reference.py from crds/: change the descriptions there. -->
 
 `lockstep.dev/v1alpha1`, short name `tpm`. `kubectl explain tpm.spec --recursive` shows the same for the version
-that your cluster serves. No field has a default in the schema; the descriptions say what unset means.
+that your cluster serves. Only `replicas` has a default in the schema; for the others the descriptions say what unset
+means.
 """
 
 Schema = dict[str, Any]
@@ -67,6 +68,8 @@ def _kind(schema: Schema, required: bool) -> str:
         words.append(f"{low} to {high}")
     elif low is not None:
         words.append(f"at least {low}")
+    if "default" in schema:
+        words.append(f"default {schema['default']}")
     return ", ".join([*words, *(["required"] if required else [])])
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+from tests.support import kubectl
 from tests.support.cluster_api import ClusterApi
 from tests.support.cluster_chaos import OperatorKiller
 from tests.support.cluster_lifecycle import (
@@ -21,7 +24,7 @@ from tests.support.cluster_lifecycle import (
     until_shape,
 )
 from tests.support.cluster_load import Load
-from tests.support.cluster_model import Model, tiny_chat
+from tests.support.cluster_model import Model, manifest, tiny_chat
 from tests.support.seed import printed_seed
 
 NewNamespace = Callable[[str], str]
@@ -51,6 +54,30 @@ def test_it_scales_out(living: Model) -> None:
 
     until_groups(living, 2)
     assert first < uids(living), "the group that served goes on serving"
+
+
+def test_a_model_whose_file_names_no_replicas_belongs_to_the_autoscaler(living: Model) -> None:
+    """Autoscalers read and write the scale subresource; the file that Git has is applied again and again meanwhile."""
+    with_groups(living, 1)
+    file = manifest(living.namespace, living.name, tiny_chat())
+    assert "replicas" not in file["spec"]
+    path = f"/apis/lockstep.dev/v1alpha1/namespaces/{living.namespace}/tensorparallelmodels/{living.name}/scale"
+    assert json.loads(kubectl.kubectl("get", "--raw", path))["spec"] == {"replicas": 1}
+    assert difference(file) == ""
+
+    scale(living, 2)
+    assert difference(file) == ""
+    living.apply(tiny_chat())
+
+    assert json.loads(kubectl.kubectl("get", "--raw", path))["spec"] == {"replicas": 2}
+    until_groups(living, 2)
+
+
+def difference(file: dict[str, Any]) -> str:
+    """`kubectl diff` of what is applied and what is stored, as GitOps tools look for drift."""
+    found = kubectl.attempt("diff", "-f", "-", stdin=json.dumps(file))
+    assert found.returncode in (0, 1), found.stderr
+    return found.stdout
 
 
 def test_a_changed_spec_is_rolled_out_without_a_failed_request_while_the_operator_is_killed(

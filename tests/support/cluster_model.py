@@ -29,7 +29,6 @@ def tiny_chat(**spec: Any) -> Object:
     small: Object = {
         "model": {"hostPath": {"path": TINY_CHAT}},
         "tensorParallelSize": 2,
-        "replicas": 1,  # `kubectl scale` changes only what is set
         "dtype": "float32",
         "backend": "gloo",
         "engine": {"maxModelLen": 2048, "maxSequences": 16},
