@@ -13,6 +13,7 @@ import msgspec
 from lockstep_runtime import log
 
 PARENT_VARIABLE: Final = "LOCKSTEP_PARENT"
+CANT_LOAD_EXIT: Final = 4  # of a worker whose load can't succeed until something is mended
 HISTORY_VARIABLE: Final = "LOCKSTEP_HISTORY"
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 

@@ -228,6 +228,13 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     epoch: int
 
 
+class Scrub(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To every rank: compare all of your weights with the checksums of loading now. Answered by `Scrubbed`, or by
+    `StepFailed` with `Corruption`."""
+
+    epoch: int
+
+
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     reason: str
 
@@ -251,10 +258,19 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     memory_bytes: int  # resident (CPU) or device memory in use
 
 
+class LoadFailure(enum.StrEnum):
+    """Whether loading again can help."""
+
+    TRANSIENT = "transient"  # it may: the network, memory, a disk
+    PERMANENT = "permanent"  # not before the model, the settings or Lockstep itself are mended
+    DEVICE_LOST = "device-lost"  # not on this pod: its device is gone or unusable
+
+
 class LoadFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """In the worker's own words. The worker ends after sending it and is started again with growing delays."""
 
     message: str
+    kind: LoadFailure = LoadFailure.TRANSIENT
 
 
 class RendezvousOpened(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -268,7 +284,11 @@ class Joined(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class CacheAllocated(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """`contents` is another name for every cache that is laid out anew: under the same one stands what was written."""
+    """`contents` is another name for every cache that is laid out anew: under the same one stands what was written.
+
+    A rank that has no room for as many blocks as were asked for lays out nothing and says in `blocks` how many it has
+    room for.
+    """
 
     epoch: int
     contents: str
@@ -296,6 +316,13 @@ class StepFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     fault: Fault
     message: str
     untouched: bool = False
+
+
+class Scrubbed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Every weight of this rank is what was loaded; `tensors` were compared, 0 where none are watched."""
+
+    epoch: int
+    tensors: int
 
 
 class Aborted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -438,6 +465,9 @@ class GroupStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     state: GroupState = GroupState.STARTING
     message: str = ""  # a sentence a person can act on
     since: float = 0.0  # unix seconds, when `state` began
+    # Whether requests are taken: while the group serves, and for a bounded time while it recovers (they wait). The
+    # readiness of the leader pod. None: a runtime older than this field.
+    accepting: bool | None = None
     ranks: list[RankStatus] = []
     step_latency: Latency = Latency()
     last_step_at: float | None = None
@@ -447,9 +477,10 @@ class GroupStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     faults: list[FaultRecord] = []  # the newest 32
 
 
-ToWorker = Welcome | Refused | Rendezvous | Join | AllocateCache | Step | Abort | Shutdown | Inject
+ToWorker = Welcome | Refused | Rendezvous | Join | AllocateCache | Step | Scrub | Abort | Shutdown | Inject
 FromWorker = (
-    LoadProgress | Loaded | LoadFailed | RendezvousOpened | Joined | CacheAllocated | StepDone | StepFailed | Aborted
-)
+    LoadProgress | Loaded | LoadFailed | RendezvousOpened | Joined | CacheAllocated | StepDone | StepFailed | Scrubbed
+    | Aborted
+)  # fmt: skip
 ToSupervisor = Welcome | Refused | KillWorker | Release | StatusReport | ReadProgress | Inject
 FromSupervisor = ProcessExited | ProcessStopped | Leaving | ProgressReport | Inject

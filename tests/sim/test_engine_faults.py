@@ -424,3 +424,19 @@ async def test_a_member_that_leaves_with_the_leader_is_kept_until_the_drain_is_d
         assert not [one for one in live.told if isinstance(one, wire.Release)]
         live.engine.release()
         await live.until(lambda: sum(isinstance(one, wire.Release) for one in live.told) == 2, "both are released")
+
+
+async def test_what_keeps_the_api_from_answering_is_the_groups_state_until_it_is_taken_back() -> None:
+    async with live_engine() as live:
+        assert live.engine.status().accepting
+        live.engine.set_serving_blocker("tokenizer.json: not JSON")
+        status = live.engine.status()
+        assert (status.state, status.message, status.accepting) == (
+            GroupState.FAILED, "tokenizer.json: not JSON", False,
+        )  # fmt: skip
+        assert not live.engine.readiness().ready
+        with pytest.raises(EngineBusyError, match="not JSON"):
+            await live.generate((1,), 1)
+        live.engine.set_serving_blocker("")
+        await live.ready()
+        assert await live.generate((1,), 5) == continuation((1,), 5)

@@ -29,12 +29,16 @@ class FakeEngine:
     max_model_len: int | None = 2048
     state: Readiness = field(default_factory=lambda: Readiness(True, "all 2 ranks are in step"))
     refusal: Exception | None = None
+    blocker: str = ""
     requests: list[GenerationRequest] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
     cancelled: list[str] = field(default_factory=list)
 
     def readiness(self) -> Readiness:
         return self.state
+
+    def set_serving_blocker(self, reason: str) -> None:
+        self.blocker = reason
 
     def stats(self) -> EngineStats:
         return EngineStats(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lockstep_runtime.supervisor.machine import (
     ENGINE,
+    SLOW_BACKOFF,
     SPARE,
     STOPPED_SECONDS,
     Action,
@@ -271,3 +272,10 @@ def test_whatever_happens_no_child_is_doubled_or_left_over(
                     alive.discard(name)
                     do([*machine.exited(name, healthy=False, now=now)])
     assert finished
+
+
+def test_a_load_that_can_not_succeed_yet_is_tried_again_slowly() -> None:
+    machine = leader()
+    assert machine.exited(1, healthy=False, now=1.0, slowly=True) == []
+    assert machine.tick(1.0 + SLOW_BACKOFF - 0.1) == []
+    assert machine.tick(1.0 + SLOW_BACKOFF) == [Spawn(1)]

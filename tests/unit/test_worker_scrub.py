@@ -18,7 +18,7 @@ from lockstep_runtime.worker.control import Control, Dismissed
 from lockstep_runtime.worker.inject import InjectedError
 from lockstep_runtime.worker.main import Worker
 from lockstep_runtime.worker.runner import LoadReport
-from lockstep_runtime.worker.scrub import Scrub, Watched
+from lockstep_runtime.worker.scrub import CorruptionError, Parts, Scrub, Watched
 
 SECONDS = 10.0
 
@@ -112,3 +112,16 @@ def test_without_permission_no_fault_is_taken() -> None:
     control = RecordingControl(ServeConfig(model="m", served_name="m"), wire.Joined)
     started(control, Edge())
     assert control.on_inject is None
+
+
+def test_a_whole_round_looks_at_every_tensor_at_once() -> None:
+    def parts(value: str) -> Callable[[], Parts]:
+        def one() -> Parts:
+            yield
+            return value
+
+        return one
+
+    assert Scrub([Watched("a", parts("1"), "1"), Watched("b", parts("2"), "2")], 300.0, 0.0).whole_round() == 2
+    with pytest.raises(CorruptionError, match="the weights of b are no longer what was loaded"):
+        Scrub([Watched("a", parts("1"), "1"), Watched("b", parts("2"), "3")], 300.0, 0.0).whole_round()

@@ -41,7 +41,7 @@ from lockstep_runtime.engine.recovery import (
 )
 from lockstep_runtime.engine.scheduler import Scheduler
 from lockstep_runtime.engine.sequence import Sequence
-from lockstep_runtime.engine.status import Standing, group_state
+from lockstep_runtime.engine.status import Standing, group_state, is_accepting
 from lockstep_runtime.engine.stream import TokenStream
 
 logger = logging.getLogger(__name__)
@@ -101,6 +101,7 @@ class Engine:
         self._state, self._since = wire.GroupState.STARTING, time.time()
         self._model_len: int | None = None
         self._model_error = ""
+        self._blocker = ""  # why the api can't answer
         self._model_known = asyncio.Event()
         self._started = time.monotonic()
 
@@ -116,7 +117,7 @@ class Engine:
     def readiness(self) -> Readiness:
         """Ready while the group serves or repairs itself: a short pause must not empty the Service."""
         state, reason = self._judge()
-        return Readiness(state in (wire.GroupState.READY, wire.GroupState.RECOVERING), reason, self._draining)
+        return Readiness(is_accepting(state), reason, self._draining)
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
@@ -198,6 +199,11 @@ class Engine:
     def set_model_error(self, message: str) -> None:
         """It could not be read; the sentence says why."""
         self._model_error = message
+        self._changed(True)
+
+    def set_serving_blocker(self, reason: str) -> None:
+        """The api can't answer, whatever the ranks can: the sentence says why, until an empty one takes it back."""
+        self._blocker = reason
         self._changed(True)
 
     def _length_limit(self) -> int | None:
@@ -473,7 +479,7 @@ class Engine:
             formed=self._formed_at > 0,
             was_ready=self._was_ready,
             draining=self._draining,
-            model_error=self._model_error,
+            model_error=self._model_error or self._blocker,
             poison=self._poison,
         )
         return group_state(standing, self.group.members)
@@ -498,6 +504,7 @@ class Engine:
             state=state,
             message=message,
             since=self._since,
+            accepting=is_accepting(state),
             ranks=[member.status() for member in self.group.members],
             step_latency=self._latency.latency(),
             last_step_at=self._last_step_at,

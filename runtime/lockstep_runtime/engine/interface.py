@@ -85,6 +85,12 @@ class EngineClient(Protocol):
 
     def stats(self) -> EngineStats: ...
 
+    def set_serving_blocker(self, reason: str) -> None:
+        """The api can't answer with this model; the sentence says why, an empty one takes it back.
+
+        Meanwhile the group's state is `Failed` with these words, and requests are turned away.
+        """
+
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
         """Queue the request at once and yield its tokens as they are drawn.
 

@@ -11,8 +11,8 @@ from lockstep_runtime.wire import GroupState, RankState
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """What decides the state. `model_error` is the engine's own, in reading the model's configuration; `poison` says
-    why the group can't heal itself."""
+    """What decides the state. `model_error` is the leader's own: its model's configuration can't be read, or the api
+    can't answer with this model; `poison` says why the group can't heal itself."""
 
     formed: bool
     was_ready: bool
@@ -39,6 +39,11 @@ def group_state(standing: Standing, members: Sequence[Member]) -> tuple[GroupSta
     if missing:
         return GroupState.STARTING, f"waiting for {missing} to connect"
     return GroupState.LOADING, _loading(members)
+
+
+def is_accepting(state: GroupState) -> bool:
+    """Whether requests are taken: a short pause must not empty the Service."""
+    return state in (GroupState.READY, GroupState.RECOVERING)
 
 
 def _loading(members: Sequence[Member]) -> str:

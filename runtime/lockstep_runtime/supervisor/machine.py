@@ -21,6 +21,7 @@ ENGINE: Final[Literal["engine"]] = "engine"
 SPARE: Final[Literal["spare"]] = "spare"
 
 LONGEST_BACKOFF: Final = 30.0
+SLOW_BACKOFF: Final = 10.0
 STOPPED_SECONDS: Final = 0.5  # a process that was stopped for so long does not go on by itself
 STOPPED_AGAIN_SECONDS: Final = 5.0  # the engine may not have been there to hear it
 STOP_SECONDS: Final = 3.0  # between SIGTERM and SIGKILL
@@ -118,8 +119,11 @@ class Machine:
     def continued(self, name: Name) -> None:
         self._children[name].stopped_at = None
 
-    def exited(self, name: Name, *, healthy: bool, now: float, hopeless: bool = False) -> list[Action]:
-        """A child has ended. `healthy`: it had been of use before; `hopeless`: starting it again can't help."""
+    def exited(
+        self, name: Name, *, healthy: bool, now: float, hopeless: bool = False, slowly: bool = False
+    ) -> list[Action]:
+        """A child has ended. `healthy`: it had been of use before; `hopeless`: starting it again can't help; `slowly`:
+        it can't until something is mended, which is no matter of seconds."""
         child = self._children[name]
         child.alive, child.stopped_at = False, None
         if name == SPARE:
@@ -131,7 +135,7 @@ class Machine:
         if hopeless and self.phase is Phase.RUNNING:
             return self._stop(now, "the engine can't run here", code=2)
         child.failures = 0 if healthy else child.failures + 1
-        child.spawn_at = now + backoff(child.failures)
+        child.spawn_at = now + max(backoff(child.failures), SLOW_BACKOFF if slowly else 0.0)
         return self.tick(now)
 
     def asked_to_end(self, now: float, *, connected: bool) -> list[Action]:

@@ -144,7 +144,9 @@ class Supervisor:
         elif self._board is not None:
             self._board.engine_lost(how)
         hopeless = gone.name == ENGINE and gone.code == PORT_TAKEN_EXIT
-        self._do(self._machine.exited(gone.name, healthy=gone.healthy, now=time.monotonic(), hopeless=hopeless))
+        slowly = isinstance(gone.name, int) and gone.code == child.CANT_LOAD_EXIT
+        now = time.monotonic()
+        self._do(self._machine.exited(gone.name, healthy=gone.healthy, now=now, hopeless=hopeless, slowly=slowly))
 
     def _on_spare_word(self) -> None:
         """It is warm, or has ended: of that its exit tells."""

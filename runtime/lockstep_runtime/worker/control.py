@@ -51,7 +51,7 @@ class Dismissed:
 
 Command = (
     Connected | Disconnected | Dismissed
-    | wire.Rendezvous | wire.Join | wire.AllocateCache | wire.Step | wire.Abort | wire.Inject
+    | wire.Rendezvous | wire.Join | wire.AllocateCache | wire.Step | wire.Scrub | wire.Abort | wire.Inject
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from lockstep_runtime.parallel.watched import WatchedGroup
 from lockstep_runtime.progress import Progress, Stage
 from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.wire import Fault
-from lockstep_runtime.worker.classify import classify
+from lockstep_runtime.worker.classify import classify, load_failure
 from lockstep_runtime.worker.control import Command, Connected, Control, Disconnected, Dismissed
 from lockstep_runtime.worker.inject import Injector
 from lockstep_runtime.worker.loaded_spare import leave_loaded_spare
@@ -28,6 +28,8 @@ from lockstep_runtime.worker.runner import LoadReport, Runner
 from lockstep_runtime.worker.scrub import CorruptionError, Scrub
 
 logger = logging.getLogger(__name__)
+
+Order = wire.Rendezvous | wire.Join | wire.AllocateCache | wire.Step | wire.Scrub
 
 JOIN_STEP: Final = -1  # joining, in the progress record
 JOIN_SECONDS: Final = 10.0  # the engine waits longer than this before it kills a rank that joins
@@ -128,7 +130,7 @@ class Worker:
             message = wire.StepFailed(epoch=self._epoch, step=-1, fault=Fault.CORRUPTION, message=str(error))
             self._control.send(message)
 
-    def _obey(self, command: wire.Rendezvous | wire.Join | wire.AllocateCache | wire.Step) -> None:
+    def _obey(self, command: Order) -> None:
         """Any exception is this rank's failure to report, not a reason to end: the engine decides what follows."""
         step = command.step if isinstance(command, wire.Step) else -1
         try:
@@ -147,7 +149,7 @@ class Worker:
                 exc_info=None if fault is Fault.RANK_LOST else error,
             )  # fmt: skip
 
-    def _answer(self, command: wire.Rendezvous | wire.Join | wire.AllocateCache | wire.Step) -> wire.FromWorker:
+    def _answer(self, command: Order) -> wire.FromWorker:
         match command:
             case wire.Step():
                 return self._step(command)
@@ -159,8 +161,22 @@ class Worker:
                 return self._join(command)
             case wire.AllocateCache():
                 return self._allocate(command)
+            case wire.Scrub():
+                return self._scrub_all(command)
+
+    def _scrub_all(self, command: wire.Scrub) -> wire.Scrubbed | wire.StepFailed:
+        try:
+            tensors = self._scrub.whole_round() if self._scrub is not None else 0
+        except CorruptionError as error:
+            return wire.StepFailed(epoch=command.epoch, step=-1, fault=Fault.CORRUPTION, message=str(error))
+        return wire.Scrubbed(epoch=command.epoch, tensors=tensors)
 
     def _allocate(self, command: wire.AllocateCache) -> wire.CacheAllocated:
+        offered = self._loaded.cache_blocks if self._loaded is not None else command.blocks
+        if command.blocks > offered:  # what a process before this one had may have been given back since
+            offered = self._room()
+        if command.blocks > offered:
+            return wire.CacheAllocated(epoch=command.epoch, contents="", blocks=offered, memory_bytes=0)
         cache = self._runner.allocate(command.blocks)
         spoiled = self._runner.is_spoiled(command.doubted)
         if spoiled:
@@ -169,6 +185,12 @@ class Worker:
         return wire.CacheAllocated(
             epoch=command.epoch, contents=cache.name, blocks=cache.blocks, memory_bytes=cache.nbytes, spoiled=spoiled
         )
+
+    def _room(self) -> int:
+        try:
+            return self._runner.room()
+        except ModelError:
+            return 0
 
     def _join(self, command: wire.Join) -> wire.Joined:
         begun = time.monotonic()
@@ -248,13 +270,13 @@ def load_error(error: Exception) -> str:
 
 def _say_farewell(control: Control, error: Exception) -> NoReturn:
     """Tell the engine why, as soon as it can be reached: this process has nothing else to do."""
-    message = load_error(error)
-    logger.error("can't load: %s", message)
+    message, kind = load_error(error), load_failure(error)
+    logger.error("can't load (%s): %s", kind, message)
     deadline = time.monotonic() + FAREWELL_SECONDS
     while time.monotonic() < deadline and not control.connected:
         time.sleep(0.05)
-    control.send(wire.LoadFailed(message=message))
-    _end(LOAD_FAILED_EXIT)
+    control.send(wire.LoadFailed(message=message, kind=kind))
+    _end(LOAD_FAILED_EXIT if kind is wire.LoadFailure.TRANSIENT else child.CANT_LOAD_EXIT)
 
 
 def main(config: ServeConfig, birth: child.Birth, descriptors: list[int], runner: Runner | None = None) -> NoReturn:

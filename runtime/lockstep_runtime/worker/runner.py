@@ -92,7 +92,7 @@ class Runner:
         return LoadReport(
             weight_bytes=self._loaded.weight_bytes,
             read_bytes=self._loaded.read_bytes,
-            cache_blocks=self._room(),
+            cache_blocks=self.room(),
             block_size=BLOCK_SIZE,
             memory_bytes=used_bytes(self._device),
             scrub=Scrub(self._watched, _interval(), time.monotonic()) if self._watched else None,
@@ -251,7 +251,7 @@ class Runner:
         logits = self._model.logits(rows, group)
         return [] if logits is None else sample(logits, draws)
 
-    def _room(self) -> int:
+    def room(self) -> int:
         """Blocks that fit; never more than all sequences at full length could use, beside the probe."""
         shape, dtype = self._model.cache_shape, self._placement.activation
         if self.on_cpu and (held := self.memory.held(shape, dtype)):

@@ -64,6 +64,17 @@ class Scrub:
             if end.value != one.expected:
                 raise CorruptionError(f"the weights of {one.name} are no longer what was loaded") from None
 
+    def whole_round(self) -> int:
+        """Look at every tensor now; how many there were.
+
+        Raises:
+            CorruptionError: naming the tensor.
+        """
+        for one in self._watched:
+            if _exhaust(one.parts()) != one.expected:
+                raise CorruptionError(f"the weights of {one.name} are no longer what was loaded")
+        return len(self._watched)
+
 
 def watch(
     weights: Iterable[Weight | StoredTable], known: Callable[[Weight | StoredTable], str | None]
