@@ -13,7 +13,6 @@ from lockstep_runtime import wire
 from lockstep_runtime.config import EngineLimits, ServeConfig
 from lockstep_runtime.engine.probe import probe
 from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheMemory, KVCache
-from lockstep_runtime.layers.matrix import pack_fbgemm
 from lockstep_runtime.layers.weight import PlainWeight
 from lockstep_runtime.progress import Progress, new_memory
 from lockstep_runtime.weights.errors import ModelError
@@ -213,19 +212,6 @@ def prove(ranks: Ranks) -> int:
     for runner in ranks.runners:
         runner.allocate(4)
     return ranks.step(*probe(3)).fingerprint
-
-
-def test_values_beyond_float16_stay_exact() -> None:
-    rows = torch.randn(32, 16)
-    rows[5, 5] = 1e6
-    x = torch.randn(3, 16)
-    torch.testing.assert_close(pack_fbgemm(rows)(x), x @ rows.T)
-
-
-def test_bfloat16_weights_are_exact_in_the_packed_form() -> None:
-    rows = torch.randn(48, 64).bfloat16().float()
-    x = torch.randn(5, 64)
-    torch.testing.assert_close(pack_fbgemm(rows)(x), x @ rows.T, atol=1e-5, rtol=1e-5)
 
 
 def test_an_unknown_type_is_named(tmp_path: Path) -> None:

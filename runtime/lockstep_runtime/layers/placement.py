@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 
 import torch
 
-
-class Packing(enum.Enum):
-    """How a matrix is laid out for multiplication."""
-
-    NONE = "none"  # row-major, as in the checkpoint
-    FBGEMM = "fbgemm"  # float16 weights, float32 activations and sums: CPUs without bfloat16 arithmetic
-    ONEDNN = "onednn"  # oneDNN's blocked layout in the model's own type
+from lockstep_runtime.layers.kernels import Kernel, candidates, choose_kernel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,24 +16,14 @@ class Placement:
     device: torch.device
     dtype: torch.dtype  # the model's, as configured
     activation: torch.dtype  # of hidden states, small weights and the KV cache
-    packing: Packing
+    kernel: Kernel | None = None  # packs matrices; None: they stay row-major, as in the checkpoint
 
 
 def choose_placement(device: torch.device, dtype: torch.dtype) -> Placement:
-    """The fastest way that is at least as exact as computing in `dtype`."""
-    packing = Packing.NONE if device.type != "cpu" else _packing(dtype)
-    activation = torch.float32 if packing is Packing.FBGEMM else dtype
-    return Placement(device=device, dtype=dtype, activation=activation, packing=packing)
+    """The fastest way that works here and is at least as exact as computing in `dtype`."""
+    kernel = choose_kernel(candidates(dtype)) if device.type == "cpu" else None
+    return place(device, dtype, kernel)
 
 
-def _packing(dtype: torch.dtype) -> Packing:
-    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_fast_bfloat16():
-        return Packing.ONEDNN
-    if dtype != torch.float32 and "fbgemm" in torch.backends.quantized.supported_engines:
-        return Packing.FBGEMM
-    return Packing.NONE
-
-
-def _has_fast_bfloat16() -> bool:
-    """oneDNN packs bfloat16 only where AVX512 can multiply it; elsewhere it raises or emulates it slowly."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+def place(device: torch.device, dtype: torch.dtype, kernel: Kernel | None) -> Placement:
+    return Placement(device=device, dtype=dtype, activation=kernel.activation if kernel else dtype, kernel=kernel)

@@ -18,7 +18,7 @@ from lockstep_runtime.layers.attention import attend
 from lockstep_runtime.layers.batch import Batch
 from lockstep_runtime.layers.cache import CacheShape, KVCache, LayerCache
 from lockstep_runtime.layers.norm import RMSNorm, rms_normalize
-from lockstep_runtime.layers.placement import Packing, Placement
+from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.layers.rotary import build_rotary, rotate_
 from lockstep_runtime.layers.weight import PlainWeight, StoredTable, Weight
 from lockstep_runtime.parallel.embedding import VocabularyEmbedding, VocabularyHead
@@ -61,7 +61,7 @@ class Qwen3:
         self._config, self._placement = config, placement
         vocabulary = (config.vocab_size, config.hidden_size, shard, placement)
         tied = config.tie_word_embeddings
-        self._share = tied and placement.packing is Packing.NONE  # one tensor for both; a packed one can't be looked up
+        self._share = tied and placement.kernel is None  # one tensor for both; a packed one can't be looked up
         self._embedding = VocabularyEmbedding("model.embed_tokens.weight", *vocabulary, stored=tied and not self._share)
         self._layers = [Layer(config, index, shard, placement) for index in range(config.num_hidden_layers)]
         self._norm = RMSNorm(whole("model.norm.weight", config.hidden_size), config.rms_norm_eps, placement)
