@@ -52,8 +52,11 @@ test-unit: venv ## the tests of the parts, and the simulations
 	$(PY) -m pytest -n 2 tests/unit tests/sim
 
 .PHONY: test-contract
-test-contract: venv .dev/bin/helm ## the tests of the interfaces: real ranks, clients and charts, no cluster
+test-contract: venv .dev/bin/helm .dev/bin/promtool ## the tests of the interfaces: real ranks, clients and charts, no cluster
 	$(PY) -m pytest tests/contract
+
+.dev/bin/promtool: # which the alerts' tests need
+	@python3 -m dev.promtool
 
 .PHONY: test
 test: ## every test that needs no GPU, on a real cluster that is brought up for them and taken down again

@@ -66,10 +66,13 @@ class Controller:
             return self._retry(key, "refused", REFUSED_FIRST, REFUSED_MOST)
         self._failures.pop(key, None)
         self._metrics.reconciles.labels("wrote" if outcome.wrote else "quiet").inc()
+        if outcome.again is not None:  # else the model is gone, and so are its series
+            self._metrics.reconciled(key, failed=False)
         return self._settle(key, outcome)
 
     def _retry(self, key: ModelKey, result: str, first: float, most: float) -> float:
         self._metrics.reconciles.labels(result).inc()
+        self._metrics.reconciled(key, failed=True)
         self._failures[key] = self._failures.get(key, 0) + 1
         return backoff(self._failures[key], first, most)
 

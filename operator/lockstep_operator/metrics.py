@@ -80,9 +80,16 @@ class Metrics:
             ["namespace", "model", "condition"],
             registry=self.registry,
         )
+        self._failing = Gauge(
+            "lockstep_operator_reconcile_failing",
+            "1 where the newest reconciliation of the model failed, else 0",
+            ["namespace", "model"],
+            registry=self.registry,
+        )
         self._steps = _LastSteps(now)
         self.registry.register(self._steps)
         self._counted: dict[ModelKey, set[tuple[str, str]]] = {}
+        self._reconciled: set[ModelKey] = set()
         self._known: dict[ModelKey, tuple[str, int, int]] = {}
         self._publish()
 
@@ -93,6 +100,10 @@ class Metrics:
         for condition in CONDITIONS:
             self._conditions.labels(key.namespace, key.name, condition).set(condition in true)
         self._publish()
+
+    def reconciled(self, key: ModelKey, *, failed: bool) -> None:
+        self._failing.labels(key.namespace, key.name).set(failed)
+        self._reconciled.add(key)
 
     def repaired(self, key: ModelKey, repairs: Iterable[Repair]) -> None:
         """Each repair once: those that the status just written is the first to tell of."""
@@ -112,6 +123,9 @@ class Metrics:
         if self._known.pop(key, None):
             for condition in CONDITIONS:
                 self._conditions.remove(key.namespace, key.name, condition)
+        if key in self._reconciled:
+            self._reconciled.remove(key)
+            self._failing.remove(key.namespace, key.name)
         for fault, rung in self._counted.pop(key, set()):
             self._recoveries.remove(key.namespace, key.name, fault, rung)
         self._steps.at.pop(key, None)

@@ -17,6 +17,9 @@ from lockstep_operator.history import Repair
 from lockstep_operator.metrics import Metrics
 from lockstep_operator.names import ModelKey
 from lockstep_operator.observe import Report
+from lockstep_operator.pod_template import pod_template
+from lockstep_operator.settings import Settings
+from lockstep_operator.spec import parse
 from lockstep_runtime.api.metrics import Metrics as EngineMetrics
 from lockstep_runtime.engine.interface import EngineStats
 
@@ -35,11 +38,27 @@ STATS = EngineStats(
 WORDS = {"lockstep", "lockstep_operator"}
 
 
+# What the Prometheus operator gives to every series of a pod or of a Service's endpoints.
+TARGET_LABELS = {"namespace", "pod", "container", "endpoint", "job", "instance"}
+
+
+def monitor(kind: str) -> dict[str, Any]:
+    """The only endpoint of the chart's monitor of that kind."""
+    value = kind[0].lower() + kind[1:]
+    manifests = render({"metrics": {value: {"enabled": True, "interval": "10s", "labels": {"release": "prom"}}}})
+    rendered = one(manifests, kind)
+    assert rendered["metadata"]["labels"]["release"] == "prom"
+    (endpoint,) = rendered["spec"]["endpoints" if kind == "ServiceMonitor" else "podMetricsEndpoints"]
+    assert endpoint["interval"] == "10s"
+    return {**rendered["spec"], "endpoint": endpoint}
+
+
 def series() -> dict[str, set[str]]:
-    """Every series that operator and engine expose, with its labels."""
+    """Every series that Prometheus has of operator and engine, with the labels that it can be asked for."""
     operator = Metrics(lambda: 5.0)
     operator.model(KEY, {"conditions": [{"type": "Ready", "status": "True"}]})
     operator.reconciles.labels("wrote").inc()
+    operator.reconciled(KEY, failed=True)
     operator.repaired(
         KEY, [Repair(group=0, fault="Hang", rank=1, rung="Rebuild", noticed=1, finished=2, phases={"detect": 1})]
     )
@@ -49,9 +68,17 @@ def series() -> dict[str, set[str]]:
         {0: Report(status=type(said)(**{n: getattr(said, n) for n in said.__struct_fields__} | {"last_step_at": 1.0}))},
     )
     engine = EngineMetrics("chat", lambda: STATS)
-    text = generate_latest(operator.registry).decode() + engine.render().decode()
+    relabelled = {rule["targetLabel"] for rule in monitor("PodMonitor")["endpoint"]["relabelings"]}
+    exposed = exposition(generate_latest(operator.registry)) | {
+        name: labels | TARGET_LABELS | relabelled for name, labels in exposition(engine.render()).items()
+    }
+    assert "model" not in exposition(engine.render())["lockstep_epoch"], "the monitor's label would hide the engine's"
+    return exposed
+
+
+def exposition(text: bytes) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(text):
+    for family in text_string_to_metric_families(text.decode()):
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels)
     return found
@@ -108,6 +135,36 @@ def test_nothing_is_made_unless_asked_for() -> None:
     manifests = render()
     assert not of_kind(manifests, "PrometheusRule")
     assert not [item for item in of_kind(manifests, "ConfigMap") if item["metadata"]["name"].endswith("-dashboard")]
+
+
+def test_the_namespace_of_the_operators_metrics_is_the_models() -> None:
+    """Else Prometheus renames it, and every alert tells of the operator's own."""
+    assert monitor("ServiceMonitor")["endpoint"]["honorLabels"] is True
+    named = exposition(generate_latest(Metrics().registry))
+    assert not {label for labels in named.values() for label in labels} & (TARGET_LABELS - {"namespace"})
+
+
+def test_each_groups_leader_is_scraped_and_no_other_pod() -> None:
+    metadata = {"name": "chat", "namespace": "team", "uid": "u-1"}
+    model = parse({"metadata": metadata, "spec": {"model": {"hostPath": {"path": "/m"}}, "tensorParallelSize": 2}})
+    template = pod_template(model, 3, "abc", Settings(runtime_image="registry.example/runtime:1"))
+    spec = monitor("PodMonitor")
+    labels = {**template["metadata"]["labels"], "apps.kubernetes.io/pod-index": "0"}
+    wanted = spec["selector"]["matchLabels"]
+    assert wanted.items() <= labels.items()
+    assert not wanted.items() <= {**labels, "apps.kubernetes.io/pod-index": "1"}.items()
+    ports = [port["name"] for port in template["spec"]["containers"][0]["ports"]]
+    assert spec["endpoint"]["port"] in ports
+    scraped = {"__meta_kubernetes_pod_label_" + re.sub(r"\W", "_", name): value for name, value in labels.items()}
+    relabelings = spec["endpoint"]["relabelings"]
+    given = {rule["targetLabel"]: scraped[rule["sourceLabels"][0]] for rule in relabelings}
+    assert given == {"model": "chat", "group": "3"}
+
+
+@pytest.mark.parametrize(("watched", "selector"), [([], {"any": True}), (["a", "b"], {"matchNames": ["a", "b"]})])
+def test_models_are_scraped_where_they_are_served(watched: list[str], selector: dict[str, Any]) -> None:
+    values = {"watchNamespaces": watched, "metrics": {"podMonitor": {"enabled": True}}}
+    assert one(render(values), "PodMonitor")["spec"]["namespaceSelector"] == selector
 
 
 def test_every_expression_is_about_metrics_that_there_are() -> None:

@@ -165,12 +165,9 @@ def test_the_service_reaches_the_operators_port() -> None:
     assert any(":9000/healthz" in argument for argument in one(manifests, "Pod")["spec"]["containers"][0]["args"])
 
 
-def test_a_service_monitor_is_made_only_when_asked_for() -> None:
-    assert not of_kind(render(), "ServiceMonitor")
-    values = {"metrics": {"serviceMonitor": {"enabled": True, "interval": "10s", "labels": {"release": "prom"}}}}
-    monitor = one(render(values), "ServiceMonitor")
-    assert monitor["metadata"]["labels"]["release"] == "prom"
-    assert monitor["spec"]["endpoints"] == [{"port": "http", "path": "/metrics", "interval": "10s"}]
+@pytest.mark.parametrize("kind", ["ServiceMonitor", "PodMonitor"])
+def test_a_monitor_is_made_only_when_asked_for(kind: str) -> None:
+    assert not of_kind(render(), kind)
 
 
 def test_the_network_policy_is_made_only_when_asked_for() -> None:
@@ -206,6 +203,7 @@ def test_the_service_account_is_made_or_taken(create: bool) -> None:
         ({"podLabels": {"a": 1}}, "/podLabels/a"),
         ({"metrics": {"service": {"port": 70000}}}, "/metrics/service/port"),
         ({"metrics": {"serviceMonitor": {"interval": "often"}}}, "/metrics/serviceMonitor/interval"),
+        ({"metrics": {"podMonitor": {"interval": "often"}}}, "/metrics/podMonitor/interval"),
         ({"networkPolicy": {"from": [{}]}}, "/networkPolicy/from/0"),
         ({"serviceAccount": {"create": "yes"}}, "/serviceAccount/create"),
     ],

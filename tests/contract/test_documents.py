@@ -183,6 +183,13 @@ def test_metrics_are_exposed() -> None:
     assert sorted(named ^ exposed) == []
 
 
+def test_every_alert_is_listed_with_its_severity() -> None:
+    groups = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())["groups"]
+    alerts = {(rule["alert"], rule["labels"]["severity"]) for group in groups for rule in group["rules"]}
+    rows = re.findall(r"^\| `(Lockstep\w+)` \| (\w+) \|", (ROOT / "docs" / "install.md").read_text(), re.MULTILINE)
+    assert set(rows) == alerts
+
+
 def _commands(document: Path) -> list[str]:
     """What a reader is told to give to `lockstep`."""
     found = re.findall(r"lockstep ((?:serve|inject) [^`|#\n]+)", document.read_text())
@@ -255,9 +262,3 @@ def test_every_line_of_the_log_trail_is_explained() -> None:
     assert {"watchdog", "abort", "respawn", "rebuild", "verify", "resumed"} <= lines
     trail = RECOVERY.partition("## The log trail")[2].partition("\n## ")[0]
     assert sorted(line for line in lines if f"`{line}:`" not in trail) == []
-
-
-def test_every_alert_is_named() -> None:
-    rules = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())
-    alerts = {rule["alert"] for group in rules["groups"] for rule in group["rules"]}
-    assert set(re.findall(r"`(Lockstep[A-Z]\w+)`", RECOVERY)) == alerts
