@@ -336,13 +336,17 @@ class Aborted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class ProcessExited(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A worker process ended. Exactly one of `exit_code` and `signal` is set."""
+    """A worker process ended. Exactly one of `exit_code` and `signal` is set.
+
+    `oom`: the kernel killed it for want of memory; with the limit and what was used. Empty: it did not.
+    """
 
     rank: int
     pid: int
     incarnation: str
     exit_code: int | None = None
     signal: int | None = None
+    oom: str = ""
 
 
 class ProcessStopped(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -379,6 +383,26 @@ class ProgressRecord(msgspec.Struct, frozen=True, kw_only=True):
 class ProgressReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     asked: int
     records: list[ProgressRecord]
+
+
+class PodProblemReason(enum.StrEnum):
+    OUT_OF_MEMORY = "OutOfMemory"  # the kernel killed a process of the pod for want of memory
+    SPAWN_FAILED = "SpawnFailed"  # the kernel refused to start a process
+
+
+class PodProblem(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What keeps a pod's processes from starting or staying; told until it has not happened for a minute."""
+
+    pod_index: int
+    reason: PodProblemReason
+    message: str  # a sentence: which process, the limit and what was used
+    at: float  # unix seconds, of the last time
+
+
+class PodReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """All that a pod's supervisor has to complain of now, at most one for each reason: replaces what it said before."""
+
+    problems: list[PodProblem]
 
 
 class Leaving(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -475,6 +499,7 @@ class GroupStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     requests_waiting: int = 0
     recoveries: int = 0
     faults: list[FaultRecord] = []  # the newest 32
+    pod_problems: list[PodProblem] = []  # at most two for each pod
 
 
 ToWorker = Welcome | Refused | Rendezvous | Join | AllocateCache | Step | Scrub | Abort | Shutdown | Inject
@@ -483,4 +508,4 @@ FromWorker = (
     | Aborted
 )  # fmt: skip
 ToSupervisor = Welcome | Refused | KillWorker | Release | StatusReport | ReadProgress | Inject
-FromSupervisor = ProcessExited | ProcessStopped | Leaving | ProgressReport | Inject
+FromSupervisor = ProcessExited | ProcessStopped | PodReport | Leaving | ProgressReport | Inject

@@ -481,6 +481,7 @@ class Engine:
             draining=self._draining,
             model_error=self._model_error or self._blocker,
             poison=self._poison,
+            problem=max(self.group.pod_problems, key=lambda one: one.at).message if self.group.pod_problems else "",
         )
         return group_state(standing, self.group.members)
 
@@ -512,6 +513,7 @@ class Engine:
             requests_waiting=scheduler.waiting if scheduler else 0,
             recoveries=self._faults.recoveries,
             faults=self._faults.records,
+            pod_problems=self.group.pod_problems,
         )
 
     async def report(self) -> None:

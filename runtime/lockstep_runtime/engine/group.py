@@ -54,6 +54,7 @@ class RankGroup:
         self._on_death, self._on_stuck = on_death, on_stuck
         self._moved = asyncio.Event()
         self._exits: dict[str, str] = {}
+        self._problems: dict[int, list[wire.PodProblem]] = {}  # by pod
         self._pods: dict[int, str] = {}  # incarnations of the supervisors
 
     # --- the bus's listener
@@ -109,6 +110,7 @@ class RankGroup:
         hello = peer.hello
         if hello.role is wire.Role.SUPERVISOR:
             if self.supervisors.get(hello.pod_index) is peer:
+                self._problems.pop(hello.pod_index, None)
                 del self.supervisors[hello.pod_index]
                 logger.info("the supervisor of pod %d has gone", hello.pod_index)
         elif self.members[hello.rank].peer is peer:
@@ -149,6 +151,9 @@ class RankGroup:
                 self._on_leaving(peer.hello.pod_index)
             case wire.ProgressReport():
                 self._look.take(peer.hello.pod_index, message)
+            case wire.PodReport():
+                self._problems[peer.hello.pod_index] = message.problems
+                self._on_change(True)
             case wire.ProcessStopped() if 0 <= message.rank < len(self.members):
                 self._process_stopped(message)
             case wire.ProcessExited() if 0 <= message.rank < len(self.members):
@@ -199,6 +204,11 @@ class RankGroup:
         member.leave(text)
         if not self.gathering:
             self.inquiry.add(Evidence(Fault.RANK_LOST, member.rank, text))
+
+    @property
+    def pod_problems(self) -> list[wire.PodProblem]:
+        """What the pods' supervisors complain of, in the pods' order."""
+        return [problem for _, problems in sorted(self._problems.items()) for problem in problems]
 
     # --- for whoever forms the group
 
@@ -259,7 +269,9 @@ def signal_name(number: int) -> str:
 
 
 def exit_text(message: wire.ProcessExited) -> str:
-    """`was killed by SIGKILL`, or `ended with exit code 1`."""
+    """`was killed by SIGKILL`, `ended with exit code 1`, or `was killed by the kernel: out of memory (…)`."""
+    if message.oom:
+        return f"was {message.oom}"
     if message.signal is None:
         return f"ended with exit code {message.exit_code}"
     return f"was killed by {signal_name(message.signal)}"

@@ -12,13 +12,14 @@ from lockstep_runtime.wire import GroupState, RankState
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
     """What decides the state. `model_error` is the leader's own: its model's configuration can't be read, or the api
-    can't answer with this model; `poison` says why the group can't heal itself."""
+    can't answer with this model; `poison` says why the group can't heal itself, `problem` what a pod complains of."""
 
     formed: bool
     was_ready: bool
     draining: bool
     model_error: str
     poison: str = ""
+    problem: str = ""
 
 
 def group_state(standing: Standing, members: Sequence[Member]) -> tuple[GroupState, str]:
@@ -33,11 +34,12 @@ def group_state(standing: Standing, members: Sequence[Member]) -> tuple[GroupSta
     if standing.formed:
         return GroupState.READY, f"all {len(members)} ranks are in step"
     missing = _names(members, RankState.ABSENT)
+    because = f": {standing.problem}" if standing.problem else ""
     if standing.was_ready:
-        waiting = f"waiting for {missing}" if missing else "the ranks are loaded or loading"
+        waiting = f"waiting for {missing}{because}" if missing else f"the ranks are loaded or loading{because}"
         return GroupState.RECOVERING, f"{waiting}; requests wait and will be resumed"
     if missing:
-        return GroupState.STARTING, f"waiting for {missing} to connect"
+        return GroupState.STARTING, f"waiting for {missing} to connect{because}"
     return GroupState.LOADING, _loading(members)
 
 

@@ -1,0 +1,45 @@
+"""How much memory there is for something new, before it is taken.
+
+tmpfs is no place apart: what lies in /dev/shm counts towards the container's limit, at which the kernel kills instead
+of refusing. So the file system, the control groups and the machine are all asked, and the least counts.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lockstep_runtime.host import cgroup
+
+
+def available_bytes(root: Path = cgroup.ROOT) -> int:
+    """The least of what the machine and the container have left."""
+    machine = _meminfo(root)
+    use = cgroup.memory_use(root)
+    return min(machine["MemAvailable"], use.available) if use else machine["MemAvailable"]
+
+
+def total_bytes(root: Path = cgroup.ROOT) -> int:
+    """The least of what the machine and the container have in all."""
+    machine = _meminfo(root)
+    use = cgroup.memory_use(root)
+    return min(machine["MemTotal"], use.limit) if use else machine["MemTotal"]
+
+
+def file_bytes(folder: Path) -> int:
+    """The largest file of memory that may be made in this folder of a tmpfs."""
+    found = os.statvfs(folder)
+    return min(found.f_bavail * found.f_frsize, available_bytes())
+
+
+def mebibytes(count: int) -> str:
+    """For a sentence: `350 MiB`, `4.5 MiB`."""
+    size = count / 2**20
+    return f"{size:.0f} MiB" if size >= 100 or size == int(size) else f"{size:.1f} MiB"
+
+
+def _meminfo(root: Path) -> dict[str, int]:
+    """proc(5): `MemTotal:       24684084 kB`."""
+    lines = (root / "proc/meminfo").read_text().splitlines()
+    pairs = [line.split(":", 1) for line in lines if ":" in line]
+    return {name: int(rest.split()[0]) * 1024 for name, rest in pairs if rest.split()}
