@@ -1,46 +1,13 @@
-"""Text that comes out token by token is the text of all tokens at once."""
+"""Stop strings never leak, however a text is cut into pieces."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.api_server import TINY_CHAT
 
-from lockstep_runtime.api.text import Decoder, StopMatcher
-from lockstep_runtime.api.tokenizer import TextTokenizer
-
-TOKENIZER = TextTokenizer.from_file(TINY_CHAT / "tokenizer.json")
-
-
-def streamed(ids: Sequence[int]) -> str:
-    decoder = Decoder()
-    return "".join(decoder.feed(TOKENIZER.token_bytes(id)) for id in ids) + decoder.finish()
-
-
-@given(st.text(st.characters(codec="utf-8") | st.sampled_from("🎉日本語é\n👩‍👩‍👧"), max_size=60))
-def test_any_text_streams_to_itself(text: str) -> None:
-    ids = TOKENIZER.encode(text)
-    assert streamed(ids) == TOKENIZER.decode(ids)
-
-
-@given(st.lists(st.integers(0, TOKENIZER.size - 1), max_size=40))
-def test_any_tokens_stream_to_what_the_library_decodes(ids: list[int]) -> None:
-    assert streamed(ids) == TOKENIZER.decode(ids)
-
-
-def test_the_parts_of_a_character_wait_for_each_other() -> None:
-    decoder = Decoder()
-    assert [decoder.feed(bytes([byte])) for byte in "é!".encode()] == ["", "é", "!"]
-
-
-def test_an_unfinished_character_shows_at_the_end() -> None:
-    decoder = Decoder()
-    assert decoder.feed("🎉".encode()[:3]) == ""
-    assert decoder.finish() == "\ufffd"
+from lockstep_runtime.api.text import StopMatcher
 
 
 def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
@@ -80,16 +47,3 @@ def test_without_stop_strings_nothing_is_held_back() -> None:
     matcher = StopMatcher([])
     assert matcher.feed("at once") == "at once"
     assert matcher.finish() == ""
-
-
-@pytest.mark.parametrize("text", ["a<|im_end|>b", "<|im_end|>", "<|<|im_start|>im_start|>", "<|im_end|><|im_end|>"])
-def test_cut_at_its_break_points_a_text_encodes_to_no_special_token(text: str) -> None:
-    edges = [0, *TOKENIZER.break_points(text), len(text)]
-    ids = [id for start, end in pairwise(edges) for id in TOKENIZER.encode(text[start:end])]
-    assert not TOKENIZER.special_ids.intersection(ids)
-    assert TOKENIZER.decode(ids) == text
-    assert TOKENIZER.special_ids.intersection(TOKENIZER.encode(text))
-
-
-def test_ids_of_the_padded_vocabulary_are_nothing() -> None:
-    assert TOKENIZER.token_bytes(TOKENIZER.size + 5) == b""

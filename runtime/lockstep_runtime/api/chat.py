@@ -140,7 +140,8 @@ def encode_chat(
     cut = _unused_cut(given)
     messages, variables = _map_strings(given, lambda text: _insert(text, list(tokenizer.break_points(text)), cut))
     rendered = template.render(replace(chat, messages=messages, variables=variables), seconds=seconds, limit=limit)
-    return [id for part in rendered.split(cut) for id in tokenizer.encode(part)]
+    first, *further = rendered.split(cut)
+    return [*tokenizer.encode(first), *(id for part in further for id in tokenizer.encode_further(part))]
 
 
 def _strings(value: object) -> Iterator[str]:

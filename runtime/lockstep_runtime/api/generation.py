@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lockstep_runtime.api.text import Decoder, StopMatcher
+from lockstep_runtime.api.detokenizer import Detokenizer
+from lockstep_runtime.api.text import StopMatcher
 from lockstep_runtime.api.tokenizer import TextTokenizer
 from lockstep_runtime.engine.interface import FinishReason, GenerationRequest, TokenEvent
 from lockstep_runtime.wire import SampledToken
@@ -44,7 +45,8 @@ class Choice:
         self.tokens = 0
         self.finish_reason: FinishReason | None = None
         self._tokenizer = tokenizer
-        self._decoder = Decoder()
+        # A chat's answer begins a text; a completion goes on with its prompt's.
+        self._detokenizer = Detokenizer(tokenizer, () if job.reasoning else request.prompt)
         self._stops = StopMatcher(job.stops)
         self._keep_tokens = request.sampling.logprobs >= 0
         self._pending: list[SampledToken] = []
@@ -73,21 +75,22 @@ class Choice:
         token = sampled.token
         if self._markers is not None:
             if self._reasoning and token == self._markers.closing:
-                return self._turn(False, pieces)
+                return self._turn(token, False, pieces)
             if token == self._markers.opening and not self._reasoning and not self._answered:
-                return self._turn(True, pieces)
-        if token not in self._tokenizer.special_ids:
-            self._let_out(self._stops.feed(self._decoder.feed(self._tokenizer.token_bytes(token))), pieces)
+                return self._turn(token, True, pieces)
+        if text := self._detokenizer.feed(token):
+            self._let_out(self._stops.feed(text), pieces)
             self._check_stopped()
         return None
 
-    def _turn(self, reasoning: bool, pieces: list[Piece]) -> None:
-        """At a marker. Stop strings don't reach across it."""
+    def _turn(self, marker: int, reasoning: bool, pieces: list[Piece]) -> None:
+        """Stop strings don't reach across a marker."""
         self._flush(pieces)
+        self._detokenizer = Detokenizer(self._tokenizer, (marker,))
         self._reasoning, self._trim, self._newlines = reasoning, True, ""
 
     def _flush(self, pieces: list[Piece]) -> None:
-        text = self._stops.feed(self._decoder.finish())
+        text = self._stops.feed(self._detokenizer.finish())
         self._let_out(text if self._stops.stopped else text + self._stops.finish(), pieces)
         self._check_stopped()
 

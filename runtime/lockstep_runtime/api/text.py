@@ -1,28 +1,8 @@
-"""From token ids back to text, one token at a time: bytes to characters, stop strings, reasoning apart from answer."""
+"""Stop strings in a text that comes in pieces."""
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterable
-
-
-class Decoder:
-    """Characters of a growing byte string; the bytes of an unfinished character wait for the rest of it."""
-
-    __slots__ = ("_decoder",)
-
-    def __init__(self) -> None:
-        # Both CPython and Rust's from_utf8_lossy put one U+FFFD for each maximal ill-formed part (Unicode, 3.9), so
-        # the stream's text is that of decoding all tokens at once.
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, data: bytes) -> str:
-        return self._decoder.decode(data)
-
-    def finish(self) -> str:
-        text = self._decoder.decode(b"", True)
-        self._decoder.reset()
-        return text
 
 
 class StopMatcher:

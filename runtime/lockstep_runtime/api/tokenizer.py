@@ -1,19 +1,20 @@
-"""The model's own tokenizer: text to ids, ids to bytes."""
+"""The model's own tokenizer, of any kind that the `tokenizers` library reads: text to ids, ids to text and bytes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer
 
 from lockstep_runtime.api.errors import invalid
+from lockstep_runtime.api.token_bytes import TokenBytes
 
 
 class UnsupportedTokenizerError(ValueError):
-    """The tokenizer is of a kind that can't be served. The message names it."""
+    """The tokenizer can't be served. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,25 +26,27 @@ class ReasoningMarkers:
 
 
 class TextTokenizer:
-    """A `tokenizer.json` of the byte-level kind (GPT-2, Qwen, Llama 3): every token stands for a byte string."""
+    """A `tokenizer.json`: byte-level BPE (GPT-2, Qwen, Llama 3), SentencePiece's kinds (Llama 2, Mistral, Gemma), and
+    whatever else the library decodes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        if not isinstance(tokenizer.decoder, decoders.ByteLevel):
-            kind = type(tokenizer.decoder).__name__
-            raise UnsupportedTokenizerError(f"its decoder is {kind}; only ByteLevel is supported")
+        tokenizer.no_truncation()  # settings of the training run that wrote the file, not of the model
+        tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.size = tokenizer.get_vocab_size(with_added_tokens=True)
-        special = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        added = tokenizer.get_added_tokens_decoder()
+        special = {id: token.content for id, token in added.items() if token.special}
         self.special_ids = frozenset(special)
         self._special = _any_of(special.values())
         self.markers = _markers(tokenizer)
-        self._bytes: dict[int, bytes] = {}
+        self.bytes = TokenBytes(tokenizer, frozenset(added))
+        self._line = self.encode("\n")
 
     @classmethod
     def from_file(cls, path: Path) -> TextTokenizer:
         """
         Raises:
-            UnsupportedTokenizerError: not a tokenizer file, or of another kind.
+            UnsupportedTokenizerError: not a tokenizer file, or of a kind that the library does not know.
         """
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -56,9 +59,27 @@ class TextTokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    def encode_further(self, text: str) -> list[int]:
+        """As the continuation of another text: SentencePiece's kinds put a space before the first word of a text only.
+
+        Source: `_encode_chat_piece` of transformers' chat_template_utils.
+        """
+        ids = self.encode("\n" + text)
+        return ids[len(self._line) :] if ids[: len(self._line)] == self._line else self.encode(text)
+
     def id_of(self, token: str) -> int | None:
         found: int | None = self._tokenizer.token_to_id(token)
         return found
+
+    def token_of(self, id: int) -> str | None:
+        """As the vocabulary writes it; None for ids of a padded vocabulary."""
+        found: str | None = self._tokenizer.id_to_token(id)
+        return found
+
+    @property
+    def greatest_id(self) -> int:
+        """Of any token: there may be gaps, so it can be more than the number of tokens."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def break_points(self, text: str) -> Iterator[int]:
         """Where `text` must be cut so that no part of it encodes to a special token.
@@ -74,14 +95,11 @@ class TextTokenizer:
             yield position
 
     def token_bytes(self, id: int) -> bytes:
-        """What a token stands for; nothing for ids of the padded vocabulary."""
-        known = self._bytes.get(id)
-        if known is None:
-            known = self._bytes[id] = _to_bytes(self._tokenizer.id_to_token(id) or "")
-        return known
+        """What a token stands for within a text; nothing for ids of the padded vocabulary."""
+        return self.bytes.of(id)
 
-    def decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
 
@@ -94,24 +112,3 @@ def _markers(tokenizer: Tokenizer) -> ReasoningMarkers | None:
     added = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items()}
     opening, closing = added.get("<think>"), added.get("</think>")
     return ReasoningMarkers(opening, closing) if opening is not None and closing is not None else None
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes stand for themselves, the others for characters from U+0100 on.
-
-    Source: https://github.com/openai/gpt-2/blob/master/src/encoder.py (`bytes_to_unicode`).
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(0x100) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_of_character()
-
-
-def _to_bytes(token: str) -> bytes:
-    # A token with a character outside the alphabet (an added one, such as one with a space) is plain text, as in the
-    # `tokenizers` library's ByteLevel decoder.
-    if all(character in _BYTE_OF for character in token):
-        return bytes(_BYTE_OF[character] for character in token)
-    return token.encode()
