@@ -18,7 +18,7 @@ import httpx
 from dev.demo_terminal import Page, command, kubectl, run, say, show
 from openai import OpenAI, OpenAIError
 
-TRAIL: Final = re.compile(r"(\S+) +\w+ +engine: ((?:watchdog|abort|respawn|rebuild|verify|resumed): .*)")
+TRAIL: Final = re.compile(r"\S+T([0-9:.]+)Z +\w+ +engine: ((?:watchdog|abort|respawn|rebuild|verify|resumed): .*)")
 # Fault, rank, and how many tokens are drawn before it happens: the answer is longer on any machine, however fast.
 FAULTS: Final = (("hang", 1, 60), ("sigkill", 0, 150))
 PAUSE_S: Final = 0.5  # without a token is worth a word

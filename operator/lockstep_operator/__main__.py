@@ -14,6 +14,7 @@ import kopf
 from kopf._core.engines.peering import Identity
 
 from lockstep_operator import handlers, server
+from lockstep_operator import log as logs
 from lockstep_operator.controller import Controller
 from lockstep_operator.group_client import GroupClient
 from lockstep_operator.kube import ApiServer, KubeError, connect
@@ -32,9 +33,7 @@ IDENTITY: Final = Identity("lockstep-operator")
 
 def main() -> None:
     settings = read_settings(sys.argv[1:], os.environ)
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    logs.configure(settings.log_level, settings.log_format)
     asyncio.run(run(settings))
 
 

@@ -167,6 +167,8 @@ def _group(
     verdict: Verdict,
 ) -> Iterator[Action]:
     yield from _repaired(model, observed, desired.of_group(model, group.index, settings))
+    if not desired.has_network_policy(model, settings):
+        yield from _unwanted(model, observed, "NetworkPolicy", group.index, "is no longer asked for")
     if group.deleting:
         return
     if turn.step is Step.WAIT:
@@ -238,6 +240,11 @@ def _removed(model: Model, observed: Observed, excess: tuple[Group, ...]) -> Ite
         if observed.pods_of(group.index):
             continue
         for kind in ("Service", "NetworkPolicy"):
-            child = observed.child(kind, name)
-            if child is not None and is_ours(model, child) and "deletionTimestamp" not in child["metadata"]:
-                yield Delete(kind, name, child["metadata"]["uid"], f"{kind} {name} of the removed group is left over")
+            yield from _unwanted(model, observed, kind, group.index, "of the removed group is left over")
+
+
+def _unwanted(model: Model, observed: Observed, kind: str, group: int, why: str) -> Iterator[Action]:
+    name = group_name(model.name, group)
+    child = observed.child(kind, name)
+    if child is not None and is_ours(model, child) and "deletionTimestamp" not in child["metadata"]:
+        yield Delete(kind, name, child["metadata"]["uid"], f"{kind} {name} {why}")

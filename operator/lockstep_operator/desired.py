@@ -73,13 +73,19 @@ def headless_service(model: Model, group: int) -> Manifest:
     return _sealed({**_object("v1", "Service", group_name(model.name, group), model, group), "spec": spec})
 
 
+def has_network_policy(model: Model, settings: Settings) -> bool:
+    return (model.network.policy or settings.network_policy) == "Managed"
+
+
 def network_policy(model: Model, group: int, settings: Settings) -> Manifest:
-    """Anyone may use the API, the operator may ask for the status, only the group's own pods reach the rest."""
+    """Who is named may use the API, the operator may ask for the status, only the group's own pods reach the rest.
+
+    The kubelet's probes come from the pod's own node, which no policy shuts out.
+    """
     members = {"matchLabels": {MODEL_LABEL: model.name, GROUP_LABEL: str(group)}}
-    rules: list[dict[str, Any]] = [
-        {"from": [{"podSelector": members}]},
-        {"ports": [{"port": API_PORT, "protocol": "TCP"}]},
-    ]
+    rules: list[dict[str, Any]] = [{"from": [{"podSelector": members}]}]
+    if clients := _clients(model, settings):  # an empty list would let in everybody
+        rules.append({"from": clients, "ports": [{"port": API_PORT, "protocol": "TCP"}]})
     if settings.operator_namespace:
         operator = {
             "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": settings.operator_namespace}},
@@ -88,6 +94,12 @@ def network_policy(model: Model, group: int, settings: Settings) -> Manifest:
         rules.append({"from": [operator], "ports": [{"port": STATUS_PORT, "protocol": "TCP"}]})
     policy = _object("networking.k8s.io/v1", "NetworkPolicy", group_name(model.name, group), model, group)
     return _sealed({**policy, "spec": {"podSelector": members, "policyTypes": ["Ingress"], "ingress": rules}})
+
+
+def _clients(model: Model, settings: Settings) -> list[Mapping[str, Any]]:
+    peers = model.network.peers
+    own_namespace: Mapping[str, Any] = {"podSelector": {}}
+    return [*([own_namespace, *settings.api_from] if peers is None else peers), *settings.scrape_from]
 
 
 def stateful_set(model: Model, group: int, revision: str, settings: Settings, avoid: Collection[str] = ()) -> Manifest:
@@ -113,7 +125,8 @@ def shared(model: Model) -> list[Manifest]:
 
 def of_group(model: Model, group: int, settings: Settings) -> list[Manifest]:
     """What stands beside a group's StatefulSet, and before it."""
-    return [headless_service(model, group), network_policy(model, group, settings)]
+    policies = [network_policy(model, group, settings)] if has_network_policy(model, settings) else []
+    return [headless_service(model, group), *policies]
 
 
 def _object(api_version: str, kind: str, name: str, model: Model, group: int | None = None) -> Manifest:

@@ -85,7 +85,8 @@ def expected_names(model: Model) -> list[tuple[str, str]]:
     """Children that a list by label may miss, because someone took the label off."""
     groups = [group_name(model.name, group) for group in range(model.replicas)]
     names = [("Secret", token_name(model.name)), ("ServiceAccount", account_name(model.name)), ("Service", model.name)]
-    return names + [(kind, name) for name in groups for kind in ("StatefulSet", "Service", "NetworkPolicy")]
+    kinds = ["StatefulSet", "Service", *(["NetworkPolicy"] if model.network.policy != "None" else [])]
+    return names + [(kind, name) for name in groups for kind in kinds]
 
 
 async def read_children(kube: Kube, model: Model) -> dict[tuple[str, str], Object]:

@@ -35,7 +35,11 @@ CPU_PER_RANK: Final = 0.25
 THREADS: Final = "LOCKSTEP_THREADS_PER_RANK"
 MEMORY_PER_RANK_MIB: Final = 512
 _REQUIRED: Final = "requiredDuringSchedulingIgnoredDuringExecution"
-CACHE_GROUP: Final = 65532  # of files on a cache volume, so that any user of the pod may write them
+API_KEY_MOUNT: Final = "/etc/lockstep/api-key"
+API_KEY_FILE: Final = "keys"
+# Kubernetes' own 300 s are for pods that are soon replaced elsewhere; a group that lost one serves nobody meanwhile.
+EVICTION_SECONDS: Final = 30
+_NODE_TAINTS: Final = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 
 
 def pod_template(
@@ -46,7 +50,7 @@ def pod_template(
     `avoid` names nodes that the pods are kept away from.
     """
     ours: dict[str, Any] = {"metadata": {"labels": {}}, "spec": _pod_spec(model, group, revision, settings)}
-    merged = _with_threads(overlay(ours, model.template), model)
+    merged = _with_tolerations(_with_threads(overlay(ours, model.template), model))
     labels = {**merged["metadata"].get("labels", {}), **pod_labels(model, group), REVISION_LABEL: revision}
     merged["metadata"] = {**merged["metadata"], "labels": labels}
     if avoid:
@@ -61,6 +65,22 @@ def _with_threads(template: dict[str, Any], model: Model) -> dict[str, Any]:
         _threaded(one, model) if one.get("name") == CONTAINER else one for one in template["spec"]["containers"]
     ]
     return {**template, "spec": {**template["spec"], "containers": containers}}
+
+
+def _with_tolerations(template: dict[str, Any]) -> dict[str, Any]:
+    """With a short wait for a node that isn't heard from, unless the user's tolerations say something of it."""
+    given = template["spec"].get("tolerations") or []
+    ours = [
+        {"key": taint, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": EVICTION_SECONDS}
+        for taint in _NODE_TAINTS
+        if not any(_tolerates(toleration, taint) for toleration in given)
+    ]
+    return {**template, "spec": {**template["spec"], "tolerations": [*given, *ours]}}
+
+
+def _tolerates(toleration: Mapping[str, Any], taint: str) -> bool:
+    """As the DefaultTolerationSeconds admission looks at it: no key means any, no effect means any."""
+    return toleration.get("key") in (None, "", taint) and toleration.get("effect") in (None, "", "NoExecute")
 
 
 def _threaded(container: dict[str, Any], model: Model) -> dict[str, Any]:
@@ -90,9 +110,12 @@ def pod_labels(model: Model, group: int) -> dict[str, str]:
 
 def _pod_spec(model: Model, group: int, revision: str, settings: Settings) -> dict[str, Any]:
     security: dict[str, Any] = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
-    if isinstance(model.source, HuggingFace) and isinstance(model.cache, Claim):
-        security |= {"fsGroup": CACHE_GROUP, "fsGroupChangePolicy": "OnRootMismatch"}
+    cached_on_a_claim = isinstance(model.source, HuggingFace) and isinstance(model.cache, Claim)
+    if cached_on_a_claim and settings.fs_group is not None:
+        security |= {"fsGroup": settings.fs_group, "fsGroupChangePolicy": "OnRootMismatch"}
+    pull = {"imagePullSecrets": [{"name": name} for name in settings.pull_secrets]} if settings.pull_secrets else {}
     return {
+        **pull,
         "serviceAccountName": account_name(model.name),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
@@ -109,7 +132,7 @@ def _container(model: Model, group: int, revision: str, settings: Settings) -> d
         "image": settings.runtime_image,
         "imagePullPolicy": settings.pull_policy,
         "args": _arguments(model),
-        "env": _environment(model, group, revision),
+        "env": _environment(model, group, revision, settings),
         "ports": [
             {"name": "api", "containerPort": API_PORT, "protocol": "TCP"},
             {"name": "bus", "containerPort": BUS_PORT, "protocol": "TCP"},
@@ -184,7 +207,7 @@ def _source_options(model: Model) -> list[tuple[str, object]]:
     return []
 
 
-def _environment(model: Model, group: int, revision: str) -> list[dict[str, Any]]:
+def _environment(model: Model, group: int, revision: str, settings: Settings) -> list[dict[str, Any]]:
     name = group_name(model.name, group)
     plain = {
         "HOME": "/tmp",  # noqa: S108 - the pod's own scratch volume
@@ -192,6 +215,8 @@ def _environment(model: Model, group: int, revision: str) -> list[dict[str, Any]
         "LOCKSTEP_GROUP": str(group),
         "LOCKSTEP_SPEC_REVISION": revision,
         "LOCKSTEP_LEADER": f"{name}-0.{name}.{model.namespace}.svc",
+        **({"LOCKSTEP_API_KEY_FILE": f"{API_KEY_MOUNT}/{API_KEY_FILE}"} if model.api_key else {}),
+        **({"LOCKSTEP_LOG_FORMAT": settings.log_format} if settings.log_format != "text" else {}),
     }
     fields = {
         "LOCKSTEP_POD": "metadata.name",
@@ -200,7 +225,6 @@ def _environment(model: Model, group: int, revision: str) -> list[dict[str, Any]
     }
     secrets: dict[str, SecretKey | None] = {
         "LOCKSTEP_TOKEN": SecretKey(token_name(model.name), TOKEN_KEY),
-        "LOCKSTEP_API_KEY": model.api_key,
         "HF_TOKEN": model.source.token if isinstance(model.source, HuggingFace) else None,
     }
     return [
@@ -238,6 +262,9 @@ def _volumes(model: Model) -> list[dict[str, Any]]:
         {"name": "shm", "emptyDir": {"medium": "Memory", **({} if cached else {"sizeLimit": SHARED_MEMORY})}},
         {"name": "tmp", "emptyDir": {"medium": "Memory", "sizeLimit": SCRATCH}},
     ]
+    if model.api_key:  # a file, since the kubelet brings a changed Secret there, and not to variables
+        items = [{"key": model.api_key.key, "path": API_KEY_FILE}]
+        volumes.append({"name": "api-key", "secret": {"secretName": model.api_key.name, "items": items}})
     match model.source:
         case HuggingFace():
             volumes.append({"name": "cache", **_cache_volume(model)})
@@ -263,6 +290,8 @@ def _mounts(model: Model) -> list[dict[str, Any]]:
         {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - the pod's own volume
         {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - the pod's own volume
     ]
+    if model.api_key:
+        mounts.append({"name": "api-key", "mountPath": API_KEY_MOUNT, "readOnly": True})
     if isinstance(model.source, HuggingFace):
         return [*mounts, {"name": "cache", "mountPath": CACHE_MOUNT}]
     return [*mounts, {"name": "model", "mountPath": MODEL_MOUNT, "readOnly": True}]

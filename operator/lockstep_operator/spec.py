@@ -86,6 +86,14 @@ class Recovery:
     most: float = DEFAULT_MAX  # between later ones
 
 
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Who may reach the API; None leaves it to the operator's settings."""
+
+    policy: str | None = None  # Managed or None, the word
+    peers: tuple[Mapping[str, Any], ...] | None = None  # NetworkPolicyPeers
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """A TensorParallelModel."""
@@ -106,6 +114,7 @@ class Model:
     watchdog: Watchdog = field(default_factory=Watchdog)
     recovery: Recovery = field(default_factory=Recovery)
     api_key: SecretKey | None = None
+    network: Network = field(default_factory=Network)
     max_unavailable: int = 1
     template: Mapping[str, Any] = field(default_factory=dict)
 
@@ -151,6 +160,7 @@ def parse(resource: Mapping[str, Any]) -> Model:
         watchdog=_watchdog(spec.get("watchdog") or {}),
         recovery=_recovery(spec.get("recovery") or {}),
         api_key=_secret_key(spec.get("apiKeySecretRef")),
+        network=_network(spec.get("network") or {}),
         max_unavailable=(spec.get("rollout") or {}).get("maxUnavailable", 1),
         template=spec.get("template") or {},
     )
@@ -210,6 +220,11 @@ def _recovery(recovery: Mapping[str, Any]) -> Recovery:
         most=_duration(backoff, "max") or DEFAULT_MAX,
     )
     return replace(found, most=max(found.initial, found.most)) if "max" not in backoff else found
+
+
+def _network(network: Mapping[str, Any]) -> Network:
+    peers = network.get("from")
+    return Network(policy=network.get("policy"), peers=None if peers is None else tuple(peers))
 
 
 def _duration(block: Mapping[str, Any], name: str) -> float | None:

@@ -273,6 +273,24 @@ async def test_with_the_key_everything_is() -> None:
         assert response.status_code == 200
 
 
+async def test_keys_are_replaced_while_requests_run(tmp_path: Path) -> None:
+    """Old and new together for as long as clients need, and never a wrong answer to one that has either."""
+    file = tmp_path / "keys"
+    file.write_text("old")
+
+    async def answers(client: httpx.AsyncClient) -> dict[str, int]:
+        headers = {key: {"Authorization": f"Bearer {key}"} for key in ("old", "new")}
+        return {key: (await client.get("/v1/models", headers=sent)).status_code for key, sent in headers.items()}
+
+    async with serving(engine(), api_key_file=file) as url, async_http(base_url=url) as client:
+        assert await answers(client) == {"old": 200, "new": 401}
+        for text, expected in (("old\nnew\n", {"old": 200, "new": 200}), ("new\n", {"old": 401, "new": 200})):
+            fresh = tmp_path / "fresh"
+            fresh.write_text(text)
+            fresh.replace(file)
+            assert await answers(client) == expected
+
+
 async def test_too_many_at_once_are_turned_away_and_told_when_to_come_back() -> None:
     resume = asyncio.Event()
     fake = engine([70, resume])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.support.chart import CHART, LEAST_VALUES, ROOT, Manifest, helm, of_kind, one, render, template
+from tests.support.chart import CHART, LEAST_VALUES, ROOT, Manifest, helm, of_kind, one, pod_specs, render, template
 
 import lockstep_runtime
 from lockstep_operator.names import OPERATOR_POD_LABELS
@@ -59,6 +59,29 @@ def test_an_image_that_nobody_named_is_never_guessed(image: str) -> None:
     assert f"{image}.repository must be set" in result.stderr
 
 
+def test_a_digest_says_which_image_whatever_the_tag() -> None:
+    digest = f"sha256:{'0f' * 32}"
+    values = {"image": {"tag": "dev", "digest": digest}, "runtimeImage": {"digest": digest}}
+    images = {spec["containers"][0]["image"] for spec in pod_specs(render(values)).values()}
+    assert images == {f"registry.example/lockstep/operator@{digest}"}
+    assert environment(values)["LOCKSTEP_RUNTIME_IMAGE"] == f"registry.example/lockstep/runtime@{digest}"
+
+
+def test_the_users_and_groups_can_be_left_to_the_cluster() -> None:
+    nothing = {"runAsUser": None, "runAsGroup": None, "fsGroup": None}
+    by_default = pod_specs(render())
+    for name, spec in pod_specs(render({"podSecurityContext": nothing})).items():
+        assert spec["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+        assert by_default[name]["securityContext"] == spec["securityContext"] | dict.fromkeys(nothing, 65532)
+    assert read_settings([], told({"models": {"fsGroup": None}})).fs_group is None
+    assert read_settings([], told({"models": {"fsGroup": 1000680000}})).fs_group == 1000680000
+
+
+def told(values: Mapping[str, Any]) -> dict[str, str]:
+    """What the operator's container gets as variables."""
+    return {name: value for name, value in environment(values).items() if value is not None}
+
+
 def test_images_are_as_asked_for() -> None:
     values = {
         "image": {"repository": "registry.example:5000/a/operator", "tag": "dev", "pullPolicy": "Always"},
@@ -84,10 +107,19 @@ def test_the_operator_is_told_its_settings() -> None:
 
 
 def test_the_operator_understands_what_it_is_told() -> None:
-    values = {"logLevel": "warning", "concurrency": 3, "resyncSeconds": 20, "watchNamespaces": ["a", "b"]}
-    told = {name: value for name, value in environment(values).items() if value is not None}
+    gateway = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "gateway's"}}}
+    prometheus = {"podSelector": {}, "namespaceSelector": {"matchExpressions": [{"key": "m", "operator": "Exists"}]}}
+    values = {
+        "logLevel": "warning",
+        "logFormat": "json",
+        "concurrency": 3,
+        "resyncSeconds": 20,
+        "watchNamespaces": ["a", "b"],
+        "runtimeImage": {"pullSecrets": ["one", "two"]},
+        "models": {"networkPolicy": {"policy": "None", "apiFrom": [gateway], "scrapeFrom": [prometheus]}},
+    }
     assert container(values)["ports"][0]["containerPort"] == 8080
-    assert read_settings([], {**told, "LOCKSTEP_OPERATOR_NAMESPACE": "system"}) == Settings(
+    assert read_settings([], {**told(values), "LOCKSTEP_OPERATOR_NAMESPACE": "system"}) == Settings(
         runtime_image=f"registry.example/lockstep/runtime:{lockstep_runtime.__version__}",
         pull_policy="IfNotPresent",
         namespaces=("a", "b"),
@@ -96,7 +128,15 @@ def test_the_operator_understands_what_it_is_told() -> None:
         concurrency=3,
         resync_seconds=20.0,
         log_level="warning",
+        log_format="json",
+        pull_secrets=("one", "two"),
+        network_policy="None",
+        api_from=(gateway,),
+        scrape_from=(prometheus,),
     )
+    assert read_settings([], told({})) == Settings(
+        runtime_image=f"registry.example/lockstep/runtime:{lockstep_runtime.__version__}"
+    ), "the chart's defaults are the operator's"
 
 
 def test_services_of_the_namespace_set_none_of_its_variables() -> None:
@@ -192,6 +232,13 @@ def test_the_service_account_is_made_or_taken(create: bool) -> None:
         ({"image": {"repository": "name:tag"}}, "/image/repository"),
         ({"image": {"repository": "Upper/case"}}, "/image/repository"),
         ({"image": {"tag": 1.0}}, "/image/tag"),
+        ({"image": {"digest": "0f" * 32}}, "/image/digest"),
+        ({"runtimeImage": {"digest": "sha256:0f"}}, "/runtimeImage/digest"),
+        ({"runtimeImage": {"pullSecrets": [{"name": "a"}]}}, "/runtimeImage/pullSecrets/0"),
+        ({"podSecurityContext": {"runAsUser": 0}}, "/podSecurityContext/runAsUser"),
+        ({"models": {"networkPolicy": {"policy": "Off"}}}, "/models/networkPolicy/policy"),
+        ({"models": {"networkPolicy": {"apiFrom": [{}]}}}, "/models/networkPolicy/apiFrom/0"),
+        ({"logFormat": "xml"}, "/logFormat"),
         ({"runtimeImage": {"pullPolicy": "Sometimes"}}, "/runtimeImage/pullPolicy"),
         ({"watchNamespaces": "default"}, "/watchNamespaces"),
         ({"watchNamespaces": ["Not_a_name"]}, "/watchNamespaces/0"),

@@ -16,7 +16,7 @@ from lockstep_operator.settings import Settings
 from lockstep_operator.spec import Recovery, parse
 from lockstep_runtime import wire
 from lockstep_runtime.cli import build_parser, config_from
-from lockstep_runtime.config import API_KEY_VARIABLE, TOKEN_VARIABLE, EngineLimits, ServeConfig, Watchdog
+from lockstep_runtime.config import API_KEY_FILE_VARIABLE, TOKEN_VARIABLE, EngineLimits, ServeConfig, Watchdog
 from lockstep_runtime.engine.deadline import CEILING_SECONDS
 
 SETTINGS = Settings(runtime_image="registry.example/runtime:1", operator_namespace="lockstep-system")
@@ -73,7 +73,7 @@ def test_a_member_pod_learns_who_it_is() -> None:
     assert list(config.ranks) == [2, 3]
     assert not config.is_leader
     assert environment[TOKEN_VARIABLE] == "secret chat-token/token"
-    assert API_KEY_VARIABLE not in environment
+    assert API_KEY_FILE_VARIABLE not in environment
 
 
 def test_every_setting_of_the_spec_arrives() -> None:
@@ -99,7 +99,7 @@ def test_every_setting_of_the_spec_arrives() -> None:
     assert (config.recovery_strategy, config.weight_cache) == ("RecyclePods", "Off")
     fixed, _ = started({"model": HUB, "tensorParallelSize": 1, "watchdog": {"stepTimeout": "500ms"}}, index=0)
     assert fixed.watchdog == Watchdog(step_timeout=0.5)
-    assert environment[API_KEY_VARIABLE] == "secret keys/chat"
+    assert environment[API_KEY_FILE_VARIABLE] == "/etc/lockstep/api-key/keys"
     assert environment["HF_TOKEN"] == "secret hub/token"
 
 
@@ -181,7 +181,7 @@ def test_ports_are_those_of_the_runtime() -> None:
 
 @pytest.mark.parametrize("model", [HUB, CLAIM, {**HUB, "cache": {"persistentVolumeClaim": {"claimName": "c"}}}])
 def test_rank_pods_satisfy_the_restricted_profile(model: dict[str, Any]) -> None:
-    spec = pod({"model": model, "tensorParallelSize": 2})
+    spec = pod({"model": model, "tensorParallelSize": 2, "apiKeySecretRef": {"name": "keys", "key": "chat"}})
     assert violations(spec) == []
     assert spec["automountServiceAccountToken"] is False
     assert spec["containers"][0]["securityContext"]["readOnlyRootFilesystem"] is True

@@ -48,6 +48,11 @@ def backoff(**fields: Any) -> Object:
     return spec(recovery={"backoff": fields})
 
 
+def network(**fields: Any) -> Object:
+    return spec(network=fields)
+
+
+ANYBODY: Final[Object] = {"namespaceSelector": {"matchExpressions": [{"key": "team", "operator": "Exists"}]}}
 GPU: Final[Object] = {"resourceName": "nvidia.com/gpu"}
 
 
@@ -139,6 +144,17 @@ RULES: Final = (
         (backoff(max="10s"), backoff(initial="20s", max="20s"), backoff(initial="20m"), backoff()),
         (backoff(max="9s"), backoff(initial="1m", max="59s")),
     ),
+    Rule(
+        "from is written to the NetworkPolicy",
+        (network(policy="Managed", **{"from": []}), network(policy="None"), network(**{"from": [ANYBODY]})),
+        (network(policy="None", **{"from": []}), network(policy="None", **{"from": [ANYBODY]})),
+    ),
+    Rule("a peer needs", (network(**{"from": [{"podSelector": {}}]}),), (network(**{"from": [ANYBODY, {}]}),)),
+    Rule(
+        "ipBlock stands alone",
+        (network(**{"from": [{"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"]}}]}),),
+        (network(**{"from": [{"ipBlock": {"cidr": "10.0.0.0/8"}, "podSelector": {}}]}),),
+    ),
     Rule("stepTimeout must be a duration", (watchdog(stepTimeout="1ms"),), (watchdog(stepTimeout="0s"),)),
     Rule("floor must be a duration", (watchdog(floor="0.5s"),), (watchdog(floor="0.01ms"),)),
     Rule("window must be a duration", (budget(window="1h30m"),), (budget(window="0h"),)),
@@ -151,6 +167,8 @@ NAMES: Final = (
     ("metadata.name becomes the name of a Service", "abc", "a.b"),
 )
 
+BAD_PEER: Final = {"podSelector": {"matchExpressions": [{"key": "team", "operator": "Is"}]}}
+
 # What the schema's types and bounds refuse, with the words that name the field.
 FIELDS: Final = (
     ("spec.tensorParallelSize", spec(tensorParallelSize=0)),
@@ -162,6 +180,9 @@ FIELDS: Final = (
     ("spec.recovery.budget.attempts", spec(recovery={"budget": {"attempts": 0}})),
     ("spec.recovery.budget.window", spec(recovery={"budget": {"window": "an hour"}})),
     ("spec.watchdog.factor", spec(watchdog={"factor": 0.5})),
+    ("spec.network.policy", spec(network={"policy": "Off"})),
+    ("spec.network.from[0].ipBlock.cidr: Required", spec(network={"from": [{"ipBlock": {}}]})),
+    ("spec.network.from[0].podSelector.matchExpressions[0].operator", spec(network={"from": [BAD_PEER]})),
     ("spec.model: Required", {"tensorParallelSize": 2}),
 )
 
@@ -204,7 +225,7 @@ def test_what_is_wrong_is_refused_in_words_that_say_what_to_change(served: Model
 
 
 def test_what_is_applied_is_what_is_stored(served: Model) -> None:
-    """No defaults are written into the spec, so that GitOps tools see no drift."""
+    """But for the replicas, which the scale subresource can't do without: GitOps tools see no drift."""
     applied = served.read()["metadata"]["annotations"]["kubectl.kubernetes.io/last-applied-configuration"]
 
-    assert yaml.safe_load(applied)["spec"] == served.read()["spec"]
+    assert yaml.safe_load(applied)["spec"] | {"replicas": 1} == served.read()["spec"]

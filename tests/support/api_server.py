@@ -14,6 +14,7 @@ import uvicorn
 from tests.support.http import async_http
 
 from lockstep_runtime.api.app import create_app
+from lockstep_runtime.api.keys import ApiKeys
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.config import EngineLimits, ServeConfig
 from lockstep_runtime.engine.interface import EngineClient
@@ -34,13 +35,14 @@ async def serving(
     *,
     model: Path = TINY_CHAT,
     api_key: str | None = None,
+    api_key_file: Path | None = None,
     limits: Limits | None = None,
     engine_limits: EngineLimits | None = None,
     wait_loaded: bool = True,
 ) -> AsyncIterator[str]:
     """The server's URL."""
     config = ServeConfig(model=str(model), served_name=SERVED, limits=engine_limits or EngineLimits())
-    app = create_app(config, engine, api_key, limits)
+    app = create_app(config, engine, ApiKeys(api_key, api_key_file), limits)
     server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=5))
     # As in the engine process: asyncio sets TCP_NODELAY only on sockets that say TCP.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:

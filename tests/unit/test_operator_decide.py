@@ -12,7 +12,7 @@ from lockstep_operator.decide import Apply, CreateToken, Decision, Delete, decid
 from lockstep_operator.memory import Memory, Plan, Rung, to_status
 from lockstep_operator.names import API_VERSION, KIND
 from lockstep_operator.observe import Observed, Pod, token_of
-from lockstep_operator.spec import Model, Recovery
+from lockstep_operator.spec import Model, Network, Recovery
 
 Child = dict[str, Any]
 TOKEN = "t"
@@ -140,6 +140,22 @@ def test_groups_beyond_replicas_lose_their_pods_first_and_then_their_names() -> 
     assert reasons(decided(made, children, pods(made, REVISION))) == [
         "Service chat-1 of the removed group is left over", "NetworkPolicy chat-1 of the removed group is left over",
     ]  # fmt: skip
+
+
+def test_a_network_policy_that_is_no_longer_asked_for_goes() -> None:
+    made = model(network=Network(policy="None"))
+    children = everything(model())
+    assert reasons(decided(made, children, pods(made, REVISION))) == ["NetworkPolicy chat-0 is no longer asked for"]
+    del children["NetworkPolicy", "chat-0"]
+    assert decided(made, children, pods(made, REVISION)).actions == ()
+
+
+def test_somebody_elses_network_policy_is_left_alone() -> None:
+    made = model(network=Network(policy="None"))
+    children = everything(model())
+    children["NetworkPolicy", "chat-0"]["metadata"]["ownerReferences"] = []
+    decision = decided(made, children, pods(made, REVISION))
+    assert (decision.actions, decision.conflict) == ((), "")
 
 
 OLDER = {"apiVersion": API_VERSION, "kind": KIND, "name": "chat", "uid": "uid-older", "controller": True}

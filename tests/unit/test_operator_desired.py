@@ -18,6 +18,7 @@ from lockstep_operator.spec import (
     Engine,
     HuggingFace,
     Model,
+    Network,
     Recovery,
     SecretKey,
     SpecError,
@@ -154,7 +155,6 @@ def test_identity_and_secrets_come_by_the_environment() -> None:
     assert found["LOCKSTEP_LEADER"] == "chat-1-0.chat-1.team.svc"
     assert found["LOCKSTEP_SPEC_REVISION"] == "abc"
     assert found["LOCKSTEP_TOKEN"] == {"secretKeyRef": {"name": "chat-token", "key": "token"}}
-    assert found["LOCKSTEP_API_KEY"] == {"secretKeyRef": {"name": "api", "key": "key"}}
     assert found["LOCKSTEP_POD_INDEX"] == {"fieldRef": {"fieldPath": "metadata.labels['apps.kubernetes.io/pod-index']"}}
 
 
@@ -208,14 +208,110 @@ def test_the_serving_service_leads_to_the_first_pods_only() -> None:
     assert service["spec"]["selector"] == {"lockstep.dev/model": "chat", "apps.kubernetes.io/pod-index": "0"}
 
 
+OWN_NAMESPACE: dict[str, Any] = {"podSelector": {}}
+GATEWAY = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "gateway"}}}
+PROMETHEUS = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+OFFICE = {"ipBlock": {"cidr": "10.0.0.0/8"}}
+
+
+def ingress(made: Model, **settings: Any) -> list[dict[str, Any]]:
+    spec = desired.network_policy(made, 0, replace(SETTINGS, **settings))["spec"]
+    assert spec["policyTypes"] == ["Ingress"]
+    found: list[dict[str, Any]] = spec["ingress"]
+    assert all(rule["from"] for rule in found), "an empty list lets in everybody"
+    return found
+
+
+def clients(made: Model, **settings: Any) -> list[dict[str, Any]]:
+    """Who may reach the API."""
+    ports = [{"port": 8000, "protocol": "TCP"}]
+    return [peer for rule in ingress(made, **settings) if rule.get("ports") == ports for peer in rule["from"]]
+
+
 def test_the_network_policy_lets_only_members_and_the_operator_to_the_rank_ports() -> None:
-    spec = desired.network_policy(model(), 0, SETTINGS)["spec"]
-    members, anyone, operator = spec["ingress"]
-    assert members == {"from": [{"podSelector": spec["podSelector"]}]}
-    assert anyone == {"ports": [{"port": 8000, "protocol": "TCP"}]}
+    members, _, operator = ingress(model())
+    assert members == {
+        "from": [{"podSelector": {"matchLabels": {"lockstep.dev/model": "chat", "lockstep.dev/group": "0"}}}]
+    }
     assert operator["ports"] == [{"port": 7401, "protocol": "TCP"}]
     assert operator["from"][0]["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "lockstep-system"}
-    assert len(desired.network_policy(model(), 0, replace(SETTINGS, operator_namespace=None))["spec"]["ingress"]) == 2
+    assert len(ingress(model(), operator_namespace=None)) == 2
+
+
+def test_the_api_is_for_the_models_namespace_and_whom_the_installation_names() -> None:
+    assert clients(model()) == [OWN_NAMESPACE]
+    assert clients(model(), api_from=(GATEWAY,), scrape_from=(PROMETHEUS,)) == [OWN_NAMESPACE, GATEWAY, PROMETHEUS]
+
+
+def test_the_user_says_instead_who_may_use_the_api_but_not_who_scrapes() -> None:
+    made = model(network=Network(peers=(OFFICE,)))
+    assert clients(made, api_from=(GATEWAY,)) == [OFFICE]
+    assert clients(made, api_from=(GATEWAY,), scrape_from=(PROMETHEUS,)) == [OFFICE, PROMETHEUS]
+    assert clients(model(network=Network(peers=())), api_from=(GATEWAY,)) == []
+
+
+@pytest.mark.parametrize(
+    ("policy", "setting", "made"),
+    [(None, "Managed", True), (None, "None", False), ("None", "Managed", False), ("Managed", "None", True)],
+)
+def test_the_network_policy_can_be_left_to_others(policy: str | None, setting: str, made: bool) -> None:
+    manifests = desired.of_group(model(network=Network(policy=policy)), 0, replace(SETTINGS, network_policy=setting))
+    assert ("NetworkPolicy" in [manifest["kind"] for manifest in manifests]) is made
+
+
+def test_who_may_use_the_api_is_parsed_and_replaces_no_pod() -> None:
+    live = resource(network={"policy": "Managed", "from": [OFFICE]})
+    live["metadata"] |= {"uid": "u"}
+    assert parse(live).network == Network("Managed", (OFFICE,))
+    revision = desired.revision(model(), "token", SETTINGS)
+    assert desired.revision(model(network=Network("None")), "token", SETTINGS) == revision
+
+
+def test_the_api_keys_are_a_file_which_changes_with_the_secret() -> None:
+    made = model(api_key=SecretKey("api", "key"))
+    spec = pod_template(made, 0, "abc", SETTINGS)["spec"]
+    volume = next(volume for volume in spec["volumes"] if volume["name"] == "api-key")
+    mount = next(mount for mount in spec["containers"][0]["volumeMounts"] if mount["name"] == "api-key")
+    (item,) = volume["secret"]["items"]
+    assert (volume["secret"]["secretName"], item["key"]) == ("api", "key")
+    assert environment(made)["LOCKSTEP_API_KEY_FILE"] == f"{mount['mountPath']}/{item['path']}"
+    assert "subPath" not in mount, "the kubelet never changes such a mount"
+
+
+NOT_READY, UNREACHABLE = "node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        ([], {NOT_READY: 30, UNREACHABLE: 30}),
+        ([{"key": "nvidia.com/gpu", "operator": "Exists"}], {NOT_READY: 30, UNREACHABLE: 30}),
+        ([{"operator": "Exists", "effect": "NoSchedule"}], {NOT_READY: 30, UNREACHABLE: 30}),
+        ([{"operator": "Exists"}], {}),
+        (
+            [{"key": NOT_READY, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 900}],
+            {NOT_READY: 900, UNREACHABLE: 30},
+        ),
+    ],
+)
+def test_pods_leave_a_node_that_is_not_heard_from_soon_unless_the_user_says_otherwise(
+    given: list[dict[str, Any]], seconds: dict[str, int]
+) -> None:
+    spec = pod_template(model(template={"spec": {"tolerations": given}}), 0, "abc", SETTINGS)["spec"]
+    assert spec["tolerations"][: len(given)] == given
+    told = {one["key"]: one["tolerationSeconds"] for one in spec["tolerations"] if "tolerationSeconds" in one}
+    assert told == seconds
+
+
+def test_what_the_installation_says_of_images_and_users_reaches_the_pods() -> None:
+    made = model(source=HuggingFace("a/b"), cache=Claim("cache"))
+    template = {"spec": {"imagePullSecrets": [{"name": "mine"}]}}
+    settings = replace(SETTINGS, pull_secrets=("pull",), fs_group=None, log_format="json")
+    assert "fsGroup" not in pod_template(made, 0, "a", settings)["spec"]["securityContext"]
+    spec = pod_template(replace(made, template=template), 0, "a", settings)["spec"]
+    assert spec["imagePullSecrets"] == [{"name": "pull"}, {"name": "mine"}]
+    assert {"name": "LOCKSTEP_LOG_FORMAT", "value": "json"} in spec["containers"][0]["env"]
+    assert "imagePullSecrets" not in pod_template(made, 0, "a", SETTINGS)["spec"]
 
 
 def test_everything_is_owned_by_the_model_and_says_to_whom_it_belongs() -> None:

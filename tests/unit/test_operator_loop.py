@@ -170,6 +170,9 @@ def test_settings_come_from_flags_then_variables_then_defaults() -> None:
         (["--port", "0"], {"LOCKSTEP_RUNTIME_IMAGE": "a"}, "0 is not above 0"),
         ([], {"LOCKSTEP_RUNTIME_IMAGE": "a", "LOCKSTEP_PORT": "x"}, "invalid _positive_int value"),
         ([], {"LOCKSTEP_RUNTIME_IMAGE": "a", "LOCKSTEP_LOG_LEVEL": "loud"}, "loud"),
+        ([], {"LOCKSTEP_RUNTIME_IMAGE": "a", "LOCKSTEP_LOG_FORMAT": "xml"}, "xml is none of text, json"),
+        ([], {"LOCKSTEP_RUNTIME_IMAGE": "a", "LOCKSTEP_API_FROM": "everybody"}, "'everybody' is not JSON"),
+        ([], {"LOCKSTEP_RUNTIME_IMAGE": "a", "LOCKSTEP_SCRAPE_FROM": "[{}]"}, "not a list of NetworkPolicyPeers"),
         (["--namespace", "a", "--all-namespaces"], {"LOCKSTEP_RUNTIME_IMAGE": "a"}, "not allowed with"),
     ],
 )

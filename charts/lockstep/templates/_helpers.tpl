@@ -34,22 +34,33 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
+{{- /* repository@digest, or repository:tag; given the values of the image, its name in values.yaml and the chart's version. */ -}}
+{{- define "lockstep.reference" -}}
+{{- $message := printf "%s.repository must be set: where you pushed the image built from images/%s.Dockerfile" .field .file -}}
+{{- $repository := required $message .image.repository -}}
+{{- if .image.digest -}}
+{{- printf "%s@%s" $repository .image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" $repository (default .version .image.tag) -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "lockstep.image" -}}
-{{- $message := "image.repository must be set: where you pushed the image built from images/operator.Dockerfile" -}}
-{{- printf "%s:%s" (required $message .Values.image.repository) (default .Chart.AppVersion .Values.image.tag) -}}
+{{- include "lockstep.reference" (dict "image" .Values.image "field" "image" "file" "operator" "version" .Chart.AppVersion) -}}
 {{- end -}}
 
 {{- define "lockstep.runtimeImage" -}}
-{{- $message := "runtimeImage.repository must be set: where you pushed the image built from images/runtime.Dockerfile" -}}
-{{- printf "%s:%s" (required $message .Values.runtimeImage.repository) (default .Chart.AppVersion .Values.runtimeImage.tag) -}}
+{{- include "lockstep.reference" (dict "image" .Values.runtimeImage "field" "runtimeImage" "file" "runtime" "version" .Chart.AppVersion) -}}
 {{- end -}}
 
-{{- /* The restricted Pod Security profile, and a read-only root besides. */ -}}
+{{- /* The restricted Pod Security profile, and a read-only root besides. Ids that are null are the cluster's to choose. */ -}}
 {{- define "lockstep.podSecurityContext" -}}
 runAsNonRoot: true
-runAsUser: 65532
-runAsGroup: 65532
-fsGroup: 65532
+{{- range $name, $id := .Values.podSecurityContext }}
+{{- if not (kindIs "invalid" $id) }}
+{{ $name }}: {{ int64 $id }}
+{{- end }}
+{{- end }}
 seccompProfile:
   type: RuntimeDefault
 {{- end -}}

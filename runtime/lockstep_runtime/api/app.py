@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from lockstep_runtime.api import model as models
 from lockstep_runtime.api.errors import ApiError, failed, unavailable, unknown_model
 from lockstep_runtime.api.guard import Guard
+from lockstep_runtime.api.keys import ApiKeys
 from lockstep_runtime.api.limits import Limits, read_json
 from lockstep_runtime.api.metrics import CONTENT_TYPE, Metrics
 from lockstep_runtime.api.model import ModelUnavailableError, ServedModel
@@ -147,10 +148,10 @@ class Api:
         log.info("the tokenizer is loaded")
 
 
-def create_app(config: ServeConfig, engine: EngineClient, api_key: str | None, limits: Limits | None = None) -> FastAPI:
+def create_app(config: ServeConfig, engine: EngineClient, keys: ApiKeys, limits: Limits | None = None) -> FastAPI:
     """
     Args:
-        api_key: what clients of /v1 must send as a bearer token; None: nothing.
+        keys: of which clients of /v1 must send one as a bearer token.
     """
     api = Api(config, engine, limits or Limits())
     # No docs endpoints: bodies are read by hand, so a generated schema would say nothing.
@@ -174,7 +175,7 @@ def create_app(config: ServeConfig, engine: EngineClient, api_key: str | None, l
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
     app.add_middleware(
         Guard,
-        api_key=api_key,
+        keys=keys,
         max_requests=config.limits.max_sequences + config.limits.max_waiting,
         draining=api.draining,
         refused=lambda error: refuse(error, api.metrics),

@@ -1,15 +1,14 @@
-"""What stands before every request: the API key, a bound on requests at once, the hint to move on while draining."""
+"""What stands before every request: the API keys, a bound on requests at once, the hint to move on while draining."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lockstep_runtime.api.errors import ApiError, unavailable
+from lockstep_runtime.api.keys import ApiKeys
 
 GUARDED = "/v1/"
 
@@ -26,13 +25,13 @@ class Guard:
         self,
         app: ASGIApp,
         *,
-        api_key: str | None,
+        keys: ApiKeys,
         max_requests: int,
         draining: Callable[[], bool],
         refused: Callable[[ApiError], object],
     ) -> None:
         self._app = app
-        self._key = _digest(api_key.encode()) if api_key else None
+        self._keys = keys
         self._max_requests = max_requests
         self._draining = draining
         self._refused = refused
@@ -57,22 +56,17 @@ class Guard:
             self._requests -= 1
 
     def _check(self, scope: Scope) -> None:
-        if self._key is not None:
-            self._authenticate(Headers(scope=scope).get("authorization", ""), self._key)
+        if self._keys.asked_for:
+            self._authenticate(Headers(scope=scope).get("authorization", ""))
         if self._requests >= self._max_requests:
             raise unavailable(f"{self._requests} requests are under way; no more are taken", 1, "too_many_requests")
 
-    def _authenticate(self, header: str, key: bytes) -> None:
+    def _authenticate(self, header: str) -> None:
         scheme, _, given = header.partition(" ")
         if scheme.lower() != "bearer" or not given:
             raise ApiError(401, "An API key is needed: send `Authorization: Bearer <key>`", code="missing_api_key")
-        # Digests have one length, so the comparison tells nothing of the key's.
-        if not hmac.compare_digest(_digest(given.strip().encode("latin-1", "replace")), key):
+        if not self._keys.accepts(given.strip().encode("latin-1", "replace")):
             raise ApiError(401, "The API key is wrong", code="invalid_api_key")
-
-
-def _digest(secret: bytes) -> bytes:
-    return hashlib.sha256(secret).digest()
 
 
 def _closing(send: Send) -> Send:

@@ -11,12 +11,19 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from lockstep_runtime import child, wire
-from lockstep_runtime.config import API_KEY_VARIABLE, CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
+from lockstep_runtime.config import (
+    API_KEY_FILE_VARIABLE,
+    API_KEY_VARIABLE,
+    CONFIG_VARIABLE,
+    TOKEN_VARIABLE,
+    ServeConfig,
+)
 from lockstep_runtime.engine.bus import Bus
 from lockstep_runtime.engine.engine import Engine
 from lockstep_runtime.weights.errors import ModelError
@@ -130,7 +137,10 @@ async def _api_server(config: ServeConfig, engine: Engine) -> uvicorn.Server:
     """The API's imports take a second; the bus is served meanwhile."""
     uvicorn_module = await asyncio.to_thread(importlib.import_module, "uvicorn")
     app_module = await asyncio.to_thread(importlib.import_module, "lockstep_runtime.api.app")
-    app = app_module.create_app(config, engine, os.environ.get(API_KEY_VARIABLE) or None)
+    keys_module = importlib.import_module("lockstep_runtime.api.keys")
+    file = os.environ.get(API_KEY_FILE_VARIABLE)
+    keys = keys_module.ApiKeys(os.environ.get(API_KEY_VARIABLE), Path(file) if file else None)
+    app = app_module.create_app(config, engine, keys)
     settings = uvicorn_module.Config(app, log_config=None, access_log=False, lifespan="on", timeout_keep_alive=75)
 
     class Server(uvicorn_module.Server):  # type: ignore[misc, name-defined] # imported late, on purpose
