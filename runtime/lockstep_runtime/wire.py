@@ -243,8 +243,11 @@ class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Of the weights; 0 of 0 before their size is known."""
+
     bytes_done: int
     bytes_total: int
+    bytes_moved: int = 0  # read and written by the process so far, a download included: that it gets further
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -440,3 +440,23 @@ async def test_what_keeps_the_api_from_answering_is_the_groups_state_until_it_is
         live.engine.set_serving_blocker("")
         await live.ready()
         assert await live.generate((1,), 5) == continuation((1,), 5)
+
+
+async def test_a_load_that_can_not_succeed_poisons_a_group_that_has_served_at_once() -> None:
+    async with live_engine() as live:
+        live.ranks[1].load_error, live.ranks[1].load_failure = "no such kernel", wire.LoadFailure.PERMANENT
+        await live.ranks[1].respawn()
+        await live.until(lambda: live.engine.status().state is GroupState.POISONED, "it is poisoned")
+        status = live.engine.status()
+        assert status.message == "rank 1 can't load: no such kernel"
+        assert (status.faults[-1].rank, status.accepting) == (1, False)
+
+
+async def test_a_lost_device_poisons_the_group_at_its_first_start() -> None:
+    async with live_engine(start=False) as live:
+        live.ranks[1].load_error, live.ranks[1].load_failure = "no device", wire.LoadFailure.DEVICE_LOST
+        for rank in live.ranks:
+            rank.start()
+        await live.until(lambda: live.engine.status().state is GroupState.POISONED, "it is poisoned")
+        [fault] = live.engine.status().faults
+        assert (fault.fault, fault.rank) == (Fault.CONTEXT_FAULT, 1)

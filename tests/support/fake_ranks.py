@@ -71,6 +71,7 @@ class FakeRank:
     epoch: int = 0
     deaf: bool = False  # to Abort too: like a process that is stopped
     load_error: str = ""
+    load_failure: wire.LoadFailure = wire.LoadFailure.TRANSIENT
     steps: int = 0
     fed: int = 0  # tokens of requests
     aborts: list[int] = field(default_factory=list)
@@ -144,7 +145,7 @@ class FakeRank:
             case wire.Welcome():
                 self.epoch = max(self.epoch, message.epoch)
                 if self.load_error:
-                    self.send(wire.LoadFailed(message=self.load_error))
+                    self.send(wire.LoadFailed(message=self.load_error, kind=self.load_failure))
                 else:
                     self.send(self._loaded())
             case wire.Abort():

@@ -17,12 +17,22 @@ from lockstep_runtime.engine.engine import Engine
 from lockstep_runtime.engine.inquiry import GroupFaultError
 from lockstep_runtime.engine.interface import EngineBusyError, GenerationFailedError, GenerationRequest
 from lockstep_runtime.engine.recovery import REBUILDS, RESPAWNS, Recovery
+from lockstep_runtime.supervisor.machine import backoff
 from lockstep_runtime.wire import Fault
 
 _decoder: msgspec.msgpack.Decoder[wire.ToWorker] = msgspec.msgpack.Decoder(wire.ToWorker)
 FAULTS = (
     "die", "crash", "stop", "hang", "hang outside", "raise", "refuse", "nan", "nan in cache", "context", "odd",
     "corrupt", "cut", "slow", "die in join", "hang in join", "raise in join", "die in loading", "crash loop",
+)  # fmt: skip
+LOAD_FAILURES = {
+    "disk full": wire.LoadFailure.TRANSIENT,
+    "bug": wire.LoadFailure.PERMANENT,
+    "device lost": wire.LoadFailure.DEVICE_LOST,
+}
+LASTING = (
+    "cut off", "no spare", "die in loading", "hang in loading", "die in join", "hang in join", "raise", "corrupt",
+    *LOAD_FAILURES,
 )  # fmt: skip
 GARBAGE = (Fault.CORRUPTION, Fault.CONTEXT_FAULT)
 
@@ -69,13 +79,24 @@ class SimRank:
         self.plan: list[str] = []  # of faults, for the next chance
         self.crashes = 0  # how many of the next processes die before they are loaded
         self.memory = ToyMemory()
-        self.supervisor = Link(world.hello(wire.Role.SUPERVISOR, rank, f"s{rank}"), world, self._obey)
-        world.engine.group.connected(self.supervisor)
+        self.ill: set[str] = set()  # of `LASTING`: until it is mended
+        self.failures = 0  # processes in a row that ended before they were loaded
+        self.waits = False  # for a spare
+        self.pods = 0
+        self._connect_supervisor()
         self.spawn()
+
+    def _connect_supervisor(self) -> None:
+        hello = self.world.hello(wire.Role.SUPERVISOR, self.rank, f"s{self.rank}.{self.pods}")
+        self.supervisor = Link(hello, self.world, self._obey)
+        self.world.engine.group.connected(self.supervisor)
 
     # --- the process
 
     def spawn(self) -> None:
+        if "no spare" in self.ill:
+            self.waits = True
+            return
         self.processes += 1
         self.incarnation = f"{self.rank}.{self.processes}"
         self.toy = FakeRank(self.world.config, self.rank, cache_blocks=24, memory=self.memory)
@@ -86,7 +107,7 @@ class SimRank:
         self.world.later(self.world.chance.uniform(0.01, 0.3), self._connect, self.incarnation)
 
     def _connect(self, incarnation: str) -> None:
-        if not self.alive or incarnation != self.incarnation:
+        if not self.alive or incarnation != self.incarnation or "cut off" in self.ill:
             return
         hello = self.world.hello(wire.Role.WORKER, self.rank, incarnation, self.fence)
         welcome = self.world.engine.group.admit(hello)
@@ -97,20 +118,28 @@ class SimRank:
         if self.crashes or self._takes("die in loading"):
             self.crashes = max(0, self.crashes - 1)
             self.die()
+        elif kind := next((one for one in LOAD_FAILURES if one in self.ill), ""):
+            self._say(wire.LoadProgress(bytes_done=5, bytes_total=10), 0.1)
+            self._say(wire.LoadFailed(message=kind, kind=LOAD_FAILURES[kind]), 0.2)
+            self.world.later(0.21, self.die, self.incarnation)
+        elif "hang in loading" in self.ill:
+            self._say(wire.LoadProgress(bytes_done=5, bytes_total=10), 0.1)
         else:
             self._say(self.toy._loaded(), self.world.chance.uniform(0.0, 0.2))
+            self.failures = 0
 
-    def die(self) -> None:
+    def die(self, incarnation: str = "") -> None:
         """As by SIGKILL; the supervisor sees it and starts another."""
-        if not self.alive:
+        if not self.alive or (incarnation and incarnation != self.incarnation):
             return
         self.alive = False
+        self.failures += 1
         if self.link is not None:
             self.link.close()
             self.link = None
         exited = wire.ProcessExited(rank=self.rank, pid=1, incarnation=self.incarnation, signal=9)
         self.world.later(self.world.chance.uniform(0.0, 0.02), self.supervisor.answer, exited)
-        self.world.later(0.05, self.spawn)
+        self.world.later(0.05 + backoff(self.failures), self.spawn)
 
     def crash(self) -> None:
         """As by SIGSEGV: what it has written is not handed on."""
@@ -124,6 +153,40 @@ class SimRank:
             self.link.close()
             self.link, self.joined = None, -1
             self.world.later(0.05, self._connect, self.incarnation)
+
+    def fall_ill(self, kind: str) -> None:
+        """For good, until it is mended."""
+        self.ill.add(kind)
+        match kind:
+            case "cut off":
+                for link in (self.link, self.supervisor):
+                    if link is not None:
+                        link.close()
+                self.link, self.joined = None, -1
+            case "corrupt":
+                self.corrupt = True
+            case "die in join" | "hang in join" | "raise":
+                pass
+            case _:
+                self.die()
+
+    def mend(self) -> None:
+        """The cause is gone; whatever waited goes on."""
+        was, self.ill, self.corrupt = self.ill, set(), False
+        if self.waits:
+            self.waits = False
+            self.spawn()
+        if "cut off" in was:
+            self._connect_supervisor()
+            self._connect(self.incarnation)
+
+    def new_pod(self) -> None:
+        """As the operator has it: another pod in its place, whose node may have the same illness."""
+        self.pods += 1
+        self.die()
+        self.supervisor.close()
+        if "cut off" not in self.ill:
+            self._connect_supervisor()
 
     def stop(self) -> None:
         """As by SIGSTOP."""
@@ -146,7 +209,9 @@ class SimRank:
             link.answer(message)
 
     def _takes(self, *kinds: str) -> str:
-        """A planned fault of one of these kinds, if there is one."""
+        """A planned fault of one of these kinds, if there is one, or what it is ill with."""
+        if lasting := next((one for one in kinds if one in self.ill), ""):
+            return lasting
         found = next((one for one in self.plan if one in kinds), "")
         if found:
             self.plan.remove(found)

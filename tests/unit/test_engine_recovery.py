@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lockstep_runtime.engine.bounded import MESSAGE_CHARACTERS, bounded
 from lockstep_runtime.engine.faults import KEPT, FaultBook
 from lockstep_runtime.engine.latency import LatencyWindow
 from lockstep_runtime.engine.recovery import (
@@ -242,3 +243,48 @@ def test_latency_percentiles_are_of_the_newest_steps() -> None:
     for milliseconds in range(1, 301):
         window.add(milliseconds / 1000)
     assert window.latency() == Latency(p50_ms=250.0, p99_ms=299.0)
+
+
+def test_what_nothing_by_the_group_itself_can_mend_is_the_cause_and_poisons_at_once() -> None:
+    final = Evidence(Fault.RANK_LOST, 0, "rank 0 has been out of reach for 60 s", final=True)
+    cause = diagnose([Evidence(Fault.CONTEXT_FAULT, 1, "illegal address"), LOST, final])
+    assert (cause.rank, cause.final) == (0, True)
+    ladder = Ladder(3, "Ladder")
+    assert ladder.decide(cause, [cause]).rung is None
+    assert ladder.respawns.left == RESPAWNS
+
+
+def test_a_rank_that_is_killed_again_and_again_is_counted_and_not_repeated() -> None:
+    book = FaultBook([], 0)
+    book.begin(HUNG, "Rebuild", at=1.0, epoch=1, detect=2.0)
+    for _ in range(12):
+        book.name(1, "rank 1 has read none of its weights for 15 s and was killed", "Respawn")
+    book.name(0, "rank 0 did not leave", "Respawn")
+    [record] = book.records
+    assert record.message == (
+        "ranks 0,1: no StepDone; rank 1 has read none of its weights for 15 s and was killed (12 times); "
+        "rank 0 did not leave"
+    )
+
+
+def test_no_text_of_a_fault_grows_without_end() -> None:
+    book = FaultBook([], 0)
+    book.begin(Evidence(Fault.STEP_FAILED, 1, "x" * 1_000_000), "Rebuild", at=1.0, epoch=1, detect=0.0)
+    for number in range(1000):
+        book.name(1, f"for the {number}th time", "Respawn")
+    book.accuse(Fault.STEP_FAILED, 1, "y" * 10_000)
+    [record] = book.records
+    assert len(record.message) <= MESSAGE_CHARACTERS
+    assert record.message.startswith("xxx")
+    assert record.message.endswith("for the 999th time")
+    book.begin(LOST, "Respawn", at=1.0, epoch=1, detect=0.0)
+    book.explain(1, "z" * 10_000)
+    assert len(book.records[-1].message) <= MESSAGE_CHARACTERS
+
+
+def test_a_bounded_text_keeps_its_beginning_and_its_end() -> None:
+    assert bounded("short") == "short"
+    text = bounded("a" * 3000 + "end", 200)
+    assert len(text) <= 200
+    assert (text[:150], text[-3:]) == ("a" * 150, "end")
+    assert "(2843 characters left out)" in text

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lockstep_runtime.supervisor.machine import (
     ENGINE,
+    LONGEST_BACKOFF,
     SLOW_BACKOFF,
     SPARE,
     STOPPED_SECONDS,
@@ -140,7 +141,8 @@ def test_a_kill_is_for_a_living_worker_of_this_pod() -> None:
     assert machine.kill(1, "it hangs") == []  # it waits to be started
 
 
-def test_backoff_doubles_up_to_half_a_minute() -> None:
+def test_backoff_doubles_up_to_half_a_minute_and_stays_there_for_good() -> None:
+    assert backoff(1_000_000) == LONGEST_BACKOFF
     assert [backoff(failures) for failures in range(9)] == [0, 0, 1, 2, 4, 8, 16, 30, 30]
 
 

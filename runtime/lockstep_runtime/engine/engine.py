@@ -13,9 +13,10 @@ from typing import Final
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.engine.bounded import bounded
 from lockstep_runtime.engine.deadline import DeadlineModel, Work, work_of
 from lockstep_runtime.engine.faults import FaultBook
-from lockstep_runtime.engine.forming import Formed, Forming
+from lockstep_runtime.engine.forming import LOADING_SECONDS, Formed, Forming
 from lockstep_runtime.engine.group import RankGroup
 from lockstep_runtime.engine.inquiry import GroupFaultError, StepRefusedError
 from lockstep_runtime.engine.interface import (
@@ -51,6 +52,7 @@ LEAVE_SECONDS: Final = 1.0  # between a member pod's Leaving and its Release
 QUIET_STATUS_SECONDS: Final = 1.0  # between reports that only bring latencies
 POISONED_SECONDS: Final = (30.0, 300.0)  # before the group tries again by itself: at first, and at most
 LONGEST_ABORT_SECONDS: Final = 5.0
+ACCEPTING_SECONDS: Final = 120.0  # that requests are still taken while the group recovers
 REFUSALS_IN_A_ROW: Final = 6  # steps that no rank could begin: then it is not the requests
 
 
@@ -77,6 +79,7 @@ class Engine:
         self._poison = ""  # why the group can't heal itself
         self._poisonings = 0  # in a row
         self._formed_at = 0.0  # on the monotonic clock; 0 while nothing is formed, or it is broken
+        self._broken_at = 0.0  # when it last was
         self._formed_steps = 0  # what `_steps` was then
         self._processes: list[str] = []  # incarnations that formed it
         self._contents: tuple[str, ...] = ()  # the caches, by rank, in which the sequences stand
@@ -117,7 +120,10 @@ class Engine:
     def readiness(self) -> Readiness:
         """Ready while the group serves or repairs itself: a short pause must not empty the Service."""
         state, reason = self._judge()
-        return Readiness(is_accepting(state), reason, self._draining)
+        return Readiness(self._accepts(state), reason, self._draining)
+
+    def _accepts(self, state: wire.GroupState) -> bool:
+        return is_accepting(state, time.monotonic() - self._broken_at < ACCEPTING_SECONDS)
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
@@ -198,12 +204,12 @@ class Engine:
 
     def set_model_error(self, message: str) -> None:
         """It could not be read; the sentence says why."""
-        self._model_error = message
+        self._model_error = bounded(message)
         self._changed(True)
 
     def set_serving_blocker(self, reason: str) -> None:
         """The api can't answer, whatever the ranks can: the sentence says why, until an empty one takes it back."""
-        self._blocker = reason
+        self._blocker = bounded(reason)
         self._changed(True)
 
     def _length_limit(self) -> int | None:
@@ -407,7 +413,8 @@ class Engine:
         if self._formed_at:
             healthy = time.monotonic() - self._formed_at - cause.waited
             self._ladder.rest(healthy, steps=self._steps > self._formed_steps)
-            self._formed_at = 0.0
+            self._formed_at, self._broken_at = 0.0, time.monotonic()
+            asyncio.get_running_loop().call_later(ACCEPTING_SECONDS + 0.1, self._changed, True)
         if spoils_caches(fault.evidence):
             self._contents = ()
         self._doubted |= throws_doubt_on_caches(fault.evidence)
@@ -426,18 +433,21 @@ class Engine:
 
     async def _be_poisoned(self, recovery: Recovery) -> None:
         """Leave every collective, say so, and wait for a new pod or, by the ladder, for another try with new ranks."""
-        self._poison = recovery.reason
+        self._poison = bounded(recovery.reason)
         self._poisonings += 1
         if self._config.recovery_strategy == "RecyclePods":
             self._fail_all(f"the model is poisoned and is loaded again: {recovery.reason}")
         self._forming.give_up()
         self._changed(True)
         first, most = POISONED_SECONDS
-        patience = min(most, first * 2 ** (self._poisonings - 1))
+        patience = min(most, first * 2 ** min(self._poisonings - 1, 16))
         by_itself = self._config.recovery_strategy == "Ladder"
         if not await self.group.new_pod(patience if by_itself else None):
             for member in self.group.members:
-                self.group.kill(member.rank, f"the group was poisoned for {patience:g} s and tries again")
+                if self._was_ready or member.stuck_for(time.monotonic()) > LOADING_SECONDS:  # a download goes on
+                    self.group.kill(member.rank, f"the group was poisoned for {patience:g} s and tries again")
+        for member in self.group.members:
+            member.load_failure = None
         self._poison = ""
         self._changed(True)
 
@@ -450,16 +460,22 @@ class Engine:
     def _stuck(self, rank: int, how: str) -> None:
         """While the group is formed again, a rank had to be killed."""
         self._faults.name(rank, f"{how} and was killed", Rung.RESPAWN)
+        self._charge(rank, how)
         self._changed(True)
 
+    def _charge(self, rank: int, how: str) -> None:
+        """A process was lost, or had to be killed, on the way: when that was once too often, the group gives up."""
+        if not self._ladder.another_death():
+            evidence = Evidence(wire.Fault.RANK_LOST, rank, f"{how}, again and again", final=True)
+            self._inquiry.add(evidence)
+
     def _died_young(self, rank: int, words: str) -> None:
-        """A process that was to take a lost one's place has ended, too. A first start may fail any number of times."""
-        if not self._was_ready:
+        """A process ended before it was loaded. A first load that fails with words may do so any number of times."""
+        if not self._was_ready and self.group.members[rank].state is wire.RankState.FAILED:
             return
         words = f"{words} before it was loaded"
         logger.warning("respawn: fault %d epoch %d: %s", self._faults.open_id, self._inquiry.epoch, words)
-        if not self._ladder.another_death():
-            self._inquiry.add(Evidence(wire.Fault.RANK_LOST, rank, f"{words}, again and again"))
+        self._charge(rank, words)
 
     def _leave(self, pod_index: int) -> None:
         """A member pod was asked to end: it may soon. When all pods are, our own drain begins within that second."""
@@ -505,7 +521,7 @@ class Engine:
             state=state,
             message=message,
             since=self._since,
-            accepting=is_accepting(state),
+            accepting=self._accepts(state),
             ranks=[member.status() for member in self.group.members],
             step_latency=self._latency.latency(),
             last_step_at=self._last_step_at,

@@ -6,6 +6,7 @@ from typing import Final
 
 import msgspec
 
+from lockstep_runtime.engine.bounded import bounded
 from lockstep_runtime.engine.recovery import Evidence
 from lockstep_runtime.wire import Fault, FaultRecord
 
@@ -16,10 +17,11 @@ class FaultBook:
     """Open faults are closed together, by the repair that ends them all."""
 
     def __init__(self, history: list[FaultRecord], recoveries: int) -> None:
-        self._records = list(history)
+        self._records = list(history)[-KEPT:]
         self.recoveries = recoveries
         self._open: set[int] = set()
         self._awaits_token = False
+        self._added: dict[tuple[int, str], int] = {}  # to an open record's message: how often
 
     @property
     def open_id(self) -> int:
@@ -39,7 +41,7 @@ class FaultBook:
             id=last.id + 1 if last else 1,
             fault=cause.fault,
             rank=cause.rank,
-            message=cause.message,
+            message=bounded(cause.message),
             at=at,
             epoch=epoch,
             rung=rung,
@@ -50,23 +52,31 @@ class FaultBook:
         return record
 
     def name(self, rank: int, message: str, rung: str) -> None:
-        """The culprit of the newest open fault turned out to be this rank."""
-        if self._open:
-            record = self._records[-1]
-            text = f"{record.message}; {message}"
-            self._replace(msgspec.structs.replace(record, rank=rank, message=text, rung=rung))
+        """The culprit of the newest open fault turned out to be this rank; what is said again is only counted."""
+        if not self._open:
+            return
+        record = self._records[-1]
+        self._added[record.id, message] = times = self._added.get((record.id, message), 0) + 1
+        text = record.message if times > 1 else f"{record.message}; {message}"
+        if times > 1:
+            before = f"{message} ({times - 1} times)" if times > 2 else message
+            text = text.replace(before, f"{message} ({times} times)")
+        self._replace(msgspec.structs.replace(record, rank=rank, message=bounded(text), rung=rung))
 
     def accuse(self, fault: Fault, rank: int, message: str) -> None:
         """An open fault of this kind that nobody was named for is this rank's."""
         for record in reversed(self._records):
             if record.id in self._open and (record.fault, record.rank) == (fault, None):
-                self._replace(msgspec.structs.replace(record, rank=rank, message=f"{record.message}; {message}"))
+                self._replace(
+                    msgspec.structs.replace(record, rank=rank, message=bounded(f"{record.message}; {message}"))
+                )
                 return
 
     def explain(self, rank: int, message: str) -> None:
         """What became of a lost rank's process: better words for its newest record, if it is still open."""
         for record in reversed(self._records):
             if record.id in self._open and record.rank == rank:
+                message = bounded(message)
                 if record.fault is Fault.RANK_LOST and record.message != message:
                     self._replace(msgspec.structs.replace(record, message=message))
                 return
@@ -98,6 +108,7 @@ class FaultBook:
                     msgspec.structs.replace(record, recovered_at=at, phases=merged, requests_resumed=resumed, rung=rung)
                 )
         self._open.clear()
+        self._added.clear()
         self.recoveries += 1
         self._awaits_token = resumed > 0
 

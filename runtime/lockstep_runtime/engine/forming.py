@@ -15,6 +15,7 @@ from lockstep_runtime import wire
 from lockstep_runtime.engine.deadline import Deadline
 from lockstep_runtime.engine.group import RankGroup
 from lockstep_runtime.engine.probe import PROBE_BLOCKS
+from lockstep_runtime.engine.recovery import Evidence
 from lockstep_runtime.wire import RankState
 
 RENDEZVOUS: Final = Deadline(15.0, 15.0, extends=False)
@@ -27,6 +28,11 @@ LOADING_SECONDS: Final = 120.0  # without a byte more
 # The same where the model is here already and nothing has to be downloaded first: from and to; in between, as long as
 # the whole loading took before, and as long again.
 RELOADING_SECONDS: Final = 15.0, 60.0
+# Then the group gives up: a rank was out of reach for so long, or no process of it came further than those before it.
+ABSENT_SECONDS: Final = 60.0
+STUCK_SECONDS: Final = 60.0, 150.0  # from and to; in between, as long as two and a half of its processes may take
+FIRST_SECONDS: Final = 300.0  # both, before the group has served: pods are made and models downloaded
+DEVICE_LOST: Final = wire.LoadFailure.DEVICE_LOST
 LOOK_SECONDS: Final = 0.25  # between two looks for ranks that are stuck, while nothing happens
 
 
@@ -114,6 +120,8 @@ class Forming:
         """Until every rank is loaded and idle in this epoch. Returns when the survivors were."""
         aborted: float | None = None
         begun = time.monotonic()
+        for member in self._members:
+            member.begin_forming(begun)
         while True:
             self._inquiry.check()
             now = time.monotonic()
@@ -125,6 +133,7 @@ class Forming:
                 return now if aborted is None else aborted
             await self._group.moves(LOOK_SECONDS)
             self._kill_stuck(time.monotonic(), patience)
+            self._give_up_on_absent(time.monotonic(), begun)
 
     def _abort_members(self, now: float) -> None:
         """Level-triggered: whoever has not been told of this epoch is told."""
@@ -136,10 +145,41 @@ class Forming:
                 if member.loaded is not None:
                     member.abort_sent_at = now
 
+    def _loading_seconds(self) -> float:
+        """How long a rank may read nothing."""
+        shortest, longest = RELOADING_SECONDS if self._has_served else (LOADING_SECONDS, LOADING_SECONDS)
+        return self._step_timeout or min(max(2 * self._longest_load, shortest), longest)
+
+    def _give_up_on_absent(self, now: float, begun: float) -> None:
+        """A rank that stays away, or never gets its weights, is not waited for without end."""
+        stuck, absent = FIRST_SECONDS, FIRST_SECONDS
+        if self._has_served:
+            absent, (shortest, longest) = ABSENT_SECONDS, STUCK_SECONDS
+            stuck = min(max(2.5 * self._loading_seconds(), shortest), longest)
+        for member in self._members:
+            if member.load_failure in self._hopeless():
+                fault = wire.Fault.CONTEXT_FAULT if member.load_failure is DEVICE_LOST else wire.Fault.RANK_LOST
+                text = f"rank {member.rank} can't load: {member.message}"
+                self._inquiry.add(Evidence(fault, member.rank, text, final=True))
+                return
+            if member.state is RankState.FAILED and not self._has_served:
+                continue  # which says more
+            if member.absent_for(now, begun) > absent:
+                what = f"has been out of reach for {absent:g} s"
+            elif member.stuck_for(now) > stuck:
+                what = f"could not get its weights, and got no further for {stuck:g} s"
+            else:
+                continue
+            text = f"rank {member.rank} (pod {member.pod_index}) {what}"
+            self._inquiry.add(Evidence(wire.Fault.RANK_LOST, member.rank, text, final=True))
+            return
+
+    def _hopeless(self) -> tuple[wire.LoadFailure, ...]:
+        """After which failures of a load the next is not waited for. A first load may be mended from outside."""
+        return (DEVICE_LOST, wire.LoadFailure.PERMANENT) if self._has_served else (DEVICE_LOST,)
+
     def _kill_stuck(self, now: float, patience: float) -> None:
-        again = self._has_served
-        shortest, longest = RELOADING_SECONDS if again else (LOADING_SECONDS, LOADING_SECONDS)
-        loading = self._step_timeout or min(max(2 * self._longest_load, shortest), longest)
+        again, loading = self._has_served, self._loading_seconds()
         for member in self._members:
             if member.abort_sent_at is not None and now - member.abort_sent_at > patience:
                 how = f"rank {member.rank} did not leave its collective within {patience:g} s"

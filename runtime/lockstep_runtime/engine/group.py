@@ -137,8 +137,8 @@ class RankGroup:
                 member.set_progress(message)
                 self._on_change(False)
             case wire.LoadFailed():
-                if member.set_failed(message.message):
-                    logger.error("rank %d can't load: %s", member.rank, message.message)
+                if member.set_failed(message):
+                    logger.error("rank %d can't load (%s): %s", member.rank, message.kind, member.message)
                 self._changed()
 
     # --- what a supervisor says of its pod and its ranks' processes

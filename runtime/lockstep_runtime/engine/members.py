@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Final
 
 from lockstep_runtime import wire
+from lockstep_runtime.engine.bounded import bounded
 from lockstep_runtime.engine.bus import Peer
 from lockstep_runtime.engine.latency import LatencyWindow
 from lockstep_runtime.wire import RankState
+
+RETIRED_KEPT: Final = 64
 
 
 @dataclass(slots=True)
@@ -33,18 +37,22 @@ class Member:
     load_total: int = 0
     message: str = ""
     last_incarnation: str = ""
-    retired: set[str] = field(default_factory=set)
+    retired: dict[str, None] = field(default_factory=dict)  # incarnations that were replaced, the newest ones
     condemned: str = ""  # the incarnation that is being killed
     ended: str = ""  # the incarnation whose end is known
     left_at: float | None = None  # on the monotonic clock: when its connection was lost
     arrived_epoch: int = -1
     heard_at: float = 0.0  # and when it last got further in loading
+    furthest: int = 0  # the most that a process of it has loaded while the group is formed, in bytes
+    furthest_at: float = 0.0  # on the monotonic clock: when that rose, or forming began
+    load_failure: wire.LoadFailure | None = None  # of the last process, until one has loaded
+    failed_at_bytes: int = 0  # where the last failed load had come
 
     def arrive(self, peer: Peer, epoch: int) -> None:
         """A process of this rank has connected: a new one, or one that lost its connection."""
         incarnation = peer.hello.incarnation
         if self.last_incarnation and incarnation != self.last_incarnation:
-            self.retired.add(self.last_incarnation)
+            self._retire(self.last_incarnation)
             self.respawns += 1
             self.latency = LatencyWindow()
             self.load_done = self.load_total = 0
@@ -57,6 +65,11 @@ class Member:
         self.welcome_epoch = self.arrived_epoch = epoch
         self.idle_epoch = -1
         self.abort_sent_at = None
+
+    def _retire(self, incarnation: str) -> None:
+        if len(self.retired) >= RETIRED_KEPT:
+            del self.retired[next(iter(self.retired))]
+        self.retired[incarnation] = None
 
     def leave(self, message: str) -> None:
         """Its connection is closed."""
@@ -79,22 +92,41 @@ class Member:
         loading = self.peer is not None and self.state in states
         return loading and self.condemned != self.last_incarnation and now - self.heard_at > seconds
 
-    def set_progress(self, progress: wire.LoadProgress) -> None:
-        if progress.bytes_done != self.load_done:
-            self.heard_at = time.monotonic()
-        self.load_done, self.load_total = progress.bytes_done, progress.bytes_total
-        if progress.bytes_done or self.state is not RankState.FAILED:
-            self.state, self.message = RankState.LOADING, ""
+    def begin_forming(self, now: float) -> None:
+        """From now on it is waited for."""
+        self.furthest, self.furthest_at = 0, now
 
-    def set_failed(self, message: str) -> bool:
+    def absent_for(self, now: float, begun: float) -> float:
+        """Seconds without a connection since forming began."""
+        return now - max(begun, self.left_at or begun) if self.peer is None else 0.0
+
+    def stuck_for(self, now: float) -> float:
+        """Seconds in which no process of it has come further than one did before; 0 once it is loaded."""
+        return 0.0 if self.loaded is not None else now - self.furthest_at
+
+    def set_progress(self, progress: wire.LoadProgress) -> None:
+        moved = max(progress.bytes_done, progress.bytes_moved)
+        if progress.bytes_done != self.load_done or moved > self.furthest:
+            self.heard_at = time.monotonic()
+        if moved > self.furthest:
+            self.furthest, self.furthest_at = moved, time.monotonic()
+        self.load_done, self.load_total = progress.bytes_done, progress.bytes_total
+        if self.state is not RankState.FAILED or progress.bytes_done > self.failed_at_bytes:
+            self.message = ""
+            self.state = RankState.LOADING if progress.bytes_total else RankState.STARTING
+
+    def set_failed(self, failure: wire.LoadFailed) -> bool:
         """Its own words; whether they are news."""
+        message, self.load_failure = bounded(failure.message), failure.kind
         news = self.state is not RankState.FAILED or self.message != message
         self.state, self.message = RankState.FAILED, message
+        self.failed_at_bytes = max(self.failed_at_bytes, self.load_done)
         return news
 
     def set_loaded(self, loaded: wire.Loaded) -> None:
         self.loaded = loaded
-        self.state, self.message = RankState.LOADED, ""
+        self.state, self.message, self.failed_at_bytes = RankState.LOADED, "", 0
+        self.load_failure = None
         self.memory_bytes = loaded.memory_bytes
         self.load_done = self.load_total = loaded.weight_bytes
         self.idle_epoch = self.welcome_epoch

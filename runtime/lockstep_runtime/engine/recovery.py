@@ -38,6 +38,7 @@ class Evidence:
 
     `hearsay`: the rank only noticed that another one is gone. `laggards`: ranks that hold up the others and answer
     nothing. `outside`: no request's doing. `waited`: seconds from the start to the notice, where that is known.
+    `final`: nothing that the group can do by itself helps.
     """
 
     fault: Fault
@@ -47,6 +48,7 @@ class Evidence:
     laggards: tuple[int, ...] = ()
     outside: bool = False
     waited: float = 0.0
+    final: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def diagnose(evidence: Sequence[Evidence]) -> Evidence:
     if not own:
         first = evidence[0]
         return Evidence(first.fault, None, first.message)
-    cause = max(own, key=lambda one: _WEIGHT[one.fault])  # the first of the gravest
+    cause = max(own, key=lambda one: (one.final, _WEIGHT[one.fault]))  # the first of the gravest
     others = [one.message for one in own if one is not cause and one.message not in cause.message]
     return replace(cause, message="; ".join([cause.message, *others]))
 
@@ -169,6 +171,8 @@ class Ladder:
 
     def decide(self, cause: Evidence, evidence: Sequence[Evidence], *, by_request: bool = False) -> Recovery:
         """What to do. `by_request`: a request was found guilty of the fault, so the rungs before it did not fail."""
+        if cause.final:
+            return Recovery(None, (), cause.message)
         first = cheapest(cause, evidence, self._ranks)
         if self._strategy == "RecyclePods":
             return Recovery(None, (), f"{cause.fault}: the strategy is RecyclePods; the group waits for new pods")
@@ -180,7 +184,7 @@ class Ladder:
         return self._respawn(first)
 
     def another_death(self) -> bool:
-        """A process died before it was loaded; whether the budget bears it."""
+        """A process died before it was loaded, or had to be killed meanwhile; whether the budget bears it."""
         return self.respawns.take()
 
     def _rebuild(self, first: Recovery, cause: Evidence) -> Recovery:

@@ -43,9 +43,9 @@ def group_state(standing: Standing, members: Sequence[Member]) -> tuple[GroupSta
     return GroupState.LOADING, _loading(members)
 
 
-def is_accepting(state: GroupState) -> bool:
-    """Whether requests are taken: a short pause must not empty the Service."""
-    return state in (GroupState.READY, GroupState.RECOVERING)
+def is_accepting(state: GroupState, broken_lately: bool) -> bool:
+    """Whether requests are taken: a short pause must not empty the Service, and a long one must."""
+    return state is GroupState.READY or (state is GroupState.RECOVERING and broken_lately)
 
 
 def _loading(members: Sequence[Member]) -> str:

@@ -221,4 +221,4 @@ class Machine:
 
 def backoff(failures: int) -> float:
     """Seconds before the next start: 0 after a healthy life and after the first failure, then 1, 2, 4 … 30."""
-    return 0.0 if failures < 2 else min(LONGEST_BACKOFF, 2.0 ** (failures - 2))
+    return 0.0 if failures < 2 else min(LONGEST_BACKOFF, 2.0 ** min(failures - 2, 16))

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Final, NoReturn, Protocol
 
+import msgspec
+
 from lockstep_runtime import child, fault_box, wire
 from lockstep_runtime.config import TOKEN_VARIABLE, ServeConfig
 from lockstep_runtime.layers.cache import CacheMemory
@@ -22,6 +24,7 @@ from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.wire import Fault
 from lockstep_runtime.worker.classify import classify, load_failure
 from lockstep_runtime.worker.control import Command, Connected, Control, Disconnected, Dismissed
+from lockstep_runtime.worker.heartbeat import Heartbeat
 from lockstep_runtime.worker.inject import Injector
 from lockstep_runtime.worker.loaded_spare import leave_loaded_spare
 from lockstep_runtime.worker.runner import LoadReport, Runner
@@ -69,6 +72,7 @@ class Worker:
         self._runner: Runner
         self._scrub: Scrub | None = None
         self._progress_sent = 0.0
+        self._load_progress = wire.LoadProgress(bytes_done=0, bytes_total=0)
         control.interrupt = self._interrupt
         self._faults: Injector | None = None
         if config.allow_faults:
@@ -83,7 +87,8 @@ class Worker:
             for fault in fault_box.take(os.environ, self._rank):
                 self._faults.arm(fault)
         begun = time.monotonic()
-        report = runner.load(self._on_progress)
+        with Heartbeat(self._beat):
+            report = runner.load(self._on_progress)
         self._scrub = report.scrub
         self._loaded = _loaded(report, time.monotonic() - begun)
         self._progress.set_stage(Stage.LOADED)
@@ -246,10 +251,15 @@ class Worker:
     def _on_progress(self, done: int, total: int) -> None:
         if self._faults is not None:
             self._faults.loading()
+        self._load_progress = wire.LoadProgress(bytes_done=done, bytes_total=total)
         now = time.monotonic()
         if now - self._progress_sent >= PROGRESS_SECONDS or done == total:
             self._progress_sent = now
-            self._control.send(wire.LoadProgress(bytes_done=done, bytes_total=total))
+            self._control.send(self._load_progress)
+
+    def _beat(self, moved: int) -> None:
+        """From the heartbeat's thread: a download, or whatever else takes long, gets further."""
+        self._control.send(msgspec.structs.replace(self._load_progress, bytes_moved=moved))
 
 
 def _loaded(report: LoadReport, seconds: float) -> wire.Loaded:
