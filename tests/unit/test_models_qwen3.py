@@ -142,7 +142,7 @@ def test_a_size_that_the_heads_can_not_take_is_refused_with_those_they_can() -> 
         ({"architectures": ["LlamaForCausalLM"]}, "the architecture LlamaForCausalLM; Lockstep knows Qwen3ForCausalLM"),
         ({"architectures": None}, "the architecture none"),
         ({"hidden_act": "gelu"}, "hidden_act is gelu"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding windows"),
         ({"hidden_size": "many"}, r"hidden_size"),
         ({"num_key_value_heads": 3}, "4 attention heads can't share 3 kv heads"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "the kind 'llama3'"),

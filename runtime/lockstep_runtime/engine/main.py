@@ -27,6 +27,8 @@ from lockstep_runtime.config import (
 from lockstep_runtime.engine.bus import Bus
 from lockstep_runtime.engine.engine import Engine
 from lockstep_runtime.weights.errors import ModelError
+from lockstep_runtime.weights.files import read_object
+from lockstep_runtime.weights.model_config import max_length
 from lockstep_runtime.weights.source import find_model, read_config
 
 if TYPE_CHECKING:
@@ -117,20 +119,17 @@ async def _read_model(config: ServeConfig, engine: Engine) -> None:
         try:
             engine.set_model(await asyncio.to_thread(_model_length, config))
             return
-        except ModelError as error:
-            engine.set_model_error(str(error))
-        await asyncio.sleep(MODEL_RETRY_SECONDS[min(attempt, len(MODEL_RETRY_SECONDS) - 1)])
+        except Exception as error:  # whatever is in the files: the engine goes on, and says so
+            known = error if isinstance(error, ModelError) else ModelError(f"{type(error).__name__}: {error}")
+            engine.set_model_error(str(known))
+            retry_after = known.retry_after
+        await asyncio.sleep(max(retry_after, MODEL_RETRY_SECONDS[min(attempt, len(MODEL_RETRY_SECONDS) - 1)]))
         attempt += 1
 
 
 def _model_length(config: ServeConfig) -> int | None:
-    values = read_config(find_model(config.model, config.model_revision, config.download_dir))
-    inner = values.get("text_config")
-    for place in (values, inner if isinstance(inner, dict) else {}):
-        length = place.get("max_position_embeddings")
-        if isinstance(length, int) and length > 0:
-            return length
-    return None
+    folder = find_model(config.model, config.model_revision, config.download_dir)
+    return max_length(read_config(folder), read_object(folder / "tokenizer_config.json") or {})
 
 
 async def _api_server(config: ServeConfig, engine: Engine) -> uvicorn.Server:

@@ -7,7 +7,7 @@ all-reduces per layer, one for the embedding, one gather for the logits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import torch
@@ -25,32 +25,64 @@ from lockstep_runtime.parallel.embedding import VocabularyEmbedding, VocabularyH
 from lockstep_runtime.parallel.group import Group
 from lockstep_runtime.parallel.linear import ColumnLinear, RowLinear
 from lockstep_runtime.weights.errors import ModelError
+from lockstep_runtime.weights.model_config import max_length, rope_parameters
 from lockstep_runtime.weights.plan import Shard, head_range, heads, split, tensor_parallel_sizes, whole
+from lockstep_runtime.wire import LoadFailure
+
+_DERIVED: Final = {"rope", "max_length"}
 
 
 class Qwen3Config(msgspec.Struct, frozen=True, kw_only=True):
-    """The settings of config.json that matter here."""
+    """The settings of config.json that matter here, with transformers' defaults."""
 
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int
+    num_key_value_heads: int | None = 32
     vocab_size: int
     head_dim: int = 128
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
-    rope_scaling: dict[str, Any] | None = None  # transformers 4
-    rope_parameters: dict[str, Any] | None = None  # transformers 5: the same with rope_theta in it
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     hidden_act: str = "silu"
     use_sliding_window: bool = False
+    sliding_window: int | None = 4096
+    max_window_layers: int = 28
+    layer_types: list[str] | None = None
+    rope: dict[str, Any]  # as `rope_parameters` found it
+    max_length: int  # with what the rope's scaling adds
 
     @property
-    def rope(self) -> dict[str, Any]:
-        return self.rope_parameters or self.rope_scaling or {}
+    def kv_heads(self) -> int:
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def slides(self) -> bool:
+        """Whether any layer sees a window only."""
+        if self.layer_types is not None:
+            return any(kind != "full_attention" for kind in self.layer_types)
+        return (
+            self.use_sliding_window
+            and self.sliding_window is not None
+            and (self.max_window_layers < self.num_hidden_layers)
+        )
+
+
+def read_settings(raw: Mapping[str, Any]) -> Qwen3Config:
+    """
+    Raises:
+        ModelError: a setting is missing, malformed or not supported.
+    """
+    known = {name: raw[name] for name in Qwen3Config.__struct_fields__ if name in raw and name not in _DERIVED}
+    nullable = {"num_key_value_heads", "sliding_window", "layer_types"}
+    given = {name: value for name, value in known.items() if value is not None or name in nullable}
+    length = max_length({"max_position_embeddings": 32768, **raw}, {})
+    try:
+        return msgspec.convert({**given, "rope": rope_parameters(raw), "max_length": length}, Qwen3Config)
+    except msgspec.ValidationError as error:
+        raise ModelError(f"config.json: {error}", kind=LoadFailure.PERMANENT) from None
 
 
 class Qwen3:
@@ -66,21 +98,16 @@ class Qwen3:
         self._layers = [Layer(config, index, shard, placement) for index in range(config.num_hidden_layers)]
         self._norm = RMSNorm(whole("model.norm.weight", config.hidden_size), config.rms_norm_eps, placement)
         self._head = VocabularyHead("model.embed_tokens.weight" if tied else "lm_head.weight", *vocabulary)
-        theta = float(config.rope.get("rope_theta", config.rope_theta))
-        rotary = build_rotary(config.head_dim, theta, config.rope, config.max_position_embeddings)
+        rotary = build_rotary(config.head_dim, config.rope, config.max_position_embeddings)
         self._rotary = rotary.on(placement.device)
         self.vocabulary = config.vocab_size
-        self.max_positions = config.max_position_embeddings
-        first, last = head_range(config.num_key_value_heads, shard)
+        self.max_positions = config.max_length
+        first, last = head_range(config.kv_heads, shard)
         self.cache_shape = CacheShape(layers=config.num_hidden_layers, kv_heads=last - first, head_dim=config.head_dim)
 
     @classmethod
     def build(cls, raw: Mapping[str, Any], shard: Shard, placement: Placement) -> Qwen3:
-        try:
-            config = msgspec.convert(raw, Qwen3Config)
-        except msgspec.ValidationError as error:
-            raise ModelError(f"config.json: {error}") from None
-        return cls(config, shard, placement)
+        return cls(read_settings(raw), shard, placement)
 
     def weights(self) -> Iterator[Weight | StoredTable]:
         yield from self._embedding.weights()
@@ -140,7 +167,7 @@ class Attention:
 
     def __init__(self, config: Qwen3Config, prefix: str, shard: Shard, placement: Placement) -> None:
         hidden, width = config.hidden_size, config.head_dim
-        counts = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+        counts = {"q": config.num_attention_heads, "k": config.kv_heads, "v": config.kv_heads}
         bias = config.attention_bias
         self._qkv = ColumnLinear(
             *(heads(f"{prefix}.{n}_proj.weight", c * width, hidden, count=c, shard=shard) for n, c in counts.items()),
@@ -201,16 +228,15 @@ class MLP:
 def _check(config: Qwen3Config, shard: Shard) -> None:
     if config.hidden_act != "silu":
         raise ModelError(f"config.json: hidden_act is {config.hidden_act}; Qwen3 is supported with silu")
-    if config.use_sliding_window:
-        raise ModelError("config.json: use_sliding_window is set, and Lockstep has no sliding-window attention")
-    if config.num_attention_heads % config.num_key_value_heads:
+    if config.slides:
+        raise ModelError("config.json asks for sliding windows, and Lockstep has full attention only")
+    if config.num_attention_heads % config.kv_heads:
         raise ModelError(
-            f"config.json: {config.num_attention_heads} attention heads can't share "
-            f"{config.num_key_value_heads} kv heads"
+            f"config.json: {config.num_attention_heads} attention heads can't share {config.kv_heads} kv heads"
         )
-    sizes = tensor_parallel_sizes(config.num_attention_heads, config.num_key_value_heads)
+    sizes = tensor_parallel_sizes(config.num_attention_heads, config.kv_heads)
     if shard.size not in sizes:
         raise ModelError(
-            f"a model with {config.num_attention_heads} attention heads and {config.num_key_value_heads} kv heads "
+            f"a model with {config.num_attention_heads} attention heads and {config.kv_heads} kv heads "
             f"can't be split over {shard.size} ranks; it can over {', '.join(map(str, sizes))}"
         )

@@ -13,7 +13,7 @@ from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.layers.weight import StoredTable, Weight
 from lockstep_runtime.models.qwen3 import Qwen3
 from lockstep_runtime.parallel.group import Group
-from lockstep_runtime.weights.errors import ModelError
+from lockstep_runtime.weights.model_config import check_supported
 from lockstep_runtime.weights.plan import Shard
 
 
@@ -59,9 +59,7 @@ def build_model(config: Mapping[str, Any], shard: Shard, placement: Placement) -
         ModelError: an unknown architecture, a setting that is missing or not supported, or a model that can't be split
             over so many ranks; the message says what would do.
     """
-    names = config.get("architectures") or []
-    for name in names:
-        if name in ARCHITECTURES:
-            return ARCHITECTURES[name](config, shard, placement)
-    named = ", ".join(map(str, names)) or "none"
-    raise ModelError(f"config.json names the architecture {named}; Lockstep knows {', '.join(ARCHITECTURES)}")
+    check_supported(config)
+    return next(ARCHITECTURES[name] for name in config["architectures"] if name in ARCHITECTURES)(
+        config, shard, placement
+    )

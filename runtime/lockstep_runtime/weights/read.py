@@ -3,6 +3,10 @@
 The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian length, a JSON header, then the tensors'
 bytes, row-major. A cut by rows is one contiguous range; a cut by columns is one range per row. Nothing else is read,
 and nothing is ever unpickled.
+
+The format's own library would map the files and hand out tensors of its own memory. Here a rank's bytes go where they
+belong, the mapped weight cache or a pinned window; they are counted as they come, so that a load that stands still is
+told from a slow one; and a file that is cut short, or cut while it is read, is a sentence instead of a SIGBUS.
 """
 
 from __future__ import annotations
@@ -20,26 +24,41 @@ import torch
 from torch import Tensor
 
 from lockstep_runtime.weights.errors import ModelError
+from lockstep_runtime.weights.files import LFS_POINTER, lfs_pointer, read_object, unreadable
+from lockstep_runtime.weights.model_config import dtype_name
 from lockstep_runtime.weights.plan import Cut, Rows, rows_of
 
 MAX_HEADER_BYTES: Final = 100_000_000  # the format's own bound
 STAGING_BYTES: Final = 4 * 1024 * 1024  # for tensors that are converted on the way
 INDEX: Final = "model.safetensors.index.json"
+SINGLE: Final = "model.safetensors"
 DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+# What a weight's tensors are called where a quantised form takes its place.
+_QUANTISED_NAMES: Final = ("qweight", "weight_packed", "weight_quantized", "weight_scale", "SCB", "absmax")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one tensor lies."""
+    """Where one tensor lies, of a type that can be computed with."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int  # of its first byte in the file
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A tensor of another type; an error only if it is needed."""
+
+    file: Path
+    stored: str  # the type's name in the file
+    shape: tuple[int, ...]
 
 
 class Checkpoint:
@@ -51,31 +70,53 @@ class Checkpoint:
         self._progress = progress
         self._descriptors: dict[Path, int] = {}
         self._staging: Tensor | None = None
-        self._entries = {name: entry for file in _files(directory) for name, entry in read_header(file).items()}
+        self._index = _index(directory)
+        files = _files(directory, self._index)
+        self._entries = {name: entry for file in files for name, entry in read_header(file).items()}
 
     def close(self) -> None:
         self._staging = None
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
-    def __contains__(self, tensor: str) -> bool:
-        return tensor in self._entries
-
     def find(self, cut: Cut) -> Entry:
         """The cut's tensor, checked.
 
         Raises:
-            ModelError: it is missing or has another shape than the model's configuration implies.
+            ModelError: it is missing, of a type that is not computed with, or has another shape than the model's
+                configuration implies.
         """
         entry = self._entries.get(cut.tensor)
         if entry is None:
-            raise ModelError(f"the tensor {cut.tensor} is missing from {self.directory}")
+            raise ModelError(self._missing(cut.tensor))
+        if isinstance(entry, Unread):
+            raise ModelError(
+                f"the tensor {cut.tensor} in {entry.file.name} has the type {entry.stored}; Lockstep reads "
+                f"{', '.join(DTYPES)}: give the model's checkpoint that is not quantised or converted"
+            )
         if entry.shape != cut.shape:
             raise ModelError(
                 f"the tensor {cut.tensor} in {entry.file.name} has shape {list(entry.shape)}; "
                 f"config.json implies {list(cut.shape)}"
             )
         return entry
+
+    def native_dtype(self) -> torch.dtype | None:
+        """The type of most of the weights' bytes; None where there are none."""
+        taken: dict[torch.dtype, int] = {}
+        for entry in self._entries.values():
+            if isinstance(entry, Entry):
+                taken[entry.dtype] = taken.get(entry.dtype, 0) + math.prod(entry.shape) * entry.dtype.itemsize
+        return max(taken, key=lambda dtype: taken[dtype], default=None)
+
+    def _missing(self, tensor: str) -> str:
+        words = f"the tensor {tensor} is missing from {self.directory}"
+        stem = tensor.rpartition(".")[0]
+        if found := next((name for kind in _QUANTISED_NAMES if (name := f"{stem}.{kind}") in self._entries), None):
+            return f"{words}, which holds {found}: it is quantised; give the model's checkpoint that is not"
+        if file := self._index.get(tensor):
+            return f"{words}: {INDEX} places it in {file}, which does not hold it; fetch both files again"
+        return words
 
     def nbytes(self, cut: Cut) -> int:
         """How many bytes of storage the cut is."""
@@ -134,6 +175,20 @@ class Checkpoint:
         return self._descriptors[file]
 
 
+def with_dtype(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration, with the weights' own type where it names none.
+
+    Raises:
+        ModelError: as `Checkpoint`.
+    """
+    if dtype_name(config) is not None:
+        return config
+    checkpoint = Checkpoint(directory)
+    native = checkpoint.native_dtype()
+    checkpoint.close()
+    return {**config, "dtype": str(native or torch.float32).removeprefix("torch.")}
+
+
 class StoredRows:
     """Rows of a tensor that stay in the file; its descriptor is held open, so the file may be unlinked or replaced."""
 
@@ -173,7 +228,7 @@ def _fill(entry: Entry, descriptor: int, buffer: memoryview, offset: int) -> Non
         done += got
 
 
-def read_header(file: Path) -> dict[str, Entry]:
+def read_header(file: Path) -> dict[str, Entry | Unread]:
     """The tensors of one safetensors file.
 
     Raises:
@@ -182,6 +237,8 @@ def read_header(file: Path) -> dict[str, Entry]:
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
+            _check_start(file, stream.read(len(LFS_POINTER)), size)
+            stream.seek(0)
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= length <= MAX_HEADER_BYTES:
@@ -189,8 +246,8 @@ def read_header(file: Path) -> dict[str, Entry]:
             if 8 + length > size:
                 raise ModelError(f"{file} is truncated: {size} bytes, but its header alone takes {8 + length}")
             header = json.loads(stream.read(length))
-    except FileNotFoundError:
-        raise ModelError(f"{file} is missing") from None
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise ModelError(unreadable(file, error)) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} is no readable safetensors file: {error}") from error
     if not isinstance(header, dict):
@@ -198,38 +255,75 @@ def read_header(file: Path) -> dict[str, Entry]:
     return {name: _entry(file, name, info, 8 + length, size) for name, info in header.items() if name != "__metadata__"}
 
 
-def _entry(file: Path, name: str, info: Any, base: int, size: int) -> Entry:
+def _check_start(file: Path, start: bytes, size: int) -> None:
+    if not size:
+        raise ModelError(f"{file} is empty: its download or copy was cut short; fetch it again")
+    if start.startswith(LFS_POINTER[: len(start)]) and len(start) == len(LFS_POINTER):
+        raise ModelError(lfs_pointer(file))
+
+
+def _entry(file: Path, name: str, info: Any, base: int, size: int) -> Entry | Unread:
     try:
         dtype, shape = str(info["dtype"]), tuple(int(n) for n in info["shape"])
         begin, end = (int(n) for n in info["data_offsets"])
     except (KeyError, TypeError, ValueError):
         raise ModelError(f"{file}: the header's entry of {name} is malformed") from None
-    if dtype not in DTYPES:
-        raise ModelError(f"{file}: {name} has the type {dtype}; Lockstep reads {', '.join(DTYPES)}")
-    if min((0, begin, *shape)) < 0 or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise ModelError(f"{file}: {name} of shape {list(shape)} can't take up bytes {begin} to {end}")
     if base + end > size:
         raise ModelError(f"{file} is truncated: {size} bytes, but {name} would end at byte {base + end}")
+    if dtype not in DTYPES:
+        return Unread(file, dtype, shape)
+    if min((0, begin, *shape)) < 0 or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ModelError(f"{file}: {name} of shape {list(shape)} can't take up bytes {begin} to {end}")
     return Entry(file, DTYPES[dtype], shape, base + begin)
 
 
-def _files(directory: Path) -> list[Path]:
-    index = directory / INDEX
-    if index.exists():
-        return [directory / name for name in _indexed(index)]
-    files = sorted(directory.glob("*.safetensors"))
+def _files(directory: Path, index: Mapping[str, str]) -> list[Path]:
+    """As transformers looks for them: one file before the index of several."""
+    if (directory / SINGLE).exists():
+        return [directory / SINGLE]
+    if index:
+        return [_present(directory, name) for name in sorted(set(index.values()))]
+    files = [file for file in sorted(directory.glob("*.safetensors")) if not file.name.startswith("adapter_")]
     if not files:
-        raise ModelError(f"{directory} holds no safetensors file")
+        raise ModelError(f"{directory} holds no safetensors file{_others(directory)}")
     return files
 
 
-def _indexed(index: Path) -> list[str]:
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        names = sorted({str(name) for name in weight_map.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{index} is no index of safetensors files: {error}") from error
-    for name in names:
+def _present(directory: Path, name: str) -> Path:
+    if not os.path.lexists(directory / name):
+        raise ModelError(
+            f"{directory / name} is missing, though {INDEX} names it: the download or copy is incomplete, or the index "
+            "is another checkpoint's; fetch both again"
+        )
+    return directory / name
+
+
+def _others(directory: Path) -> str:
+    """What is there instead."""
+    for pattern, words in (
+        ("adapter_model.safetensors", "it is an adapter (LoRA): merge it into its model first"),
+        ("*.gguf", "llama.cpp's format is not read; give the model's original checkpoint"),
+        ("pytorch_model*.bin", "pickled weights are not read; convert them to safetensors"),
+        ("*.pth", "pickled weights are not read; convert them to safetensors"),
+    ):
+        if found := next(iter(sorted(directory.glob(pattern))), None):
+            return f", but {found.name}: {words}"
+    return ""
+
+
+def _index(directory: Path) -> Mapping[str, str]:
+    """Which file holds which tensor; empty where there is no index, or one file that goes before it."""
+    path = directory / INDEX
+    if (directory / SINGLE).exists():
+        return {}
+    index = read_object(path)
+    if index is None:
+        return {}
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{path} is no index of safetensors files: it has no weight_map")
+    names = {str(tensor): str(name) for tensor, name in weight_map.items()}
+    for name in names.values():
         if Path(name).name != name:
-            raise ModelError(f"{index} names the file {name}, which is not in the model's own directory")
+            raise ModelError(f"{path} names the file {name}, which is not in the model's own directory")
     return names

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from lockstep_runtime.weights.errors import ModelError
+from lockstep_runtime.weights.files import read_object, unreadable
+from lockstep_runtime.weights.hub import download
+from lockstep_runtime.weights.model_config import check_supported
 
-MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+MODEL_FILES: Final = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
 def find_model(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
@@ -18,42 +22,39 @@ def find_model(model: str, revision: str | None = None, download_dir: str | None
     Ranks of one pod may call this at once: huggingface_hub locks each file.
 
     Raises:
-        ModelError: there is no such directory, or the hub could not deliver it.
+        ModelError: there is no such directory, it may not be read, or the hub could not deliver it.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if _is_folder(path):
         return path
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise ModelError(f"the model directory {model} does not exist")
-    return _download(model, revision, download_dir)
+    if path.is_absolute() or path.is_symlink() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise ModelError(f"the model directory can't be found: {unreadable(path, FileNotFoundError())}")
+    # What can't be served is told before its weights are fetched.
+    check_supported(read_config(download(model, revision, download_dir, ["config.json"])))
+    return download(model, revision, download_dir, MODEL_FILES)
 
 
-def _download(model: str, revision: str | None, download_dir: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
+def _is_folder(path: Path) -> bool:
     try:
-        found = snapshot_download(model, revision=revision, cache_dir=download_dir, allow_patterns=MODEL_FILES)
-    except (OSError, ValueError, HFValidationError) as error:  # hub errors are OSErrors or ValueErrors
-        raise ModelError(
-            f"{model} is no directory here, and the hub did not deliver it: {type(error).__name__}: {error}"
-        ) from error
-    return Path(found)
+        if not stat.S_ISDIR(path.stat().st_mode):
+            raise ModelError(f"{path} is a file: give the folder that holds config.json and the safetensors files")
+        with os.scandir(path):
+            return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise ModelError(f"the model directory can't be used: {unreadable(path, error)}") from error
 
 
 def read_config(directory: Path) -> Mapping[str, Any]:
     """The model's config.json.
 
     Raises:
-        ModelError: it is missing or is not a JSON object.
+        ModelError: it is missing, is not a JSON object, or asks for what can't be served.
     """
     path = directory / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing: the directory holds no model in the hub's layout") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} can't be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} is not a JSON object")
+    config = read_object(path)
+    if config is None:
+        raise ModelError(f"{path} is missing: the directory holds no model in the hub's layout")
+    check_supported(config)
     return config

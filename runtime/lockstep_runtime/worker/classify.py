@@ -67,6 +67,8 @@ def load_failure(error: Exception) -> LoadFailure:
     causes = list(_chain(error))
     if any(isinstance(one, RuntimeError) and _has(str(one), (*CONTEXT_IS_LOST, *_NO_DEVICE)) for one in causes):
         return LoadFailure.DEVICE_LOST
+    if told := next((one.kind for one in causes if isinstance(one, ModelError) and one.kind), None):
+        return told
     if any(isinstance(one, MemoryError) or _has(str(one), _OUT_OF_MEMORY) for one in causes):
         return LoadFailure.TRANSIENT
     if any(isinstance(one, OSError) and not isinstance(one, _NOT_THERE) for one in causes):

@@ -28,7 +28,9 @@ from lockstep_runtime.parallel.group import Group, choose_backend
 from lockstep_runtime.weights.cache import CacheError, Identity, WeightCache, open_cache
 from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.weights.load import Loaded, adopt_weights, fill_cache, load_weights
+from lockstep_runtime.weights.model_config import dtype_name
 from lockstep_runtime.weights.plan import Shard
+from lockstep_runtime.weights.read import with_dtype
 from lockstep_runtime.weights.source import find_model, read_config
 from lockstep_runtime.weights.threads import in_own_thread
 from lockstep_runtime.worker.device import choose_device, sharers
@@ -144,10 +146,10 @@ class Runner:
     def _find(self) -> tuple[Path, Mapping[str, Any]]:
         config = self._config
         directory = find_model(config.model, config.model_revision, config.download_dir)
-        return directory, read_config(directory)
+        return directory, with_dtype(directory, read_config(directory))
 
     def _build(self, settings: Mapping[str, Any]) -> None:
-        dtype = _dtype(self._config.dtype, str(settings.get("dtype") or settings.get("torch_dtype") or "float32"))
+        dtype = _dtype(self._config.dtype, dtype_name(settings) or "float32")
         self._placement = choose_placement(self._device, dtype)
         shard = Shard(self._rank, self._config.tensor_parallel_size)
         with torch.inference_mode():
@@ -299,7 +301,7 @@ def _device(config: ServeConfig, rank: int) -> torch.device:
 
 
 def _dtype(wanted: str, native: str) -> torch.dtype:
-    name = native.removeprefix("torch.") if wanted == "auto" else wanted
+    name = native if wanted == "auto" else wanted
     if name not in DTYPES:
         raise ModelError(
             f"the model's type is {name}; Lockstep computes in {', '.join(DTYPES)}: choose one with --dtype"
