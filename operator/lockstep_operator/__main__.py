@@ -20,7 +20,8 @@ from lockstep_operator.group_client import GroupClient
 from lockstep_operator.kube import ApiServer, KubeError, connect
 from lockstep_operator.metrics import Metrics
 from lockstep_operator.names import KIND, ModelKey
-from lockstep_operator.reconcile import Reconciler
+from lockstep_operator.namespaces import Namespaces
+from lockstep_operator.reconcile import Outcome, Reconciler
 from lockstep_operator.settings import Settings, read_settings
 from lockstep_operator.workqueue import WorkQueue
 
@@ -46,16 +47,26 @@ async def run(settings: Settings) -> None:
     http = await server.serve(server.application(metrics, watching.is_set), settings.port)
     try:
         kube = ApiServer(api_client)
-        await _until_served(kube, settings)
+        namespaces = Namespaces(settings.namespaces, kube, metrics)
+        await _until_served(kube, namespaces, settings)
         reconciler = Reconciler(kube, groups, settings, metrics, time.time)
+
+        async def reconcile(key: ModelKey) -> Outcome:
+            if namespaces.serves(key.namespace):
+                return await reconciler.reconcile(key)
+            reconciler.forget(key)  # it is heard of again when its namespace is back
+            return Outcome(again=None)
+
         await _until_first_ends(
-            Controller(queue, reconciler.reconcile, metrics).run(settings.concurrency),
+            Controller(queue, reconcile, metrics).run(settings.concurrency),
+            namespaces.keep_watching(),
             kopf.operator(
                 registry=handlers.registry(queue.add),
                 settings=handlers.kopf_settings(),
                 identity=IDENTITY,
+                insights=namespaces.insights,
                 clusterwide=not settings.namespaces,
-                namespaces=settings.namespaces,
+                namespaces=namespaces.served,
                 ready_flag=watching,
             ),
         )
@@ -65,20 +76,27 @@ async def run(settings: Settings) -> None:
         await http.cleanup()
 
 
-async def _until_served(kube: ApiServer, settings: Settings) -> None:
-    """Wait for the CRD: watches of a kind that isn't served would never begin."""
-    namespace = settings.namespaces[0] if settings.namespaces else "default"
+async def _until_served(kube: ApiServer, namespaces: Namespaces, settings: Settings) -> None:
+    """Wait for the CRD, and for a namespace that may be watched: kopf must begin with one."""
+    if settings.namespaces:
+        await namespaces.look()
+        if not namespaces.served:
+            log.warning("waiting until one of %s can be served", ", ".join(settings.namespaces))
+        while not namespaces.served:
+            await asyncio.sleep(SCHEMA_RETRY_SECONDS)
+            await namespaces.look()
+        return
     told = False
     while True:
         try:
-            await kube.find(KIND, namespace)
+            await kube.find(KIND, "default")
         except KubeError as error:
             if not told:
                 log.warning("waiting until the API server serves %s: %s", KIND, error)
             told = True
             await asyncio.sleep(SCHEMA_RETRY_SECONDS)
         else:
-            log.info("serving %s in %s", KIND, ", ".join(settings.namespaces) or "all namespaces")
+            log.info("serving %s in all namespaces", KIND)
             return
 
 

@@ -86,6 +86,12 @@ class Metrics:
             ["namespace", "model"],
             registry=self.registry,
         )
+        self._namespaces = Gauge(
+            "lockstep_operator_namespace_served",
+            "1 where a namespace that is to be served can be, else 0; none when all of the cluster's are",
+            ["namespace"],
+            registry=self.registry,
+        )
         self._steps = _LastSteps(now)
         self.registry.register(self._steps)
         self._counted: dict[ModelKey, set[tuple[str, str]]] = {}
@@ -100,6 +106,9 @@ class Metrics:
         for condition in CONDITIONS:
             self._conditions.labels(key.namespace, key.name, condition).set(condition in true)
         self._publish()
+
+    def namespace(self, name: str, *, served: bool) -> None:
+        self._namespaces.labels(name).set(served)
 
     def reconciled(self, key: ModelKey, *, failed: bool) -> None:
         self._failing.labels(key.namespace, key.name).set(failed)

@@ -59,6 +59,7 @@ def series() -> dict[str, set[str]]:
     operator.model(KEY, {"conditions": [{"type": "Ready", "status": "True"}]})
     operator.reconciles.labels("wrote").inc()
     operator.reconciled(KEY, failed=True)
+    operator.namespace("team", served=False)
     operator.repaired(
         KEY, [Repair(group=0, fault="Hang", rank=1, rung="Rebuild", noticed=1, finished=2, phases={"detect": 1})]
     )

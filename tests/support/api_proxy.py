@@ -97,6 +97,7 @@ class ApiProxy:
         self.written: list[Asked] = []
         self.last_write = time.monotonic()
         self.url = ""
+        self._watches: set[web.Request] = set()
         self._up, self._end = threading.Event(), asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),))
@@ -109,6 +110,15 @@ class ApiProxy:
         self._loop.call_soon_threadsafe(self._end.set)
         self._thread.join()
         self._loop.close()
+
+    def cut_watches(self) -> None:
+        """As an API server ends each from time to time: the operator has to ask for them anew."""
+        self._loop.call_soon_threadsafe(self._cut_watches)
+
+    def _cut_watches(self) -> None:
+        for request in self._watches:
+            if request.transport is not None:
+                request.transport.abort()
 
     async def _serve(self) -> None:
         app = web.Application(client_max_size=2**24)
@@ -151,9 +161,13 @@ class ApiProxy:
         async with self._request(asked, None) as upstream:
             response = web.StreamResponse(status=upstream.status, headers={"Content-Type": "application/json"})
             await response.prepare(request)
-            async for piece in upstream.content.iter_any():
-                await asyncio.sleep(self.watch_lag())
-                await response.write(piece)
+            self._watches.add(request)
+            try:
+                async for piece in upstream.content.iter_any():
+                    await asyncio.sleep(self.watch_lag())
+                    await response.write(piece)
+            finally:
+                self._watches.discard(request)
         return response
 
     def _request(self, asked: Asked, seconds: float | None) -> Any:

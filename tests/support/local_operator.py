@@ -1,7 +1,7 @@
 """Operators as processes of this machine: killed and replaced in a tenth of a second, where a pod takes several.
 
 A fork server has the operator's code in memory, so that a new one needs no two seconds of imports. A process that is
-started is the program `lockstep-operator` with the deployed one's settings, in one namespace only.
+started is the program `lockstep-operator` with the deployed one's settings, in the namespaces that it is given.
 """
 
 from __future__ import annotations
@@ -27,20 +27,25 @@ CONTEXT.set_forkserver_preload(["pytest", "lockstep_operator.__main__", __name__
 
 
 class LocalOperator:
-    """Not safe for several threads at once. `folder` is for its kubeconfig and log."""
+    """Not safe for several threads at once. `namespaces` are comma-separated, `folder` is for kubeconfig and log."""
 
-    def __init__(self, server: str, namespace: str, deployed: Mapping[str, str], folder: Path) -> None:
+    def __init__(self, server: str, namespaces: str, deployed: Mapping[str, str], folder: Path) -> None:
         folder.mkdir(parents=True)
         kubeconfig, self._log = folder / "kubeconfig", folder / "log"
         kubeconfig.write_text(yaml.safe_dump(_kubeconfig(server)))
         self._environment = {
             **deployed,
             "KUBECONFIG": str(kubeconfig),
-            "LOCKSTEP_NAMESPACES": namespace,
+            "LOCKSTEP_NAMESPACES": namespaces,
             "LOCKSTEP_PORT": str(free_port()),
             "NO_PROXY": "127.0.0.1",
         }
         self._process: ForkServerProcess | None = None
+
+    @property
+    def url(self) -> str:
+        """Of /metrics, /healthz and /readyz."""
+        return f"http://127.0.0.1:{self._environment['LOCKSTEP_PORT']}"
 
     def start(self) -> None:
         self._process = CONTEXT.Process(target=_live, args=(self._environment, str(self._log)))
