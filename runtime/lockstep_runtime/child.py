@@ -14,7 +14,7 @@ from lockstep_runtime import log
 
 PARENT_VARIABLE: Final = "LOCKSTEP_PARENT"
 CANT_LOAD_EXIT: Final = 4  # of a worker whose load can't succeed until something is mended
-HISTORY_VARIABLE: Final = "LOCKSTEP_HISTORY"
+HISTORY_VARIABLE: Final = "LOCKSTEP_HISTORY"  # `stdin`: what the engine before said last is read from there
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 
@@ -26,7 +26,7 @@ class Birth(msgspec.Struct, frozen=True, kw_only=True):
 
     With it come descriptors: of a pipe from which the newborn reads a byte before it does anything, of the progress
     record, of the memory for the KV cache, and, from the pod's spare, of the socket on which the newborn's loaded spare
-    is to take orders. The answer is its pid.
+    is to take orders. The answer is its pid, or a sentence: why there is none.
     """
 
     rank: int

@@ -2,68 +2,81 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import AsyncIterator
+import time
 
 import httpx
+import msgspec
 import pytest
 
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.supervisor.board import StatusBoard
-from lockstep_runtime.supervisor.readiness import api_ready
+from lockstep_runtime.supervisor.board import Seen, StatusBoard, parse_seen
 from lockstep_runtime.supervisor.server import create_app
+from lockstep_runtime.wire import GroupState, PodProblem, PodProblemReason
+
+CONFIG = ServeConfig(model="m", served_name="m")
 
 
-@contextlib.asynccontextmanager
-async def api(answer: bytes) -> AsyncIterator[int]:
-    """A port that answers everything so; without an answer it keeps silent."""
-
-    handled: asyncio.Queue[None] = asyncio.Queue()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(answer)
-        if not answer:
-            await reader.read()
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
-        handled.put_nowait(None)
-
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        yield server.sockets[0].getsockname()[1]
-        async with asyncio.timeout(10):
-            await handled.get()
-
-
-async def probe(board: StatusBoard | None, port: int) -> int:
-    transport = httpx.ASGITransport(create_app(board, "secret", port))
+async def probe(board: StatusBoard | None) -> httpx.Response:
+    transport = httpx.ASGITransport(create_app(board, "secret"))
     async with httpx.AsyncClient(transport=transport, base_url="http://pod") as client:
-        return (await client.get("/readyz")).status_code
+        return await client.get("/readyz")
 
 
-@pytest.mark.parametrize(
-    ("answer", "status"),
-    [
-        (b"HTTP/1.1 200 OK\r\n\r\n", 200),
-        (b"HTTP/1.1 503 Service Unavailable\r\n\r\n", 503),
-        (b"x" * 4096, 503),
-        (b"", 503),
-    ],
-)
-async def test_the_first_pod_is_ready_when_its_api_says_so(
-    answer: bytes, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lockstep_runtime.supervisor.readiness.TIMEOUT_SECONDS", 0.3)
-    board = StatusBoard(ServeConfig(model="m", served_name="m"))
-    async with api(answer) as port:
-        assert await probe(board, port) == status
+async def test_the_first_pod_is_ready_while_its_group_accepts_requests() -> None:
+    board = StatusBoard(CONFIG)
+    first = await probe(board)
+    assert (first.status_code, first.text) == (503, "the group takes no requests: the engine is starting\n")
+    for state, accepting in ((GroupState.READY, True), (GroupState.RECOVERING, True), (GroupState.RECOVERING, False)):
+        board.take(msgspec.structs.replace(board.status, state=state, accepting=accepting, message="so it is"))
+        assert (await probe(board)).status_code == (200 if accepting else 503)
 
 
-async def test_an_api_that_is_not_there_is_not_ready() -> None:
-    assert not await api_ready(1)
+async def test_without_its_engine_it_is_not_ready_whatever_was_said_before() -> None:
+    board = StatusBoard(CONFIG)
+    board.take(msgspec.structs.replace(board.status, state=GroupState.READY, accepting=True))
+    board.engine_lost("was killed by signal 9")
+    answer = await probe(board)
+    assert answer.status_code == 503
+    assert "the engine was killed by signal 9" in answer.text
 
 
 async def test_other_pods_are_ready_while_they_live() -> None:
-    assert await probe(None, 1) == 200
+    assert (await probe(None)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [("7", Seen("", 7)), ("0", Seen("", 0)), ("0123456789abcdef/12", Seen("0123456789abcdef", 12))],
+)
+def test_a_revision_may_name_its_board(text: str, seen: Seen) -> None:
+    assert parse_seen(text) == seen
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "1.5", "/1", "zz/1", "ab/", "ab/1/2", "9" * 19, "٣", "ab/ 1"])
+def test_what_is_no_revision_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="after must be a revision"):
+        parse_seen(text)
+
+
+async def test_the_same_revision_of_another_board_is_told_at_once() -> None:
+    board = StatusBoard(CONFIG)
+    begun = time.monotonic()
+    assert await board.after(Seen("0" * 16, board.status.revision), 30.0) is board.status
+    assert await board.after(None, 30.0) is board.status
+    assert time.monotonic() - begun < 5
+    assert await board.after(Seen(board.incarnation, board.status.revision), 0.05) is board.status
+    assert time.monotonic() - begun >= 0.05
+
+
+async def test_what_the_pod_complains_of_is_told_while_there_is_no_engine() -> None:
+    board = StatusBoard(CONFIG)
+    problem = PodProblem(pod_index=0, reason=PodProblemReason.SPAWN_FAILED, message="no", at=1.0)
+    of_another = PodProblem(pod_index=1, reason=PodProblemReason.OUT_OF_MEMORY, message="no", at=1.0)
+    board.take(msgspec.structs.replace(board.status, pod_problems=[of_another]))
+    before = board.status.revision
+    board.complain([problem])
+    assert board.status.pod_problems == [problem, of_another]
+    board.complain([problem])
+    assert board.status.revision == before + 1
+    board.complain([])
+    assert board.status.pod_problems == [of_another]

@@ -183,6 +183,26 @@ def test_a_killed_engine_comes_back_and_the_ranks_keep_their_weights(server: Ser
     assert oracle[PROMPTS[0]].startswith(server.complete(PROMPTS[0], ANSWER))
 
 
+def test_a_stopped_spare_holds_up_no_probe_and_no_repair(server: Served, oracle: dict[str, str]) -> None:
+    before = server.status()
+    stopped = server.pid_of("loaded spare of rank 0")
+    os.kill(stopped, signal.SIGSTOP)
+    os.kill(server.pid_of("lockstep: spare"), signal.SIGSTOP)
+    os.kill(server.pid_of("rank=0"), signal.SIGKILL)
+    seconds: list[float] = []
+
+    def is_healed() -> bool:
+        begun = time.monotonic()
+        assert HTTP.get(f"{server.status_url}/healthz", timeout=60).status_code == 200
+        seconds.append(time.monotonic() - begun)
+        return server.status().recoveries > before.recoveries
+
+    server.until(is_healed, "the rank came from another spare", 120)
+    assert max(seconds) < 0.8  # the loaded spare is given a second to answer
+    assert not is_running(stopped)
+    assert oracle[PROMPTS[0]].startswith(server.complete(PROMPTS[0], ANSWER))
+
+
 @pytest.mark.parametrize("port", ["api", "bus", "status"])
 def test_a_thousand_malformed_messages_on_every_port(server: Served, port: str) -> None:
     chance = random.Random(port)

@@ -103,9 +103,17 @@ def events(ranks: int) -> list[Callable[[Pod], None]]:
 
     def births_fail(pod: Pod) -> None:
         """Rank 0 was to be forked just now."""
-        if 0 in pod.alive and pod.machine.phase is Phase.RUNNING:
+        if 0 in pod.alive:
             pod.alive.discard(0)
-            pod.do(pod.machine.unborn(0, "no answer", pod.now))
+            pod.do(pod.machine.spawn_failed(0, "no answer", pod.now, spare_is_lost=True))
+
+    def spawn_fails(name: Name) -> Callable[[Pod], None]:
+        def event(pod: Pod) -> None:
+            if name in pod.alive:
+                pod.alive.discard(name)
+                pod.do(pod.machine.spawn_failed(name, "no room", pod.now))
+
+        return event
 
     names: list[Name] = [*range(ranks), ENGINE, SPARE]
     return [
@@ -115,6 +123,7 @@ def events(ranks: int) -> list[Callable[[Pod], None]]:
         passes(60.0),
         warms,
         births_fail,
+        *(spawn_fails(name) for name in (0, ENGINE)),
         lambda pod: pod.do(pod.machine.asked_to_end(pod.now, connected=True)),
         lambda pod: pod.do(pod.machine.released(pod.now)),
         lambda pod: pod.do(pod.machine.disconnected(pod.now)),

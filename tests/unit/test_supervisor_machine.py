@@ -165,10 +165,49 @@ def test_without_its_spare_a_group_lives_on_and_a_rank_that_dies_waits_for_the_n
 def test_a_spare_that_gives_a_rank_no_process_is_replaced() -> None:
     machine = leader()
     assert machine.exited(1, healthy=True, now=9.0) == [Spawn(1)]
-    assert machine.unborn(1, "no answer", 14.0) == [Signal(SPARE, SIGKILL, "no answer")]
+    assert machine.spawn_failed(1, "no answer", 14.0, spare_is_lost=True) == [Signal(SPARE, SIGKILL, "no answer")]
     assert machine.tick(14.1) == []
     assert machine.exited(SPARE, healthy=True, now=14.2) == [Spawn(SPARE)]
     assert machine.warm(18.0) == [Spawn(1)]
+
+
+def test_of_a_spare_that_has_ended_meanwhile_no_other_is_killed() -> None:
+    machine = leader()
+    assert machine.exited(1, healthy=True, now=9.0) == [Spawn(1)]
+    assert machine.exited(SPARE, healthy=True, now=9.1) == [Spawn(SPARE)]
+    assert machine.spawn_failed(1, "it has ended", 9.2, spare_is_lost=True) == []
+    assert machine.warm(12.0) == [Spawn(1)]
+
+
+@pytest.mark.parametrize("name", [ENGINE, SPARE, 1])
+def test_what_the_kernel_refuses_to_start_is_tried_again_later_and_later(name: Name) -> None:
+    machine = leader()
+    now, waits = 10.0, []
+    assert machine.exited(name, healthy=True, now=now) == [Spawn(name)]
+    for _ in range(7):
+        again = machine.spawn_failed(name, "Argument list too long", now)
+        due = now if again else machine.next_deadline()
+        assert due is not None
+        assert again or machine.tick(due) == [Spawn(name)]
+        waits.append(due - now)
+        now = due
+    assert waits == [0, 1, 2, 4, 8, 16, 30]
+
+
+def test_an_end_that_is_asked_for_meanwhile_waits_for_no_process_that_never_came() -> None:
+    machine = member()
+    machine.exited(2, healthy=True, now=1.0)
+    assert signalled(machine.asked_to_end(1.1, connected=False)) == [SPARE, 2, 3]
+    machine.exited(SPARE, healthy=True, now=1.2)
+    machine.exited(3, healthy=True, now=1.2)
+    assert machine.spawn_failed(2, "no answer", 1.3, spare_is_lost=True) == [Finish(0, "no engine needs this pod")]
+
+
+def test_a_leader_whose_engine_can_not_be_started_drains_nothing() -> None:
+    machine = leader()
+    machine.exited(ENGINE, healthy=True, now=1.0)
+    machine.asked_to_end(1.1, connected=True)
+    assert signalled(machine.spawn_failed(ENGINE, "no", 1.2)) == [SPARE, 0, 1]
 
 
 def test_a_spare_that_dies_young_is_started_again_later_and_later() -> None:
@@ -206,7 +245,7 @@ EVENTS = st.lists(
         st.tuples(st.just("exit"), st.sampled_from([0, 1, ENGINE, SPARE]), st.booleans()),
         st.tuples(st.just("stop"), st.sampled_from([0, 1, ENGINE, SPARE]), st.booleans()),
         st.tuples(st.just("warm"), st.just(0), st.booleans()),
-        st.tuples(st.just("unborn"), st.sampled_from([0, 1]), st.booleans()),
+        st.tuples(st.just("unspawned"), st.sampled_from([0, 1]), st.booleans()),
         st.tuples(st.just("end"), st.just(0), st.booleans()),
         st.tuples(st.just("wait"), st.integers(0, 60), st.booleans()),
         st.tuples(st.just("release"), st.just(0), st.booleans()),
@@ -252,9 +291,9 @@ def test_whatever_happens_no_child_is_doubled_or_left_over(
                 machine.continued(value)
         elif kind == "warm" and SPARE in alive:
             do([*machine.warm(now)])
-        elif kind == "unborn" and isinstance(value, int) and value in alive and machine.phase is Phase.RUNNING:
+        elif kind == "unspawned" and value in alive:
             alive.discard(value)
-            do([*machine.unborn(value, "no answer", now)])
+            do([*machine.spawn_failed(value, "no answer", now, spare_is_lost=flag)])
         elif kind == "end":
             do([*machine.asked_to_end(now, connected=flag)])
         elif kind == "wait" and isinstance(value, int):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -22,7 +24,7 @@ from lockstep_runtime.owned_files import FOLDER_VARIABLE, cache_file
 from lockstep_runtime.progress import Stage, new_memory
 from lockstep_runtime.supervisor.machine import SPARE
 from lockstep_runtime.supervisor.process import Exit, Processes
-from lockstep_runtime.supervisor.spare import Spare
+from lockstep_runtime.supervisor.spare import Spare, SpareLostError
 
 DEADLINE_SECONDS = 120.0  # importing torch on a busy machine
 LOADED_SPARE = "lockstep: loaded spare of rank 0 model=local group=0"
@@ -49,8 +51,11 @@ class Pod:
 
     def start(self) -> None:
         """The rank's process; wait for its loaded spare."""
-        self.processes.spawn(0)
+        self.fork()
         until("it has left a loaded spare", self.has_loaded_spare, DEADLINE_SECONDS)
+
+    def fork(self) -> int:
+        return asyncio.run(self.processes.fork(0))
 
     def is_loaded(self) -> bool:
         return self.processes._record(self.processes._by_name[0]).stage is Stage.LOADED
@@ -122,7 +127,7 @@ def test_a_lost_process_comes_back_from_its_loaded_spare_again_and_again(
     for _ in range(2):
         caplog.clear()
         pod.lose(signal.SIGKILL)
-        pod.processes.spawn(0)
+        pod.fork()
         assert is_from_loaded(caplog)
         until("it is as good as one that has loaded", pod.is_loaded, DEADLINE_SECONDS)
     assert pod.loaded_spares() == spare
@@ -134,7 +139,7 @@ def test_while_nothing_happens_the_next_process_is_forked_ahead(pod: Pod, caplog
         caplog.clear()
         ahead = pod.next()
         pod.lose(signal.SIGKILL)
-        assert pod.processes.spawn(0) == ahead
+        assert pod.fork() == ahead
         assert is_from_loaded(caplog)
         until("it is as good as one that has loaded", pod.is_loaded, DEADLINE_SECONDS)
 
@@ -144,7 +149,7 @@ def test_one_that_was_forked_ahead_and_is_lost_is_not_missed(pod: Pod, caplog: p
     os.kill(ahead, signal.SIGKILL)
     until("it has ended", lambda: not is_running(ahead), DEADLINE_SECONDS)
     pod.lose(signal.SIGKILL)
-    assert pod.processes.spawn(0) != ahead
+    assert pod.fork() != ahead
     assert is_from_loaded(caplog)
     until("it is as good as one that has loaded", pod.is_loaded, DEADLINE_SECONDS)
 
@@ -181,7 +186,7 @@ def test_one_that_does_not_answer_is_replaced_by_the_pods_spare(
 
 def test_what_is_not_to_be_trusted_is_not_forked_from_again(pod: Pod, caplog: pytest.LogCaptureFixture) -> None:
     pod.processes.end_loaded_spare(0)
-    assert pod.loaded_spares() == []
+    until("it has ended", lambda: not pod.loaded_spares(), DEADLINE_SECONDS)
     pod.lose(signal.SIGKILL)
     pod.start()
     assert not is_from_loaded(caplog)
@@ -189,7 +194,7 @@ def test_what_is_not_to_be_trusted_is_not_forked_from_again(pod: Pod, caplog: py
 
 def test_nor_is_what_a_process_that_crashed_was_forked_from(pod: Pod, caplog: pytest.LogCaptureFixture) -> None:
     pod.lose(signal.SIGSEGV)
-    assert pod.loaded_spares() == []
+    until("it has ended", lambda: not pod.loaded_spares(), DEADLINE_SECONDS)
     pod.start()
     assert not is_from_loaded(caplog)
 
@@ -198,13 +203,13 @@ def test_a_stopped_one_ends_with_the_supervisor(pod: Pod) -> None:
     [spare] = pod.loaded_spares()
     os.kill(spare, signal.SIGSTOP)
     pod.processes.end_loaded_spares()
-    assert not is_running(spare)
+    until("it has ended", lambda: not is_running(spare), DEADLINE_SECONDS)
 
 
 def order(spare: Spare) -> int:
     record = new_memory("test")
     try:
-        return spare.bear(0.2, child.Birth(rank=0, incarnation="i"), record)
+        return asyncio.run(spare.bear(0.2, child.Birth(rank=0, incarnation="i"), record))
     finally:
         os.close(record)
 
@@ -212,7 +217,7 @@ def order(spare: Spare) -> int:
 def test_a_newborn_of_which_nobody_heard_in_time_is_not_told_to_go() -> None:
     spare = Spare()
     with spare.theirs as theirs:
-        with pytest.raises(TimeoutError):
+        with pytest.raises(SpareLostError, match=r"no answer within 0\.2 s"):
             order(spare)
         _, descriptors, _, _ = socket.recv_fds(theirs, 4096, 4)
         assert os.read(descriptors[0], 1) == b""
@@ -225,6 +230,43 @@ def test_of_a_spare_that_has_ended_nothing_is_heard() -> None:
     spare = Spare()
     spare.theirs.close()
     assert not spare.is_warm()
-    with pytest.raises(OSError):
+    with pytest.raises(SpareLostError):
         order(spare)
     spare.end()
+
+
+def test_what_is_answered_too_late_is_taken_for_no_other_order() -> None:
+    spare = Spare()
+    with spare.theirs as theirs:
+        with pytest.raises(SpareLostError, match="no answer"):
+            order(spare)
+        with contextlib.suppress(OSError):
+            theirs.send(b"4711")
+        with pytest.raises(SpareLostError, match="does not answer"):
+            order(spare)
+    spare.end()
+
+
+def test_a_spare_to_which_the_kernel_gives_no_process_says_so_and_is_asked_again() -> None:
+    spare = Spare()
+    with spare.theirs as theirs:
+        theirs.send(b"no process could be forked: Resource temporarily unavailable")
+        with pytest.raises(OSError, match="Resource temporarily unavailable") as caught:
+            order(spare)
+        assert not isinstance(caught.value, SpareLostError)
+        theirs.send(b"4711")
+        assert order(spare) == 4711
+    spare.end()
+
+
+async def test_an_end_releases_who_waits_for_an_answer() -> None:
+    spare = Spare()
+    with spare.theirs:
+        waiting = asyncio.create_task(spare.bear(60.0, child.Birth(rank=0, incarnation="i")))
+        await asyncio.sleep(0)  # it has begun to wait
+        assert spare._turn.locked()
+        spare.end()
+        async with asyncio.timeout(10):
+            with pytest.raises(SpareLostError):
+                await waiting
+    assert spare.fileno() == -1

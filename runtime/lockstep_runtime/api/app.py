@@ -145,6 +145,7 @@ class Api:
                     log.warning("the tokenizer can't be loaded: %s", error)
                 self._why_not = str(error)
                 await asyncio.sleep(_RETRY_LOAD_SECONDS)
+        self._engine.set_serving_blocker("")
         log.info("the tokenizer is loaded")
 
 

@@ -105,6 +105,7 @@ class Engine:
         self._model_len: int | None = None
         self._model_error = ""
         self._blocker = ""  # why the api can't answer
+        self._api_is_awaited = False
         self._model_known = asyncio.Event()
         self._started = time.monotonic()
 
@@ -209,8 +210,12 @@ class Engine:
 
     def set_serving_blocker(self, reason: str) -> None:
         """The api can't answer, whatever the ranks can: the sentence says why, until an empty one takes it back."""
-        self._blocker = bounded(reason)
+        self._blocker, self._api_is_awaited = bounded(reason), False
         self._changed(True)
+
+    def await_api(self) -> None:
+        """Until the api's first word no request is accepted: it is being imported, or loads its tokenizer."""
+        self._api_is_awaited = True
 
     def _length_limit(self) -> int | None:
         limits = [limit for limit in (self._model_len, self._config.limits.max_model_len) if limit]
@@ -521,7 +526,7 @@ class Engine:
             state=state,
             message=message,
             since=self._since,
-            accepting=self._accepts(state),
+            accepting=self._accepts(state) and not self._api_is_awaited,
             ranks=[member.status() for member in self.group.members],
             step_latency=self._latency.latency(),
             last_step_at=self._last_step_at,

@@ -75,6 +75,7 @@ async def _serve(config: ServeConfig, bus_socket: socket.socket, api_socket: soc
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     engine = Engine(config, _history())
+    engine.await_api()
     bus = Bus(os.environ[TOKEN_VARIABLE], engine.group)
     await bus.open(bus_socket)
     async with asyncio.TaskGroup() as tasks:
@@ -100,8 +101,9 @@ async def _serve(config: ServeConfig, bus_socket: socket.socket, api_socket: soc
 
 def _history() -> wire.GroupStatus | None:
     """What the engine before this one last said; ids and epochs go on from there."""
-    text = os.environ.get(child.HISTORY_VARIABLE)
-    return msgspec.json.decode(text, type=wire.GroupStatus) if text else None
+    if os.environ.get(child.HISTORY_VARIABLE) != "stdin":
+        return None
+    return msgspec.json.decode(sys.stdin.buffer.read(), type=wire.GroupStatus)
 
 
 async def _stopped(stop: asyncio.Event, api: asyncio.Task[None]) -> None:

@@ -3,13 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
+from dataclasses import dataclass
+from typing import Final
 
 import msgspec
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
+
+LEADER: Final = 0  # the pod's index
+_SEEN: Final = re.compile(r"(?:([0-9a-f]{1,32})/)?([0-9]{1,18})")
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A status that a reader has: the board's incarnation, empty if it names none, and the revision."""
+
+    incarnation: str
+    revision: int
+
+    def is_of(self, status: wire.GroupStatus) -> bool:
+        return self.revision == status.revision and self.incarnation in ("", status.incarnation)
+
+
+def parse_seen(text: str) -> Seen:
+    """`<incarnation>/<revision>`, or the revision alone.
+
+    A board that starts anew counts from 1 again, so the revision alone may name a status that its reader has not seen.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not (match := _SEEN.fullmatch(text)):
+        raise ValueError("after must be a revision: <incarnation>/<whole number>, or the number alone")
+    return Seen(match[1] or "", int(match[2]))
 
 
 class StatusBoard:
@@ -39,7 +69,8 @@ class StatusBoard:
         self._publish(status)
 
     def engine_lost(self, how: str) -> None:
-        """The engine's process has ended; what it knew of the ranks is void until the next one speaks."""
+        """The engine's process has ended, or can't be started; what it knew of the ranks is void until the next one
+        speaks."""
         ranks = [
             msgspec.structs.replace(rank, state=wire.RankState.ABSENT, message="the engine is gone")
             for rank in self.status.ranks
@@ -47,8 +78,16 @@ class StatusBoard:
         message = f"the engine {how} and is started again"
         state = wire.GroupState.RECOVERING if self.from_engine is not None else wire.GroupState.STARTING
         self._publish(
-            msgspec.structs.replace(self.status, state=state, message=message, since=time.time(), ranks=ranks)
+            msgspec.structs.replace(
+                self.status, state=state, accepting=False, message=message, since=time.time(), ranks=ranks
+            )
         )
+
+    def complain(self, problems: list[wire.PodProblem]) -> None:
+        """What this pod complains of: while there is no engine, nobody else tells it."""
+        told = [*problems, *(one for one in self.status.pod_problems if one.pod_index != LEADER)]
+        if told != self.status.pod_problems:
+            self._publish(msgspec.structs.replace(self.status, pod_problems=told))
 
     def _publish(self, status: wire.GroupStatus) -> None:
         revision = self.status.revision + 1
@@ -56,10 +95,10 @@ class StatusBoard:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def after(self, revision: int | None, seconds: float) -> wire.GroupStatus:
-        """The status: at once when its revision is another than the reader's, else when it changes or time is up."""
+    async def after(self, seen: Seen | None, seconds: float) -> wire.GroupStatus:
+        """The status: at once when it is another than the reader's, else when it changes or time is up."""
         changed = self._changed
-        if revision == self.status.revision:
+        if seen is not None and seen.is_of(self.status):
             try:
                 async with asyncio.timeout(seconds):
                     await changed.wait()

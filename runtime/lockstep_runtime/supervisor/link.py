@@ -23,7 +23,7 @@ _decoder: Final = msgspec.msgpack.Decoder(wire.ToSupervisor)
 
 
 class Link:
-    """`on_message` and `on_lost` are called on the event loop."""
+    """`on_message`, `on_lost` and `on_welcome` are called on the event loop."""
 
     def __init__(
         self,
@@ -32,9 +32,10 @@ class Link:
         incarnation: str,
         on_message: Callable[[wire.ToSupervisor], None],
         on_lost: Callable[[], None],
+        on_welcome: Callable[[], None] = lambda: None,
     ) -> None:
         self._config, self._token, self._incarnation = config, token, incarnation
-        self._on_message, self._on_lost = on_message, on_lost
+        self._on_message, self._on_lost, self._on_welcome = on_message, on_lost, on_welcome
         self._writer: asyncio.StreamWriter | None = None
         self._welcome = False
 
@@ -81,6 +82,7 @@ class Link:
         match message:
             case wire.Welcome():
                 self._welcome = True
+                self._on_welcome()
             case wire.Refused():
                 logger.error("the engine refused this pod: %s", message.reason)
             case _:

@@ -1,8 +1,8 @@
 """What a supervisor does when something happens: pure. Events and `now` in, actions out.
 
 It keeps one process per rank of its pod, and in the leader pod the engine, until it is asked to end. A dead
-worker is started again at once; one that dies before it was loaded, or an engine that dies young, waits 1, 2, 4 … 30 s
-from the second time on.
+worker is started again at once; one that dies before it was loaded, an engine that dies young, or a process that the
+kernel refuses to start, waits 1, 2, 4 … 30 s from the second time on.
 
 Every rank's process is forked from the spare, which has imported what a worker needs and has no rank: while it is not
 warm, ranks wait for it.
@@ -75,7 +75,7 @@ class Phase(enum.StrEnum):
 
 @dataclass(slots=True)
 class _Child:
-    alive: bool = False
+    alive: bool = False  # or being started
     failures: int = 0  # in a row, before it was healthy
     spawn_at: float | None = None
     stopped_at: float | None = None
@@ -105,11 +105,26 @@ class Machine:
         self._is_warm = self._children[SPARE].alive
         return self.tick(now)
 
-    def unborn(self, rank: int, reason: str, now: float) -> list[Action]:
-        """The spare gave the rank no process: both wait for another spare."""
-        self._is_warm = False
-        self._children[rank] = _Child(spawn_at=now, failures=self._children[rank].failures)
-        return [Signal(SPARE, SIGKILL, reason)] if self._children[SPARE].alive else []
+    def spawn_failed(self, name: Name, reason: str, now: float, *, spare_is_lost: bool = False) -> list[Action]:
+        """The child could not be started: the kernel refused, or the spare gave none.
+
+        `spare_is_lost`: it does not answer; a rank waits for another spare then.
+        """
+        child = self._children[name]
+        child.alive, child.stopped_at = False, None
+        if self.phase is Phase.LEAVING and name == ENGINE:
+            return self._stop(now, "the engine has gone")
+        if self.phase not in (Phase.RUNNING, Phase.LEAVING):
+            return self._finish_if_alone()
+        if spare_is_lost:
+            child.spawn_at = now
+            if not self._is_warm:  # it has ended, and another is on its way
+                return []
+            self._is_warm = False
+            return [Signal(SPARE, SIGKILL, reason)]
+        child.failures += 1
+        child.spawn_at = now + backoff(child.failures)
+        return self.tick(now)
 
     def stopped(self, name: Name, number: int, now: float) -> None:
         """A child was stopped by a signal."""

@@ -7,6 +7,7 @@ that it costs no import and shares the spare's memory; from the second on from i
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import logging
@@ -22,7 +23,7 @@ from typing import Final
 from lockstep_runtime import child, wire
 from lockstep_runtime.progress import Progress, Record, Stage, new_memory
 from lockstep_runtime.supervisor.machine import ENGINE, Name
-from lockstep_runtime.supervisor.spare import Spare
+from lockstep_runtime.supervisor.spare import Spare, SpareLostError
 from lockstep_runtime.supervisor.starvation import Standstill
 
 logger = logging.getLogger(__name__)
@@ -35,13 +36,17 @@ _ONE_THREAD: Final = {"OPENBLAS_NUM_THREADS": "1"}  # numpy's, which is asked fo
 _PR_SET_CHILD_SUBREAPER: Final = 36  # prctl(2)
 
 
-class ForkError(Exception):
-    """The spare is of no use; the message says why."""
+class ForkError(OSError):
+    """The rank was given no process; the message says why. `spare_is_lost`: it does not answer, another is needed."""
+
+    def __init__(self, message: str, *, spare_is_lost: bool) -> None:
+        super().__init__(message)
+        self.spare_is_lost = spare_is_lost
 
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a child ended. Exactly one of `code` and `signal` is set."""
+    """How a child ended. Exactly one of `code` and `signal` is set. `used`: most resident memory it had, in bytes."""
 
     name: Name
     pid: int
@@ -49,6 +54,14 @@ class Exit:
     healthy: bool
     code: int | None
     signal: int | None
+    used: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A process without a name, such as a loaded spare, was killed: by this signal."""
+
+    signal: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,27 +91,29 @@ class Processes:
         self._caches: dict[int, int] = {}  # descriptors of the memory in which a rank's KV cache outlives its process
         self._spare: Spare | None = None
         self._loaded: dict[int, Spare] = {}  # by rank
+        self._ending: dict[int, list[Spare]] = {}  # loaded spares that have been told to
+        self._awaited: dict[int, int] = {}  # ranks whose process is being forked, and the signal that awaits it
+        self._unknown: dict[int, tuple[int, int]] = {}  # pids that ended meanwhile: one may be such a rank's
         # What the spare forks and leaves behind becomes ours, as it does anyway where this is process 1.
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
-    def spawn(self, name: Name, extra: Mapping[str, str] | None = None) -> int:
-        """Start the child in a process group of its own; returns its pid.
+    def spawn(self, name: Name, history: bytes = b"") -> int:
+        """Start the spare or the engine in a process group of its own; returns its pid.
+
+        `history`: what the engine before said last. It may be long, so the engine reads it from its standard input.
 
         Raises:
-            ForkError: the spare did not give the rank a process.
+            OSError: the kernel refuses.
         """
-        incarnation = secrets.token_hex(8)
-        if isinstance(name, int):
-            return self._fork(name, incarnation)
-        environment = self._environment | dict(extra or {})
-        pid = _spawn("lockstep_runtime.engine", environment) if name == ENGINE else self._spawn_spare(environment)
-        self._by_name[name] = _new(name, pid, incarnation, -1)
+        if name == ENGINE:
+            pid = _spawn_engine(self._environment, history)
+        else:
+            self.dismiss_spare()
+            self._spare = Spare()
+            with self._spare.theirs as theirs:
+                pid = _spawn("lockstep_runtime.worker", self._environment, theirs.fileno())
+        self._by_name[name] = _new(name, pid, secrets.token_hex(8), -1)
         return pid
-
-    def _spawn_spare(self, environment: Mapping[str, str]) -> int:
-        self._spare = Spare()
-        with self._spare.theirs as theirs:
-            return _spawn("lockstep_runtime.worker", environment, stdin=theirs.fileno())
 
     def spare_socket(self) -> int | None:
         """Readable once there is something for `hear_spare`."""
@@ -115,51 +130,73 @@ class Processes:
             self._spare = None
 
     def end_loaded_spare(self, rank: int) -> None:
-        """The rank's next process loads again."""
+        """The rank's next process loads again; `fork` waits until this one has given back its memory."""
         if loaded := self._loaded.pop(rank, None):
             loaded.end()
+            self._ending.setdefault(rank, []).append(loaded)
 
     def end_loaded_spares(self) -> None:
         for rank in list(self._loaded):
             self.end_loaded_spare(rank)
 
-    def wait_for_orphans(self) -> None:
+    async def wait_for_orphans(self) -> None:
         """Until no child is left, named or not: what a loaded spare has forked ahead ends when the spare has."""
+        await asyncio.gather(*(self._wait_for_ended(rank) for rank in list(self._ending)))
         deadline = time.monotonic() + _ORPHAN_SECONDS
         with contextlib.suppress(ChildProcessError):
             while time.monotonic() < deadline:
-                if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                    time.sleep(0.002)
+                if os.waitpid(-1, os.WNOHANG)[0] == 0:  # noqa: ASYNC222 - it does not wait
+                    await asyncio.sleep(0.002)
 
-    def _fork(self, rank: int, incarnation: str) -> int:
-        progress, cache = new_memory(f"lockstep-progress-{rank}"), self._cache_of(rank)
+    async def fork(self, rank: int) -> int:
+        """Have a spare give the rank a process; returns its pid. The machine goes on meanwhile: a signal that is sent
+        to the rank before it is there reaches it then.
+
+        Raises:
+            ForkError: it has none.
+        """
+        incarnation, progress = secrets.token_hex(8), -1
         birth = child.Birth(rank=rank, incarnation=incarnation)
+        self._awaited[rank] = 0
         try:
-            pid = self._fork_loaded(birth, progress, cache) or self._fork_spare(birth, progress, cache)
+            await self._wait_for_ended(rank)
+            progress, cache = new_memory(f"lockstep-progress-{rank}"), self._cache_of(rank)
+            pid = await self._fork_loaded(birth, progress, cache) or await self._fork_spare(birth, progress, cache)
+            self._by_name[rank] = _new(rank, pid, incarnation, progress)
         except OSError as error:
-            os.close(progress)
-            raise ForkError(f"the spare gave rank {rank} no process: {error or type(error).__name__}") from error
-        self._by_name[rank] = _new(rank, pid, incarnation, progress)
+            if progress >= 0:
+                os.close(progress)
+            lost = isinstance(error, SpareLostError)
+            raise ForkError(f"rank {rank} was given no process: {error}", spare_is_lost=lost) from error
+        finally:
+            owed = self._awaited.pop(rank)
+        if owed:
+            self.signal(rank, owed)
         return pid
 
-    def _fork_loaded(self, birth: child.Birth, *descriptors: int) -> int | None:
+    async def _fork_loaded(self, birth: child.Birth, *descriptors: int) -> int | None:
         loaded = self._loaded.get(birth.rank)
         if loaded is not None and loaded.is_warm():
             try:
-                pid = loaded.bear(LOADED_FORK_SECONDS, birth, *descriptors)
+                pid = await loaded.bear(LOADED_FORK_SECONDS, birth, *descriptors)
                 logger.info("rank %d has a new process from its loaded spare (pid %d)", birth.rank, pid)
                 return pid
             except OSError as error:
                 logger.warning("the loaded spare of rank %d gave no process: %s", birth.rank, error)
         self.end_loaded_spare(birth.rank)
+        await self._wait_for_ended(birth.rank)
         return None
 
-    def _fork_spare(self, birth: child.Birth, *descriptors: int) -> int:
-        if self._spare is None:
-            raise OSError("there is none")
+    async def _fork_spare(self, birth: child.Birth, *descriptors: int) -> int:
+        if self._spare is None or not self._spare.was_warm:
+            raise SpareLostError("there is no spare that is warm")
         self._loaded[birth.rank] = loaded = Spare()
         with loaded.theirs as theirs:
-            return self._spare.bear(FORK_SECONDS, birth, *descriptors, theirs.fileno())
+            return await self._spare.bear(FORK_SECONDS, birth, *descriptors, theirs.fileno())
+
+    async def _wait_for_ended(self, rank: int) -> None:
+        for spare in self._ending.pop(rank, []):
+            await spare.gone()
 
     def _cache_of(self, rank: int) -> int:
         if rank not in self._caches:
@@ -184,6 +221,8 @@ class Processes:
         process = self._by_name.get(name)
         if process is not None:
             os.kill(process.pid, number)  # not reaped yet, so the pid is still its own
+        elif isinstance(name, int) and name in self._awaited and self._awaited[name] != signal.SIGKILL:
+            self._awaited[name] = number
 
     def incarnation(self, name: Name) -> str:
         process = self._by_name.get(name)
@@ -192,25 +231,37 @@ class Processes:
     def pids(self) -> dict[Name, int]:
         return {name: process.pid for name, process in self._by_name.items()}
 
-    def reap(self) -> list[Exit | Stop]:
-        """Every child that has ended, was stopped or goes on; as PID 1 also orphans, of which nothing is said."""
-        news: list[Exit | Stop] = []
+    def reap(self) -> list[Exit | Stop | Orphan]:
+        """Every child that has ended, was stopped or goes on. Of a process without a name, such as an orphan that fell
+        to PID 1, nothing is said unless it was killed."""
+        news: list[Exit | Stop | Orphan] = []
+        if not self._awaited:
+            news += [told for pid, ended in self._unknown.items() if (told := self._told_of(pid, *ended))]
+            self._unknown.clear()
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+                pid, status, usage = os.wait4(-1, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
             except ChildProcessError:
                 return news
             if pid == 0:
                 return news
-            process = next((one for one in self._by_name.values() if one.pid == pid), None)
-            if process is None:
-                continue
-            if os.WIFSTOPPED(status) or os.WIFCONTINUED(status):
-                news.append(Stop(process.name, os.WSTOPSIG(status) if os.WIFSTOPPED(status) else 0))
-            else:
-                news.append(self._ended(process, status))
+            if self._awaited and not (os.WIFSTOPPED(status) or os.WIFCONTINUED(status) or self._named(pid)):
+                self._unknown[pid] = status, usage.ru_maxrss
+            elif told := self._told_of(pid, status, usage.ru_maxrss):
+                news.append(told)
 
-    def _ended(self, process: _Process, status: int) -> Exit:
+    def _told_of(self, pid: int, status: int, used_kib: int) -> Exit | Stop | Orphan | None:
+        process = self._named(pid)
+        if process is None:
+            return Orphan(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else None
+        if os.WIFSTOPPED(status) or os.WIFCONTINUED(status):
+            return Stop(process.name, os.WSTOPSIG(status) if os.WIFSTOPPED(status) else 0)
+        return self._ended(process, status, used_kib * 1024)
+
+    def _named(self, pid: int) -> _Process | None:
+        return next((one for one in self._by_name.values() if one.pid == pid), None)
+
+    def _ended(self, process: _Process, status: int, used: int) -> Exit:
         del self._by_name[process.name]
         killed, healthy = os.WIFSIGNALED(status), self._was_healthy(process)
         by_others = killed and os.WTERMSIG(status) in _BY_OTHERS
@@ -225,6 +276,7 @@ class Processes:
             healthy=healthy,
             code=None if killed else os.WEXITSTATUS(status),
             signal=os.WTERMSIG(status) if killed else None,
+            used=used,
         )
 
     def _was_healthy(self, process: _Process) -> bool:
@@ -239,6 +291,16 @@ class Processes:
         record = progress.read()
         progress.close()
         return record
+
+
+def _spawn_engine(environment: Mapping[str, str], history: bytes) -> int:
+    if not history:
+        return _spawn("lockstep_runtime.engine", environment)
+    memory = os.memfd_create("lockstep-history")
+    with os.fdopen(memory, "r+b", buffering=0) as file:
+        file.write(history)
+        file.seek(0)
+        return _spawn("lockstep_runtime.engine", {**environment, child.HISTORY_VARIABLE: "stdin"}, memory)
 
 
 def _spawn(module: str, environment: Mapping[str, str], stdin: int = 0) -> int:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from lockstep_runtime import child, fault_box, owned_files, wire
+from lockstep_runtime import fault_box, owned_files, wire
 from lockstep_runtime.config import CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
 from lockstep_runtime.supervisor import starvation
 from lockstep_runtime.supervisor.board import StatusBoard
@@ -32,7 +32,10 @@ from lockstep_runtime.supervisor.machine import (
     Signal,
     Spawn,
 )
-from lockstep_runtime.supervisor.process import Exit, ForkError, Processes
+from lockstep_runtime.supervisor.oom import OutOfMemory
+from lockstep_runtime.supervisor.problems import Problems
+from lockstep_runtime.supervisor.process import Exit, ForkError, Processes, Stop
+from lockstep_runtime.wire import PodProblemReason
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +56,10 @@ class Supervisor:
         )
         self._board = StatusBoard(config) if config.is_leader else None
         incarnation = self._board.incarnation if self._board else f"pod-{config.pod_index}-{os.getpid()}"
-        self._link = Link(config, token, incarnation, self._on_message, self._on_lost)
+        self._link = Link(config, token, incarnation, self._on_message, self._on_lost, self._tell_problems)
+        self._out_of_memory = OutOfMemory()
+        self._problems = Problems(config.pod_index)
+        self._forks: set[asyncio.Task[None]] = set()
         self._due = asyncio.Event()  # the machine's deadlines may have changed
         self._finished: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -77,11 +83,12 @@ class Supervisor:
                     task.result()  # none of them ends by itself, so this raises
             return await self._finished
         finally:
-            for task in tasks:
+            for task in (*tasks, *self._forks):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, *self._forks, return_exceptions=True)
             self._processes.end_loaded_spares()
-            self._processes.wait_for_orphans()
+            await self._processes.wait_for_orphans()
+            listening.close()
             owned_files.remove(os.environ)
 
     def _lay_out_files(self) -> None:
@@ -96,7 +103,7 @@ class Supervisor:
         """The HTTP server is imported while the children start."""
         module = await asyncio.to_thread(importlib.import_module, "lockstep_runtime.supervisor.server")
         inject = self._inject if self._config.allow_faults and self._config.is_leader else None
-        await module.StatusServer(self._board, self._token, self._config.api_port, inject).run_on(listening)
+        await module.StatusServer(self._board, self._token, inject).run_on(listening)
 
     async def _keep_time(self) -> None:
         while True:
@@ -110,6 +117,8 @@ class Supervisor:
     async def _watch_records(self) -> None:
         while True:
             self._processes.look_at_records()
+            if self._problems.forget_old(time.time()):
+                self._tell_problems()
             await asyncio.sleep(starvation.LOOK_SECONDS)
 
     # --- what happens
@@ -118,6 +127,9 @@ class Supervisor:
         for news in self._processes.reap():
             if isinstance(news, Exit):
                 self._on_exit(news)
+            elif not isinstance(news, Stop):
+                if oom := self._out_of_memory.explain(news.signal):
+                    self._complain(PodProblemReason.OUT_OF_MEMORY, f"a spare process of this pod was {oom}")
             elif news.signal:
                 logger.warning("%s was stopped by %s", news.name, signal.Signals(news.signal).name)
                 self._machine.stopped(news.name, news.signal, time.monotonic())
@@ -126,9 +138,12 @@ class Supervisor:
         self._due.set()
 
     def _on_exit(self, gone: Exit) -> None:
-        how = f"was killed by signal {gone.signal}" if gone.code is None else f"ended with exit code {gone.code}"
-        who = f"worker {gone.name}" if isinstance(gone.name, int) else f"the {gone.name}"
+        oom = self._out_of_memory.explain(gone.signal, gone.used)
+        how = exit_text(gone, oom)
+        who = f"rank {gone.name}" if isinstance(gone.name, int) else f"the {gone.name}"
         logger.info("%s (pid %d) %s", who, gone.pid, how)
+        if oom:
+            self._complain(PodProblemReason.OUT_OF_MEMORY, f"{who} was {oom}")
         if isinstance(gone.name, int):
             self._link.send(
                 wire.ProcessExited(
@@ -137,6 +152,7 @@ class Supervisor:
                     incarnation=gone.incarnation,
                     exit_code=gone.code,
                     signal=gone.signal,
+                    oom=oom,
                 )
             )
         elif gone.name == SPARE:
@@ -144,9 +160,7 @@ class Supervisor:
         elif self._board is not None:
             self._board.engine_lost(how)
         hopeless = gone.name == ENGINE and gone.code == PORT_TAKEN_EXIT
-        slowly = isinstance(gone.name, int) and gone.code == child.CANT_LOAD_EXIT
-        now = time.monotonic()
-        self._do(self._machine.exited(gone.name, healthy=gone.healthy, now=now, hopeless=hopeless, slowly=slowly))
+        self._do(self._machine.exited(gone.name, healthy=gone.healthy, now=time.monotonic(), hopeless=hopeless))
 
     def _on_spare_word(self) -> None:
         """It is warm, or has ended: of that its exit tells."""
@@ -194,8 +208,13 @@ class Supervisor:
     # --- what is done
 
     def _do(self, actions: Sequence[Action]) -> None:
-        for action in actions:
-            self._act(action)
+        try:
+            for action in actions:
+                self._act(action)
+        except Exception as error:  # a callback's would only be logged, and the machine believe that it was done
+            logger.exception("the supervisor ends, since it could not do what was due")
+            if not self._finished.done():
+                self._finished.set_exception(error)
         self._due.set()
 
     def _act(self, action: Action) -> None:
@@ -216,22 +235,58 @@ class Supervisor:
                     self._finished.set_result(action.code)
 
     def _spawn(self, name: Name) -> None:
+        if isinstance(name, int):
+            fork = asyncio.get_running_loop().create_task(self._fork(name))
+            self._forks.add(fork)
+            fork.add_done_callback(self._forks.discard)
+            return
         try:
-            pid = self._processes.spawn(name, self._history() if name == ENGINE else None)
-        except ForkError as error:
-            if isinstance(name, int):
-                self._do(self._machine.unborn(name, str(error), time.monotonic()))
+            pid = self._processes.spawn(name, self._history() if name == ENGINE else b"")
+        except OSError as error:
+            self._on_spawn_failed(name, f"the {name} can't be started: {error.strerror or error}", spare_is_lost=False)
             return
         logger.debug("started %s (pid %d)", name, pid)
         if name == SPARE and (descriptor := self._processes.spare_socket()) is not None:
             asyncio.get_running_loop().add_reader(descriptor, self._on_spare_word)
+
+    async def _fork(self, rank: int) -> None:
+        try:
+            pid = await self._processes.fork(rank)
+            logger.debug("started rank %d (pid %d)", rank, pid)
+        except ForkError as error:
+            self._on_spawn_failed(rank, str(error), spare_is_lost=error.spare_is_lost)
+        self._on_child()  # what has ended meanwhile may have been this one
+
+    def _on_spawn_failed(self, name: Name, reason: str, *, spare_is_lost: bool) -> None:
+        logger.warning("%s", reason)
+        if not spare_is_lost:
+            self._complain(PodProblemReason.SPAWN_FAILED, f"pod {self._config.pod_index}: {reason}")
+        if name == ENGINE and self._board is not None:
+            self._board.engine_lost(f"can't be started ({reason})")
+        self._do(self._machine.spawn_failed(name, reason, time.monotonic(), spare_is_lost=spare_is_lost))
+
+    def _complain(self, reason: PodProblemReason, message: str) -> None:
+        self._problems.add(reason, message, time.time())
+        self._tell_problems()
+
+    def _tell_problems(self) -> None:
+        """To the group's status, by the engine, and in the leader's own while there is none."""
+        self._link.send(wire.PodReport(problems=self._problems.all()))
+        if self._board is not None:
+            self._board.complain(self._problems.all())
 
     def _say_stopped(self, action: SayStopped) -> None:
         pid, incarnation = self._processes.pids()[action.rank], self._processes.incarnation(action.rank)
         message = wire.ProcessStopped(rank=action.rank, pid=pid, incarnation=incarnation, signal=action.number)
         self._link.send(message)
 
-    def _history(self) -> dict[str, str]:
+    def _history(self) -> bytes:
         """What the engine before said last, so that fault ids, epochs and counts go on."""
         last = self._board.from_engine if self._board is not None else None
-        return {child.HISTORY_VARIABLE: msgspec.json.encode(last).decode()} if last is not None else {}
+        return msgspec.json.encode(last) if last is not None else b""
+
+
+def exit_text(gone: Exit, oom: str) -> str:
+    if oom:
+        return f"was {oom}"
+    return f"was killed by signal {gone.signal}" if gone.code is None else f"ended with exit code {gone.code}"

@@ -16,9 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from lockstep_runtime import fault_box, wire
-from lockstep_runtime.supervisor.board import StatusBoard
-from lockstep_runtime.supervisor.readiness import api_ready
-from lockstep_runtime.wire import API_PORT
+from lockstep_runtime.supervisor.board import StatusBoard, parse_seen
 
 POLL_SECONDS: Final = 30.0
 MAX_CONNECTIONS: Final = 256
@@ -28,10 +26,9 @@ _encoder: Final = msgspec.json.Encoder()
 Inject = Callable[[wire.Inject], bool]  # hands a fault on purpose to the engine; whether there is one
 
 
-def create_app(
-    board: StatusBoard | None, token: str, api_port: int = API_PORT, inject: Inject | None = None
-) -> Starlette:
-    """`board` is None in pods other than the leader's: they have no `/status`, and are ready while they live.
+def create_app(board: StatusBoard | None, token: str, inject: Inject | None = None) -> Starlette:
+    """`board` is None in pods other than the leader's: they have no `/status`, and are ready while they live. All pods
+    of a StatefulSet have the same probes; the leader's is ready while its group accepts requests.
 
     `inject` is given where faults are allowed; otherwise there is no `/inject`.
     """
@@ -40,9 +37,9 @@ def create_app(
         return PlainTextResponse("ok\n")
 
     async def readyz(_request: Request) -> Response:
-        if board is None or await api_ready(api_port):
+        if board is None or board.status.accepting:
             return PlainTextResponse("ok\n")
-        return PlainTextResponse("the group doesn't take requests\n", 503)
+        return PlainTextResponse(f"the group takes no requests: {board.status.message}\n", 503)
 
     async def status(request: Request) -> Response:
         if not _authorized(request, token):
@@ -50,9 +47,11 @@ def create_app(
         if board is None:
             return PlainTextResponse("only the leader pod serves the status\n", 404)
         after = request.query_params.get("after")
-        if after is not None and not (after.isascii() and after.isdigit() and len(after) <= 18):
-            return PlainTextResponse("after must be a revision: a whole number\n", 400)
-        found = await board.after(None if after is None else int(after), POLL_SECONDS)
+        try:
+            seen = None if after is None else parse_seen(after)
+        except ValueError as error:
+            return PlainTextResponse(f"{error}\n", 400)
+        found = await board.after(seen, POLL_SECONDS)
         return Response(_encoder.encode(found), media_type="application/json")
 
     async def take_fault(request: Request) -> Response:
@@ -91,10 +90,8 @@ def _authorized(request: Request, token: str) -> bool:
 class StatusServer(uvicorn.Server):
     """On the supervisor's own loop; signals are the supervisor's."""
 
-    def __init__(
-        self, board: StatusBoard | None, token: str, api_port: int = API_PORT, inject: Inject | None = None
-    ) -> None:
-        app = create_app(board, token, api_port, inject)
+    def __init__(self, board: StatusBoard | None, token: str, inject: Inject | None = None) -> None:
+        app = create_app(board, token, inject)
         super().__init__(
             uvicorn.Config(
                 app, log_config=None, access_log=False, lifespan="off", limit_concurrency=MAX_CONNECTIONS,

@@ -24,17 +24,29 @@ def give_birth(orders: socket.socket, live: Life, prepare: Callable[[], None] | 
     """
     ahead: _Ahead | None = None
     while True:
-        if prepare is not None and ahead is None and not select.select([orders], [], [], QUIET_SECONDS)[0]:
+        if prepare is not None and ahead is None and not _is_readable(orders, QUIET_SECONDS):
             ahead = _fork_ahead(orders, live, prepare)
         data, descriptors = _receive(orders)
         pid = ahead.take(data, descriptors) if ahead is not None else 0
-        ahead = None
-        if not pid and not (pid := fork_orphan()):
+        ahead, answer = None, str(pid)
+        if not pid:
+            try:
+                pid = fork_orphan()
+                answer = str(pid)
+            except OSError as error:
+                pid, answer = -1, f"no process could be forked: {error.strerror or error}"
+        if not pid:
             orders.close()
             _begin(live, data, descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
-        orders.send(str(pid).encode())
+        orders.send(answer.encode())
+
+
+def _is_readable(orders: socket.socket, seconds: float) -> bool:
+    waiting = select.poll()
+    waiting.register(orders, select.POLLIN)
+    return bool(waiting.poll(seconds * 1000))
 
 
 def _receive(orders: socket.socket) -> tuple[bytes, list[int]]:
@@ -107,7 +119,12 @@ def fork_orphan() -> int:
     """
     read_pid, write_pid = os.pipe()
     read_go, write_go = os.pipe()
-    between = os.fork()
+    try:
+        between = os.fork()
+    except OSError:
+        for end in (read_pid, write_pid, read_go, write_go):
+            os.close(end)
+        raise
     if between == 0:
         pid = -1
         try:
@@ -129,7 +146,7 @@ def fork_orphan() -> int:
         told = os.read(read_pid, 32)
         os.waitpid(between, 0)
         if not told:
-            raise OSError("no process could be forked")
+            raise OSError("the kernel refuses to start another process")
         os.write(write_go, b"!")
         return int(told)
     finally:
