@@ -74,6 +74,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     min_p: float = 0.0  # in [0, 1]
     seed: int = 0  # 64 bits, unsigned
     logprobs: int = -1  # -1: none; 0: the drawn token's; k: also those of the k likeliest
+    prompt_logprobs: int = -1  # the same of every token of the prompt but the first, which follows nothing
+
+
+class Scoring(msgspec.Struct, frozen=True, kw_only=True):
+    """Known tokens whose log probabilities are wanted: `targets[i]` follows the slice's token `first` + i."""
+
+    first: int
+    targets: list[int]
+    logprobs: int  # as in `SamplingParams`, 0 or more
 
 
 class SequenceSlice(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +93,7 @@ class SequenceSlice(msgspec.Struct, frozen=True, kw_only=True):
     tokens: list[int]
     blocks: list[int]  # the sequence's whole block table: covers position + len(tokens)
     sample: SamplingParams | None = None
+    scoring: Scoring | None = None
 
 
 class SampledToken(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -306,6 +316,7 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     seconds: float  # the forward, as this rank saw it
     fingerprint: int  # of what went in and of the last hidden states: equal on every rank
     sampled: list[SampledToken] = []  # rank 0 only
+    scored: list[SampledToken] = []  # rank 0 only: every slice's targets, in their order
 
 
 class StepFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):

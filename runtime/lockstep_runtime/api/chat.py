@@ -128,20 +128,27 @@ class ChatTemplate:
 
 
 def encode_chat(
-    template: ChatTemplate, tokenizer: TextTokenizer, chat: Chat, *, seconds: float, limit: int
+    template: ChatTemplate, tokenizer: TextTokenizer, chat: Chat, *, seconds: float, limit: int, most: int
 ) -> list[int]:
     """
+    Args:
+        most: tokens.
+
     Raises:
         ApiError: 400, see `ChatTemplate.render`.
+        TooManyTokensError: see `TextTokenizer.encode`.
     """
     given = (chat.messages, chat.variables)
     if not any(True for text in _strings(given) for _ in tokenizer.break_points(text)):
-        return tokenizer.encode(template.render(chat, seconds=seconds, limit=limit))
+        return tokenizer.encode(template.render(chat, seconds=seconds, limit=limit), most=most)
     cut = _unused_cut(given)
     messages, variables = _map_strings(given, lambda text: _insert(text, list(tokenizer.break_points(text)), cut))
     rendered = template.render(replace(chat, messages=messages, variables=variables), seconds=seconds, limit=limit)
     first, *further = rendered.split(cut)
-    return [*tokenizer.encode(first), *(id for part in further for id in tokenizer.encode_further(part))]
+    ids = tokenizer.encode(first, most=most)
+    for part in further:
+        ids += tokenizer.encode_further(part, most=most)
+    return ids
 
 
 def _strings(value: object) -> Iterator[str]:

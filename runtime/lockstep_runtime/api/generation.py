@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lockstep_runtime.api.detokenizer import Detokenizer
 from lockstep_runtime.api.text import StopMatcher
-from lockstep_runtime.api.tokenizer import TextTokenizer
+from lockstep_runtime.api.tokenizer import ReasoningMarkers, TextTokenizer
 from lockstep_runtime.engine.interface import FinishReason, GenerationRequest, TokenEvent
 from lockstep_runtime.wire import SampledToken
 
@@ -23,6 +23,9 @@ class Job:
     prompt_tokens: int
     stops: tuple[str, ...]
     reasoning: bool  # part reasoning from answer
+    thinks: bool = False  # the prompt's end has opened the reasoning already
+    scores_prompt: bool = False  # the prompt's log probabilities are part of the answer
+    prompt_only: bool = False  # the one token that is drawn is no part of the answer
     stream: bool
     include_usage: bool
 
@@ -51,13 +54,17 @@ class Choice:
         self._keep_tokens = request.sampling.logprobs >= 0
         self._pending: list[SampledToken] = []
         self._markers = tokenizer.markers if job.reasoning else None
-        self._reasoning = self._thinks_already(request.prompt)
+        self._reasoning = job.thinks
+        self._prompt_only = job.prompt_only
         self._answered = False
         self._trim = self._reasoning  # newlines beside a marker belong to the markup
         self._newlines = ""
 
     def feed(self, event: TokenEvent) -> list[Piece]:
         """Sets `finish_reason` when the choice is complete; nothing may be fed after that."""
+        if self._prompt_only:
+            self.finish_reason = FinishReason.LENGTH
+            return []
         self.tokens += 1
         pieces: list[Piece] = []
         if event.finish is not FinishReason.STOP:  # a stop token is no text
@@ -115,11 +122,10 @@ class Choice:
         pieces.append(Piece(text, self._reasoning, tuple(self._pending)))
         self._pending.clear()
 
-    def _thinks_already(self, prompt: Sequence[int]) -> bool:
-        """Whether the template's own last words opened the reasoning and did not close it."""
-        if self._markers is None:
-            return False
-        for token in reversed(prompt[-8:]):
-            if token in (self._markers.opening, self._markers.closing):
-                return token == self._markers.opening
-        return False
+
+def opens_reasoning(markers: ReasoningMarkers, prompt: Sequence[int]) -> bool:
+    """Whether a prompt's last words open the reasoning and do not close it."""
+    for token in reversed(prompt[-8:]):
+        if token in (markers.opening, markers.closing):
+            return token == markers.opening
+    return False

@@ -1,59 +1,63 @@
 """What clients may ask for: OpenAI's fields, and the few that vLLM's users know (top_k, min_p, stop_token_ids, ...).
 
-A field that means something this server can't do is taken only with the value that asks for nothing; a field that
-nobody knows is ignored, since clients send what newer versions of the API have.
+null is as good as nothing in every field, and values that mean "none" are taken as OpenAI's and vLLM's servers take
+them. A field that means something this server can't do is taken only with the value that asks for nothing; a field
+that nobody knows is ignored, since clients send what newer versions of the API have.
 
 Source: https://platform.openai.com/docs/api-reference/chat/create and .../completions/create
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from lockstep_runtime.api.chat import text_of
 from lockstep_runtime.api.errors import ApiError, invalid, unsupported
+from lockstep_runtime.api.neutral import OFF, REFUSED, Neutral, check_neutral, schema_of
 
 MAX_CHOICES: Final = 128  # of one request: prompts times n
 MAX_PROMPTS: Final = 128
 MAX_MESSAGES: Final = 4096
 _TOOLS: Final = "tool calling is not built yet"
 
-# Field -> the values that ask for nothing, and what to say of the others. null always asks for nothing.
-_NEUTRAL: Final[dict[str, tuple[tuple[object, ...], str]]] = {
-    "audio": ((), "this server makes text only"),
-    "bad_words": (([],), "words can't be banned"),
-    "best_of": ((1,), "choices are not ranked; ask for `n`"),
-    "chat_template": ((), "the model's own chat template is used"),
-    "continue_final_message": ((False,), "the last message can't be continued"),
-    "documents": (([],), "put them into the messages"),
-    "frequency_penalty": ((0,), "penalties are not built yet"),
-    "function_call": (("none", "auto"), _TOOLS),
-    "functions": (([],), _TOOLS),
-    "guided_choice": ((), "output can't be constrained yet"),
-    "guided_grammar": ((), "output can't be constrained yet"),
-    "guided_json": ((), "output can't be constrained yet"),
-    "guided_regex": ((), "output can't be constrained yet"),
-    "include_stop_str_in_output": ((False,), "the answer ends before the stop string"),
-    "length_penalty": ((1,), "there is no beam search"),
-    "logit_bias": (({},), "it is not built yet"),
-    "min_tokens": ((0,), "it is not built yet"),
-    "modalities": ((["text"],), "this server makes text only"),
-    "prediction": ((), "it is not built yet"),
-    "presence_penalty": ((0,), "penalties are not built yet"),
-    "prompt_logprobs": ((0,), "only the answer's tokens have log probabilities"),
-    "reasoning_effort": ((), "what the model's template knows goes into chat_template_kwargs, e.g. enable_thinking"),
-    "repetition_penalty": ((1,), "penalties are not built yet"),
-    "response_format": (({"type": "text"},), "output can't be constrained yet"),
-    "skip_special_tokens": ((True,), "special tokens are not part of the answer"),
-    "structured_outputs": ((), "output can't be constrained yet"),
-    "suffix": (("",), "text can't be inserted before a suffix"),
-    "tool_choice": (("none", "auto"), _TOOLS),
-    "tools": (([],), _TOOLS),
-    "truncate_prompt_tokens": ((), "prompts are not cut"),
-    "use_beam_search": ((False,), "there is no beam search"),
-    "web_search_options": ((), "there is no web search"),
+_ID: Final = {"type": "integer", "minimum": 0}
+_PROMPT_SCHEMA: Final = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
+        {"type": "array", "items": _ID, "minItems": 1},
+        {"type": "array", "items": {"type": "array", "items": _ID, "minItems": 1}, "minItems": 1,
+         "maxItems": MAX_PROMPTS},
+    ]
+}  # fmt: skip
+_TEXT_PART: Final = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_CONTENT_SCHEMA: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}, {"type": "null"}]}
+_STOP_SCHEMA: Final = {
+    "anyOf": [
+        {"type": "string", "maxLength": 256},
+        {"type": "array", "items": {"type": "string", "maxLength": 256}, "maxItems": 16},
+        {"type": "null"},
+    ]
 }
 
 
@@ -61,8 +65,30 @@ def _text(content: object) -> str:
     return text_of(content)
 
 
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
+def _at_most(most: int) -> BeforeValidator:
+    """Looks at a list's length before it looks at what is in it."""
+
+    def bounded(value: object) -> object:
+        if isinstance(value, list) and len(value) > most:
+            raise ValueError(f"List should have at most {most} items, not {len(value)}")
+        return value
+
+    return BeforeValidator(bounded)
+
+
+def _stops(value: object) -> object:
+    """An empty string stops nothing."""
+    strings = [value] if isinstance(value, str) else value
+    return [one for one in strings if one != ""] if isinstance(strings, list) else strings
+
+
+def _flag(value: object) -> object:
+    """0 and 1 are booleans in vLLM's server."""
+    return bool(value) if type(value) is int and value in (0, 1) else value
+
+
+def _false_is_none(value: object) -> object:
+    return None if value is False else value
 
 
 def _prompts(prompt: object) -> list[str | list[int]]:
@@ -81,13 +107,17 @@ def _are_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int and item >= 0 for item in value)
 
 
+_TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], FailFast()]
+_Flag = Annotated[bool | None, BeforeValidator(_flag)]  # null: the default
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", protected_namespaces=())
 
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, PlainValidator(_text)] = ""
+    content: Annotated[str, PlainValidator(_text), WithJsonSchema(_CONTENT_SCHEMA)] = ""
     reasoning_content: str | None = None
 
     @model_validator(mode="before")
@@ -108,31 +138,39 @@ class Message(_Strict):
 
 
 class StreamOptions(_Strict):
-    include_usage: bool = False
+    include_usage: _Flag = None
 
 
 class _Request(_Strict):
+    REFUSED: ClassVar[Mapping[str, Neutral]] = REFUSED
+
     model: str
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, lt=2**31)  # -1 and 0: off
+    temperature: float | None = Field(None, ge=0, le=2, description="0 takes the likeliest token")
+    top_p: float | None = Field(None, ge=0, le=1, description="0 takes the likeliest token")
+    top_k: int | None = Field(None, ge=-1, lt=2**31, description="-1 and 0: off")
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     n: int | None = Field(None, ge=1, le=16)
-    max_tokens: int | None = Field(None, ge=1, lt=2**31)
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=256)]] | None,
-        BeforeValidator(_as_list),
-        Field(max_length=16),
+        Annotated[list[Annotated[str, Field(max_length=256)]], FailFast()] | None,
+        BeforeValidator(_stops),
+        _at_most(16),
+        WithJsonSchema(_STOP_SCHEMA),
     ] = None
-    stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(None, max_length=64)
-    ignore_eos: bool = False
-    stream: bool | None = None
+    stop_token_ids: Annotated[_TokenIds | None, Field(max_length=64), _at_most(64)] = None
+    ignore_eos: _Flag = None
+    stream: _Flag = None
     stream_options: StreamOptions | None = None
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler.resolve_ref_schema(handler(core))
+        schema["properties"] |= schema_of(cls.REFUSED)
+        return schema
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Self:
-        if self.stream_options is not None and not self.stream:
+        if self.include_usage and not self.stream:
             raise invalid("`stream_options` is only for requests with `stream`: true", "stream_options")
         return self
 
@@ -143,22 +181,29 @@ class _Request(_Strict):
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class ChatRequest(_Request):
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
-    logprobs: bool | None = None
+    REFUSED: ClassVar[Mapping[str, Neutral]] = {
+        **REFUSED,
+        "add_special_tokens": Neutral(OFF, "the chat template writes them; leave it out"),
+        "echo": Neutral(OFF, "it is for /v1/completions; leave it out"),
+    }
+
+    messages: Annotated[
+        list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES), _at_most(MAX_MESSAGES)
+    ]
+    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="the older name of max_completion_tokens")
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="default: what the model has room for")
+    logprobs: _Flag = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool = True
-
-    REFUSED: ClassVar[dict[str, tuple[tuple[object, ...], str]]] = {"echo": ((False,), "it is for completions")}
+    add_generation_prompt: _Flag = None
 
     @model_validator(mode="after")
     def _top_of_log_probabilities(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise invalid("`top_logprobs` needs `logprobs`: true", "top_logprobs")
         return self
 
@@ -173,16 +218,14 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
-    logprobs: int | None = Field(None, ge=0, le=20)
-    echo: bool | None = None
-
-    REFUSED: ClassVar[dict[str, tuple[tuple[object, ...], str]]] = {}
+    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
+    max_tokens: int | None = Field(None, ge=0, lt=2**31, description="default: 16; 0 with echo: the prompt alone")
+    logprobs: Annotated[int | None, BeforeValidator(_false_is_none), Field(ge=0, le=20)] = None
+    echo: _Flag = Field(None, description="with logprobs: the prompt's tokens have theirs, too")
+    add_special_tokens: _Flag = Field(None, description="such as a beginning of text before a prompt; default: true")
 
     @model_validator(mode="after")
     def _bounds_together(self) -> Self:
-        if self.echo and self.logprobs is not None:
-            raise unsupported("logprobs", "the prompt's tokens have none; ask without `echo`")
         if len(self.prompt) * self.choices > MAX_CHOICES:
             raise invalid(f"`prompt` times `n` is more than {MAX_CHOICES} choices", "n")
         return self
@@ -201,9 +244,7 @@ def validate(kind: type[RequestT], body: dict[str, Any]) -> RequestT:
     Raises:
         ApiError: 400 that names the field.
     """
-    for name, (neutral, why) in (_NEUTRAL | kind.REFUSED).items():
-        if body.get(name) is not None and body[name] not in neutral:
-            raise unsupported(name, why)
+    check_neutral(body, kind.REFUSED)
     try:
         return kind.model_validate(body)
     except ValidationError as error:

@@ -114,14 +114,15 @@ class Answer(Response):
                 await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _whole(self, batch: Batch, merged: Merged) -> bytes:
-        pieces: list[list[Piece]] = [[] for _ in self._choices]
         while True:
-            for choice, new in self._feed(batch, merged):
-                pieces[choice.index] += new
+            await self._describe_prompts(batch)
+            for choice, pieces in self._feed(batch, merged):
+                for piece in pieces:
+                    self._form.take(choice.index, piece)
             if not self._unfinished():
                 break
             batch = await merged.next(self._limits.keep_alive_seconds)
-        choices = [self._form.choice(c.index, pieces[c.index], str(c.finish_reason)) for c in self._choices]
+        choices = [self._form.choice(choice.index, str(choice.finish_reason)) for choice in self._choices]
         return msgspec.json.encode(self._frame(self._form.whole) | {"choices": choices, "usage": self._usage()})
 
     async def _stream(self, batch: Batch, merged: Merged, send: Send) -> None:
@@ -129,6 +130,8 @@ class Answer(Response):
         openings = [self._form.opening(choice.index) for choice in self._choices]
         events = b"".join(self._event(opening) for opening in openings if opening)
         while True:
+            begun = await self._describe_prompts(batch)
+            events += b"".join(self._event(echo) for index in begun if (echo := self._form.echo(index)))
             events += self._events(batch, merged)
             if not self._unfinished():
                 break
@@ -140,6 +143,16 @@ class Answer(Response):
                 return await _part(send, b"data: " + refuse(error, self._metrics).body() + b"\n\n", more=False)
             events = b"" if batch else KEEP_ALIVE
         return await _part(send, events + self._ending(), more=False)
+
+    async def _describe_prompts(self, batch: Batch) -> list[int]:
+        """The choices whose first token came, and with it their prompts' log probabilities: perhaps very many."""
+        if not self._job.scores_prompt:
+            return []
+        begun = [(index, event) for index, event in batch if not self._choices[index].begun]
+        for index, event in begun:
+            self._choices[index].begun = True
+            await asyncio.to_thread(self._form.describe_prompt, index, event.prompt)
+        return [index for index, _ in begun]
 
     def _events(self, batch: Batch, merged: Merged) -> bytes:
         parts: list[bytes] = []

@@ -6,15 +6,24 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
+from lockstep_runtime.api.bounds import longest_token
 from lockstep_runtime.api.errors import invalid
 from lockstep_runtime.api.token_bytes import TokenBytes
+
+_PREFIX_CHARACTERS: Final = 8  # a token's, at most, in a text whose beginning is looked at first
+_SLACK_TOKENS: Final = 1024  # more than a cut in the middle of a text can add
 
 
 class UnsupportedTokenizerError(ValueError):
     """The tokenizer can't be served. The message says why."""
+
+
+class TooManyTokensError(ValueError):
+    """A text has more tokens than were allowed. The message says how many, as far as it is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +49,7 @@ class TextTokenizer:
         self._special = _any_of(special.values())
         self.markers = _markers(tokenizer)
         self.bytes = TokenBytes(tokenizer, frozenset(added))
+        self.longest_token = longest_token(tokenizer)
         self._line = self.encode("\n")
 
     @classmethod
@@ -54,18 +64,35 @@ class TextTokenizer:
             raise UnsupportedTokenizerError(str(error)) from error
         return cls(tokenizer)
 
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Special tokens written in `text` become those tokens."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    def encode(self, text: str, *, add_special_tokens: bool = False, most: int | None = None) -> list[int]:
+        """Special tokens written in `text` become those tokens.
+
+        Raises:
+            TooManyTokensError: there are more than `most`; found out from the beginning of a text that is very long.
+        """
+        if most is not None and len(text) > _PREFIX_CHARACTERS * most:
+            if self.longest_token is not None and len(text) > self.longest_token * most:
+                raise TooManyTokensError(f"more than {most}")
+            if len(self._encode(text[: _PREFIX_CHARACTERS * most], False)) > most + _SLACK_TOKENS:
+                raise TooManyTokensError(f"more than {most}")
+        encoding = self._encode(text, add_special_tokens)
+        if most is not None and len(encoding) > most:
+            raise TooManyTokensError(str(len(encoding)))
+        ids: list[int] = encoding.ids
         return ids
 
-    def encode_further(self, text: str) -> list[int]:
+    def _encode(self, text: str, add_special_tokens: bool) -> Encoding:
+        """As a batch of one: for a single text the binding keeps the interpreter's lock, and so every stream waits."""
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding
+
+    def encode_further(self, text: str, *, most: int | None = None) -> list[int]:
         """As the continuation of another text: SentencePiece's kinds put a space before the first word of a text only.
 
         Source: `_encode_chat_piece` of transformers' chat_template_utils.
         """
-        ids = self.encode("\n" + text)
-        return ids[len(self._line) :] if ids[: len(self._line)] == self._line else self.encode(text)
+        ids = self.encode("\n" + text, most=None if most is None else most + len(self._line))
+        return ids[len(self._line) :] if ids[: len(self._line)] == self._line else self.encode(text, most=most)
 
     def id_of(self, token: str) -> int | None:
         found: int | None = self._tokenizer.token_to_id(token)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,10 +28,14 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One drawn token. The last of a request carries `finish`; a stop token itself is delivered with STOP."""
+    """One drawn token. The last of a request carries `finish`; a stop token itself is delivered with STOP.
+
+    The first of a request with `prompt_logprobs` carries the prompt's tokens but the first, as if they had been drawn.
+    """
 
     token: SampledToken
     finish: FinishReason | None = None
+    prompt: Sequence[SampledToken] = ()
 
 
 @dataclass(frozen=True, slots=True)
