@@ -114,6 +114,14 @@ def _one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+class _Repeated(argparse.Action):
+    """Collects what is given each time; what is given at all takes the default's place."""
+
+    def __call__(self, _: object, options: argparse.Namespace, value: object, __: object = None) -> None:
+        before = getattr(options, self.dest)
+        setattr(options, self.dest, (value,) if before is self.default else (*before, value))
+
+
 def _add_flags(serve: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
     def flag(group: Any, name: str, parse: Callable[[str], Any], default: Any, text: str, **more: Any) -> None:
         given = environment.get("LOCKSTEP_" + name.upper().replace("-", "_"))
@@ -158,6 +166,12 @@ def _add_flags(serve: argparse.ArgumentParser, environment: Mapping[str, str]) -
 
     network = serve.add_argument_group("network")
     flag(network, "host", str, "127.0.0.1", "address to listen on")
+    origins = environment.get("LOCKSTEP_CORS_ALLOW_ORIGIN", "").split()
+    network.add_argument(
+        "--cors-allow-origin", action=_Repeated, default=tuple(origins), metavar="ORIGIN",
+        help="a web page's origin that may call the API from a browser, such as https://chat.example.com, or *; repeat "
+        "it for more; in the variable put spaces between (default: none)",
+    )  # fmt: skip
     flag(network, "port", _port, wire.API_PORT, "of the HTTP API")
     flag(network, "bus-port", _port, wire.BUS_PORT, "between the engine and its ranks")
     flag(network, "status-port", _port, wire.STATUS_PORT, "of the supervisor's /healthz and /status")
@@ -222,6 +236,7 @@ def config_from(options: argparse.Namespace) -> ServeConfig:
         weight_cache=options.weight_cache,
         allow_faults=options.allow_faults,
         host=options.host,
+        cors_allow_origins=options.cors_allow_origin,
         api_port=options.port,
         bus_port=options.bus_port,
         status_port=options.status_port,

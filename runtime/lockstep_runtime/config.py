@@ -72,6 +72,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     allow_faults: bool = False  # `lockstep inject` works
 
     host: str = "127.0.0.1"  # of every listener of this pod: pods set it to 0.0.0.0
+    cors_allow_origins: tuple[str, ...] = ()  # pages of these may call the API from a browser; "*": all
     api_port: int = wire.API_PORT
     bus_port: int = wire.BUS_PORT
     status_port: int = wire.STATUS_PORT

@@ -39,9 +39,12 @@ async def serving(
     limits: Limits | None = None,
     engine_limits: EngineLimits | None = None,
     wait_loaded: bool = True,
+    cors: tuple[str, ...] = (),
 ) -> AsyncIterator[str]:
     """The server's URL."""
-    config = ServeConfig(model=str(model), served_name=SERVED, limits=engine_limits or EngineLimits())
+    config = ServeConfig(
+        model=str(model), served_name=SERVED, limits=engine_limits or EngineLimits(), cors_allow_origins=cors
+    )
     app = create_app(config, engine, ApiKeys(api_key, api_key_file), limits)
     server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=5))
     # As in the engine process: asyncio sets TCP_NODELAY only on sockets that say TCP.

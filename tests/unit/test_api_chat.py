@@ -49,7 +49,7 @@ RICH = """
 
 
 def encode(source: str, chat: Chat, *, limit: int = 100_000, seconds: float = 5) -> list[int]:
-    return encode_chat(ChatTemplate(source, TOKENS), TOKENIZER, chat, seconds=seconds, limit=limit)
+    return encode_chat(ChatTemplate(source, TOKENS), TOKENIZER, chat, seconds=seconds, limit=limit, most=10**6)
 
 
 def expected(source: str, chat: Chat) -> list[int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from tests.support.api_server import TINY_CHAT
 from tokenizers import AddedToken, Tokenizer
 
 from lockstep_runtime.api.forms import ChatForm, TextForm
-from lockstep_runtime.api.generation import Choice, Job, Piece
+from lockstep_runtime.api.generation import Choice, Job, Piece, opens_reasoning
 from lockstep_runtime.api.tokenizer import TextTokenizer
 from lockstep_runtime.engine.interface import FinishReason, GenerationRequest, TokenEvent
 from lockstep_runtime.wire import SampledToken, SamplingParams
@@ -28,7 +30,14 @@ TOKENIZER = thinking_tokenizer()
 END = TOKENIZER.id_of("<|im_end|>") or 0
 
 
-def job(*, prompt: Sequence[int] = (5,), stops: Sequence[str] = (), logprobs: int = -1, reasoning: bool = True) -> Job:
+def job(
+    *,
+    prompt: Sequence[int] = (5,),
+    stops: Sequence[str] = (),
+    logprobs: int = -1,
+    reasoning: bool = True,
+    thinks: bool = False,
+) -> Job:
     request = GenerationRequest(
         request_id="r", prompt=tuple(prompt), max_tokens=1000, sampling=SamplingParams(logprobs=logprobs)
     )
@@ -40,9 +49,16 @@ def job(*, prompt: Sequence[int] = (5,), stops: Sequence[str] = (), logprobs: in
         prompt_tokens=len(prompt),
         stops=tuple(stops),
         reasoning=reasoning,
+        thinks=thinks,
         stream=True,
         include_usage=False,
     )
+
+
+def as_json(entry: dict[str, Any]) -> dict[str, Any]:
+    """As clients read it: log probabilities are encoded already."""
+    found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(entry))
+    return found
 
 
 def run(text: str, job: Job, finish: FinishReason = FinishReason.STOP) -> tuple[list[Piece], Choice]:
@@ -88,8 +104,12 @@ def test_reasoning_is_parted_from_the_answer(text: str, expected: tuple[str, str
 
 
 def test_the_template_may_have_opened_the_reasoning() -> None:
-    assert parts("hm</think>\nyes", job(prompt=TOKENIZER.encode("assistant\n<think>\n"))) == ("hm", "yes")
-    assert parts("yes", job(prompt=TOKENIZER.encode("assistant\n<think>\n\n</think>\n\n"))) == ("", "yes")
+    assert parts("hm</think>\nyes", job(thinks=True)) == ("hm", "yes")
+    markers = TOKENIZER.markers
+    assert markers is not None
+    assert opens_reasoning(markers, TOKENIZER.encode("assistant\n<think>\n"))
+    assert not opens_reasoning(markers, TOKENIZER.encode("assistant\n<think>\n\n</think>\n\n"))
+    assert not opens_reasoning(markers, TOKENIZER.encode("assistant\n"))
 
 
 def test_where_reasoning_is_not_asked_for_the_markers_are_text() -> None:
@@ -137,15 +157,15 @@ def test_every_token_of_the_text_has_its_log_probability_once(finish: FinishReas
 
 def test_minus_infinity_is_a_number_in_json() -> None:
     token = SampledToken(sequence_id=0, token=70, logprob=float("-inf"), top=[(71, float("-inf"))])
-    form = ChatForm(TOKENIZER, logprobs=True)
-    entry = form.delta(0, Piece("a", tokens=(token,)))["logprobs"]["content"][0]
+    form = ChatForm(TOKENIZER, 1, logprobs=True)
+    entry = as_json(form.delta(0, Piece("a", tokens=(token,))))["logprobs"]["content"][0]
     assert (entry["logprob"], entry["top_logprobs"][0]["logprob"]) == (-9999.0, -9999.0)
 
 
 def test_offsets_go_on_from_chunk_to_chunk() -> None:
     form = TextForm(TOKENIZER, [""], logprobs=True)
     pieces, _ = run("one two three", job(logprobs=0))
-    offsets = [offset for piece in pieces for offset in form.delta(0, piece)["logprobs"]["text_offset"]]
+    offsets = [offset for piece in pieces for offset in as_json(form.delta(0, piece))["logprobs"]["text_offset"]]
     assert offsets[0] == 0
     assert offsets == sorted(offsets)
     assert offsets[-1] < len("one two three")

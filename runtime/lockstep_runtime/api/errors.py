@@ -6,9 +6,12 @@ Source: https://platform.openai.com/docs/guides/error-codes and what the `openai
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import msgspec
 from starlette.responses import Response
+
+MAX_MESSAGE: Final = 2000  # characters: a template may put a whole conversation into its own
 
 
 class ApiError(Exception):
@@ -26,9 +29,9 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} …"
         self.kind = kind
-        self.param = param
+        self.param = None if param is None else param[:MAX_MESSAGE]
         self.code = code
         self.retry_after = retry_after
 

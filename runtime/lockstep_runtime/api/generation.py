@@ -46,6 +46,7 @@ class Choice:
         request = job.requests[index]
         self.index = index
         self.tokens = 0
+        self.begun = False  # its prompt's log probabilities were taken
         self.finish_reason: FinishReason | None = None
         self._tokenizer = tokenizer
         # A chat's answer begins a text; a completion goes on with its prompt's.

@@ -69,6 +69,18 @@ class Guard:
             raise ApiError(401, "The API key is wrong", code="invalid_api_key")
 
 
+class HeadAsGet:
+    """ASGI middleware. HEAD is GET whose body the server keeps to itself (RFC 9110, 9.3.2)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
+
+
 def _closing(send: Send) -> Send:
     async def closing(message: Message) -> None:
         if message["type"] == "http.response.start":

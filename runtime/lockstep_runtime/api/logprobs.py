@@ -1,7 +1,7 @@
-"""Log probabilities in OpenAI's two forms, encoded token by token, so that an answer's end costs no more than its middle.
+"""Log probabilities in OpenAI's two forms, encoded token by token: an answer's end costs no more than its middle.
 
 A token that is a part of a character has no text of its own. It is named by its bytes, as OpenAI does, so that two of
-them are two: `\\xe2\\x96` in a chat, `bytes:\\xe2\\x96` in a completion.
+them are two: as `backslash x e2 …` in a chat, with `bytes:` before that in a completion.
 
 Source: https://platform.openai.com/docs/api-reference/chat/object and .../completions/object
 """

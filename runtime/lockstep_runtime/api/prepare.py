@@ -6,7 +6,6 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from os.path import commonprefix
 from typing import Final
 
 from lockstep_runtime.api.chat import Chat, encode_chat
@@ -100,7 +99,9 @@ class Preparation:
         seconds, limit = self.limits.render_seconds, self.limits.max_prompt_chars
         with_prompt = template.render(chat, seconds=seconds, limit=limit)
         without = template.render(replace(chat, add_generation_prompt=False), seconds=seconds, limit=limit)
-        added = with_prompt[len(commonprefix((with_prompt, without))) :]
+        pairs = enumerate(zip(with_prompt, without, strict=False))
+        common = next((index for index, (one, other) in pairs if one != other), min(len(with_prompt), len(without)))
+        added = with_prompt[common:]
         return opens_reasoning(markers, self.model.tokenizer.encode(added))
 
     def _requests(

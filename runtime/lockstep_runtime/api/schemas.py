@@ -107,7 +107,6 @@ def _are_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int and item >= 0 for item in value)
 
 
-_TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], FailFast()]
 _Flag = Annotated[bool | None, BeforeValidator(_flag)]  # null: the default
 
 
@@ -152,12 +151,14 @@ class _Request(_Strict):
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     n: int | None = Field(None, ge=1, le=16)
     stop: Annotated[
-        Annotated[list[Annotated[str, Field(max_length=256)]], FailFast()] | None,
+        list[Annotated[str, Field(max_length=256)]] | None,
         BeforeValidator(_stops),
         _at_most(16),
         WithJsonSchema(_STOP_SCHEMA),
     ] = None
-    stop_token_ids: Annotated[_TokenIds | None, Field(max_length=64), _at_most(64)] = None
+    stop_token_ids: Annotated[
+        list[Annotated[int, Field(ge=0, lt=2**31)]] | None, Field(max_length=64), _at_most(64)
+    ] = None
     ignore_eos: _Flag = None
     stream: _Flag = None
     stream_options: StreamOptions | None = None
@@ -191,9 +192,7 @@ class ChatRequest(_Request):
         "echo": Neutral(OFF, "it is for /v1/completions; leave it out"),
     }
 
-    messages: Annotated[
-        list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES), _at_most(MAX_MESSAGES)
-    ]
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES), _at_most(MAX_MESSAGES)]
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="the older name of max_completion_tokens")
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="default: what the model has room for")
     logprobs: _Flag = None
@@ -220,7 +219,7 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
     max_tokens: int | None = Field(None, ge=0, lt=2**31, description="default: 16; 0 with echo: the prompt alone")
-    logprobs: Annotated[int | None, BeforeValidator(_false_is_none), Field(ge=0, le=20)] = None
+    logprobs: Annotated[Annotated[int, Field(ge=0, le=20)] | None, BeforeValidator(_false_is_none)] = None
     echo: _Flag = Field(None, description="with logprobs: the prompt's tokens have theirs, too")
     add_special_tokens: _Flag = Field(None, description="such as a beginning of text before a prompt; default: true")
 
@@ -236,7 +235,7 @@ class CompletionRequest(_Request):
         return -1 if self.logprobs is None else self.logprobs
 
 
-RequestT = TypeVar("RequestT", ChatRequest, CompletionRequest)
+RequestT = TypeVar("RequestT", bound=_Request)
 
 
 def validate(kind: type[RequestT], body: dict[str, Any]) -> RequestT:

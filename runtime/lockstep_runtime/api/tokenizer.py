@@ -70,16 +70,21 @@ class TextTokenizer:
         Raises:
             TooManyTokensError: there are more than `most`; found out from the beginning of a text that is very long.
         """
-        if most is not None and len(text) > _PREFIX_CHARACTERS * most:
-            if self.longest_token is not None and len(text) > self.longest_token * most:
-                raise TooManyTokensError(f"more than {most}")
-            if len(self._encode(text[: _PREFIX_CHARACTERS * most], False)) > most + _SLACK_TOKENS:
-                raise TooManyTokensError(f"more than {most}")
+        if most is not None and self._is_certainly_more(text, most):
+            raise TooManyTokensError(f"more than {most}")
         encoding = self._encode(text, add_special_tokens)
         if most is not None and len(encoding) > most:
             raise TooManyTokensError(str(len(encoding)))
         ids: list[int] = encoding.ids
         return ids
+
+    def _is_certainly_more(self, text: str, most: int) -> bool:
+        prefix = _PREFIX_CHARACTERS * (most + _SLACK_TOKENS)
+        if len(text) <= prefix:
+            return False
+        if self.longest_token is not None and len(text) > self.longest_token * most:
+            return True
+        return len(self._encode(text[:prefix], False)) > most + _SLACK_TOKENS
 
     def _encode(self, text: str, add_special_tokens: bool) -> Encoding:
         """As a batch of one: for a single text the binding keeps the interpreter's lock, and so every stream waits."""

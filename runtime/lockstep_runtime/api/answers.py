@@ -1,0 +1,167 @@
+"""What answers look like, for the schema at /openapi.json. Answers themselves are encoded by hand (forms.py): a stream
+goes through no model.
+
+Source: https://platform.openai.com/docs/api-reference/chat/object, .../chat-streaming, .../completions/object
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every error's form, in a stream's last event, too."""
+
+    error: ErrorDetail
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobsBody(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    reasoning_content: str | None = None
+
+
+FinishReasonName = Literal["stop", "length"]
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobsBody | None
+    finish_reason: FinishReasonName
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobsBody | None
+    finish_reason: FinishReasonName | None
+
+
+class ChatCompletionChunk(BaseModel):
+    """One event of a stream; the last is `[DONE]`."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class TextLogprobsBody(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class TextChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: TextLogprobsBody | None
+    finish_reason: FinishReasonName | None
+
+
+class Completion(BaseModel):
+    """Whole, or one event of a stream, whose last is `[DONE]`."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | None = None
+
+
+class ModelCard(BaseModel):
+    """OpenAI's model object, with vLLM's `max_model_len`."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int | None
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Health(BaseModel):
+    status: Literal["ok"]
+
+
+class ReadyBody(BaseModel):
+    ready: bool
+    reason: str
+
+
+Responses = dict[int | str, dict[str, Any]]
+
+_ERRORS: Final = {
+    400: "The request can't be served as it is: `param` names the field",
+    401: "The API key is missing or wrong",
+    404: "This server serves another model",
+    408: "The body did not arrive in time",
+    413: "The body is too large",
+    415: "The body is not sent as application/json",
+    500: "The request failed for good",
+    503: "Nothing can be queued now: try again after `Retry-After` seconds",
+}
+
+
+def errors(*statuses: int) -> Responses:
+    return {status: {"model": ErrorBody, "description": _ERRORS[status]} for status in statuses}
+
+
+def streamed(whole: type[BaseModel], chunk: type[BaseModel]) -> Responses:
+    """200, whole as JSON or event by event."""
+    event = {"schema": {"type": "string", "description": f"Events: `data: ` and a {chunk.__name__} as JSON"}}
+    return {200: {"model": whole, "description": "The answer", "content": {"text/event-stream": event}}}

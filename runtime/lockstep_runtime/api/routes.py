@@ -1,0 +1,141 @@
+"""The endpoints, and what /openapi.json says of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+import lockstep_runtime
+from lockstep_runtime.api.answers import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    ErrorBody,
+    Health,
+    ModelCard,
+    ModelList,
+    ReadyBody,
+    Responses,
+    errors,
+    streamed,
+)
+from lockstep_runtime.api.errors import unknown_model
+from lockstep_runtime.api.metrics import CONTENT_TYPE
+from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest
+from lockstep_runtime.api.service import TheService
+from lockstep_runtime.api.stream import Answer
+
+_COMPONENT: Final = "#/components/schemas/{model}"
+_REFUSALS: Final = errors(400, 401, 404, 408, 413, 415, 500, 503)
+_ANY_ERROR: Final[Responses] = {"default": {"model": ErrorBody, "description": "Any other error"}}
+
+router = APIRouter(responses=_ANY_ERROR)
+
+
+@router.get("/health", tags=["state"])
+async def health() -> Health:
+    """The process answers, no more."""
+    return Health(status="ok")
+
+
+@router.get("/ready", tags=["state"], responses={503: {"model": ReadyBody, "description": "It would not"}})
+async def ready(service: TheService, response: Response) -> ReadyBody:
+    """Whether a request sent now would make progress."""
+    readiness = service.readiness()
+    if not readiness.ready:
+        response.status_code = 503
+    return ReadyBody(ready=readiness.ready, reason=readiness.reason)
+
+
+@router.get(
+    "/metrics",
+    tags=["state"],
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "For Prometheus"}},
+)
+async def metrics(service: TheService) -> Response:
+    """Counters, gauges and histograms in Prometheus' text format."""
+    return Response(service.metrics.render(), media_type=CONTENT_TYPE)
+
+
+@router.get("/v1/models", tags=["OpenAI"], responses=errors(401, 503))
+async def models(service: TheService) -> ModelList:
+    """The one model that is served."""
+    return ModelList(object="list", data=[service.card()])
+
+
+@router.get("/v1/models/{name:path}", tags=["OpenAI"], responses=errors(401, 404, 503))
+async def model(name: str, service: TheService) -> ModelCard:
+    """The model, if it is called so."""
+    card = service.card()
+    if name != card.id:
+        raise unknown_model(name[:200], card.id)
+    return card
+
+
+async def _chat_answer(request: Request, service: TheService) -> Answer:
+    return await service.answer(ChatRequest, request)
+
+
+async def _completion_answer(request: Request, service: TheService) -> Answer:
+    return await service.answer(CompletionRequest, request)
+
+
+def _body(kind: type[ChatRequest] | type[CompletionRequest]) -> dict[str, Any]:
+    """A body that is read, bounded and validated by a dependency of ours, in a thread where it is long."""
+    schema = {"$ref": _COMPONENT.format(model=kind.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+@router.post(
+    "/v1/chat/completions",
+    tags=["OpenAI"],
+    response_class=Response,
+    responses=streamed(ChatCompletion, ChatCompletionChunk) | _REFUSALS,
+    openapi_extra=_body(ChatRequest),
+)
+async def chat(answer: Annotated[Answer, Depends(_chat_answer)]) -> Response:
+    """The answer to a conversation, whole or, with `stream`, as server-sent events."""
+    return answer
+
+
+@router.post(
+    "/v1/completions",
+    tags=["OpenAI"],
+    response_class=Response,
+    responses=streamed(Completion, Completion) | _REFUSALS,
+    openapi_extra=_body(CompletionRequest),
+)
+async def completion(answer: Annotated[Answer, Depends(_completion_answer)]) -> Response:
+    """The continuation of one prompt or of several, whole or, with `stream`, as server-sent events."""
+    return answer
+
+
+def describe(app: FastAPI, *, with_key: bool) -> dict[str, Any]:
+    """The OpenAPI document: what FastAPI finds, the bodies that are read by hand, and the key if one is needed."""
+    document = get_openapi(
+        title="Lockstep", version=lockstep_runtime.__version__, routes=app.routes, description=_DESCRIPTION
+    )
+    by_hand: list[tuple[Any, Any]] = [
+        (ChatRequest, "validation"),
+        (CompletionRequest, "validation"),
+        (ChatCompletionChunk, "serialization"),
+    ]
+    _, schemas = models_json_schema(by_hand, ref_template=_COMPONENT)
+    document["components"]["schemas"] |= schemas["$defs"]
+    if with_key:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path, operations in document["paths"].items():
+            if path.startswith("/v1/"):
+                for operation in operations.values():
+                    operation["security"] = [{"key": []}]
+    return document
+
+
+_DESCRIPTION: Final = (
+    "OpenAI's chat completions and completions, with the fields that vLLM's users know. Fields that nobody knows are "
+    "ignored; fields that mean something this server can't do are refused by name."
+)

@@ -1,0 +1,134 @@
+"""What the endpoints share: the model's text side, the engine, and where a request's body becomes a job."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Annotated
+
+from fastapi import Depends, FastAPI, Request
+
+from lockstep_runtime.api import model as models
+from lockstep_runtime.api.answers import ModelCard
+from lockstep_runtime.api.errors import unavailable, unknown_model
+from lockstep_runtime.api.forms import Form
+from lockstep_runtime.api.generation import Job
+from lockstep_runtime.api.limits import Limits, parse, read_body
+from lockstep_runtime.api.metrics import Metrics
+from lockstep_runtime.api.model import ModelUnavailableError, ServedModel
+from lockstep_runtime.api.prepare import Preparation
+from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest, validate
+from lockstep_runtime.api.stream import Answer, Services
+from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.engine.interface import EngineClient, Readiness
+
+log = logging.getLogger(__name__)
+
+_RETRY_LOAD_SECONDS = 2.0
+_RETRY_LOADING = 5.0  # what clients are told to wait while the model is loaded
+
+
+class Service:
+    """One per application, at `app.state.service`."""
+
+    def __init__(self, config: ServeConfig, engine: EngineClient, limits: Limits) -> None:
+        self.served_name = config.served_name
+        self.metrics = Metrics(config.served_name, engine.stats)
+        self._config = config
+        self._engine = engine
+        self._limits = limits
+        self._services = Services(engine, self.metrics, limits)
+        self._model: ServedModel | None = None
+        self._why_not = "the tokenizer is being loaded"
+        self._created = int(time.time())
+        # Where bodies are parsed, rendered and tokenized: a large one doesn't hold up the small ones.
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="lockstep-prompt")
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="lockstep-large-prompt")
+
+    @asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(self._load())
+        try:
+            yield
+        finally:
+            loading.cancel()
+            await asyncio.wait((loading,))
+            for threads in (self._threads, self._large):
+                threads.shutdown(wait=False, cancel_futures=True)
+
+    def readiness(self) -> Readiness:
+        """Whether a request sent now would make progress."""
+        readiness = self._engine.readiness()
+        if readiness.ready and self._model is None:
+            return Readiness(False, self._why_not, readiness.draining)
+        return readiness
+
+    def card(self) -> ModelCard:
+        """
+        Raises:
+            ApiError: 503, the model is still being loaded.
+        """
+        return ModelCard(
+            id=self.served_name,
+            object="model",
+            created=self._created,
+            owned_by="lockstep",
+            max_model_len=self._preparation().max_model_len,
+        )
+
+    async def answer(self, kind: type[ChatRequest] | type[CompletionRequest], request: Request) -> Answer:
+        """
+        Raises:
+            ApiError: the request can't be served.
+        """
+        arrived = time.monotonic()
+        body = await read_body(request, self._limits)
+        threads = self._large if len(body) > self._limits.large_body_bytes else self._threads
+        job, form, model = await asyncio.get_running_loop().run_in_executor(threads, self._prepare, kind, body)
+        return Answer(job, form, model.tokenizer, self._services, arrived)
+
+    def _prepare(self, kind: type[ChatRequest] | type[CompletionRequest], body: bytes) -> tuple[Job, Form, ServedModel]:
+        asked = validate(kind, parse(body, self._limits))
+        if asked.model != self.served_name:
+            raise unknown_model(asked.model[:200], self.served_name)
+        preparation = self._preparation()
+        job, form = preparation.chat(asked) if isinstance(asked, ChatRequest) else preparation.completion(asked)
+        return job, form, preparation.model
+
+    def _preparation(self) -> Preparation:
+        """
+        Raises:
+            ApiError: 503, the model is still being loaded.
+        """
+        model, max_model_len = self._model, self._engine.max_model_len
+        if model is None or max_model_len is None:
+            why = self._why_not if model is None else self._engine.readiness().reason
+            raise unavailable(f"The model is not loaded yet: {why}", _RETRY_LOADING, "loading")
+        return Preparation(model, self.served_name, max_model_len, self._limits)
+
+    async def _load(self) -> None:
+        """Until it succeeds: a path that is wrong now may be mended, a hub that is away comes back."""
+        while self._model is None:
+            try:
+                self._model = await asyncio.to_thread(models.load, self._config)
+            except ModelUnavailableError as error:
+                if self._why_not != str(error):
+                    log.warning("the tokenizer can't be loaded: %s", error)
+                self._why_not = str(error)
+                await asyncio.sleep(_RETRY_LOAD_SECONDS)
+        self._engine.set_serving_blocker("")
+        gc.freeze()  # what stays for ever need not be looked through each time that garbage is looked for
+        log.info("the tokenizer is loaded")
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+TheService = Annotated[Service, Depends(_service)]
