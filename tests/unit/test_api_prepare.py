@@ -85,7 +85,7 @@ def test_a_long_text_of_few_tokens_is_not_refused() -> None:
     bound = longest_token(raw())
     assert bound is not None
     assert bound >= len(longest)
-    text = TextTokenizer(raw()).decode([raw().token_to_id(longest)])
+    text = TextTokenizer(raw()).decode([raw().get_vocab()[longest]])
     [ids] = completion(text * 62, max_tokens=1)
     assert len(ids) <= 63
 
