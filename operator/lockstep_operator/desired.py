@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Final
 
 from lockstep_operator.names import (
     API_VERSION,
@@ -28,6 +28,7 @@ from lockstep_operator.spec import Model
 from lockstep_runtime.wire import API_PORT, BUS_PORT, STATUS_PORT
 
 Manifest = dict[str, Any]
+IP_FAMILIES: Final = "PreferDualStack"  # both where the cluster has both, else its only one
 
 
 def revision(model: Model, token: str, settings: Settings) -> str:
@@ -53,8 +54,9 @@ def serving_service(model: Model) -> Manifest:
     """Leads to the first pod of every Ready group, whatever its revision."""
     spec = {
         "type": "ClusterIP",
+        "ipFamilyPolicy": IP_FAMILIES,
         "selector": {MODEL_LABEL: model.name, POD_INDEX_LABEL: "0"},
-        "ports": [{"name": "http", "port": API_PORT, "targetPort": "api", "protocol": "TCP"}],
+        "ports": [{"name": "http", "port": API_PORT, "targetPort": "api", "protocol": "TCP", "appProtocol": "http"}],
     }
     return _sealed({**_object("v1", "Service", model.name, model), "spec": spec})
 
@@ -63,6 +65,7 @@ def headless_service(model: Model, group: int) -> Manifest:
     """Gives the group's pods names before they are Ready: they need each other to become it."""
     spec = {
         "clusterIP": "None",
+        "ipFamilyPolicy": IP_FAMILIES,
         "publishNotReadyAddresses": True,
         "selector": {MODEL_LABEL: model.name, GROUP_LABEL: str(group)},
         "ports": [

@@ -208,6 +208,12 @@ def test_the_serving_service_leads_to_the_first_pods_only() -> None:
     assert service["spec"]["selector"] == {"lockstep.dev/model": "chat", "apps.kubernetes.io/pod-index": "0"}
 
 
+def test_services_have_both_ip_families_where_the_cluster_has_both() -> None:
+    for service in (desired.serving_service(model()), desired.headless_service(model(), 0)):
+        assert service["spec"]["ipFamilyPolicy"] == "PreferDualStack"
+        assert "ipFamilies" not in service["spec"], "the cluster's first one stays the first"
+
+
 OWN_NAMESPACE: dict[str, Any] = {"podSelector": {}}
 GATEWAY = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "gateway"}}}
 PROMETHEUS = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
