@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NoReturn, get_args
 
 import lockstep_runtime
-from lockstep_runtime import fault_box, inject_client, log, wire
+from lockstep_runtime import accelerator, fault_box, inject_client, log, wire
 from lockstep_runtime.config import (
     TOKEN_VARIABLE,
     Backend,
@@ -141,7 +141,7 @@ def _add_flags(serve: argparse.ArgumentParser, environment: Mapping[str, str]) -
     flag(ranks, "ranks-per-pod", _positive, None, "ranks that run here; default: all of them", metavar="K")
     flag(ranks, "backend", _one_of(*get_args(Backend)), "auto", f"of the collectives: {', '.join(get_args(Backend))}")
     flag(ranks, "device", _one_of(*get_args(Device)), "auto",
-         "auto: cuda with nccl, else cpu; cuda with gloo lets ranks share a GPU, slowly")  # fmt: skip
+         "auto: cuda where there are GPUs, else cpu; cuda with gloo lets ranks share a GPU, slowly")  # fmt: skip
     flag(ranks, "threads-per-rank", _positive, None, "CPU threads; default: the cores, divided by the ranks here")
 
     engine = serve.add_argument_group("engine")
@@ -303,7 +303,7 @@ def check_faults(config: ServeConfig, environment: Mapping[str, str]) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    config = config_from(options)
+    config = accelerator.settle(config_from(options), gpus=accelerator.has_gpus(os.environ))
     check_faults(config, os.environ)
     token = token_for(config, os.environ)
     listening = open_ports(config)

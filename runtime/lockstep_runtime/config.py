@@ -61,8 +61,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     leader: str = "127.0.0.1"  # host name of pod 0
 
     dtype: DType = "auto"
-    backend: Backend = "auto"  # auto: nccl where there is CUDA, else gloo (shared memory within one pod)
-    device: Device = "auto"  # auto: cuda with nccl, else cpu; cuda with gloo lets ranks share a GPU
+    backend: Backend = "auto"  # auto: nccl with cuda, else gloo (shared memory within one pod)
+    device: Device = "auto"  # auto: see `accelerator.settle`; cuda with gloo lets ranks share a GPU
     threads_per_rank: int | None = None  # CPU threads; None: the cores there are, divided by the pod's ranks
     limits: EngineLimits = EngineLimits()
 

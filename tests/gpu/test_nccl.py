@@ -54,7 +54,7 @@ def abort_and_rebuild() -> list[tuple[float, int]]:
         work_on_gpu(0.5)
         queued = group.all_reduce(torch.ones(1 << 20, device=DEVICE))
         begun = time.monotonic()
-        control = threading.Thread(target=group.abort)
+        control = threading.Thread(target=group.release)
         control.start()
         queued.sum().item()  # as a step that waits for its result; what it holds means nothing now
         group.close()
@@ -99,7 +99,7 @@ def lose_context(kind: Injection) -> tuple[Fault, str]:
             group.all_reduce(torch.ones(1, device=DEVICE)).item()
     except RuntimeError as error:
         time.sleep(3.0)  # torch's watchdog has met the error, too
-        threading.Thread(target=group.abort, daemon=True).start()
+        threading.Thread(target=group.release, daemon=True).start()
         return classify(error)
     raise AssertionError("the context was not lost")
 
@@ -122,7 +122,7 @@ def pair(rank: int, addresses: list[str]) -> list[Any]:
         found.append(group.all_reduce(torch.ones(5, device=device)).tolist())
         begun = time.monotonic()
         if epoch == 0 and rank == 0:
-            control = threading.Timer(0.5, group.abort)
+            control = threading.Timer(0.5, group.release)
             control.start()
             group.all_reduce(torch.ones(1 << 20, device=device)).sum().item()
             control.join()

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.support.models import ModelShape
 from tests.support.ranks import piece
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lockstep_runtime.cli import UsageError, build_parser, config_from
 from lockstep_runtime.config import Backend, Device, ServeConfig
 from lockstep_runtime.layers.batch import build_batch
 from lockstep_runtime.layers.cache import KVCache
-from lockstep_runtime.layers.placement import choose_placement
+from lockstep_runtime.layers.placement import Placement, choose_placement
+from lockstep_runtime.layers.prefill import candidate
 from lockstep_runtime.layers.weight import PlainWeight, stacked_rows
 from lockstep_runtime.models.qwen3 import Qwen3
+from lockstep_runtime.parallel.embedding import VocabularyEmbedding
 from lockstep_runtime.parallel.group import SingleGroup, choose_backend
 from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.weights.plan import Shard
+from lockstep_runtime.wire import LoadFailure
+from lockstep_runtime.worker.classify import load_failure
 from lockstep_runtime.worker.device import choose_device, sharers
 from lockstep_runtime.worker.memory import cuda_budget
+from lockstep_runtime.worker.runner import on_host
 
 GIB = 2**30
 CUDA = torch.device("cuda", 0)
@@ -51,10 +60,11 @@ def test_the_device_of_a_rank(device: Device, backend: str, rank: int, visible: 
 
 
 def test_too_few_gpus_are_told_in_a_sentence() -> None:
-    with pytest.raises(ModelError, match="rank 1 needs a GPU of its own: 2 ranks run here, and CUDA sees 1"):
+    with pytest.raises(ModelError, match="rank 1 needs a GPU of its own: 2 ranks run here, and CUDA sees 1") as few:
         choose_device(config(), "nccl", 1, 1)
-    with pytest.raises(ModelError, match="CUDA sees none"):
+    with pytest.raises(ModelError, match="CUDA sees none") as none:
         choose_device(config("cuda"), "gloo", 0, 0)
+    assert {load_failure(few.value), load_failure(none.value)} == {LoadFailure.DEVICE_LOST}
 
 
 def test_the_backend_follows_the_device() -> None:
@@ -112,3 +122,78 @@ def test_the_model_computes_wholly_on_its_device(dtype: str, size: int) -> None:
     found: list[Tensor] = [hidden, logits, *best]
     assert {tensor.device for tensor in found} == {CUDA}
     assert hidden.shape == (2, shape.hidden)
+
+
+WAITING = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal")
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes every operation that makes the host wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        leaves = isinstance(result, Tensor) and result.is_cpu and any(not one.is_cpu for one in tensors)
+        if leaves or func.overloadpacket.__name__ in WAITING:
+            self.waits.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_step_has_static_shapes_and_waits_for_the_device_once(size: int, dtype: str, tokens: int) -> None:
+    """Without a shape environment a shape that depends on a value raises; so a step could be captured in a graph."""
+    shape = ModelShape(dtype=dtype)
+    placement = choose_placement(CUDA, getattr(torch, dtype))
+    kind = candidate(CUDA, placement.activation, shape.head_dim)
+    with FakeTensorMode(), torch.inference_mode():
+        model = Qwen3.build(shape.config(), Shard(0, size), placement)
+        for weight in model.weights():
+            assert isinstance(weight, PlainWeight)
+            rows, rest = stacked_rows(weight.cuts), weight.cuts[0].local_shape[1:]
+            weight.data = torch.empty((rows, *rest), dtype=placement.dtype, device=CUDA)
+        model.loaded()
+        cache = KVCache(model.cache_shape, 8, placement, prefill=kind)
+        batch = build_batch([piece(1, 33, list(range(tokens)), [1, 2]), piece(2, 3, [7], [3])], CUDA)
+        group = SingleGroup()
+        with Watch() as watch:
+            states = model.forward(batch, cache, group)
+            hidden = states[batch.last]
+            model.best(hidden, group)
+            model.logits(hidden, group)
+            assert watch.waits == []
+            on_host(states, hidden)
+    assert len(watch.waits) == 1, watch.waits
+
+
+def test_a_shape_that_depends_on_a_value_would_be_noticed() -> None:
+    with FakeTensorMode(), pytest.raises(DynamicOutputShapeException):
+        torch.ones(3, device=CUDA).nonzero()
+    with FakeTensorMode(shape_env=ShapeEnv()), torch.inference_mode(), Watch() as watch:
+        ones = torch.ones(3, device=CUDA)
+        ones.nonzero()
+        ones.sum().item()
+        ones.cpu()
+    assert [name.split(".")[1] for name in watch.waits] == ["nonzero", "item", "to"]
+
+
+@pytest.mark.parametrize(("vocabulary", "size"), [(5, 4), (8, 4), (7, 2)])
+def test_the_ranks_rows_of_an_embedding_add_up_to_the_table(vocabulary: int, size: int) -> None:
+    """Exactly: of every token one rank has the row, and the others nothing, whatever stands in theirs."""
+    table = torch.randn(vocabulary, 6)
+    table[0, 1] = table[-1, 2] = float("inf")  # rows that stand in for others' while they are masked
+    tokens = torch.tensor([1, 0, vocabulary - 2, 1, vocabulary - 1])
+    placement = Placement(device=torch.device("cpu"), dtype=torch.float32, activation=torch.float32)
+    total = torch.zeros(len(tokens), 6)
+    for rank in range(size):
+        embedding = VocabularyEmbedding("embed.weight", vocabulary, 6, Shard(rank, size), placement)
+        assert isinstance(embedding.table, PlainWeight)
+        cut = embedding.table.cuts[0]
+        embedding.table.data = table[cut.start : cut.start + cut.rows]
+        total += embedding(tokens, SingleGroup())
+    assert torch.equal(total, table[tokens])

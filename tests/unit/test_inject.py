@@ -138,7 +138,7 @@ def test_a_hang_inside_a_collective_ends_by_an_abort_and_the_record_shows_it(ben
     thread.start()
     wait_for(lambda: bench.progress.read().inside)
     assert bench.progress.read().place == "b"
-    group.abort()
+    group.release()
     thread.join(SECONDS)
     assert caught
 
@@ -209,7 +209,7 @@ def test_every_kind_has_a_deed(bench: Bench, kind: Injection, at: Moment, monkey
     bench.arm(kind, phase=Phase.DECODE, at=at)
     group: Group = SingleGroup()
     if kind is Injection.HANG and at is Moment.INSIDE:
-        group.abort()
+        group.release()
     try:
         given, faulty = bench.injector.step(DECODE, WatchedGroup(group, bench.progress))
         changed = given != DECODE or not torch.equal(faulty.all_reduce(torch.ones(2)), torch.ones(2))

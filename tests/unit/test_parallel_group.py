@@ -87,11 +87,11 @@ def blocked_then_aborted(group: Group) -> Any:
     if group.rank == group.size - 1:
         time.sleep(3)
         return "late"
-    threading.Timer(0.3, group.abort).start()
+    threading.Timer(0.3, group.release).start()
     try:
         group.all_reduce(torch.ones(100))
     except GroupAborted:
-        group.abort()
+        group.release()
         try:
             group.gather(torch.ones(1))
         except GroupAborted:
@@ -163,6 +163,6 @@ def test_one_rank_alone() -> None:
     tensor = torch.ones(3)
     assert group.all_reduce(tensor).equal(torch.ones(3))
     assert group.gather(tensor) == [tensor]
-    group.abort()
+    group.release()
     with pytest.raises(GroupAborted):
         group.all_reduce(tensor)

@@ -114,9 +114,12 @@ def test_a_cache_is_spoiled_by_what_is_no_number_in_a_context(model: Path, bad: 
             cache.layers[1].values[slot, 0, 3] = bad
         assert runner.is_spoiled([held])
         assert runner.allocate(4) is cache
+        before = cache.name
         anew = runner.allocate(4, anew=True)
-        assert anew.name != cache.name
+        assert anew is cache  # in place: nowhere is there room for two
+        assert anew.name != before
         assert not anew.layers[1].values[: 3 * BLOCK_SIZE].any()
+        assert anew.layers[1].values[3 * BLOCK_SIZE :].any()  # the probe's
         assert not runner.is_spoiled([held])
 
 

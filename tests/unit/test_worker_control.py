@@ -18,7 +18,7 @@ from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.engine.bus import Bus, FromPeer, Peer
 from lockstep_runtime.engine.main import listen
-from lockstep_runtime.parallel.errors import GroupAborted, GroupError
+from lockstep_runtime.parallel.errors import GroupAborted, GroupError, GroupStuckError
 from lockstep_runtime.parallel.watched import WatchedGroup
 from lockstep_runtime.progress import Progress, Stage, new_memory
 from lockstep_runtime.wire import Fault
@@ -73,12 +73,18 @@ class FakeGroup:
 
     def __init__(self) -> None:
         self.aborted = threading.Event()
+        self.let_close_end = threading.Event()
+        self.let_close_end.set()
+        self.stuck = False
         self.closed = False
 
-    def abort(self) -> None:
+    def release(self) -> None:
         self.aborted.set()
 
     def close(self) -> None:
+        if self.stuck:
+            raise GroupStuckError("NCCL has not freed it")
+        assert self.let_close_end.wait(SECONDS)
         self.closed = True
 
     def all_reduce(self, tensor: Any, place: str = "") -> Any:
@@ -121,6 +127,8 @@ class FakeEdge:
     def allocate(self, blocks: int, *, anew: bool = False) -> Any:
         return SimpleNamespace(name="anew" if anew else "fresh", blocks=blocks, nbytes=blocks * 100)
 
+    def give_back_unused(self) -> None: ...
+
     def is_spoiled(self, doubted: list[wire.SequenceSlice]) -> bool:
         return [one.tokens for one in doubted] == [[13]]
 
@@ -135,6 +143,7 @@ class Scene:
     progress: Progress
     control: Control
     thread: threading.Thread
+    ended_by: list[GroupStuckError]
 
     async def joined(self, epoch: int) -> Peer:
         peer = self.script.peers[-1]
@@ -156,20 +165,31 @@ async def scene() -> Any:
     control = Control(config, 0, TOKEN, "incarnation")
     worker = Worker(config, 0, control, progress, edge)
 
+    ended_by: list[GroupStuckError] = []
+
     def live() -> None:
         worker.load(edge)  # type: ignore[arg-type] # the edge plays the runner too
-        worker.run()
+        try:
+            worker.run()
+        except GroupStuckError as error:
+            ended_by.append(error)
 
     control.start()
     thread = threading.Thread(target=live, daemon=True)
     thread.start()
     await script.meet(1)
     await script.hear(wire.Loaded)
-    yield Scene(script, edge, progress, control, thread)
+    yield Scene(script, edge, progress, control, thread, ended_by)
     control.inbox.put(Dismissed("the test is over"))
     await asyncio.to_thread(thread.join, SECONDS)
     control.stop()
     await bus.close()
+
+
+async def until_true(look: Callable[[], bool]) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not look():  # noqa: ASYNC110 - another thread's doing
+            await asyncio.sleep(0.005)
 
 
 def step(epoch: int, number: int) -> wire.Step:
@@ -220,12 +240,34 @@ async def test_an_abort_ends_a_blocked_collective_and_is_answered_once(scene: Sc
     peer.send(wire.Abort(epoch=2))
     assert (await scene.script.hear(wire.Aborted)).epoch == 2
     assert not [one for one in scene.script.heard if isinstance(one, wire.StepFailed)]
-    assert scene.edge.groups[0].closed
+    await until_true(lambda: scene.edge.groups[0].closed)
     scene.edge.step_work = lambda group: 5
     peer = await scene.joined(2)
     peer.send(step(1, 2))  # of the past
     peer.send(step(2, 3))
     assert (await scene.script.hear(wire.StepDone)).step == 3
+
+
+async def test_aborted_is_said_before_anything_is_given_back(scene: Scene) -> None:
+    """A communicator may be given back only when its peers have left it, too: they are not to wait for that."""
+    peer = await scene.joined(1)
+    group = scene.edge.groups[0]
+    group.let_close_end.clear()
+    peer.send(wire.Abort(epoch=2))
+    assert (await scene.script.hear(wire.Aborted)).epoch == 2
+    assert group.aborted.is_set()
+    assert not group.closed
+    group.let_close_end.set()
+    await until_true(lambda: group.closed)
+
+
+async def test_a_communicator_that_is_stuck_ends_the_process(scene: Scene) -> None:
+    peer = await scene.joined(1)
+    scene.edge.groups[0].stuck = True
+    peer.send(wire.Abort(epoch=2))
+    await scene.script.hear(wire.Aborted)
+    await asyncio.to_thread(scene.thread.join, SECONDS)
+    assert [str(error) for error in scene.ended_by] == ["NCCL has not freed it"]
 
 
 @pytest.mark.parametrize(

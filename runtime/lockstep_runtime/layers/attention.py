@@ -8,8 +8,7 @@ from torch import Tensor
 
 from lockstep_runtime.layers.batch import Batch, Segment
 from lockstep_runtime.layers.cache import KVCache, LayerCache
-
-TILE = 512  # queries at once: bounds the mask, and skips most of what is masked
+from lockstep_runtime.layers.prefill import ATTEND
 
 
 def attend(queries: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
@@ -18,12 +17,14 @@ def attend(queries: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
     Returns [tokens, heads * head_dim].
     """
     out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
+    attend_chunk = ATTEND[cache.prefill]
     for segment in batch.segments:
         keys, values = _context(cache.keys, segment), _context(cache.values, segment)
         if segment.stop - segment.start == 1:
             _attend_one(queries[segment.start], keys, values, out[segment.start])
         else:
-            _attend_chunk(queries[segment.start : segment.stop], keys, values, out[segment.start : segment.stop])
+            chunk = slice(segment.start, segment.stop)
+            attend_chunk(queries[chunk], keys, values, out[chunk])
     return out.view(out.shape[0], -1)
 
 
@@ -50,23 +51,3 @@ def _attend_one(query: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> Non
     """query and out: [heads, head_dim]. The heads that share a kv head are its query rows: no head is repeated."""
     grouped = (1, keys.shape[1], -1, keys.shape[3])
     out.view(grouped).copy_(F.scaled_dot_product_attention(query.view(grouped), keys, values))
-
-
-def _attend_chunk(queries: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
-    """queries and out: [tokens, heads, head_dim]; the tokens are the context's last."""
-    tokens, context = queries.shape[0], keys.shape[2]
-    for start in range(0, tokens, TILE):
-        stop = min(start + TILE, tokens)
-        seen = context - tokens + stop
-        mask = _causal_mask(stop - start, seen, queries)
-        result = F.scaled_dot_product_attention(
-            queries[None, start:stop].transpose(1, 2), keys[:, :, :seen], values[:, :, :seen],
-            attn_mask=mask, enable_gqa=True,
-        )  # fmt: skip
-        out[start:stop].copy_(result[0].transpose(0, 1))
-
-
-def _causal_mask(queries: int, seen: int, like: Tensor) -> Tensor:
-    """Added to the scores: the queries are the last of what is seen, and see nothing after themselves."""
-    mask = torch.full((queries, seen), float("-inf"), dtype=like.dtype, device=like.device)
-    return mask.triu_(seen - queries + 1)

@@ -25,7 +25,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    inputs: Tensor  # [3, tokens]: the three below, side by side
+    given: Tensor  # [3, tokens], on the host: the three below, side by side
     tokens: Tensor  # [tokens]
     positions: Tensor  # [tokens], in their sequences
     slots: Tensor  # [tokens], where their keys and values go
@@ -53,9 +53,10 @@ def build_batch(sequences: Sequence[SequenceSlice], device: torch.device) -> Bat
             sequence.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
             for position in range(sequence.position, stop)
         ]
-    inputs = torch.tensor([tokens, positions, slots], device=device)
+    given = torch.tensor([tokens, positions, slots])
+    inputs = given.to(device)
     return Batch(
-        inputs=inputs,
+        given=given,
         tokens=inputs[0],
         positions=inputs[1],
         slots=inputs[2],

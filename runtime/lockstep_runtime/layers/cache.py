@@ -7,14 +7,19 @@ import mmap
 import os
 import secrets
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 import torch
 from torch import Tensor
 
 from lockstep_runtime.layers.placement import Placement
+from lockstep_runtime.layers.prefill import Prefill
 
 BLOCK_SIZE = 32  # tokens: small enough to waste little, large enough to keep block tables short
+
+
+_Page = TypeVar("_Page", bound=msgspec.Struct)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +40,7 @@ class LayerCache:
 
     keys: Tensor
     values: Tensor
+    prefill: Prefill = Prefill.MASKED
 
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put one key and value per token, [tokens, kv_heads, head_dim], into the tokens' slots."""
@@ -51,6 +57,14 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
     blocks: int
 
 
+class Footprint(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank on a GPU had of its device, as JSON in a `CacheMemory`: its cache itself ends with its process."""
+
+    device_bytes: int  # weights and cache
+    blocks: int
+    block_bytes: int
+
+
 class CacheMemory:
     """Memory in which a rank's cache outlives the process that wrote it, if the descriptor (memfd) is held elsewhere.
 
@@ -63,11 +77,23 @@ class CacheMemory:
 
     def held(self, shape: CacheShape, dtype: torch.dtype) -> Held | None:
         """What a cache of this shape has left here."""
+        found = self._first_page(Held)
+        return found if found is not None and (found.shape, found.dtype) == (shape, str(dtype)) else None
+
+    def footprint(self) -> Footprint | None:
+        """What this rank's process before this one had of its GPU."""
+        return self._first_page(Footprint)
+
+    def leave_footprint(self, footprint: Footprint) -> None:
+        """For this rank's next process."""
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, msgspec.json.encode(footprint), 0)
+
+    def _first_page(self, kind: type[_Page]) -> _Page | None:
         try:
-            found = msgspec.json.decode(os.pread(self._descriptor, mmap.PAGESIZE, 0).rstrip(b"\0"), type=Held)
+            return msgspec.json.decode(os.pread(self._descriptor, mmap.PAGESIZE, 0).rstrip(b"\0"), type=kind)
         except msgspec.DecodeError:
             return None
-        return found if (found.shape, found.dtype) == (shape, str(dtype)) else None
 
     def forget(self) -> None:
         """What stands here is of no use."""
@@ -93,17 +119,35 @@ class KVCache:
     the same `memory` has the same name and contents.
     """
 
-    def __init__(self, shape: CacheShape, blocks: int, placement: Placement, memory: CacheMemory | None = None) -> None:
+    def __init__(
+        self, shape: CacheShape, blocks: int, placement: Placement, memory: CacheMemory | None = None,
+        prefill: Prefill = Prefill.MASKED,
+    ) -> None:  # fmt: skip
+        self._shape, self._placement, self._memory = shape, placement, memory or CacheMemory()
+        self._prefill = prefill
+        self.blocks = blocks
         size = (2, shape.layers, blocks * BLOCK_SIZE, shape.kv_heads, shape.head_dim)
         dtype, device = placement.activation, placement.device
         if device.type == "cpu":
-            self.name, numbers = (memory or CacheMemory()).open(shape, dtype, blocks)
+            self.name, numbers = self._memory.open(shape, dtype, blocks)
         else:
             self.name, numbers = _new_name(), torch.zeros(math.prod(size), dtype=dtype, device=device)
-        self._numbers = numbers.view(size)
-        self.layers = [LayerCache(keys, values) for keys, values in zip(*self._numbers, strict=True)]
-        self.blocks = blocks
+        self._lay_out(numbers.view(size))
         self.nbytes = numbers.nbytes
+
+    def _lay_out(self, numbers: Tensor) -> None:
+        self._numbers = numbers
+        self.layers = [LayerCache(keys, values, self._prefill) for keys, values in zip(*numbers, strict=True)]
+
+    def renew(self) -> None:
+        """Zeros, under another name, in the same place: a GPU has no room for two."""
+        if self._placement.device.type == "cpu":
+            self._memory.forget()  # which is quicker than to write them
+            self.name, numbers = self._memory.open(self._shape, self._placement.activation, self.blocks)
+            self._lay_out(numbers.view(self._numbers.shape))
+        else:
+            self.name = _new_name()
+            self._numbers.zero_()
 
     def fill_last_block(self) -> None:
         """With what the probe finds there: numbers from -1 to 1, the same every time."""

@@ -34,11 +34,14 @@ class VocabularyEmbedding:
         """tokens: [n] -> [n, hidden]."""
         if self._alone:
             return self.table.lookup(tokens).to(self._activation)
-        local = tokens - self._first
-        here = ((local >= 0) & (local < self._rows)).nonzero()[:, 0]
-        rows = torch.zeros(tokens.shape[0], self._hidden, dtype=self._activation, device=tokens.device)
-        rows.index_copy_(0, here, self.table.lookup(local[here]).to(self._activation))
-        return group.all_reduce(rows, self._place)
+        return group.all_reduce(self._mine(tokens - self._first), self._place)
+
+    def _mine(self, local: Tensor) -> Tensor:
+        """Of shapes that depend on no value, so that nobody waits for the device."""
+        if not self._rows:  # a rank beyond the vocabulary's end
+            return torch.zeros(local.shape[0], self._hidden, dtype=self._activation, device=local.device)
+        rows = self.table.lookup(local.clamp(0, self._rows - 1)).to(self._activation)
+        return torch.where(((local >= 0) & (local < self._rows))[:, None], rows, 0.0)
 
 
 class VocabularyHead:

@@ -11,6 +11,10 @@ class GroupAborted(GroupError):  # noqa: N818 - what happened, not a mistake: so
     """The communicator was aborted while, or before, a collective ran."""
 
 
+class GroupStuckError(GroupError):
+    """A call that can't be left or undone did not end: only a new process can go on."""
+
+
 def check_proof(total: float, size: int) -> None:
     """
     Raises:

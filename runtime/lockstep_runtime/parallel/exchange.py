@@ -37,7 +37,7 @@ class Slots:
 
 
 class ExchangeGroup(ABC):
-    """One rank's end; see `parallel.group.Group`. All methods but `abort` belong to one thread."""
+    """One rank's end; see `parallel.group.Group`. All methods but `release` belong to one thread."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size

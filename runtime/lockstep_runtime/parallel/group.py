@@ -1,23 +1,22 @@
-"""The ranks' communicator. This and `parallel.nccl` are the only modules that touch torch.distributed.
+"""The ranks' communicator. `parallel.nccl` and `parallel.store` alone touch torch.distributed.
 
 Three kinds behind one protocol: NCCL, with a GPU per rank; and for ranks on CPUs, where torch has gloo, shared memory
 within a pod and TCP between pods.
 Each is made for one epoch of the group and thrown away with it. A collective waits without limit, because only the
-engine can tell a slow step from a hung one; `abort` ends the wait.
+engine can tell a slow step from a hung one; `release` ends the wait.
 """
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import os
 import socket
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from lockstep_runtime.config import TOKEN_VARIABLE, ServeConfig
 from lockstep_runtime.parallel.errors import GroupAborted, GroupError
@@ -25,9 +24,22 @@ from lockstep_runtime.parallel.host import HostGroup
 from lockstep_runtime.parallel.meeting import Meeting, MeetingPlace
 from lockstep_runtime.parallel.nccl import NcclGroup
 from lockstep_runtime.parallel.shared_memory import SCHEME, SharedFile, SharedMemoryGroup, is_supported
+from lockstep_runtime.parallel.store import MeetingStore
 from lockstep_runtime.parallel.tcp import TcpGroup
 
-__all__ = ["Group", "GroupAborted", "GroupError", "Rendezvous", "choose_backend", "join", "open_rendezvous"]
+__all__ = [
+    "Group",
+    "GroupAborted",
+    "GroupError",
+    "Rendezvous",
+    "choose_backend",
+    "join",
+    "join_seconds",
+    "open_rendezvous",
+]
+
+JOIN_SECONDS: Final = 10.0  # the engine waits longer than these before it kills a rank that joins
+NCCL_JOIN_SECONDS: Final = 120.0  # to the communicator; its proof has a time of its own
 
 
 class Rendezvous(Protocol):
@@ -55,18 +67,28 @@ class Group(Protocol):
     def check(self) -> None:
         """Raise GroupAborted if it was aborted: on a GPU collectives return before they are done."""
 
-    def abort(self) -> None:
-        """From any thread, any number of times: a collective that is waiting raises GroupAborted."""
+    def release(self) -> None:
+        """Leave: from any thread, any number of times, at once. A collective that is waiting raises GroupAborted."""
 
     def close(self) -> None:
-        """Give back what it holds; not from within a collective."""
+        """Leave, and give back what it holds. By the thread that computes, when nothing refers to it any more.
+
+        Raises:
+            GroupStuckError: it can't be given back; only a new process can go on.
+        """
 
 
 def choose_backend(config: ServeConfig) -> str:
-    """'nccl' or 'gloo': what `auto` means on this machine."""
+    """'nccl' or 'gloo'. A rank believes what it is told, and never looks whether there is a GPU: one whose driver fails
+    would go on alone on its CPU. What `auto` means, the supervisor has settled for all (`accelerator.settle`)."""
     if config.backend == "auto":
-        return "nccl" if config.device != "cpu" and torch.cuda.is_available() else "gloo"
+        return "nccl" if config.device == "cuda" else "gloo"
     return config.backend
+
+
+def join_seconds(config: ServeConfig) -> float:
+    """How long joining may take. NCCL looks for its networks and loads its kernels first: a minute has been seen."""
+    return NCCL_JOIN_SECONDS if choose_backend(config) == "nccl" else JOIN_SECONDS
 
 
 def open_rendezvous(config: ServeConfig, epoch: int) -> Rendezvous:
@@ -75,11 +97,10 @@ def open_rendezvous(config: ServeConfig, epoch: int) -> Rendezvous:
     Raises:
         GroupError: no room in shared memory, or the leader's own address can't be told.
     """
-    gloo = choose_backend(config) == "gloo"
-    if gloo and config.pods == 1 and is_supported():
+    if choose_backend(config) == "gloo" and config.pods == 1 and is_supported():
         return SharedFile(config.tensor_parallel_size)
     host = own_address(config.leader, time.monotonic() + 10.0)
-    return MeetingPlace(host, config.tensor_parallel_size, _token()) if gloo else StoreServer(host)
+    return MeetingPlace(host, config.tensor_parallel_size, _token())
 
 
 def join(
@@ -92,10 +113,11 @@ def join(
 ) -> Group:
     """Meet the other ranks there, and prove the communicator: an all-reduce of ones must give the group's size.
 
-    `cancelled` is asked while the others are waited for; of NCCL's communicator, only in its proof.
+    `cancelled` is asked while the others are waited for.
 
     Raises:
         GroupError: not everyone came within `timeout` seconds, it was cancelled, or the proof failed.
+        GroupStuckError: NCCL's initialisation can't be left; the process must end.
     """
     if config.tensor_parallel_size == 1:
         return SingleGroup()
@@ -111,10 +133,12 @@ def _meet(
         return SharedMemoryGroup(address, rank, size, timeout, cancelled)
     deadline = time.monotonic() + timeout
     try:
+        meeting = Meeting(address, rank, size, _token(), deadline, cancelled)
         if choose_backend(config) == "gloo":
-            return TcpGroup(Meeting(address, rank, size, _token(), deadline, cancelled))
+            return TcpGroup(meeting)
         device = torch.device("cuda", rank % config.ranks_per_pod)
-        return NcclGroup(_connect(address, epoch, deadline), rank, size, device, deadline, cancelled)
+        with contextlib.closing(MeetingStore(meeting)) as store:
+            return NcclGroup(store, rank, size, device, deadline, cancelled)
     except (RuntimeError, OSError, ValueError) as error:  # torch raises subclasses of RuntimeError for all of it
         if isinstance(error, GroupError):
             raise
@@ -142,26 +166,11 @@ class SingleGroup:
         if self._aborted:
             raise GroupAborted("the communicator was aborted")
 
-    def abort(self) -> None:
+    def release(self) -> None:
         self._aborted = True
 
     def close(self) -> None:
-        self.abort()
-
-
-class StoreServer:
-    """torch's key-value store, in which NCCL's ranks meet, listening on this pod's address only."""
-
-    def __init__(self, host: str) -> None:
-        with socket.create_server((host, 0)) as listener:
-            port = listener.getsockname()[1]
-            self._store: TCPStore | None = TCPStore(
-                host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-            )
-        self.address = f"tcp://{host}:{port}"
-
-    def close(self) -> None:
-        self._store = None  # its last reference ends the server
+        self.release()
 
 
 def own_address(leader: str, deadline: float) -> str:
@@ -183,13 +192,3 @@ def own_address(leader: str, deadline: float) -> str:
 def _token() -> str:
     """The group's, which a worker always has."""
     return os.environ.get(TOKEN_VARIABLE, "")
-
-
-def _connect(address: str, epoch: int, deadline: float) -> Store:
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
-    store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=_remaining(deadline))
-    return PrefixStore(f"epoch-{epoch}", store)
-
-
-def _remaining(deadline: float) -> datetime.timedelta:
-    return datetime.timedelta(seconds=max(0.1, deadline - time.monotonic()))

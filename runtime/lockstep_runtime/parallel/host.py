@@ -15,7 +15,7 @@ class HostGroup:
 
     def __init__(self, group: Group) -> None:
         self.rank, self.size = group.rank, group.size
-        self.check, self.abort, self.close = group.check, group.abort, group.close
+        self.check, self.release, self.close = group.check, group.release, group.close
         self._group = group
 
     def all_reduce(self, tensor: Tensor, place: str = "") -> Tensor:

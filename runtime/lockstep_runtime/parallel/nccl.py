@@ -2,12 +2,17 @@
 
 torch's process group is used as an object of our own, never as the default group: an abort concerns this object and no
 global state, so that it may come from another thread while the next epoch's group is about to be made.
+
+Leaving is apart from freeing. NCCL's abort does both: it sets a flag in the host's memory, which every kernel and every
+thread of NCCL's looks at, then it waits for them and for whatever peers have to say, and frees. So `release` starts it
+in a thread of its own, and `close` waits for that thread: the compute thread is out long before.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
 import threading
 import time
@@ -19,18 +24,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from lockstep_runtime.parallel.errors import GroupAborted, GroupError, check_proof
+from lockstep_runtime.parallel.errors import GroupAborted, GroupError, GroupStuckError, check_proof
+from lockstep_runtime.torch_environment import missing_nccl_variables
+
+logger = logging.getLogger(__name__)
 
 WITHOUT_LIMIT: Final = datetime.timedelta(days=30)
-PROOF_PAUSE_SECONDS: Final = 0.001
-# What goes wrong is the engine's to handle. torch would end the process: for a collective's error or time-out, for a
-# CUDA error that its own watchdog meets first, when it dumps its trace, or when it takes its watchdog for stuck.
-KEEP_TORCH_OUT: Final = {
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
-    "TORCH_NCCL_ENABLE_MONITORING": "0",
-}
+LOOK_SECONDS: Final = 0.001  # between two looks at whether the proof is done
+PROOF_SECONDS: Final = 10.0  # for the first all-reduce, which connects the ranks
+LEAVE_SECONDS: Final = 2.0  # for NCCL's initialisation to end by itself, once it is not wanted any more
+FREE_SECONDS: Final = 10.0  # for an abort to free what the communicator holds
+QUEUE_SECONDS: Final = 0.1  # an abort waits so long for a collective that is just being queued
 
 
 class NcclGroup:
@@ -47,63 +51,118 @@ class NcclGroup:
     ) -> None:
         """
         Raises:
-            GroupError: the proof failed or did not end by `deadline` (monotonic), or it was cancelled.
+            GroupError: the proof failed or did not end in PROOF_SECONDS, or it was cancelled.
+            GroupStuckError: NCCL's initialisation did not end by `deadline` (monotonic), or goes on although it was
+                cancelled: it has no time-out, and nothing can end it but the process.
             RuntimeError, ValueError: torch's own, of what can't be made.
         """
-        self.rank, self.size, self._device = rank, size, device
-        self._aborted = threading.Event()
-        self._aborting = threading.Lock()
-        os.environ.update(KEEP_TORCH_OUT)
+        if missing := missing_nccl_variables(os.environ):
+            raise GroupError(f"NCCL would end this process at a fault: set {' '.join(missing)} before it starts")
+        self.rank, self.size, self._device, self._store = rank, size, device, store
+        self._released = threading.Event()
+        self._releasing = threading.Lock()
+        self._queueing = threading.Lock()
+        self._freeing: threading.Thread | None = None
+        self._sum, self._gather = dist.AllreduceOptions(), dist.GatherOptions()
+        self._sum.asyncOp = self._gather.asyncOp = False
+        self._gather.rootRank = 0
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = WITHOUT_LIMIT  # of a collective; the store has its own
         options.global_ranks_in_group = list(range(size))
         self._group: Any = dist.ProcessGroupNCCL(store, rank, size, options)
         try:
-            self._group.eager_connect_single_device(device)
-            self._prove(deadline, cancelled)
+            self._connect(deadline, cancelled)
+            self._prove(time.monotonic() + PROOF_SECONDS, cancelled)
+        except GroupStuckError:
+            raise
         except BaseException:
-            self.abort()  # what is left half made would hold memory, and its peers
+            self.close()  # what is left half made would hold memory, and its peers
             raise
 
     def all_reduce(self, tensor: Tensor, place: str = "") -> Tensor:
-        options = dist.AllreduceOptions()
-        options.asyncOp = False
-        self._run(lambda: self._group.allreduce([tensor], options))
+        self._run(lambda: self._group.allreduce([tensor], self._sum))
         return tensor
 
     def gather(self, tensor: Tensor, place: str = "") -> list[Tensor] | None:
         parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
-        options = dist.GatherOptions()
-        options.rootRank = 0
-        options.asyncOp = False
-        self._run(lambda: self._group.gather([parts] if parts else [], [tensor], options))
+        self._run(lambda: self._group.gather([parts] if parts else [], [tensor], self._gather))
         return parts
 
     def check(self) -> None:
-        if self._aborted.is_set():
+        if self._released.is_set():
             raise GroupAborted("the communicator was aborted")
 
-    def abort(self) -> None:
-        """Returns when it is done, whoever began it. There is one communicator, so nothing else has to be aborted."""
-        with self._aborting:
-            if not self._aborted.is_set():
-                self._aborted.set()
-                with contextlib.suppress(RuntimeError):  # of a lost device context: the process is about to be replaced
-                    self._group.abort()
+    def release(self) -> None:
+        """Returns at once. There is one communicator, so nothing else has to be aborted."""
+        with self._releasing:
+            if self._released.is_set():
+                return
+            self._released.set()
+            self._freeing = threading.Thread(target=self._abort, args=(self._group,), name="abort", daemon=True)
+            self._freeing.start()
 
     def close(self) -> None:
-        """Never torch's `shutdown`, which waits for collectives that may wait for ever."""
-        self.abort()
+        """Never torch's `shutdown`, which waits for collectives that may wait for ever.
+
+        Raises:
+            GroupStuckError: NCCL does not let go of the communicator.
+        """
+        self.release()
+        if self._freeing is not None:
+            self._freeing.join(FREE_SECONDS)
+            if self._freeing.is_alive():
+                raise GroupStuckError(f"NCCL has not freed an aborted communicator within {FREE_SECONDS:g} s")
+            self._freeing = None
+        self._group = None  # its last reference: torch's destructor has nothing left to wait for
+
+    def _abort(self, group: Any) -> None:
+        """In its own thread. A collective that is just being queued reads what an abort frees; one that waits for room
+        on the device is not waited for, since only the abort makes room."""
+        queued = self._queueing.acquire(timeout=QUEUE_SECONDS)
+        try:
+            with contextlib.suppress(RuntimeError):  # of a lost device context: the process is about to be replaced
+                group.abort()
+        finally:
+            if queued:
+                self._queueing.release()
 
     def _run(self, collective: Callable[[], Any]) -> None:
-        self.check()
         try:
-            work = collective()
+            with self._queueing:
+                self.check()
+                work = collective()
             if work is not None:
                 work.wait()  # queues; it does not block
-        except RuntimeError:
+        except dist.DistError as error:
             self.check()  # aborted since
+            raise GroupError(str(error)) from error
+        except RuntimeError:
+            self.check()
             raise
+
+    def _connect(self, deadline: float, cancelled: Callable[[], bool]) -> None:
+        """NCCL's initialisation, in a thread that can be left behind."""
+        failed: list[Exception] = []
+
+        def connect() -> None:
+            try:
+                self._group.eager_connect_single_device(self._device)
+            except Exception as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=connect, name="nccl-init", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.01)
+            if cancelled():
+                thread.join(LEAVE_SECONDS)
+                break
+            if time.monotonic() > deadline:
+                break
+        if thread.is_alive():
+            raise GroupStuckError("NCCL's initialisation did not end, and can't be left")
+        if failed:
+            raise failed[0]
 
     def _prove(self, deadline: float, cancelled: Callable[[], bool]) -> None:
         """A peer that is lost meanwhile never answers, so nothing here may block."""
@@ -115,5 +174,5 @@ class NcclGroup:
                 raise GroupAborted("the meeting was called off")
             if time.monotonic() > deadline:
                 raise GroupError("the first all-reduce did not end in time")
-            time.sleep(PROOF_PAUSE_SECONDS)
+            time.sleep(LOOK_SECONDS)
         check_proof(ones.item(), self.size)

@@ -66,7 +66,7 @@ class SharedFile:
 
 
 class SharedMemoryGroup(ExchangeGroup):
-    """One rank's end. All methods but `abort` belong to one thread."""
+    """One rank's end. All methods but `release` belong to one thread."""
 
     def __init__(
         self, address: str, rank: int, size: int, timeout: float, cancelled: Callable[[], bool] = lambda: False
@@ -97,13 +97,13 @@ class SharedMemoryGroup(ExchangeGroup):
         if self._words[ABORTED]:
             raise GroupAborted("the communicator was aborted")
 
-    def abort(self) -> None:
+    def release(self) -> None:
         """Release every rank, whichever collective it is in; from any thread, any number of times."""
         self._words[ABORTED] = 1
 
     def close(self) -> None:
         """The mapping goes with the object: views of it may still be alive."""
-        self.abort()
+        self.release()
 
     def _meet(self) -> None:
         check_proof(self.all_reduce(torch.ones(1)).item(), self.size)

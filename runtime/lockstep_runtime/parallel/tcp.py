@@ -57,7 +57,7 @@ class TcpGroup(ExchangeGroup):
         if self._aborted:
             raise GroupAborted("the communicator was aborted")
 
-    def abort(self) -> None:
+    def release(self) -> None:
         """Release this rank, and whoever waits for it; from any thread, any number of times."""
         self._aborted = True
         with self._closing:
@@ -66,7 +66,7 @@ class TcpGroup(ExchangeGroup):
                     peer.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self.abort()
+        self.release()
         with self._closing:
             for peer in self._peers.values():
                 peer.close()

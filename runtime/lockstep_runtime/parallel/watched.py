@@ -18,7 +18,7 @@ class WatchedGroup:
             group.on_wait = progress.wait_for
         self._enter, self._leave = progress.enter_collective, progress.leave_collective
         self._all_reduce, self._gather = group.all_reduce, group.gather
-        self.check, self.abort, self.close = group.check, group.abort, group.close
+        self.check, self.release, self.close = group.check, group.release, group.close
 
     def all_reduce(self, tensor: Tensor, place: str = "") -> Tensor:
         self._enter(place)

@@ -25,6 +25,7 @@ from lockstep_runtime.progress import Progress, Record, Stage, new_memory
 from lockstep_runtime.supervisor.machine import ENGINE, Name
 from lockstep_runtime.supervisor.spare import Spare, SpareLostError
 from lockstep_runtime.supervisor.starvation import Standstill
+from lockstep_runtime.torch_environment import NCCL_VARIABLES
 
 logger = logging.getLogger(__name__)
 _HEALTHY_SECONDS: Final = 10.0  # of the spare's and the engine's life
@@ -86,7 +87,8 @@ class Processes:
     """All children of this supervisor."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = _ONE_THREAD | dict(environment) | {child.PARENT_VARIABLE: str(os.getpid())}
+        own = NCCL_VARIABLES | {child.PARENT_VARIABLE: str(os.getpid())}
+        self._environment = _ONE_THREAD | dict(environment) | own
         self._by_name: dict[Name, _Process] = {}
         self._caches: dict[int, int] = {}  # descriptors of the memory in which a rank's KV cache outlives its process
         self._spare: Spare | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,22 @@ def in_threads(work: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
         with torch.inference_mode():
             return work(item)
 
-    with ThreadPoolExecutor(min(MOST, len(os.sched_getaffinity(0)))) as pool:
+    with _one_core_each(), ThreadPoolExecutor(min(MOST, len(os.sched_getaffinity(0)))) as pool:
         yield from pool.map(run, items)
+
+
+@contextlib.contextmanager
+def _one_core_each() -> Iterator[None]:
+    """On a GPU's host threads that begin meanwhile start none of OpenMP's: there are a hundred cores to see, of which a
+    pod has a few. (Elsewhere a rank may be forked later, and there are as many threads as it has cores.)"""
+    own = torch.get_num_threads()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != own:
+            torch.set_num_threads(own)
 
 
 def in_own_thread(work: Callable[[], _R]) -> _R:

@@ -174,8 +174,8 @@ class FaultyGroup:
     def check(self) -> None:
         self._group.check()
 
-    def abort(self) -> None:
-        self._group.abort()
+    def release(self) -> None:
+        self._group.release()
 
     def close(self) -> None:
         self._group.close()

@@ -17,12 +17,13 @@ from lockstep_runtime import child, fault_box, wire
 from lockstep_runtime.config import TOKEN_VARIABLE, ServeConfig
 from lockstep_runtime.layers.cache import CacheMemory
 from lockstep_runtime.parallel import group as collectives
-from lockstep_runtime.parallel.group import Group, Rendezvous
+from lockstep_runtime.parallel.errors import GroupStuckError
+from lockstep_runtime.parallel.group import Group, Rendezvous, join_seconds
 from lockstep_runtime.parallel.watched import WatchedGroup
 from lockstep_runtime.progress import Progress, Stage
 from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.wire import Fault
-from lockstep_runtime.worker.classify import classify, load_failure
+from lockstep_runtime.worker.classify import classify, is_out_of_memory, load_failure
 from lockstep_runtime.worker.control import Command, Connected, Control, Disconnected, Dismissed
 from lockstep_runtime.worker.heartbeat import Heartbeat
 from lockstep_runtime.worker.inject import Injector
@@ -35,9 +36,9 @@ logger = logging.getLogger(__name__)
 Order = wire.Rendezvous | wire.Join | wire.AllocateCache | wire.Step | wire.Scrub
 
 JOIN_STEP: Final = -1  # joining, in the progress record
-JOIN_SECONDS: Final = 10.0  # the engine waits longer than this before it kills a rank that joins
 PROGRESS_SECONDS: Final = 0.2  # between two LoadProgress messages
 LOAD_FAILED_EXIT: Final = 3
+STUCK_EXIT: Final = 5  # of a rank whose communicator can neither be made nor given back
 FAREWELL_SECONDS: Final = 5.0  # for the engine to be there to hear why loading failed
 
 
@@ -94,7 +95,11 @@ class Worker:
         self._progress.set_stage(Stage.LOADED)
 
     def run(self) -> str:
-        """Work until dismissed; returns the reason."""
+        """Work until dismissed; returns the reason.
+
+        Raises:
+            GroupStuckError: this process is in something that only its end can end.
+        """
         while True:
             command = self._next_command()
             match command:
@@ -107,14 +112,21 @@ class Worker:
                 case Disconnected():
                     self._drop_group()
                 case wire.Abort():
-                    begun = time.monotonic()
-                    self._drop_group()
-                    self._control.send(wire.Aborted(epoch=command.epoch, seconds=time.monotonic() - begun))
+                    self._abort(command)
                 case wire.Inject():
                     if self._faults is not None:
                         self._faults.idle()
                 case _ if command.epoch >= self._control.fence:
                     self._obey(command)
+
+    def _abort(self, command: wire.Abort) -> None:
+        """This thread is out of whatever it was in. To say so waits for nothing: what a communicator holds may take
+        seconds to be given back, and as long as its peers have not left theirs."""
+        begun = time.monotonic()
+        if self._group is not None:
+            self._group.release()
+        self._control.send(wire.Aborted(epoch=command.epoch, seconds=time.monotonic() - begun))
+        self._drop_group()
 
     def _next_command(self) -> Command:
         """While there is none, and between two, the scrub takes its turns."""
@@ -136,14 +148,19 @@ class Worker:
             self._control.send(message)
 
     def _obey(self, command: Order) -> None:
-        """Any exception is this rank's failure to report, not a reason to end: the engine decides what follows."""
+        """Any exception but that of a stuck communicator is this rank's failure to report, not a reason to end: the
+        engine decides what follows."""
         step = command.step if isinstance(command, wire.Step) else -1
+        starved = False
         try:
             self._control.send(self._answer(command))
+        except GroupStuckError:
+            raise
         except Exception as error:
             if self._control.fence > command.epoch:
                 return  # it was aborted; `Abort` is next in the inbox and is answered
             fault, message = classify(error)
+            starved = is_out_of_memory(error)
             untouched = step >= 0 and not self._progress.collectives
             self._control.send(  # before it is logged: a traceback takes its time
                 wire.StepFailed(epoch=command.epoch, step=step, fault=fault, message=message, untouched=untouched)
@@ -153,6 +170,8 @@ class Worker:
                 "%s of epoch %d failed: %s", type(command).__name__, command.epoch, message,
                 exc_info=None if fault is Fault.RANK_LOST else error,
             )  # fmt: skip
+        if starved:  # the error is gone, and with it what its frames referred to
+            self._runner.give_back_unused()
 
     def _answer(self, command: Order) -> wire.FromWorker:
         match command:
@@ -204,13 +223,13 @@ class Worker:
             self._faults.joining()
         self._progress.enter_collective("the meeting place")
         group = self._collectives.join(
-            self._config, self._rank, command.epoch, command.address, JOIN_SECONDS,
+            self._config, self._rank, command.epoch, command.address, join_seconds(self._config),
             lambda: self._control.fence > command.epoch,
         )  # fmt: skip
         self._progress.leave(command.epoch, JOIN_STEP)
         self._group, self._epoch = WatchedGroup(group, self._progress), command.epoch
         if self._control.fence > command.epoch:  # an abort that came before there was a group to abort
-            self._group.abort()
+            self._group.release()
         return wire.Joined(epoch=command.epoch, seconds=time.monotonic() - begun)
 
     def _step(self, command: wire.Step) -> wire.StepDone:
@@ -234,17 +253,18 @@ class Worker:
         """From the control thread."""
         group = self._group
         if group is not None:
-            group.abort()
+            group.release()
 
     def _drop_group(self) -> None:
         group, self._group = self._group, None
         rendezvous, self._rendezvous = self._rendezvous, None
         try:
-            if group is not None:
-                group.abort()
-                group.close()
             if rendezvous is not None:
                 rendezvous.close()
+            if group is not None:
+                group.close()
+        except GroupStuckError:
+            raise
         except Exception as error:  # what can't be closed is left behind; the next epoch uses nothing of it
             logger.warning("closing the communicator: %s: %s", type(error).__name__, error)
 
@@ -311,7 +331,11 @@ def main(config: ServeConfig, birth: child.Birth, descriptors: list[int], runner
         with control.resolving:
             live = functools.partial(main, config, runner=runner)
             leave_loaded_spare(config, rank, orders[0], live, functools.partial(_get_ready, config, rank, runner))
-    logger.info("ends: %s", worker.run())
+    try:
+        logger.info("ends: %s", worker.run())
+    except GroupStuckError as error:
+        logger.error("ends, so that another process takes its place: %s", error)
+        _end(STUCK_EXIT)
     _end(0)
 
 

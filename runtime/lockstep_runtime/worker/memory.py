@@ -67,7 +67,12 @@ def cuda_budget(free: int, total: int, used: int, sharers: int) -> int:
 
     Others may not have taken their part yet, so what is free says too little where it is shared.
     """
-    return max(0, int(min(free - (1 - CUDA_SHARE) * total, CUDA_SHARE * total / sharers - used)))
+    return max(0, int(min(free - reserved_bytes(total), CUDA_SHARE * total / sharers - used)))
+
+
+def reserved_bytes(total: int) -> int:
+    """Of a device with so many bytes, what is left to steps, libraries and the driver."""
+    return round((1 - CUDA_SHARE) * total)
 
 
 def _available_bytes() -> int:

@@ -19,8 +19,9 @@ from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.layers.attention import is_finite
 from lockstep_runtime.layers.batch import Batch, build_batch
-from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheMemory, KVCache
+from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheMemory, Footprint, KVCache
 from lockstep_runtime.layers.placement import choose_placement
+from lockstep_runtime.layers.prefill import Prefill, choose_prefill
 from lockstep_runtime.layers.weight import PlainWeight, StoredTable, Weight
 from lockstep_runtime.models.registry import Model, build_model
 from lockstep_runtime.owned_files import cache_file
@@ -33,8 +34,14 @@ from lockstep_runtime.weights.plan import Shard
 from lockstep_runtime.weights.read import with_dtype
 from lockstep_runtime.weights.source import find_model, read_config
 from lockstep_runtime.weights.threads import in_own_thread
-from lockstep_runtime.worker.device import choose_device, sharers
-from lockstep_runtime.worker.memory import cache_budget, give_back_freed_memory, keep_freed_memory, used_bytes
+from lockstep_runtime.worker.device import choose_device, prepare, sharers, wait_for_memory
+from lockstep_runtime.worker.memory import (
+    cache_budget,
+    give_back_freed_memory,
+    keep_freed_memory,
+    reserved_bytes,
+    used_bytes,
+)
 from lockstep_runtime.worker.sampler import check_finite, draw_of, is_plain_greedy, sample, take_best
 from lockstep_runtime.worker.scrub import INTERVAL_SECONDS, INTERVAL_VARIABLE, Scrub, Watched, name_of, watch
 
@@ -75,6 +82,7 @@ class Runner:
         self._watched: list[Watched] = []
         self._model: Model
         self._cache: KVCache | None = None
+        self._prefill = Prefill.MASKED
         torch.set_num_threads(config.threads_per_rank or max(1, _cores() // config.ranks_per_pod))
 
     def load(self, progress: Callable[[int, int], None]) -> LoadReport:
@@ -100,7 +108,22 @@ class Runner:
             scrub=Scrub(self._watched, _interval(), time.monotonic()) if self._watched else None,
         )
 
+    def _leave_footprint(self, blocks: int) -> None:
+        if not self.on_cpu:
+            each = self._model.cache_shape.block_bytes(self._placement.activation)
+            footprint = Footprint(device_bytes=used_bytes(self._device), blocks=blocks, block_bytes=each)
+            self.memory.leave_footprint(footprint)
+
+    def _wait_for_device(self) -> None:
+        """Until what the process before this one had of the device is free again."""
+        before = self.memory.footprint()
+        reserve = reserved_bytes(int(torch.cuda.mem_get_info(self._device)[1]))
+        needed = before.device_bytes + reserve if before is not None else None
+        wait_for_memory(lambda: int(torch.cuda.mem_get_info(self._device)[0]), needed)
+
     def _load(self, progress: Callable[[int, int], None]) -> Loaded:
+        if not self.on_cpu:
+            self._wait_for_device()
         give_back_freed_memory()
         path = cache_file(os.environ, self._rank) if self._config.weight_cache == "Memory" else None
         loaded, cache = self._load_cached(path, progress) if path is not None else (self._load_plainly(progress), None)
@@ -154,6 +177,8 @@ class Runner:
         shard = Shard(self._rank, self._config.tensor_parallel_size)
         with torch.inference_mode():
             self._model = build_model(settings, shard, self._placement)
+            shape = self._model.cache_shape
+            self._prefill = choose_prefill(self._device, self._placement.activation, shape.head_dim)
 
     def _identity(self) -> Identity:
         config = self._config
@@ -177,12 +202,14 @@ class Runner:
         """The KV cache, if it is of so many blocks and not wanted anew; else another in its place. The last block is
         the probe's."""
         with torch.inference_mode():
-            if anew:
-                self._cache = None
-                self.memory.forget()
             if self._cache is None or self._cache.blocks != blocks:
                 self._cache = None  # its memory is needed
-                self._cache = KVCache(self._model.cache_shape, blocks, self._placement, self.memory)
+                if anew:
+                    self.memory.forget()
+                self._cache = KVCache(self._model.cache_shape, blocks, self._placement, self.memory, self._prefill)
+                self._leave_footprint(blocks)
+            elif anew:
+                self._cache.renew()
             self._cache.fill_last_block()
         return self._cache
 
@@ -214,6 +241,11 @@ class Runner:
             fingerprint = _fingerprint(batch, states, hidden)
             group.check()
             return StepOutput(fingerprint=fingerprint, sampled=sampled)
+
+    def give_back_unused(self) -> None:
+        """After a step that found no memory: what the allocator keeps may be in pieces of the wrong size."""
+        if not self.on_cpu:
+            torch.cuda.empty_cache()
 
     def weights(self) -> list[Weight | StoredTable]:
         return list(self._model.weights())
@@ -266,9 +298,21 @@ class Runner:
             here = sharers(self._config, torch.cuda.device_count())
         budget = cache_budget(self._device, here, limits.kv_cache_bytes)
         blocks = min(useful, budget // shape.block_bytes(dtype))
+        if not self.on_cpu:
+            blocks = self._as_before(blocks, shape.block_bytes(dtype))
         if blocks < 2:  # the probe's, and one for requests
             raise ModelError(f"no room for a KV cache: {budget} bytes are left beside the weights")
         return blocks
+
+    def _as_before(self, blocks: int, each: int) -> int:
+        """As many as the process before this one had, if that is a matter of what a driver happens to keep: the rank
+        with the smallest cache decides for all, and theirs would have to be laid out anew."""
+        before = self.memory.footprint()
+        if before is None or before.block_bytes != each or self._cache is not None:
+            return blocks
+        short = (before.blocks - blocks) * each
+        total = int(torch.cuda.mem_get_info(self._device)[1])
+        return before.blocks if 0 < short <= reserved_bytes(total) // 4 else blocks
 
 
 def _fingerprint(batch: Batch, states: Tensor, hidden: Tensor) -> int:
@@ -281,22 +325,30 @@ def _fingerprint(batch: Batch, states: Tensor, hidden: Tensor) -> int:
     as well: others see it only by its keys and values, which one rank has alone. A long prompt's states are summed as
     whole numbers where they are, since to hash them all would take longer than a step may be watched.
     """
-    raw = _bytes(batch.inputs) + _bytes(hidden)
-    if len(states) > len(hidden):
-        raw += _bytes(states.view(_BITS[states.element_size()]).sum(0))  # doesn't depend on the order
+    raw = b"".join(map(_bytes, (batch.given, *on_host(states, hidden))))
     return hash(int.from_bytes(raw, "little"))
 
 
+def on_host(states: Tensor, hidden: Tensor) -> list[Tensor]:
+    """What is hashed of a step's results. From a device by one copy, which is what waits for the step."""
+    computed = [hidden]
+    if len(states) > len(hidden):
+        computed.append(states.view(_BITS[states.element_size()]).sum(0))  # doesn't depend on the order
+    if hidden.is_cpu:
+        return computed
+    return [torch.cat([one.view(-1).view(torch.uint8) for one in computed]).cpu()]
+
+
 def _bytes(tensor: Tensor) -> bytes:
-    """Of a contiguous tensor, by the shortest way there is: a decode step of a small model waits for this."""
-    here = tensor if tensor.is_cpu else tensor.cpu()
-    return ctypes.string_at(here.data_ptr(), here.nbytes)
+    """Of a contiguous tensor on the host, by the shortest way there is: a decode step of a small model waits for it."""
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
 
 
 def _device(config: ServeConfig, rank: int) -> torch.device:
-    device = choose_device(config, choose_backend(config), rank, torch.cuda.device_count())
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    backend = choose_backend(config)
+    asked = backend == "nccl" or config.device == "cuda"
+    device = choose_device(config, backend, rank, torch.cuda.device_count() if asked else 0)
+    prepare(device)
     return device
 
 
