@@ -13,7 +13,7 @@ from typing import Any, Final
 import kopf
 from kopf._core.engines.peering import Identity
 
-from lockstep_operator import handlers, server
+from lockstep_operator import handlers, served_schema, server
 from lockstep_operator import log as logs
 from lockstep_operator.controller import Controller
 from lockstep_operator.group_client import GroupClient
@@ -22,6 +22,7 @@ from lockstep_operator.metrics import Metrics
 from lockstep_operator.names import KIND, ModelKey
 from lockstep_operator.namespaces import Namespaces
 from lockstep_operator.reconcile import Outcome, Reconciler
+from lockstep_operator.served_schema import ServedSchema
 from lockstep_operator.settings import Settings, read_settings
 from lockstep_operator.workqueue import WorkQueue
 
@@ -43,13 +44,18 @@ async def run(settings: Settings) -> None:
     metrics, queue = Metrics(), WorkQueue[ModelKey](time.monotonic)
     watching = asyncio.Event()
     api_client = await connect()
-    groups = GroupClient(queue.add_after, time.time)
-    http = await server.serve(server.application(metrics, watching.is_set), settings.port)
+    schema = ServedSchema()
+    groups = GroupClient(queue.add_after, time.time, metrics.heard)
+
+    def unready() -> str:
+        return schema.problem if watching.is_set() else "models aren't watched yet"
+
+    http = await server.serve(server.application(metrics, unready), settings.port)
     try:
         kube = ApiServer(api_client)
         namespaces = Namespaces(settings.namespaces, kube, metrics)
         await _until_served(kube, namespaces, settings)
-        reconciler = Reconciler(kube, groups, settings, metrics, time.time)
+        reconciler = Reconciler(kube, groups, settings, metrics, time.time, schema)
 
         async def reconcile(key: ModelKey) -> Outcome:
             if namespaces.serves(key.namespace):
@@ -60,6 +66,7 @@ async def run(settings: Settings) -> None:
         await _until_first_ends(
             Controller(queue, reconcile, metrics).run(settings.concurrency),
             namespaces.keep_watching(),
+            served_schema.watch(kube, schema, metrics),
             kopf.operator(
                 registry=handlers.registry(queue.add),
                 settings=handlers.kopf_settings(),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from lockstep_operator import voices
+from lockstep_operator.complaints import Complaint
 from lockstep_operator.decide import Decision
 from lockstep_operator.groups import Group
 from lockstep_operator.moment import text
@@ -15,10 +16,12 @@ from lockstep_operator.rollout import Step
 from lockstep_operator.spec import Model
 from lockstep_operator.troubles import Trouble
 from lockstep_operator.voices import Voice
+from lockstep_operator.waiting import Waiting
 from lockstep_runtime.wire import GroupState, GroupStatus
 
 MESSAGE_LIMIT: Final = 2000
-_PASSING: Final = frozenset({"PodPending", "NodeLost"})  # troubles that end without a person
+# What ends without a person or is under way, however long it takes: each has an end of its own.
+_MOVING: Final = frozenset({"SchedulingGated", "Loading", "Recovering", "Poisoned", "Draining"})
 _NOT_SERVING: Final = frozenset({GroupState.RECOVERING, GroupState.POISONED, GroupState.FAILED})
 
 
@@ -32,19 +35,38 @@ class Finding:
     stalled: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """What keeps the operator itself from doing what the spec asks."""
+
+    reason: str
+    message: str
+    stalled: bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """A group from outside and from inside."""
+    """A group from outside and from inside. `overdue`: it has waited for the same thing longer than is allowed."""
 
     group: Group
     voice: Voice
     trouble: Trouble | None
     verdict: Verdict | None = None
+    complaint: Complaint | None = None
+    waiting: Waiting | None = None
+    overdue: bool = False
 
     @property
     def remedy(self) -> str:
         """What recovery does about it, in a sentence; empty if nothing."""
         return self.verdict.reason if self.verdict else ""
+
+    @property
+    def healing(self) -> bool:
+        """Whether the operator has a step under way, or to come, for what is wrong."""
+        if self.verdict is None or not self.remedy or self.given_up:
+            return False
+        return self.trouble is None or self.trouble.heals
 
     @property
     def given_up(self) -> bool:
@@ -54,10 +76,10 @@ class View:
 
 
 def conditions(
-    model: Model, decision: Decision, views: Sequence[View], refused: str, old: Mapping[str, Any]
+    model: Model, decision: Decision, views: Sequence[View], obstacle: Obstacle | None, old: Mapping[str, Any]
 ) -> dict[str, Finding]:
-    """By type. `refused` is what the API server said against a write; `old` is the status as last written."""
-    ready = _ready(model, decision, views, refused, old)
+    """By type. `old` is the status as last written."""
+    ready = _ready(model, decision, views, obstacle, old)
     working = ready.status != "True"
     return {
         "Ready": ready,
@@ -94,9 +116,29 @@ def render(
 
 def explain(view: View, size: int) -> Finding:
     """Why a group isn't Ready."""
+    finding = _with_complaint(view, _explained(view, size))
+    if not view.overdue or finding.stalled or finding.reason in _MOVING or view.healing:
+        return finding
+    since = f" since {text(view.waiting.since)}" if view.waiting else ""
+    words = f"{finding.message}; nothing has moved{since} ({finding.reason})"
+    return Finding("False", "ProgressDeadlineExceeded", words, stalled=True)
+
+
+def _with_complaint(view: View, finding: Finding) -> Finding:
+    """What its pods complain of is the likely reason why it doesn't come up."""
+    complaint = view.complaint
+    if complaint is None or complaint.message in finding.message:
+        return finding
+    vague = finding.reason in ("Starting", "Loading", "Unreachable")
+    words = f"{complaint.message}; {finding.message}" if vague else f"{finding.message}; {complaint.message}"
+    return replace(finding, reason=complaint.reason if vague else finding.reason, message=words)
+
+
+def _explained(view: View, size: int) -> Finding:
     group, status, name = view.group, view.voice.status, f"group {view.group.index}"
     if view.trouble:
-        return Finding("False", view.trouble.reason, view.trouble.message, view.trouble.reason not in _PASSING)
+        words = "; ".join(part for part in (view.trouble.message, view.remedy if view.healing else "") if part)
+        return Finding("False", view.trouble.reason, words, view.given_up and view.trouble.heals)
     if not group.exists or group.deleting:
         return Finding("False", "Starting", f"{name} is being made")
     if group.strays and not group.pods:
@@ -114,7 +156,7 @@ def explain(view: View, size: int) -> Finding:
         return Finding("False", "ModelLoadFailed", f"{name}: {_load_failure(status)}", stalled=True)
     if status.state is GroupState.POISONED:
         return _unhealed(view, status, name)
-    if view.remedy and status.state is GroupState.READY:  # by its own words, and yet its first pod hangs
+    if view.remedy and status.state in (GroupState.READY, GroupState.RECOVERING):  # for too long, by its own words
         return Finding("False", "RecoveryExhausted" if view.given_up else "Recovering", view.remedy, view.given_up)
     return _by_state(status, name, size)
 
@@ -133,8 +175,6 @@ def _by_state(status: GroupStatus, name: str, size: int) -> Finding:
             return Finding("False", "Recovering", f"{name} recovers{words}")
         case GroupState.DRAINING:
             return Finding("False", "Draining", f"{name} finishes its requests{words}")
-        case GroupState.LOADING if voices.loaded(status, size):
-            return Finding("False", "Loading", status.message or f"{name} holds its weights")
         case GroupState.LOADING:
             return Finding("False", "Loading", f"{name} has read {voices.progress(status)} % of its weights")
         case GroupState.READY:
@@ -153,24 +193,26 @@ def _load_failure(status: GroupStatus) -> str:
     )
 
 
-def _ready(model: Model, decision: Decision, views: Sequence[View], refused: str, old: Mapping[str, Any]) -> Finding:
+def _ready(
+    model: Model, decision: Decision, views: Sequence[View], obstacle: Obstacle | None, old: Mapping[str, Any]
+) -> Finding:
     if decision.conflict:
         return Finding("False", "NameConflict", decision.conflict, stalled=not decision.conflict_ends)
-    if refused:
-        return Finding("False", "Refused", refused, stalled=True)
+    if obstacle:
+        return Finding("False", obstacle.reason, obstacle.message, stalled=obstacle.stalled)
     if decision.excess:
         listed = ", ".join(str(group.index) for group in decision.excess)
         return Finding("False", "ScalingDown", f"group {listed} finishes its requests and is removed")
     if model.replicas == 0:
         return Finding("True", "ScaledToZero", "replicas is 0: nothing is served, as asked")
-    behind = [view for view in views if not (_serves(view) and view.group.ready_at(decision.revision))]
+    behind = [view for view in views if not (serves(view) and view.group.ready_at(decision.revision))]
     if not behind:
         return Finding("True", "Ready", f"{_groups(len(views))} of {model.tensor_parallel_size} ranks serve")
     return _not_ready(model, decision, behind, old)
 
 
 def _not_ready(model: Model, decision: Decision, behind: Sequence[View], old: Mapping[str, Any]) -> Finding:
-    current = [view for view in behind if not _serves(view)]  # the others serve, with an older revision
+    current = [view for view in behind if not serves(view)]  # the others serve, with an older revision
     findings = [explain(view, model.tensor_parallel_size) for view in current]
     worst = next((finding for finding in findings if finding.stalled), findings[0] if findings else None)
     waiting = [turn.reason for turn in decision.turns if turn.step in (Step.WAIT, Step.REPLACE)]
@@ -186,10 +228,16 @@ def _not_ready(model: Model, decision: Decision, behind: Sequence[View], old: Ma
     )
 
 
-def _serves(view: View) -> bool:
+def serves(view: View) -> bool:
     """By its pods, which the Service goes by, and by its own words, which are quicker."""
     status = view.voice.status
     return view.group.ready and not (status and status.state in _NOT_SERVING)
+
+
+def _accepts(view: View) -> bool:
+    """Whether it takes requests: by its own word, which its first pod's readiness follows."""
+    status = view.voice.status
+    return view.group.ready if status is None or status.accepting is None else status.accepting
 
 
 def _sticky(model: Model, old: Mapping[str, Any]) -> Finding | None:
@@ -201,7 +249,7 @@ def _sticky(model: Model, old: Mapping[str, Any]) -> Finding | None:
 
 
 def _available(model: Model, views: Sequence[View]) -> Finding:
-    serving = sum(view.group.ready for view in views)
+    serving = sum(_accepts(view) for view in views)
     if serving:
         return Finding("True", "Serving", f"{serving} of {_groups(len(views))} take requests")
     if model.replicas == 0:

@@ -8,7 +8,7 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from lockstep_operator.group_client import backoff
+from lockstep_operator.backoff import backoff
 from lockstep_operator.kube import KubeError
 from lockstep_operator.metrics import Metrics
 from lockstep_operator.names import ModelKey
@@ -62,12 +62,11 @@ class Controller:
             except Exception:  # one model must not stop the others; what failed is told and tried again
                 log.exception("%s: reconciling failed", key)
                 return self._retry(key, "bug", REFUSED_FIRST, REFUSED_MOST)
-        if outcome.refused:
-            return self._retry(key, "refused", REFUSED_FIRST, REFUSED_MOST)
         self._failures.pop(key, None)
-        self._metrics.reconciles.labels("wrote" if outcome.wrote else "quiet").inc()
+        result = "failing" if outcome.failing else "wrote" if outcome.wrote else "quiet"
+        self._metrics.reconciles.labels(result).inc()
         if outcome.again is not None:  # else the model is gone, and so are its series
-            self._metrics.reconciled(key, failed=False)
+            self._metrics.reconciled(key, failed=outcome.failing)
         return self._settle(key, outcome)
 
     def _retry(self, key: ModelKey, result: str, first: float, most: float) -> float:

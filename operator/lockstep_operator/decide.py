@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from lockstep_operator import desired, rollout
 from lockstep_operator.drift import differences
+from lockstep_operator.failures import Target
 from lockstep_operator.groups import Group, excess_groups, groups_of, is_ours
 from lockstep_operator.memory import from_status
 from lockstep_operator.names import GROUP_LABEL, KIND, group_name, token_name
 from lockstep_operator.observe import Observed, controller, expected_names
 from lockstep_operator.recovery import Situation, Verdict, recover
+from lockstep_operator.restart import with_restart
 from lockstep_operator.rollout import Step, Turn
 from lockstep_operator.settings import Settings
 from lockstep_operator.spec import Model
 from lockstep_operator.troubles import lost, trouble
 from lockstep_operator.voices import block_of
+from lockstep_operator.waiting import unplaced as unplaced_since_before
 
 RECYCLE_GRACE_SECONDS: Final = 5  # a group that can't serve has nothing to finish
 _FIXED_IN_STATEFUL_SETS = ("serviceName", "podManagementPolicy", "selector")
@@ -29,6 +32,15 @@ class CreateToken:
 
     name: str
     reason: str
+    needs: tuple[Target, ...] = ()
+
+    @property
+    def target(self) -> Target:
+        return ("Secret", self.name)
+
+    @property
+    def wish(self) -> object:
+        return "create"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +49,20 @@ class Apply:
     manifest: Mapping[str, Any] = field(repr=False)
     reason: str
     repairs: str = ""  # what someone changed, when that is why
+    uid: str = ""  # of the object as it was seen; empty when there was none
+    needs: tuple[Target, ...] = ()  # writes without which this one must not be
 
     @property
     def name(self) -> str:
         return str(self.manifest["metadata"]["name"])
+
+    @property
+    def target(self) -> Target:
+        return (self.kind, self.name)
+
+    @property
+    def wish(self) -> object:
+        return self.manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +74,31 @@ class Delete:
     uid: str
     reason: str
     grace: int | None = None
+    needs: tuple[Target, ...] = ()
+
+    @property
+    def target(self) -> Target:
+        return (self.kind, self.name)
+
+    @property
+    def wish(self) -> object:
+        return f"delete {self.uid} {self.grace}"
 
 
 Action = CreateToken | Apply | Delete
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bug:
+    """A decision that failed by a fault of the operator's own. The others are not held up by it."""
+
+    where: str
+    error: Exception
+
+    @property
+    def sentence(self) -> str:
+        words = str(self.error)[:300] or "no message"
+        return f"the operator can't decide about {self.where} ({type(self.error).__name__}: {words}): see its log"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +110,9 @@ class Decision:
     excess: tuple[Group, ...] = ()
     conflict: str = ""  # a sentence: something else has a name that the model needs
     conflict_ends: bool = False  # by itself
+    token_taken: bool = False  # the Secret of the token's name is another's: nobody is shown what is in it
     verdicts: Mapping[int, Verdict] = field(default_factory=dict)  # of recovery, by group
+    bugs: tuple[Bug, ...] = ()
 
     @property
     def again(self) -> float | None:
@@ -79,33 +125,123 @@ class Decision:
 
 
 def decide(model: Model, observed: Observed, now: float, settings: Settings) -> Decision:
-    """`now` is unix seconds."""
+    """Recovery first, then lost pods, then all else. `now` is unix seconds."""
+    bugs: list[Bug] = []
+    nothing: list[Action] = []
+    taken = Taken.of(model, observed)
     groups, excess = groups_of(model, observed), excess_groups(model, observed)
-    if remnant := _remnant(model, observed):
-        return Decision(groups=groups, excess=excess, conflict=remnant, conflict_ends=True)
-    if conflict := _conflict(model, observed):
-        return Decision(groups=groups, excess=excess, conflict=conflict)
-    shared = [*_token(model, observed), *_repaired(model, observed, desired.shared(model))]
-    removed = list(_removed(model, observed, excess))
-    if observed.token is None:
-        return Decision(actions=(*shared, *removed), groups=groups, excess=excess)
-    revision = desired.revision(model, observed.token, settings)
-    turns = rollout.plan(groups, revision, model.max_unavailable)
-    verdicts = {
-        group.index: recover(model.recovery, _situation(model, observed, group, turn, now), now)
-        for group, turn in zip(groups, turns, strict=True)
-    }
-    per_group = [
-        action
-        for group, turn in zip(groups, turns, strict=True)
-        for action in _group(model, observed, group, turn, revision, settings, verdicts[group.index])
-    ]
-    actions = (*shared, *per_group, *removed, *_lost_pods(model, observed, now))
-    return Decision(actions=actions, revision=revision, groups=groups, turns=turns, excess=excess, verdicts=verdicts)
+    own = [group for group in groups if group.index not in taken.groups]
+    model = with_restart(model, own)
+    if taken.whole:
+        revision = ""
+    else:
+        revision = _guarded(lambda: _revision(model, observed, settings), "", "the pods' template", bugs)
+    unplaced = {group.index for group in own if unplaced_since_before(block_of(observed.status, group.index), revision)}
+    turns = rollout.plan(own, revision, model.max_unavailable, unplaced) if revision else _at_rest(own)
+    look = _Look(model, observed, revision, settings, now, bugs)
+    plans = [look.plan(group, turn) for group, turn in zip(own, turns, strict=True)]
+    urgent = [action for plan in plans for action in plan.urgent]
+    lost_pods = _guarded(lambda: [*_lost_pods(model, observed, now)], nothing, "lost pods", bugs)
+    shared = [] if taken.whole else _guarded(lambda: _shared(model, observed), nothing, "what all groups share", bugs)
+    kept = [action for plan in plans for action in plan.kept]
+    removed = _guarded(lambda: [*_removed(model, observed, excess)], nothing, "groups beyond replicas", bugs)
+    return Decision(
+        actions=tuple(_once([*urgent, *lost_pods, *shared, *kept, *([] if taken.whole else removed)])),
+        revision=revision,
+        groups=groups,
+        turns=turns if revision else (),
+        excess=excess,
+        conflict=taken.sentence,
+        conflict_ends=taken.ends,
+        token_taken=taken.token,
+        verdicts={plan.group: plan.verdict for plan in plans if plan.verdict},
+        bugs=tuple(bugs),
+    )
+
+
+T = TypeVar("T")
+
+
+def _guarded(decision: Callable[[], T], otherwise: T, where: str, bugs: list[Bug]) -> T:
+    """One decision that fails must not hold up the others, recovery least of all."""
+    try:
+        return decision()
+    except Exception as error:
+        bugs.append(Bug(where=where, error=error))
+        return otherwise
+
+
+def _once(actions: list[Action]) -> Iterator[Action]:
+    """Of two writes to the same object the first: it has the more pressing reason."""
+    seen: set[Target] = set()
+    for action in actions:
+        if action.target not in seen:
+            seen.add(action.target)
+            yield action
+
+
+def _revision(model: Model, observed: Observed, settings: Settings) -> str:
+    """Empty while there is no token, or when the spec asks for what no pod can be."""
+    if observed.token is None or model.flaw:
+        return ""
+    return desired.revision(model, observed.token, settings)
+
+
+def _at_rest(groups: Sequence[Group]) -> tuple[Turn, ...]:
+    """Nobody knows what pods are to be: those that there are stay, and are healed."""
+    return tuple(Turn(group.index, Step.WAIT, f"group {group.index} stays as it is") for group in groups)
+
+
+def _shared(model: Model, observed: Observed) -> list[Action]:
+    return [*_token(model, observed), *_repaired(model, observed, desired.shared(model))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What is decided about one group."""
+
+    group: int
+    verdict: Verdict | None
+    urgent: tuple[Action, ...]
+    kept: tuple[Action, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What decisions about all groups go by."""
+
+    model: Model
+    observed: Observed
+    revision: str  # empty: nobody knows what pods are to be
+    settings: Settings
+    now: float
+    bugs: list[Bug]
+
+    def plan(self, group: Group, turn: Turn) -> _Plan:
+        where = f"group {group.index}"
+        verdict = _guarded(lambda: self._recovery(group, turn), None, where, self.bugs)
+        kept: list[Action] = []
+        if self.revision:
+            kept = _guarded(lambda: self._kept(group, turn), kept, where, self.bugs)
+        waits = group.deleting or self._template_changes(kept)
+        urgent = [] if verdict is None or waits else [*_recycled(verdict)]
+        return _Plan(group=group.index, verdict=verdict, urgent=tuple(urgent), kept=tuple(kept))
+
+    def _recovery(self, group: Group, turn: Turn) -> Verdict | None:
+        return recover(self.model.recovery, _situation(self.model, self.observed, group, turn, self.now), self.now)
+
+    def _kept(self, group: Group, turn: Turn) -> list[Action]:
+        return [*_group(self.model, self.observed, group, turn, self.revision, self.settings)]
+
+    def _template_changes(self, actions: Collection[Action]) -> bool:
+        """Whether pods that went now would come back from a template that is about to change. One that the API server
+        doesn't take is not about to."""
+        return any(action.target[0] == "StatefulSet" and not self.observed.fails(action.target) for action in actions)
 
 
 def _situation(model: Model, observed: Observed, group: Group, turn: Turn, now: float) -> Situation:
-    replaced = turn.step is Step.REPLACE or any(pod.revision != group.revision for pod in group.pods)
+    refused = observed.fails(("StatefulSet", group_name(model.name, group.index)))
+    replaced = (turn.step is Step.REPLACE and not refused) or any(pod.revision != group.revision for pod in group.pods)
     return Situation(
         seed=f"{model.uid}/{group.index}",
         group=group,
@@ -125,26 +261,45 @@ def _lost_pods(model: Model, observed: Observed, now: float) -> Iterator[Action]
             yield Delete("Pod", pod.name, pod.uid, reason, grace=0)
 
 
-def _foreign(model: Model, observed: Observed) -> Iterator[tuple[str, str, Mapping[str, Any] | None]]:
-    """Kind, name and owner of what has a name that the model needs and isn't its own."""
-    for kind, name in expected_names(model):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """Names that the model needs and that something else has. `groups` are those that can't be because of it."""
+
+    sentence: str = ""
+    ends: bool = False  # by itself
+    whole: bool = False  # no group can be
+    token: bool = False
+    groups: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, model: Model, observed: Observed) -> Taken:
+        """Never take over what belongs to someone else."""
+        found = [*_foreign(model, observed)]
+        remnant = next((words for kind, name, owner, _ in found if (words := _left(model, kind, name, owner))), "")
+        if not found:
+            return cls()
+        kind, name, owner, _ = found[0]
+        whose = f"belongs to {owner['kind']} {owner['name']}" if owner else "isn't Lockstep's"
+        return cls(
+            sentence=remnant or f"{kind} {name} exists and {whose}: delete it, or give the model another name",
+            ends=bool(remnant),
+            whole=any(group is None for *_, group in found),
+            token=any(kind == "Secret" for kind, *_ in found),
+            groups=frozenset(group for *_, group in found if group is not None),
+        )
+
+
+def _foreign(model: Model, observed: Observed) -> Iterator[tuple[str, str, Mapping[str, Any] | None, int | None]]:
+    """Kind, name and owner of what has a name that the model needs and isn't its own; and whose group's name it is."""
+    for kind, name, group in expected_names(model):
         child = observed.child(kind, name)
         if child is not None and not is_ours(model, child):
-            yield kind, name, controller(child)
+            yield kind, name, controller(child), group
 
 
-def _remnant(model: Model, observed: Observed) -> str:
-    for kind, name, owner in _foreign(model, observed):
-        if owner is not None and owner.get("kind") == KIND and owner.get("name") == model.name:
-            return f"{kind} {name} of a deleted model of the same name is still there; it is waited for"
-    return ""
-
-
-def _conflict(model: Model, observed: Observed) -> str:
-    """Never take over what belongs to someone else."""
-    for kind, name, owner in _foreign(model, observed):
-        whose = f"belongs to {owner['kind']} {owner['name']}" if owner else "isn't Lockstep's"
-        return f"{kind} {name} exists and {whose}: delete it, or give the model another name"
+def _left(model: Model, kind: str, name: str, owner: Mapping[str, Any] | None) -> str:
+    if owner is not None and owner.get("kind") == KIND and owner.get("name") == model.name:
+        return f"{kind} {name} of a deleted model of the same name is still there; it is waited for"
     return ""
 
 
@@ -158,35 +313,29 @@ def _token(model: Model, observed: Observed) -> Iterator[Action]:
 
 
 def _group(
-    model: Model,
-    observed: Observed,
-    group: Group,
-    turn: Turn,
-    revision: str,
-    settings: Settings,
-    verdict: Verdict,
+    model: Model, observed: Observed, group: Group, turn: Turn, revision: str, settings: Settings
 ) -> Iterator[Action]:
-    yield from _repaired(model, observed, desired.of_group(model, group.index, settings))
+    beside = [*_repaired(model, observed, desired.of_group(model, group.index, settings))]
+    yield from beside
     if not desired.has_network_policy(model, settings):
         yield from _unwanted(model, observed, "NetworkPolicy", group.index, "is no longer asked for")
-    if group.deleting:
-        return
-    if turn.step is Step.WAIT:
-        yield from _recycled(verdict)
+    if group.deleting or turn.step is Step.WAIT:
         return
     written = from_status(block_of(observed.status, group.index).get("recovery"))
-    manifest = desired.stateful_set(model, group.index, revision, settings, sorted(written.avoided))
+    manifest = desired.stateful_set(model, group.index, revision, settings, sorted(written.avoided), observed.limits)
     if group.workload and (fixed := _fixed_differences(manifest, group.workload)):
         reason = f"StatefulSet {manifest['metadata']['name']} can't be changed in place ({fixed}) and is made anew"
         yield Delete("StatefulSet", manifest["metadata"]["name"], group.uid, reason)
         return
     if turn.step is Step.REPLACE:
-        yield Apply("StatefulSet", manifest, turn.reason)
+        yield Apply("StatefulSet", manifest, turn.reason, uid=group.uid)
         return
-    first = [*_repaired(model, observed, [manifest])]
-    if group.settled:
-        first += _outdated(group, revision)
-    yield from first or _recycled(verdict)  # whose successors would else be made from the old template
+    # No pod before the wall around it.
+    needs = tuple(action.target for action in beside if not group.exists)
+    first = [*_repaired(model, observed, [manifest], needs)]
+    yield from first
+    if group.settled and all(observed.fails(action.target) for action in first):
+        yield from _outdated(group, revision)
 
 
 def _recycled(verdict: Verdict) -> Iterator[Action]:
@@ -205,12 +354,14 @@ def _fixed_differences(manifest: Mapping[str, Any], live: Mapping[str, Any]) -> 
     return ", ".join(sorted(differences(wanted, live.get("spec") or {})))
 
 
-def _repaired(model: Model, observed: Observed, manifests: list[desired.Manifest]) -> Iterator[Action]:
+def _repaired(
+    model: Model, observed: Observed, manifests: list[desired.Manifest], needs: tuple[Target, ...] = ()
+) -> Iterator[Apply]:
     for manifest in manifests:
         kind, name = manifest["kind"], manifest["metadata"]["name"]
         live = observed.child(kind, name)
         if live is None:
-            yield Apply(kind, manifest, f"{kind} {name} is missing", _loss(model, observed, manifest))
+            yield Apply(kind, manifest, f"{kind} {name} is missing", _loss(model, observed, manifest), needs=needs)
         elif "deletionTimestamp" not in live["metadata"] and (found := differences(manifest, live)):
             if found == observed.tolerated.get((kind, name)):
                 continue
@@ -218,7 +369,8 @@ def _repaired(model: Model, observed: Observed, manifests: list[desired.Manifest
             ours = any(
                 "metadata.annotations" in difference for difference in found
             )  # we want something else than before
-            yield Apply(kind, manifest, f"{kind} {name} differs: {listed}", "" if ours else listed)
+            uid = str(live["metadata"]["uid"])
+            yield Apply(kind, manifest, f"{kind} {name} differs: {listed}", "" if ours else listed, uid=uid)
 
 
 def _loss(model: Model, observed: Observed, manifest: desired.Manifest) -> str:

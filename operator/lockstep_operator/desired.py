@@ -7,6 +7,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
+from lockstep_operator.limits import Limits
 from lockstep_operator.names import (
     API_VERSION,
     APP_LABELS,
@@ -105,16 +106,29 @@ def _clients(model: Model, settings: Settings) -> list[Mapping[str, Any]]:
     return [*([own_namespace, *settings.api_from] if peers is None else peers), *settings.scrape_from]
 
 
-def stateful_set(model: Model, group: int, revision: str, settings: Settings, avoid: Collection[str] = ()) -> Manifest:
-    """One group, kept away from the nodes in `avoid`. OnDelete: the operator decides when its pods are replaced."""
+def stateful_set(
+    model: Model,
+    group: int,
+    revision: str,
+    settings: Settings,
+    avoid: Collection[str] = (),
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+) -> Manifest:
+    """One group, kept away from the nodes in `avoid`. OnDelete: the operator decides when its pods are replaced.
+
+    `limits` are the namespace's. They are no part of the revision: pods that run are left alone when they change.
+    """
     name = group_name(model.name, group)
     spec = {
         "serviceName": name,
         "replicas": model.pods_per_group,
         "podManagementPolicy": "Parallel",
         "updateStrategy": {"type": "OnDelete"},
+        "minReadySeconds": 0,
+        "ordinals": {"start": 0},
+        "persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Retain", "whenScaled": "Retain"},
         "selector": {"matchLabels": {MODEL_LABEL: model.name, GROUP_LABEL: str(group)}},
-        "template": pod_template(model, group, revision, settings, avoid),
+        "template": pod_template(model, group, revision, settings, avoid, limits),
     }
     workload = _object("apps/v1", "StatefulSet", name, model, group)
     workload["metadata"]["labels"][REVISION_LABEL] = revision

@@ -11,10 +11,9 @@ from lockstep_operator import history
 from lockstep_operator.decide import Action, Apply, Delete
 from lockstep_operator.history import Repair
 from lockstep_operator.memory import Memory, from_status
-from lockstep_operator.moment import micro, text
-from lockstep_operator.names import API_VERSION, KIND
+from lockstep_operator.moment import micro, text, unix
+from lockstep_operator.names import API_VERSION, KIND, ModelKey
 from lockstep_operator.observe import Observed
-from lockstep_operator.spec import Model
 from lockstep_operator.voices import block_of
 from lockstep_runtime.wire import GroupStatus
 
@@ -68,7 +67,8 @@ def occurrences(seen: Pass) -> list[Occurrence]:
     """What this pass found or did."""
     return [
         *_beginnings(seen.old, seen.new),
-        *_turns(seen.old, seen.new),
+        *turns(seen.old, seen.new),
+        *_complaints(seen.old, seen.new),
         *_faults(seen),
         *_steps(seen.old, seen.memories),
         *_healed(seen),
@@ -77,15 +77,15 @@ def occurrences(seen: Pass) -> list[Occurrence]:
     ]
 
 
-def manifest(model: Model, occurrence: Occurrence, now: float) -> dict[str, Any]:
+def manifest(key: ModelKey, uid: str, occurrence: Occurrence, now: float) -> dict[str, Any]:
     """Of the core API: `kubectl describe` sorts by `lastTimestamp`, which Events of events.k8s.io may not have, and
     then by name."""
-    digest = hashlib.sha256(f"{model.uid}/{occurrence.key}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{uid}/{occurrence.key}".encode()).hexdigest()[:16]
     at = min(occurrence.at or now, now)
     return {
         "apiVersion": "v1",
         "kind": "Event",
-        "metadata": {"name": f"{model.name}.{occurrence.order}{digest}", "namespace": model.namespace},
+        "metadata": {"name": f"{key.name}.{occurrence.order}{digest}", "namespace": key.namespace},
         "eventTime": micro(at),
         "firstTimestamp": text(at),
         "lastTimestamp": text(at),
@@ -100,9 +100,9 @@ def manifest(model: Model, occurrence: Occurrence, now: float) -> dict[str, Any]
         "involvedObject": {
             "apiVersion": API_VERSION,
             "kind": KIND,
-            "namespace": model.namespace,
-            "name": model.name,
-            "uid": model.uid,
+            "namespace": key.namespace,
+            "name": key.name,
+            "uid": uid,
         },
     }
 
@@ -116,19 +116,38 @@ def _beginnings(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Occu
         yield Occurrence(f"rollout/{before}/{after}/{new['observedGeneration']}", "RollingOut", note)
 
 
-def _turns(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Occurrence]:
+def turns(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Occurrence]:
     """Conditions that turned. The old one's time tells this turn from earlier and later ones."""
     before, after = _by_type(old), _by_type(new)
+    stalls = _stalls(before.get("Stalled", {}), after.get("Stalled", {}))
     for name in ("Ready", "Stalled", "Poisoned"):
-        was, now = before.get(name), after.get(name)
-        if now is None or (was or {}).get("status", "False") == now["status"]:
+        was, now = before.get(name, {}), after.get(name)
+        if now is None or (was.get("status", "False") == now["status"] and not (name == "Stalled" and stalls)):
             continue
-        key = f"{name}/{now['status']}/{(was or {}).get('lastTransitionTime', '')}"
+        key = f"{name}/{now['status']}/{was.get('lastTransitionTime', '')}"
         if name == "Ready":
             good = now["status"] == "True" or now["reason"] in ("RollingOut", "ScalingDown")
-            yield Occurrence(key, "Ready" if now["status"] == "True" else "NotReady", now["message"], warning=not good)
+            if now["status"] == "True" or not stalls:  # else the stall tells the same
+                yield Occurrence(
+                    key, "Ready" if now["status"] == "True" else "NotReady", now["message"], warning=not good
+                )
+        elif name == "Stalled" and stalls:
+            yield Occurrence(f"{key}/{now['reason']}", now["reason"], now["message"], warning=True)
         elif now["status"] == "True":
-            yield Occurrence(key, name if name == "Poisoned" else now["reason"], now["message"], warning=True)
+            yield Occurrence(key, name, now["message"], warning=True)
+
+
+def _stalls(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether it has just stalled, or for another reason than before."""
+    return now.get("status") == "True" and (was.get("status"), was.get("reason")) != ("True", now["reason"])
+
+
+def _complaints(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Occurrence]:
+    for group in new.get("groups") or []:
+        told, found = block_of(old, group["group"]).get("podProblem"), group.get("podProblem")
+        if found and found != told:
+            key = f"pod/{group['group']}/{found['reason']}/{found['time']}"
+            yield Occurrence(key, found["reason"], found["message"], warning=True, at=unix(found["time"]))
 
 
 def _faults(seen: Pass) -> Iterator[Occurrence]:

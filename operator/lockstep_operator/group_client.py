@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
@@ -15,9 +14,9 @@ from typing import Final
 import aiohttp
 import msgspec
 
+from lockstep_operator.backoff import backoff
 from lockstep_operator.names import ModelKey
 from lockstep_operator.observe import Report
-from lockstep_operator.status import LATENCY_SECONDS
 from lockstep_operator.voices import SILENT_SECONDS, progress
 from lockstep_runtime.wire import STATUS_PORT, GroupState, GroupStatus, Latency
 
@@ -29,6 +28,7 @@ MAX_STATUS_BYTES: Final = 4 * 1024 * 1024
 FIRST_DELAY: Final = 0.25
 MAX_DELAY: Final = 15.0
 PAUSE_SECONDS: Final = 0.2  # between answers, however fast they come
+_NO_ANSWER: Final = (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,25 @@ class Target:
         return f"http://{host}:{self.port}/status"
 
 
-class GroupClient:
-    """`changed(key, seconds)` is called when a model should be looked at, at most so many seconds later."""
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    status: int
+    body: bytes
 
-    def __init__(self, changed: Callable[[ModelKey, float], None], now: Callable[[], float]) -> None:
+
+class GroupClient:
+    """`changed(key, seconds)` is called when a model should be looked at, at most so many seconds later;
+    `heard(key, group, status)` with all that is said, for measurements."""
+
+    def __init__(
+        self,
+        changed: Callable[[ModelKey, float], None],
+        now: Callable[[], float],
+        heard: Callable[[ModelKey, int, GroupStatus], None] = lambda key, group, status: None,
+    ) -> None:
         self._changed = changed
         self._now = now
+        self._tell = heard
         self._tasks: dict[tuple[ModelKey, int], tuple[Target, asyncio.Task[None]]] = {}
         self._reports: dict[tuple[ModelKey, int], tuple[str, Report]] = {}
         self._session: aiohttp.ClientSession | None = None
@@ -88,23 +101,32 @@ class GroupClient:
         while True:
             try:
                 status = await self._fetch(target, seen)
-            except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError, ValueError) as error:
+                self._heard(key, group, target, status)
+            except _NO_ANSWER as error:
                 failures += 1
                 await self._failed(key, group, target, error, failures)
-                continue
-            failures, seen = 0, status
-            self._heard(key, group, target, status)
-            await asyncio.sleep(PAUSE_SECONDS)
+            except Exception as error:  # a bug: it is told, and must not end the only task that asks this group
+                log.exception("%s: the status of group %d can't be taken", key, group)
+                failures += 1
+                await self._failed(key, group, target, error, failures)
+            else:
+                failures, seen = 0, status
+                await asyncio.sleep(PAUSE_SECONDS)
 
     async def _fetch(self, target: Target, seen: GroupStatus | None) -> GroupStatus:
-        query = {"after": str(seen.revision)} if seen else {}
-        headers = {"Authorization": f"Bearer {target.token}"}
+        """At once when the group's status is another than `seen`, else when it changes."""
+        known = f"{seen.incarnation}/{seen.revision}" if seen else ""
+        answer = await self._get(target, known)
+        if answer.status == 400 and seen:  # an older runtime knows bare revisions only
+            answer = await self._get(target, str(seen.revision))
+        if answer.status != 200:
+            raise ValueError(f"status {answer.status}")
+        return msgspec.json.decode(answer.body, type=GroupStatus)
+
+    async def _get(self, target: Target, after: str) -> _Answer:
+        query, headers = ({"after": after} if after else {}), {"Authorization": f"Bearer {target.token}"}
         async with self._connected().get(target.url, params=query, headers=headers, allow_redirects=False) as response:
-            if response.status != 200:
-                raise ValueError(f"status {response.status}")
-            if (response.content_length or 0) > MAX_STATUS_BYTES:
-                raise ValueError(f"{response.content_length} bytes are too many for a status")
-            return msgspec.json.decode(await response.read(), type=GroupStatus)
+            return _Answer(response.status, await _bounded(response.content))
 
     def _connected(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -115,10 +137,9 @@ class GroupClient:
     def _heard(self, key: ModelKey, group: int, target: Target, status: GroupStatus) -> None:
         before = self._report(key, group)
         self._reports[key, group] = (target.pod_uid, Report(status=status))
+        self._tell(key, group, status)
         if before.status is None or before.unreachable_since is not None or lasting(before.status) != lasting(status):
             self._changed(key, 0.0)
-        elif before.status.step_latency != status.step_latency or before.status.last_step_at != status.last_step_at:
-            self._changed(key, LATENCY_SECONDS)
 
     async def _failed(self, key: ModelKey, group: int, target: Target, error: Exception, failures: int) -> None:
         before = self._report(key, group)
@@ -133,6 +154,16 @@ class GroupClient:
     def _report(self, key: ModelKey, group: int) -> Report:
         entry = self._reports.get((key, group))
         return entry[1] if entry else Report()
+
+
+async def _bounded(content: aiohttp.StreamReader) -> bytes:
+    """The whole body. Raises ValueError when it is longer than a status can be, whatever its headers say."""
+    body = bytearray()
+    async for chunk in content.iter_chunked(64 * 1024):
+        body += chunk
+        if len(body) > MAX_STATUS_BYTES:
+            raise ValueError(f"more than {MAX_STATUS_BYTES} bytes are too many for a status")
+    return bytes(body)
 
 
 def lasting(status: GroupStatus) -> object:
@@ -150,10 +181,13 @@ def lasting(status: GroupStatus) -> object:
         last_step_at=None,
         requests_running=0,
         requests_waiting=0,
+        pod_problems=[],
     )
-    return bare, ranks, progress(status)
+    complaints = {(problem.pod_index, problem.reason) for problem in status.pod_problems}  # not how often
+    return bare, ranks, progress(status), complaints, measured(status)
 
 
-def backoff(failures: int, first: float, most: float) -> float:
-    """Seconds to wait after so many failures in a row: doubling, with jitter so that not all come back at once."""
-    return float(min(most, first * 2 ** min(failures - 1, 20))) * random.uniform(0.5, 1.0)
+def measured(status: GroupStatus) -> frozenset[int | None]:
+    """Of whom there are latencies: the first ones are worth a look."""
+    ranks = {rank.rank for rank in status.ranks if rank.step_latency != Latency()}
+    return frozenset(ranks | ({None} if status.step_latency != Latency() else set()))

@@ -86,7 +86,8 @@ def is_ours(model: Model, child: Mapping[str, Any]) -> bool:
 
 
 def _group(model: Model, observed: Observed, index: int) -> Group:
-    workload = observed.child("StatefulSet", group_name(model.name, index))
+    found = observed.child("StatefulSet", group_name(model.name, index))
+    workload = found if found and is_ours(model, found) else None
     uid = workload["metadata"]["uid"] if workload else ""
     labelled = observed.pods_of(index)
     pods = sorted((pod for pod in labelled if pod.owner_uid == uid), key=lambda pod: pod.index)

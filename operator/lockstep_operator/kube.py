@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -21,6 +22,10 @@ from lockstep_operator.names import API_VERSION, FIELD_MANAGER, KIND, PLURAL, ST
 
 Object = dict[str, Any]
 REQUEST_SECONDS: Final = 30.0
+MESSAGE_LIMIT: Final = 1000  # characters of what the API server says: it may quote a whole document
+_MALFORMED: Final = ("failed to create typed patch object", "failed to convert new object")
+_UNKNOWN_FIELD: Final = re.compile(r"(\.\S+?): field not declared in schema")
+_KEY: Final = re.compile(r"\[[^\]]*\]")  # of an item of a list
 
 RESOURCES: Final[Mapping[str, tuple[str, str]]] = {
     KIND: (API_VERSION, PLURAL),
@@ -31,6 +36,7 @@ RESOURCES: Final[Mapping[str, tuple[str, str]]] = {
     "NetworkPolicy": ("networking.k8s.io/v1", "networkpolicies"),
     "Pod": ("v1", "pods"),
     "Event": ("v1", "events"),
+    "LimitRange": ("v1", "limitranges"),
 }
 
 
@@ -41,14 +47,47 @@ class KubeError(Exception):
     status: int
     reason: str
     message: str
+    causes: tuple[str, ...] = ()  # the reasons among its details
 
     def __str__(self) -> str:
-        return f"{self.reason or self.status}: {self.message}"
+        return f"{self.reason or self.status}: {self.message[:MESSAGE_LIMIT]}"
 
     @property
     def transient(self) -> bool:
-        """Whether the same request may succeed by itself soon."""
-        return self.status in (0, 408, 409, 429) or self.status >= 500
+        """Whether the same request may succeed without anybody changing it: a quota is freed, a webhook comes back."""
+        if self.malformed:
+            return False
+        return self.status in (0, 408, 409, 429) or self.status >= 500 or self.over_quota or self.other_object
+
+    @property
+    def other_object(self) -> bool:
+        """A patch that names the object's UID met another object: it is looked at anew."""
+        return self.status == 409 or (self.status == 422 and "metadata.uid" in self.message)
+
+    @property
+    def malformed(self) -> bool:
+        """A server-side apply of a document that isn't of the kind's schema: the API server calls that a 500 without a
+        reason (kubernetes/kubernetes#122480)."""
+        return self.status == 500 and any(words in self.message for words in _MALFORMED)
+
+    @property
+    def unknown_fields(self) -> tuple[tuple[str, ...], ...]:
+        """Of a document that isn't of the schema: the fields that it doesn't know, as names from the top."""
+        if not self.malformed:
+            return ()
+        paths = _UNKNOWN_FIELD.findall(self.message)
+        return tuple(tuple(_KEY.sub("", path).strip(".").split(".")) for path in paths)
+
+    @property
+    def over_quota(self) -> bool:
+        return self.status == 403 and "exceeded quota" in self.message
+
+    @property
+    def namespace_ending(self) -> bool:
+        """Nothing can be created any more, and everything goes."""
+        return self.status == 403 and (
+            "NamespaceTerminating" in self.causes or "because it is being terminated" in self.message
+        )
 
     @property
     def already_exists(self) -> bool:
@@ -68,12 +107,17 @@ class Kube(Protocol):
         """Server-side apply: takes the fields that the manifest sets from whoever changed them."""
         ...
 
-    async def overwrite(self, kind: str, manifest: Mapping[str, Any]) -> Object:
-        """A merge patch of the spec: replaces whole lists, which an apply can't where others have added to them."""
+    async def overwrite(self, kind: str, manifest: Mapping[str, Any], uid: str) -> Object:
+        """A merge patch of the spec: replaces whole lists, which an apply can't where others have added to them. A
+        conflict when the object has another UID."""
         ...
 
     async def apply_status(self, kind: str, manifest: Mapping[str, Any]) -> Object:
         """A conflict when the manifest names a resource version and the object has another by now."""
+        ...
+
+    async def served_schema(self) -> Mapping[str, Any]:
+        """The schemas of the API group as the API server publishes them (OpenAPI v3), by name."""
         ...
 
     async def delete(self, kind: str, namespace: str, name: str, uid: str, grace: int | None = None) -> None:
@@ -107,9 +151,9 @@ class ApiServer:
     async def apply(self, kind: str, manifest: Mapping[str, Any]) -> Object:
         return await self._apply(kind, manifest, FIELD_MANAGER, "")
 
-    async def overwrite(self, kind: str, manifest: Mapping[str, Any]) -> Object:
+    async def overwrite(self, kind: str, manifest: Mapping[str, Any], uid: str) -> Object:
         path = _path(kind, manifest["metadata"]["namespace"], manifest["metadata"]["name"])
-        body = {"spec": manifest["spec"]}
+        body = {"metadata": {"uid": uid}, "spec": manifest["spec"]}
         return await self._request("PATCH", path, {"fieldManager": FIELD_MANAGER}, body, "application/merge-patch+json")
 
     async def apply_status(self, kind: str, manifest: Mapping[str, Any]) -> Object:
@@ -124,6 +168,10 @@ class ApiServer:
         except KubeError as error:
             if error.status not in (404, 409):  # gone already, or another by now
                 raise
+
+    async def served_schema(self) -> Mapping[str, Any]:
+        document = await self._request("GET", f"/openapi/v3/apis/{API_VERSION}")
+        return dict((document.get("components") or {}).get("schemas") or {})
 
     async def _apply(self, kind: str, manifest: Mapping[str, Any], manager: str, subresource: str) -> Object:
         metadata = manifest["metadata"]
@@ -164,7 +212,9 @@ def _read(status: int, text: bytes) -> Object:
     except ValueError:
         raise KubeError(status if status >= 400 else 0, "NotJson", text[:200].decode(errors="replace")) from None
     if status >= 400:
-        raise KubeError(status, document.get("reason", ""), document.get("message", ""))
+        causes = (document.get("details") or {}).get("causes") or []
+        reasons = tuple(str(cause.get("reason", "")) for cause in causes)
+        raise KubeError(status, document.get("reason", ""), document.get("message", ""), reasons)
     return dict(document)
 
 

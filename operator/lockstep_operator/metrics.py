@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from lockstep_operator.history import Repair
 from lockstep_operator.names import ModelKey
 from lockstep_operator.observe import Report
+from lockstep_runtime.wire import GroupStatus
 
 STATES = ("Ready", "Progressing", "Stalled")
 CONDITIONS = ("Ready", "Available", "Poisoned", "Stalled")
@@ -92,6 +93,11 @@ class Metrics:
             ["namespace"],
             registry=self.registry,
         )
+        self.unserved_fields = Gauge(
+            "lockstep_operator_unserved_status_fields",
+            "Fields of the status that this operator writes and that the CRD of the cluster lacks: it is older",
+            registry=self.registry,
+        )
         self._steps = _LastSteps(now)
         self.registry.register(self._steps)
         self._counted: dict[ModelKey, set[tuple[str, str]]] = {}
@@ -126,6 +132,11 @@ class Metrics:
     def stepped(self, key: ModelKey, reports: Mapping[int, Report]) -> None:
         said = {group: report.status for group, report in reports.items() if report.status}
         self._steps.at[key] = {group: s.last_step_at for group, s in said.items() if s.last_step_at is not None}
+
+    def heard(self, key: ModelKey, group: int, status: GroupStatus) -> None:
+        """What a group has just said: measurements need no look at the model."""
+        if key in self._known and status.last_step_at is not None:
+            self._steps.at.setdefault(key, {})[group] = status.last_step_at
 
     def forget(self, key: ModelKey) -> None:
         """Of a model that is gone, no series stays."""

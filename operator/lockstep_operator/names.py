@@ -21,6 +21,9 @@ REVISION_LABEL: Final = "lockstep.dev/revision"
 POD_INDEX_LABEL: Final = "apps.kubernetes.io/pod-index"  # set by the StatefulSet controller, Kubernetes 1.28 and later
 APPLIED_ANNOTATION: Final = "lockstep.dev/applied"  # hash of what was applied: a field taken out of it shows
 
+RESTARTED_ANNOTATION: Final = "lockstep.dev/restartedAt"  # of a model or a pod: restarts the groups in turn
+KUBECTL_RESTARTED: Final = "kubectl.kubernetes.io/restartedAt"  # by `kubectl rollout restart` of a StatefulSet
+
 APP_LABELS: Final[Mapping[str, str]] = {
     "app.kubernetes.io/name": "lockstep",
     "app.kubernetes.io/component": "model",

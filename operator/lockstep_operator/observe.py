@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lockstep_operator.kube import Kube, Object
+from lockstep_operator.failures import Target
+from lockstep_operator.kube import Kube, KubeError, Object
+from lockstep_operator.limits import Limits, limits_of
 from lockstep_operator.moment import unix
 from lockstep_operator.names import (
     GROUP_LABEL,
@@ -69,24 +71,28 @@ class Observed:
     pods: tuple[Pod, ...] = ()
     reports: Mapping[int, Report] = field(default_factory=dict)  # by group; only of the present first pods
     warnings: Mapping[str, str] = field(default_factory=dict)  # UID of a pod or StatefulSet → newest Warning about it
-    tolerated: Mapping[tuple[str, str], frozenset[str]] = field(default_factory=dict)  # the API server's own rewriting
+    tolerated: Mapping[Target, frozenset[str]] = field(default_factory=dict)  # the API server's own rewriting
+    failing: frozenset[Target] = frozenset()  # writes that the API server did not take lately
+    limits: Limits = field(default_factory=Limits)  # of the namespace
 
     def child(self, kind: str, name: str) -> Object | None:
         return self.children.get((kind, name))
 
+    def fails(self, target: Target) -> bool:
+        return target in self.failing
+
     def pods_of(self, group: int) -> tuple[Pod, ...]:
         return tuple(pod for pod in self.pods if pod.group == group)
 
-    def leader(self, group: int) -> Pod | None:
-        return next((pod for pod in self.pods_of(group) if pod.index == 0), None)
 
-
-def expected_names(model: Model) -> list[tuple[str, str]]:
-    """Children that a list by label may miss, because someone took the label off."""
-    groups = [group_name(model.name, group) for group in range(model.replicas)]
-    names = [("Secret", token_name(model.name)), ("ServiceAccount", account_name(model.name)), ("Service", model.name)]
-    kinds = ["StatefulSet", "Service", *(["NetworkPolicy"] if model.network.policy != "None" else [])]
-    return names + [(kind, name) for name in groups for kind in kinds]
+def expected_names(model: Model) -> list[tuple[str, str, int | None]]:
+    """Kind and name of what the model needs, and the group that it is for, if it is for one. A list by label may miss
+    some, because someone took the label off."""
+    shared = [("Secret", token_name(model.name)), ("ServiceAccount", account_name(model.name)), ("Service", model.name)]
+    of_group = ["StatefulSet", "Service", *(["NetworkPolicy"] if model.network.policy != "None" else [])]
+    return [(kind, name, None) for kind, name in shared] + [
+        (kind, group_name(model.name, group), group) for group in range(model.replicas) for kind in of_group
+    ]
 
 
 async def read_children(kube: Kube, model: Model) -> dict[tuple[str, str], Object]:
@@ -99,7 +105,7 @@ async def read_children(kube: Kube, model: Model) -> dict[tuple[str, str], Objec
         for kind, children in zip(CHILD_KINDS, lists, strict=True)
         for child in children
     }
-    missing = [key for key in expected_names(model) if key not in found]
+    missing = [(kind, name) for kind, name, _ in expected_names(model) if (kind, name) not in found]
     objects = await asyncio.gather(*(kube.get(kind, model.namespace, name) for kind, name in missing))
     return found | {key: child for key, child in zip(missing, objects, strict=True) if child is not None}
 
@@ -110,13 +116,30 @@ async def read_pods(kube: Kube, model: Model) -> tuple[Pod, ...]:
     return tuple(pod for raw in objects if (pod := parse_pod(raw)))
 
 
+async def read_limits(kube: Kube, namespace: str) -> Limits:
+    """What the namespace allows a container. An older role may not let the operator ask: then nothing is known."""
+    try:
+        return limits_of(await kube.find("LimitRange", namespace))
+    except KubeError as error:
+        if error.status == 403:
+            return Limits()
+        raise
+
+
 async def read_warnings(kube: Kube, namespace: str, uids: Iterable[str]) -> dict[str, str]:
-    """The newest Warning Event about each object, where there is one. Raises KubeError."""
+    """The newest Warning Event about each object, where there is one. They only explain: what can't be read is left
+    out."""
     wanted = list(uids)
     lists = await asyncio.gather(
-        *(kube.find("Event", namespace, fields=f"involvedObject.uid={uid},type=Warning") for uid in wanted)
+        *(kube.find("Event", namespace, fields=f"involvedObject.uid={uid},type=Warning") for uid in wanted),
+        return_exceptions=True,
     )
-    return {uid: _newest(events) for uid, events in zip(wanted, lists, strict=True) if events}
+    for answer in lists:
+        if isinstance(answer, BaseException) and not isinstance(answer, KubeError):
+            raise answer
+    return {
+        uid: _newest(events) for uid, events in zip(wanted, lists, strict=True) if isinstance(events, list) and events
+    }
 
 
 def parse_pod(raw: Mapping[str, Any]) -> Pod | None:

@@ -29,4 +29,5 @@ PERMISSIONS: Final = (
     Permission("", "secrets", ("get", "create", "delete"), "the token: read by name, never listed"),
     Permission("", "pods", ("list", "watch", "delete"), "who is Ready; replaced in a rollout"),
     Permission("", "events", ("list", "create"), "why a pod can't start; what happened"),
+    Permission("", "limitranges", ("list",), "requests that the namespace allows"),
 )

@@ -7,12 +7,15 @@ from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from lockstep_operator.drift import quantity
+from lockstep_operator.limits import Limits, fitted
+from lockstep_operator.moment import text
 from lockstep_operator.names import (
     APP_LABELS,
     CONTAINER,
     GROUP_LABEL,
     MODEL_LABEL,
     POD_INDEX_LABEL,
+    RESTARTED_ANNOTATION,
     REVISION_LABEL,
     TOKEN_KEY,
     account_name,
@@ -29,6 +32,7 @@ CACHE_MOUNT: Final = "/cache"
 SHARED_MEMORY: Final = "1Gi"
 SCRATCH: Final = "512Mi"
 TERMINATION_SECONDS: Final = 60  # running requests finish in it
+UNSET_TERMINATION_SECONDS: Final = 30  # what Kubernetes takes where nothing is said
 LAME_DUCK_SECONDS: Final = 3.0  # until every node has taken the pod out of the Service
 EXIT_SECONDS: Final = 5.0  # for processes to end after the last request
 CPU_PER_RANK: Final = 0.25
@@ -43,26 +47,34 @@ _NODE_TAINTS: Final = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unrea
 
 
 def pod_template(
-    model: Model, group: int, revision: str, settings: Settings, avoid: Collection[str] = ()
+    model: Model,
+    group: int,
+    revision: str,
+    settings: Settings,
+    avoid: Collection[str] = (),
+    limits: Limits = Limits(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
     """A PodTemplateSpec: ours, with the user's laid over it and then our labels, which selectors rely on.
 
-    `avoid` names nodes that the pods are kept away from.
+    `avoid` names nodes that the pods are kept away from, `limits` are the namespace's. The model's template must have
+    no flaw (see `template_check`).
     """
     ours: dict[str, Any] = {"metadata": {"labels": {}}, "spec": _pod_spec(model, group, revision, settings)}
-    merged = _with_tolerations(_with_threads(overlay(ours, model.template), model))
+    merged = _with_tolerations(_with_containers(overlay(ours, model.template), model, limits))
     labels = {**merged["metadata"].get("labels", {}), **pod_labels(model, group), REVISION_LABEL: revision}
     merged["metadata"] = {**merged["metadata"], "labels": labels}
+    if model.restarted_at is not None:
+        annotations = {**merged["metadata"].get("annotations", {}), RESTARTED_ANNOTATION: text(model.restarted_at)}
+        merged["metadata"]["annotations"] = annotations
     if avoid:
         merged["spec"] = {**merged["spec"], "affinity": _away_from(avoid, merged["spec"].get("affinity") or {})}
     return merged
 
 
-def _with_threads(template: dict[str, Any], model: Model) -> dict[str, Any]:
-    """Each rank on CPUs computes with as many threads as it asks for CPUs: a pod sees all cores of its node, and ranks
-    that take them all wait for each other's threads."""
+def _with_containers(template: dict[str, Any], model: Model, limits: Limits) -> dict[str, Any]:
     containers = [
-        _threaded(one, model) if one.get("name") == CONTAINER else one for one in template["spec"]["containers"]
+        _threaded(_fitted(one, model, limits), model) if one["name"] == CONTAINER else one
+        for one in template["spec"]["containers"]
     ]
     return {**template, "spec": {**template["spec"], "containers": containers}}
 
@@ -83,7 +95,19 @@ def _tolerates(toleration: Mapping[str, Any], taint: str) -> bool:
     return toleration.get("key") in (None, "", taint) and toleration.get("effect") in (None, "", "NoExecute")
 
 
+def _fitted(container: dict[str, Any], model: Model, limits: Limits) -> dict[str, Any]:
+    """With requests of ours that neither the user's limits nor the namespace's refuse."""
+    written = (model.template.get("spec") or {}).get("containers") or []
+    own: Mapping[str, Any] = next((one for one in written if one["name"] == CONTAINER), {})
+    asked = ((own.get("resources") or {}).get("requests")) or {}
+    ours = [name for name in ("cpu", "memory") if name not in asked]
+    resources = fitted(container.get("resources") or {}, ours, limits)
+    return {**container, "resources": resources} if resources else container
+
+
 def _threaded(container: dict[str, Any], model: Model) -> dict[str, Any]:
+    """Each rank on CPUs computes with as many threads as it asks for CPUs: a pod sees all cores of its node, and ranks
+    that take them all wait for each other's threads."""
     environment = container.get("env") or []
     asked = quantity(((container.get("resources") or {}).get("requests") or {}).get("cpu", ""))
     if model.accelerator or asked is None or any(entry.get("name") == THREADS for entry in environment):
@@ -162,7 +186,7 @@ def _probe(path: str, *, period: int, failures: int) -> dict[str, Any]:
 
 
 def _arguments(model: Model) -> list[str]:
-    seconds = float((model.template.get("spec") or {}).get("terminationGracePeriodSeconds", TERMINATION_SECONDS))
+    seconds = float(_grace(model))
     lame_duck = min(LAME_DUCK_SECONDS, seconds / 4)
     options: list[tuple[str, object]] = [
         ("tensor-parallel-size", model.tensor_parallel_size),
@@ -185,6 +209,11 @@ def _arguments(model: Model) -> list[str]:
         *_source_options(model),
     ]
     return ["serve", _location(model), *(f"--{name}={value}" for name, value in options if value is not None)]
+
+
+def _grace(model: Model) -> int:
+    written = (model.template.get("spec") or {}).get("terminationGracePeriodSeconds", TERMINATION_SECONDS)
+    return UNSET_TERMINATION_SECONDS if written is None else int(written)
 
 
 def _plain(number: float | None) -> str | None:

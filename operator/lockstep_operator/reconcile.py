@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 from lockstep_operator import events, spec, status
 from lockstep_operator.apply import Applied, carry_out
+from lockstep_operator.conditions import Obstacle
 from lockstep_operator.decide import Decision, decide
-from lockstep_operator.group_client import Target
+from lockstep_operator.failures import Failures, Target
+from lockstep_operator.group_client import Target as Leader
 from lockstep_operator.groups import groups_of
 from lockstep_operator.kube import Kube, KubeError, Object
 from lockstep_operator.metrics import Metrics
 from lockstep_operator.names import API_VERSION, KIND, ModelKey, token_name
-from lockstep_operator.observe import Observed, Report, read_children, read_pods, read_warnings, token_of
+from lockstep_operator.observe import Observed, Report, read_children, read_limits, read_pods, read_warnings, token_of
+from lockstep_operator.served_schema import ServedSchema
 from lockstep_operator.settings import Settings
 from lockstep_operator.troubles import unexplained
 
@@ -27,7 +30,7 @@ UNSETTLED_SECONDS: Final = 10.0  # a model that isn't Ready is looked at again, 
 class Groups(Protocol):
     """How groups are asked; see `group_client`."""
 
-    def watch(self, key: ModelKey, targets: Mapping[int, Target]) -> None: ...
+    def watch(self, key: ModelKey, targets: Mapping[int, Leader]) -> None: ...
 
     def reports(self, key: ModelKey, leaders: Mapping[int, str]) -> dict[int, Report]: ...
 
@@ -38,45 +41,77 @@ class Outcome:
 
     again: float | None
     wrote: bool = False
-    refused: bool = False
+    failing: bool = False  # something keeps the operator from doing what the spec asks
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is remembered of a model. It saves writes, and makes what fails be told; no decision rests on it alone."""
+
+    failures: Failures
+    tolerated: dict[Target, frozenset[str]] = field(default_factory=dict)
 
 
 class Reconciler:
     """Safe to run for several models at once, but not twice at the same time for one."""
 
     def __init__(
-        self, kube: Kube, groups: Groups, settings: Settings, metrics: Metrics, now: Callable[[], float]
+        self,
+        kube: Kube,
+        groups: Groups,
+        settings: Settings,
+        metrics: Metrics,
+        now: Callable[[], float],
+        schema: ServedSchema | None = None,
     ) -> None:
         self._kube = kube
         self._groups = groups
         self._settings = settings
         self._metrics = metrics
         self._now = now
-        self._tolerated: dict[ModelKey, dict[tuple[str, str], frozenset[str]]] = {}  # saves writes, no more
+        self._schema = schema or ServedSchema()
+        self._known: dict[ModelKey, _Known] = {}
 
     async def reconcile(self, key: ModelKey) -> Outcome:
-        """Raises KubeError when the API server can't do something now."""
+        """One pass, at the end of which the status is written whatever failed in it. Raises KubeError when the API
+        server can't be asked or told anything now."""
         resource = await self._kube.get(KIND, key.namespace, key.name)
         if resource is None or "deletionTimestamp" in resource["metadata"]:
             self.forget(key)
             return Outcome(again=None)
         try:
-            model = spec.parse(resource)
+            return await self._pass(spec.parse(resource), resource)
         except spec.SpecError as error:
-            return await self._report_invalid(key, resource, str(error))
-        observed = await self._observe(model, resource)
+            return await self._halt(key, resource, "InvalidSpec", str(error))
+        except KubeError as error:
+            if error.transient:
+                raise
+            words = f"the API server refuses what the operator must read or write: {error}"
+            return await self._halt(key, resource, "Refused", words)
+        except Exception as error:  # a bug: it is told where people look, and stops no other model
+            log.exception("%s: reconciling failed", key)
+            words = f"the operator can't work on this model ({type(error).__name__}: {str(error)[:300]}): see its log"
+            return await self._halt(key, resource, "OperatorError", words)
+
+    async def _pass(self, model: spec.Model, resource: Object) -> Outcome:
+        known = self._known.setdefault(model.key, _Known(Failures(self._now)))
+        observed = await self._observe(model, resource, known)
         decision = decide(model, observed, self._now(), self._settings)
-        self._groups.watch(key, targets(decision, observed))
-        applied = await carry_out(self._kube, model, decision.actions, self._metrics)
-        self._tolerated.setdefault(key, {}).update(applied.tolerated)
-        return await self._report(model, resource, observed, decision, applied)
+        for bug in decision.bugs:
+            log.error("%s: deciding about %s failed", model.key, bug.where, exc_info=bug.error)
+        self._groups.watch(model.key, targets(decision, observed))
+        applied = await carry_out(self._kube, model, decision.actions, known.failures, self._metrics)
+        if applied.ending:
+            return Outcome(again=self._settings.resync_seconds)
+        known.tolerated.update(applied.tolerated)
+        return await self._report(model, resource, observed, decision, applied, known.failures)
 
     def forget(self, key: ModelKey) -> None:
         self._groups.watch(key, {})
         self._metrics.forget(key)
-        self._tolerated.pop(key, None)
+        self._known.pop(key, None)
 
-    async def _observe(self, model: spec.Model, resource: Object) -> Observed:
+    async def _observe(self, model: spec.Model, resource: Object, known: _Known) -> Observed:
         children = await read_children(self._kube, model)
         observed = Observed(
             status=resource.get("status") or {},
@@ -84,7 +119,9 @@ class Reconciler:
             token=token_of(children.get(("Secret", token_name(model.name)))),
             children=children,
             pods=await read_pods(self._kube, model),
-            tolerated=self._tolerated.get(model.key, {}),
+            tolerated=known.tolerated,
+            failing=frozenset(known.failures.of),
+            limits=await read_limits(self._kube, model.namespace),
         )
         groups = groups_of(model, observed)
         leaders = {group.index: group.leader.uid for group in groups if group.leader}
@@ -93,45 +130,64 @@ class Reconciler:
         return replace(observed, warnings=warnings, reports=self._groups.reports(model.key, leaders))
 
     async def _report(
-        self, model: spec.Model, resource: Object, observed: Observed, decision: Decision, applied: Applied
+        self,
+        model: spec.Model,
+        resource: Object,
+        observed: Observed,
+        decision: Decision,
+        applied: Applied,
+        failures: Failures,
     ) -> Outcome:
-        now = self._now()
-        built = status.build(model, observed, decision, applied.refused, now)
+        now, obstacle = self._now(), obstacle_of(model, decision, failures, observed)
+        built = self._schema.fitting(status.build(model, observed, decision, obstacle, now))
         memories = status.memories_of(decision, observed)
         seen = events.Pass(observed=observed, new=built, done=applied.effective, memories=memories, now=now)
         for occurrence in events.occurrences(seen):
-            await self._record(events.manifest(model, occurrence, now))
-        document, due = status.worth_writing(observed.status, built, now)
-        if document is not None:
-            await self._write_status(resource, document)
+            await self._record(events.manifest(model.key, model.uid, occurrence, now))
+        if status.worth_writing(observed.status, built):
+            await self._write_status(resource, built)
         self._metrics.model(model.key, built)
         self._metrics.repaired(model.key, seen.repairs)
         self._metrics.stepped(model.key, observed.reports)
         if applied.done:
-            return Outcome(again=0.0, wrote=True, refused=bool(applied.refused))
+            return Outcome(again=0.0, wrote=True, failing=obstacle is not None)
         settled = (
             self._settings.resync_seconds if _ready(built) else min(UNSETTLED_SECONDS, self._settings.resync_seconds)
         )
-        again = min(seconds for seconds in (settled, due, decision.again) if seconds is not None)
+        again = min(seconds for seconds in (settled, failures.due, decision.again) if seconds is not None)
         planned = decision.again == 0.0  # a step is written now, and taken in the next pass
-        return Outcome(again=again, wrote=planned, refused=bool(applied.refused))
+        return Outcome(again=again, wrote=planned, failing=obstacle is not None)
 
-    async def _report_invalid(self, key: ModelKey, resource: Object, message: str) -> Outcome:
-        old = resource.get("status") or {}
-        built = status.invalid(resource["metadata"].get("generation", 1), old, message, self._now())
-        document, _ = status.worth_writing(old, built, self._now())
-        if document is not None:
-            await self._write_status(resource, document)
+    async def _halt(self, key: ModelKey, resource: Object, reason: str, message: str) -> Outcome:
+        """What is known stays, and the conditions say why nothing is done."""
+        old, now = resource.get("status") or {}, self._now()
+        built = status.halted(resource["metadata"].get("generation", 1), old, reason, message, now)
+        if status.worth_writing(old, built):
+            for occurrence in events.turns(old, built):
+                await self._record(events.manifest(key, resource["metadata"]["uid"], occurrence, now))
+            await self._write_status(resource, self._schema.fitting(built))
         self._metrics.model(key, built)
-        return Outcome(again=self._settings.resync_seconds)
+        return Outcome(again=self._settings.resync_seconds, failing=True)
 
     async def _write_status(self, resource: Object, document: Mapping[str, Any]) -> None:
         """Counts and budgets are made from what was read: what someone else wrote since is never overwritten."""
         identity = ("name", "namespace", "uid", "resourceVersion")
         metadata = {name: resource["metadata"][name] for name in identity}
         manifest = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "status": document}
-        await self._kube.apply_status(KIND, manifest)
+        try:
+            await self._kube.apply_status(KIND, manifest)
+        except KubeError as error:
+            if error.transient:
+                raise
+            await self._kube.apply_status(KIND, {**manifest, "status": self._accepted(document, error)})
         self._metrics.writes.labels(KIND, "Status").inc()
+
+    def _accepted(self, document: Mapping[str, Any], error: KubeError) -> Mapping[str, Any]:
+        """What the API server may take instead: recovery acts only upon what is written, so something must be."""
+        if error.unknown_fields and self._schema.lacks(error.unknown_fields):
+            return self._schema.fitting(document)
+        log.error("the status is refused, so only what recovery needs is written: %s", error)
+        return status.essential(document)
 
     async def _record(self, event: Mapping[str, Any]) -> None:
         """Events are a courtesy: one that can't be written stops nothing."""
@@ -143,12 +199,25 @@ class Reconciler:
                 log.warning("an Event could not be written: %s", error)
 
 
-def targets(decision: Decision, observed: Observed) -> dict[int, Target]:
+def obstacle_of(model: spec.Model, decision: Decision, failures: Failures, observed: Observed) -> Obstacle | None:
+    """What keeps the operator itself from doing what the spec asks; None if nothing does."""
+    if model.flaw:
+        return Obstacle("InvalidSpec", model.flaw, stalled=True)
+    if decision.bugs:
+        return Obstacle("OperatorError", "; ".join(bug.sentence for bug in decision.bugs[:3]), stalled=True)
+    if failures.refused:
+        return Obstacle("Refused", failures.refused, stalled=True)
+    if retrying := failures.retrying(observed.status):
+        return Obstacle("Retrying", retrying, stalled=False)
+    return None
+
+
+def targets(decision: Decision, observed: Observed) -> dict[int, Leader]:
     """Whom to ask: the first pod of every group that has an address."""
-    if observed.token is None:
+    if observed.token is None or decision.token_taken:
         return {}
     return {
-        group.index: Target(leader.uid, leader.ip, observed.token)
+        group.index: Leader(leader.uid, leader.ip, observed.token)
         for group in decision.groups
         if (leader := group.leader) and leader.ip and leader.deleting is None
     }

@@ -23,9 +23,9 @@ from lockstep_operator.memory import Memory, Plan, Rung
 from lockstep_operator.moment import text
 from lockstep_operator.observe import Pod, Report
 from lockstep_operator.spec import Recovery
-from lockstep_operator.triggers import Trigger, find_trigger
+from lockstep_operator.triggers import LOADING, Trigger, find_trigger, same_trigger
 from lockstep_operator.troubles import Trouble
-from lockstep_runtime.wire import GroupState, GroupStatus, RankState
+from lockstep_runtime.wire import GroupState, GroupStatus
 
 PROVED_SECONDS: Final = 60.0  # a repair that holds for so long has worked
 PATIENCE_SECONDS: Final = 120.0  # for a group whose pods run again to say something new
@@ -35,7 +35,6 @@ LADDERS: Final = {
     "Ladder": (Rung.RECYCLE_POD, Rung.RECYCLE_GROUP, Rung.MOVE_AWAY),
     "RecyclePods": (Rung.RECYCLE_GROUP, Rung.MOVE_AWAY),
 }
-_STARTING: Final = frozenset({RankState.STARTING, RankState.LOADING})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +102,8 @@ def recover(policy: Recovery, situation: Situation, now: float) -> Verdict:
     if unplaced := _unplaced(situation, memory, now):
         memory = _given_back(policy, memory, unplaced, now)
         return Verdict(memory=memory, reason=_under_way(situation, memory), again=0.0)
-    trigger = find_trigger(situation.group, situation.report, now)
+    crashing = situation.trouble.pod if situation.trouble and situation.trouble.heals else None
+    trigger = find_trigger(situation.group, situation.report, now, crashing)
     if trigger is None:
         return Verdict(memory=memory, reason=_under_way(situation, memory))
     case = _Case(policy=policy, group=situation.group, trigger=trigger, now=now)
@@ -189,16 +189,16 @@ def _wait(case: _Case, situation: Situation, memory: Memory) -> Verdict | None:
     plan = memory.plan
     if situation.moving:
         return Verdict(memory=memory, reason=situation.moving)
-    if situation.trouble:
+    if situation.trouble and not situation.trouble.heals:
         words = f"{situation.trouble.message}; that comes first, replacing pods wouldn't mend it"
         return Verdict(memory=memory, reason=words)
     if coming := " and ".join(_coming(case.group)):
         return Verdict(memory=memory, reason=_under_way(situation, memory) or f"waits until {coming}")
-    if plan is None or plan.only_said is not case.policy.observe or plan.trigger != case.trigger.key:
+    if plan is None or plan.only_said is not case.policy.observe or not same_trigger(plan.trigger, case.trigger.key):
         return None
     if plan.only_said:
         return Verdict(memory=memory, reason=plan.reason)
-    if situation.status and any(rank.state in _STARTING for rank in situation.status.ranks):
+    if situation.status and any(rank.state in LOADING for rank in situation.status.ranks):
         return Verdict(memory=memory, reason=plan.reason)
     began = max([plan.since, *(pod.created for pod in case.group.pods)])
     left = began + PATIENCE_SECONDS - case.now

@@ -8,7 +8,7 @@ transition or down together. Groups that are down already go first: replacing th
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from lockstep_operator.groups import Group
@@ -30,13 +30,19 @@ class Turn:
     reason: str
 
 
-def plan(groups: Sequence[Group], revision: str, max_unavailable: int) -> tuple[Turn, ...]:
-    """One turn per group, in the order of `groups`."""
+def plan(
+    groups: Sequence[Group], revision: str, max_unavailable: int, unplaced: Collection[int] = ()
+) -> tuple[Turn, ...]:
+    """One turn per group, in the order of `groups`. `unplaced` ones found no place already before this revision: they
+    take it first, and nobody waits for them, or a change would never reach the groups that serve."""
     outdated = [group for group in groups if group.exists and group.revision != revision]
     moving = [
-        group for group in groups if not group.exists or (group.revision == revision and not group.ready_at(revision))
+        group
+        for group in groups
+        if group.index not in unplaced
+        and (not group.exists or (group.revision == revision and not group.ready_at(revision)))
     ]
-    unavailable = sum(not group.ready for group in groups)
+    unavailable = sum(not group.ready for group in groups if group.index not in unplaced)
     taken: dict[int, str] = {}
     for group in sorted(outdated, key=lambda group: (group.ready, -group.index)):
         if len(moving) + len(taken) >= max_unavailable:

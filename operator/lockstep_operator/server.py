@@ -10,8 +10,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from lockstep_operator.metrics import Metrics
 
 
-def application(metrics: Metrics, ready: Callable[[], bool]) -> web.Application:
-    """/healthz answers while the event loop turns; /readyz once models are watched."""
+def application(metrics: Metrics, unready: Callable[[], str]) -> web.Application:
+    """/healthz answers while the event loop turns; /readyz while `unready` has nothing to say."""
 
     async def exposition(_: web.Request) -> web.Response:
         return web.Response(body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
@@ -20,7 +20,8 @@ def application(metrics: Metrics, ready: Callable[[], bool]) -> web.Application:
         return web.Response(text="ok\n")
 
     async def readyz(_: web.Request) -> web.Response:
-        return web.Response(text="ok\n") if ready() else web.Response(status=503, text="models aren't watched yet\n")
+        words = unready()
+        return web.Response(status=503, text=f"{words}\n") if words else web.Response(text="ok\n")
 
     app = web.Application()
     app.add_routes([web.get("/metrics", exposition), web.get("/healthz", healthz), web.get("/readyz", readyz)])

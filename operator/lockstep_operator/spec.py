@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from lockstep_operator.moment import duration
-from lockstep_operator.names import ModelKey
+from lockstep_operator import template_check
+from lockstep_operator.moment import duration, unix
+from lockstep_operator.names import RESTARTED_ANNOTATION, ModelKey
 
 DEFAULT_ATTEMPTS: Final = 3
 DEFAULT_WINDOW: Final = 3600.0
 DEFAULT_INITIAL: Final = 10.0
 DEFAULT_MAX: Final = 600.0
+DEFAULT_PROGRESS: Final = 600.0
 
 
 class SpecError(ValueError):
@@ -117,6 +119,9 @@ class Model:
     network: Network = field(default_factory=Network)
     max_unavailable: int = 1
     template: Mapping[str, Any] = field(default_factory=dict)
+    flaw: str = ""  # what is wrong with what shapes pods, in a sentence: those that there are stay, and are healed
+    progress_deadline: float = DEFAULT_PROGRESS  # seconds
+    restarted_at: float | None = None  # unix seconds: when somebody last asked that the groups be restarted in turn
 
     @property
     def name(self) -> str:
@@ -143,6 +148,8 @@ def parse(resource: Mapping[str, Any]) -> Model:
     size, per_pod = spec.get("tensorParallelSize", 0), spec.get("ranksPerPod", 1)
     if size < 1 or per_pod < 1 or size % per_pod:
         raise SpecError(f"ranksPerPod ({per_pod}) must divide tensorParallelSize ({size}), and both must be at least 1")
+    restarted_at, flaw = _restarted(metadata.get("annotations") or {})
+    template = spec.get("template") or {}
     return Model(
         key=ModelKey(metadata["namespace"], metadata["name"]),
         uid=metadata["uid"],
@@ -162,8 +169,25 @@ def parse(resource: Mapping[str, Any]) -> Model:
         api_key=_secret_key(spec.get("apiKeySecretRef")),
         network=_network(spec.get("network") or {}),
         max_unavailable=(spec.get("rollout") or {}).get("maxUnavailable", 1),
-        template=spec.get("template") or {},
+        template=template,
+        flaw=template_check.flaw(template) or flaw,
+        progress_deadline=_duration(spec, "progressDeadline") or DEFAULT_PROGRESS,
+        restarted_at=restarted_at,
     )
+
+
+def _restarted(annotations: Mapping[str, str]) -> tuple[float | None, str]:
+    """When a restart was asked for, or what is wrong with the wish."""
+    wish = annotations.get(RESTARTED_ANNOTATION)
+    if not wish:
+        return None, ""
+    try:
+        return unix(wish), ""
+    except ValueError:
+        return (
+            None,
+            f"annotation {RESTARTED_ANNOTATION} must be a time such as 2030-01-31T12:00:00Z, and is {wish[:80]!r}",
+        )
 
 
 def _source(model: Mapping[str, Any]) -> Source:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
-from lockstep_operator import history
-from lockstep_operator.conditions import Finding, View, conditions, explain, render
+from lockstep_operator import complaints, history, waiting
+from lockstep_operator.complaints import complaint_of
+from lockstep_operator.conditions import Finding, Obstacle, View, conditions, explain, render, serves
 from lockstep_operator.decide import Decision
+from lockstep_operator.groups import Group
 from lockstep_operator.history import Repair
 from lockstep_operator.memory import Memory, from_status, to_status
 from lockstep_operator.moment import text, unix
@@ -19,21 +23,40 @@ from lockstep_operator.voices import block_of, listen
 from lockstep_runtime.wire import FaultRecord, GroupState, GroupStatus, Latency, RankState, RankStatus
 
 Status = dict[str, Any]
-LATENCY_SECONDS: Final = 15.0  # latency alone is written no more often
+LISTED_RANKS: Final = 256  # of all groups; beyond it only those that are worth a look are listed
+SIZE_LIMIT: Final = 200 * 1024  # bytes, before details are left out
+MESSAGE_LIMIT: Final = 1000  # characters of what groups and ranks say
 _COUNTERS: Final = ("incarnation", "recoveries", "lastFaultID", "lastRepairID")
-_VOLATILE: Final = frozenset({"stepLatency", "lastStepTime", "stepLatencyTime"})
+_VOLATILE: Final = frozenset({"stepLatency", "lastStepTime"})
+_DETAILS: Final = frozenset({"ranks", "leader", *_VOLATILE})
+_ESSENTIAL: Final = (
+    "observedGeneration",
+    "conditions",
+    "replicas",
+    "readyReplicas",
+    "selector",
+    "revision",
+    "recoveries",
+)
 
 
-def views_of(decision: Decision, observed: Observed, now: float) -> tuple[View, ...]:
-    return tuple(
-        View(
-            group=group,
-            voice=listen(group, observed, now),
-            trouble=trouble(group, observed.warnings, now),
-            verdict=decision.verdicts.get(group.index),
-        )
-        for group in decision.groups
+def views_of(model: Model, decision: Decision, observed: Observed, now: float) -> tuple[View, ...]:
+    return tuple(_view(model, decision, observed, group, now) for group in decision.groups)
+
+
+def _view(model: Model, decision: Decision, observed: Observed, group: Group, now: float) -> View:
+    block, voice = block_of(observed.status, group.index), listen(group, observed, model, now)
+    view = View(
+        group=group,
+        voice=voice,
+        trouble=trouble(group, observed.warnings, now),
+        verdict=decision.verdicts.get(group.index),
+        complaint=complaint_of(group, voice.status, complaints.from_status(block.get("podProblem")), now),
     )
+    reason = "" if serves(view) else explain(view, model.tensor_parallel_size).reason
+    before, deadline = waiting.from_status(block.get("waiting")), model.progress_deadline
+    waits = waiting.waiting_for(reason, group, before, deadline, now)
+    return replace(view, waiting=waits, overdue=waits is not None and now - waits.since >= deadline)
 
 
 def memories_of(decision: Decision, observed: Observed) -> dict[int, Memory]:
@@ -46,10 +69,10 @@ def memories_of(decision: Decision, observed: Observed) -> dict[int, Memory]:
     }
 
 
-def build(model: Model, observed: Observed, decision: Decision, refused: str, now: float) -> Status:
-    """The whole status. `refused` is what the API server said against a write of this pass; `now` is unix seconds."""
-    old, views = observed.status, views_of(decision, observed, now)
-    findings = conditions(model, decision, views, refused, old)
+def build(model: Model, observed: Observed, decision: Decision, obstacle: Obstacle | None, now: float) -> Status:
+    """The whole status. `obstacle` keeps the operator from doing what the spec asks; `now` is unix seconds."""
+    old, views = observed.status, views_of(model, decision, observed, now)
+    findings = conditions(model, decision, views, obstacle, old)
     said = [view.voice.status for view in views if view.voice.status]
     memories = memories_of(decision, observed)
     by_operator = list(history.healed(old, said, memories, now))
@@ -66,35 +89,58 @@ def build(model: Model, observed: Observed, decision: Decision, refused: str, no
         "revision": decision.revision or old.get("revision", ""),
         "ranks": f"{ready_ranks}/{model.ranks}",
         "stepLatency": _latency(_slowest([status.step_latency for status in said])),
-        "stepLatencyTime": old.get("stepLatencyTime"),
         "recoveries": _recoveries(old, said, by_operator),
         "lastFault": _last_fault(old, said),
         "lastRecovery": history.last_recovery(old, said, by_operator),
         "groups": [_group(view, model, old, memories[view.group.index], now) for view in views],
     }
-    return _without_none(status)
+    return compact(_without_none(status))
 
 
-def invalid(generation: int, old: Mapping[str, Any], message: str, now: float) -> Status:
-    """For a spec that can't be understood: the rest stays as it was, and so do the pods."""
+def halted(generation: int, old: Mapping[str, Any], reason: str, message: str, now: float) -> Status:
+    """For a model that the operator can't work on: the rest stays as it was, and so do the pods."""
     findings = {
-        "Ready": Finding("False", "InvalidSpec", message),
-        "Reconciling": Finding("False", "InvalidSpec", "nothing is done until the spec is mended"),
-        "Stalled": Finding("True", "InvalidSpec", message),
+        "Ready": Finding("False", reason, message),
+        "Reconciling": Finding("False", reason, "nothing is done until that is mended"),
+        "Stalled": Finding("True", reason, message),
     }
     kept = [condition for condition in old.get("conditions") or [] if condition["type"] not in findings]
     rendered = render(findings, generation, old.get("conditions") or [], now)
     return {**old, "observedGeneration": generation, "conditions": [*rendered, *kept]}
 
 
-def worth_writing(old: Mapping[str, Any], new: Status, now: float) -> tuple[Status | None, float | None]:
-    """(what to write or None, seconds until it is worth it or None)."""
-    moved = _latencies(new) != _latencies(old)
-    if _lasting(new) == _lasting(old):
-        waited = now - unix(old["stepLatencyTime"]) if "stepLatencyTime" in old else LATENCY_SECONDS
-        if not moved or waited < LATENCY_SECONDS:
-            return None, LATENCY_SECONDS - waited if moved else None
-    return ({**new, "stepLatencyTime": text(now)} if moved else new), None
+def essential(status: Mapping[str, Any]) -> Status:
+    """What an operator that starts anew can't do without: conditions, counts, and what recovery remembers."""
+    kept = ("group", "leaderUID", "recovery", *_COUNTERS)
+    groups = [{name: group[name] for name in kept if name in group} for group in status.get("groups") or []]
+    return {name: status[name] for name in _ESSENTIAL if name in status} | {"groups": groups}
+
+
+def compact(status: Status) -> Status:
+    """The status, with less detail the larger it is: etcd takes no object above 1.5 MiB."""
+    for lean in (_without_details, _without_words):
+        if len(json.dumps(status, separators=(",", ":"))) <= SIZE_LIMIT:
+            break
+        status = {**status, "groups": [lean(group) for group in status["groups"]]}
+    return status
+
+
+def _without_details(group: Mapping[str, Any]) -> Status:
+    kept = {name: value for name, value in group.items() if name not in _DETAILS and value != ""}
+    return {name: value[:80] if name == "message" else value for name, value in kept.items()}
+
+
+def _without_words(group: Mapping[str, Any]) -> Status:
+    kept = {name: value for name, value in group.items() if name not in ("message", "podProblem")}
+    recovery = kept.get("recovery")
+    return kept | (
+        {"recovery": {**recovery, "message": recovery["message"][:80]}} if recovery and "message" in recovery else {}
+    )
+
+
+def worth_writing(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Measurements alone are not: a busy model would rewrite its status for ever. The first of each are."""
+    return _lasting(new) != _lasting(old) or not _measured(new) <= _measured(old)
 
 
 def _group(view: View, model: Model, old: Mapping[str, Any], memory: Memory, now: float) -> Status:
@@ -103,11 +149,13 @@ def _group(view: View, model: Model, old: Mapping[str, Any], memory: Memory, now
         "group": group.index,
         "ready": group.ready,
         "state": str(said.state) if said else ("Unknown" if view.voice.silence else "Starting"),
-        "message": _words(view, model.tensor_parallel_size),
+        "message": _words(view, model.tensor_parallel_size)[:MESSAGE_LIMIT],
         "revision": group.revision,
         "leader": group.leader.name if group.leader else None,
         "leaderUID": group.leader.uid if group.leader else None,
         "recovery": to_status(memory),
+        "waiting": waiting.to_status(view.waiting),
+        "podProblem": complaints.to_status(view.complaint),
     }
     if said is None:  # counters go on where they were when the same process is heard again
         return block | {name: block_of(old, group.index).get(name) for name in _COUNTERS}
@@ -119,8 +167,17 @@ def _group(view: View, model: Model, old: Mapping[str, Any], memory: Memory, now
         "lastRepairID": history.last_repair_id(old, said, now),
         "stepLatency": _latency(said.step_latency),
         "lastStepTime": _moment(said.last_step_at),
-        "ranks": [_rank(rank) for rank in sorted(said.ranks, key=lambda rank: rank.rank)],
+        "readyRanks": sum(rank.state is RankState.READY for rank in said.ranks),
+        "ranks": [_rank(rank) for rank in _listed(model, said)],
     }
+
+
+def _listed(model: Model, said: GroupStatus) -> list[RankStatus]:
+    """All ranks of a model with few; else those that are worth a look, the others are counted in `readyRanks`."""
+    ranks = sorted(said.ranks, key=lambda rank: rank.rank)
+    if model.ranks <= LISTED_RANKS:
+        return ranks
+    return [rank for rank in ranks if rank.state is not RankState.READY or rank.message][:LISTED_RANKS]
 
 
 def _words(view: View, size: int) -> str:
@@ -143,7 +200,7 @@ def _rank(rank: RankStatus) -> Status:
         "respawns": rank.respawns,
         "stepLatency": _latency(rank.step_latency),
         "lastStepTime": _moment(rank.last_step_at),
-        "message": rank.message or None,
+        "message": rank.message[:MESSAGE_LIMIT] or None,
     }
 
 
@@ -174,7 +231,7 @@ def _fault(group: int, fault: FaultRecord) -> Status:
             "fault": str(fault.fault),
             "group": group,
             "rank": fault.rank,
-            "message": fault.message,
+            "message": fault.message[:MESSAGE_LIMIT],
             "time": text(fault.at),
             "rung": fault.rung or None,
             "recoveredTime": _moment(fault.recovered_at),
@@ -214,7 +271,14 @@ def _lasting(value: Any) -> Any:
     return [_lasting(item) for item in value] if isinstance(value, list) else value
 
 
-def _latencies(status: Mapping[str, Any]) -> list[Any]:
-    ranks = [rank for group in status.get("groups") or [] for rank in group.get("ranks") or []]
-    blocks = [status, *(status.get("groups") or []), *ranks]
-    return [pair for block in blocks if any(pair := (block.get("stepLatency"), block.get("lastStepTime")))]
+def _measured(status: Mapping[str, Any]) -> frozenset[tuple[int | None, int | None]]:
+    """Where there are latencies: of the model, of groups, of ranks."""
+    groups = status.get("groups") or []
+    ranks = [(group["group"], rank["rank"]) for group in groups for rank in group.get("ranks") or [] if _timed(rank)]
+    return frozenset(
+        [*([(None, None)] if _timed(status) else []), *((g["group"], None) for g in groups if _timed(g)), *ranks]
+    )
+
+
+def _timed(block: Mapping[str, Any]) -> bool:
+    return bool(block.get("stepLatency"))

@@ -8,8 +8,12 @@ from typing import Final
 from lockstep_operator.groups import Group
 from lockstep_operator.moment import text, unix
 from lockstep_operator.observe import Pod, Report
-from lockstep_runtime.wire import Fault, FaultRecord, GroupState, GroupStatus
+from lockstep_runtime.wire import Fault, FaultRecord, GroupState, GroupStatus, RankState
 
+RECOVERING_SECONDS: Final = 120.0  # the group's own deadlines have had their turn by then
+RELOADING_SECONDS: Final = 900.0  # the same, while ranks load that have joined
+ENDLESS: Final = "@r"  # in the key of a trigger
+LOADING: Final = frozenset({RankState.STARTING, RankState.LOADING})
 HUNG_SECONDS: Final = 90.0  # the kubelet's liveness probe has had its turn by then
 
 
@@ -25,15 +29,60 @@ class Trigger:
     pod: Pod | None  # the suspect's
 
 
-def find_trigger(group: Group, report: Report | None, now: float) -> Trigger | None:
-    """None as long as the group serves, heals itself, or isn't known."""
+def find_trigger(group: Group, report: Report | None, now: float, crashing: Pod | None = None) -> Trigger | None:
+    """None as long as the group serves, heals itself, or isn't known. `crashing` is a pod that its kubelet starts again
+    and again."""
     if report is None:
         return None
-    if report.unreachable_since is not None:
-        return _hung(group, report, now)
-    if report.status is not None and report.status.state is GroupState.POISONED:
-        return _poisoned(group, report.status, now)
-    return _stuck(group, report.status, now) if report.status else None
+    if report.unreachable_since is None and report.status is not None:
+        found = _by_its_words(group, report.status, now)
+    else:
+        found = _hung(group, report, now)
+    return found or (_crashing(group, crashing, now) if crashing else None)
+
+
+def _by_its_words(group: Group, status: GroupStatus, now: float) -> Trigger | None:
+    match status.state:
+        case GroupState.POISONED:
+            return _poisoned(group, status, now)
+        case GroupState.RECOVERING:
+            return _endless(group, status, now)
+        case _:
+            return _stuck(group, status, now)
+
+
+def _crashing(group: Group, pod: Pod, now: float) -> Trigger | None:
+    """A pod that keeps ending and keeps its group from serving: it may be its place, or what it reached from there."""
+    if group.ready or pod.deleting is not None:
+        return None
+    return Trigger(
+        key=f"crash/{pod.uid}",
+        fault=str(Fault.RANK_LOST),
+        rank=None,
+        message=f"pod {pod.name} keeps ending",
+        noticed=now,
+        pod=pod,
+    )
+
+
+def _endless(group: Group, status: GroupStatus, now: float) -> Trigger | None:
+    """A group that has been recovering for longer than it takes. Ranks that load are given their time."""
+    newest = max(status.faults, key=lambda fault: fault.id, default=None)
+    absent = next((rank.rank for rank in status.ranks if rank.state is RankState.ABSENT), None)
+    busy = absent is None and any(rank.state in LOADING for rank in status.ranks)
+    if status.since <= 0 or now - status.since < (RELOADING_SECONDS if busy else RECOVERING_SECONDS):
+        return None
+    late = next((rank.rank for rank in status.ranks if rank.state in LOADING), None)
+    suspects = (absent, newest.rank if newest else None, late)
+    suspect = next((rank for rank in suspects if rank is not None), None)
+    return Trigger(
+        key=f"{fault_key(status, newest)}{ENDLESS}{status.since:.0f}",
+        fault=str(newest.fault) if newest else str(Fault.RANK_LOST),
+        rank=suspect,
+        message=f"it has been recovering since {text(status.since)}: {status.message or 'it has not said why'}",
+        noticed=newest.at if newest else status.since,
+        pod=None if suspect is None else _pod_of(group, status, suspect),
+    )
 
 
 def _poisoned(group: Group, status: GroupStatus, now: float) -> Trigger:
@@ -57,6 +106,12 @@ def answers(trigger: str, status: GroupStatus, fault: FaultRecord) -> bool:
     return trigger.partition("@")[0] == fault_key(status, fault)
 
 
+def same_trigger(planned: str, key: str) -> bool:
+    """Whether the step that was planned is still given its time: a group that recovered for too long may have called
+    itself poisoned since, by the same fault."""
+    return planned == key or (ENDLESS in planned and planned.partition("@")[0] == key.partition("@")[0])
+
+
 def _pod_of(group: Group, status: GroupStatus, rank: int | None) -> Pod | None:
     index = next((known.pod_index for known in status.ranks if known.rank == rank), None)
     return next((pod for pod in group.pods if pod.index == index), None)
@@ -78,19 +133,19 @@ def _stuck(group: Group, status: GroupStatus, now: float) -> Trigger | None:
     leader = group.leader
     if leader is None or leader.ready or leader.deleting is not None or status.state is not GroupState.READY:
         return None
-    started, unready_since = _started(leader), _unready_since(leader)
-    if started is None or unready_since is None or unready_since <= started:
+    begun, unready_since = started(leader), _unready_since(leader)
+    if begun is None or unready_since is None or unready_since <= begun:
         return None
     words = f"takes no requests and has done no step for {HUNG_SECONDS:g} s, though its ranks are well"
     return _replaceable(leader, max(unready_since, status.last_step_at or 0.0), words, now)
 
 
 def _replaceable(leader: Pod, since: float, words: str, now: float) -> Trigger | None:
-    started = _started(leader)
-    if started is None or now - max(started, since) < HUNG_SECONDS:
+    begun = started(leader)
+    if begun is None or now - max(begun, since) < HUNG_SECONDS:
         return None
     return Trigger(
-        key=f"silent/{leader.uid}/{text(started)}",
+        key=f"silent/{leader.uid}/{text(begun)}",
         fault=str(Fault.HANG),
         rank=None,
         message=f"pod {leader.name} runs and {words}",
@@ -108,7 +163,7 @@ def _unready_since(pod: Pod) -> float | None:
     return unix(ready["lastTransitionTime"])
 
 
-def _started(pod: Pod) -> float | None:
+def started(pod: Pod) -> float | None:
     """When its containers were last started; None when one doesn't run."""
     containers = (pod.raw.get("status") or {}).get("containerStatuses") or []
     running = [state for container in containers if (state := (container.get("state") or {}).get("running"))]

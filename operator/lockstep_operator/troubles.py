@@ -20,8 +20,12 @@ _MOUNT: Final = ("FailedMount", "FailedAttachVolume", "FailedMapVolume")
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
+    """`heals`: new pods may mend it, so recovery doesn't wait for it to pass."""
+
     reason: str
     message: str
+    heals: bool = False
+    pod: Pod | None = None
 
 
 def unexplained(groups: Sequence[Group], now: float) -> list[str]:
@@ -39,9 +43,9 @@ def _unexplained(group: Group, now: float) -> Iterator[str]:
 
 def trouble(group: Group, warnings: Mapping[str, str], now: float) -> Trouble | None:
     """The first thing found that a person may have to mend; None when there is nothing of the kind."""
-    for pod in group.pods:
-        if found := _of_pod(pod, warnings.get(pod.uid, ""), now):
-            return found
+    found = [one for pod in group.pods if (one := _of_pod(pod, warnings.get(pod.uid, ""), now))]
+    if found:  # what new pods may mend only where nothing else is wrong
+        return next((one for one in found if not one.heals), found[0])
     if _lacks_pods(group, now) and (warning := warnings.get(group.uid)):
         return Trouble("PodsRefused", f"pods of group {group.index} can't be created: {warning}")
     return None
@@ -83,6 +87,8 @@ def _of_pod(pod: Pod, warning: str, now: float) -> Trouble | None:
             return found
     for condition in status.get("conditions") or []:
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            if condition.get("reason") == "SchedulingGated":
+                return Trouble("SchedulingGated", _gated(pod))
             return Trouble("Unschedulable", f"pod {pod.name} finds no node: {condition.get('message', '')}")
     if pod.phase == "Failed":
         return Trouble(
@@ -94,6 +100,11 @@ def _of_pod(pod: Pod, warning: str, now: float) -> Trouble | None:
         reason = "MountFailed" if warning.startswith(_MOUNT) else "PodPending"
         return Trouble(reason, f"pod {pod.name} can't start: {warning}")
     return None
+
+
+def _gated(pod: Pod) -> str:
+    gates = ", ".join(gate.get("name", "") for gate in (pod.raw.get("spec") or {}).get("schedulingGates") or [])
+    return f"pod {pod.name} is held back by its scheduling gates ({gates or 'unnamed'}): whoever set them lets it go"
 
 
 def _ending(pod: Pod, now: float) -> Trouble | None:
@@ -125,6 +136,8 @@ def _of_container(pod: Pod, container: Mapping[str, Any]) -> Trouble | None:
             "CrashLoop",
             f"container {container['name']} of pod {pod.name} keeps ending: {_last_words(container)};"
             " its kubelet starts it again, ever more seldom",
+            heals=True,
+            pod=pod,
         )
     return None
 

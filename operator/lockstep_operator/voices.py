@@ -13,6 +13,7 @@ from typing import Any, Final
 from lockstep_operator.groups import Group
 from lockstep_operator.moment import unix
 from lockstep_operator.observe import Observed
+from lockstep_operator.spec import Model
 from lockstep_runtime.wire import GroupState, GroupStatus, Latency, RankState, RankStatus
 
 SILENT_SECONDS: Final = 30.0  # a group that can't be asked for so long is unknown
@@ -26,7 +27,7 @@ class Voice:
     silence: str = ""
 
 
-def listen(group: Group, observed: Observed, now: float) -> Voice:
+def listen(group: Group, observed: Observed, model: Model, now: float) -> Voice:
     leader = group.leader
     if leader is None:
         return Voice(None)
@@ -36,7 +37,9 @@ def listen(group: Group, observed: Observed, now: float) -> Voice:
     if report and report.status:
         return Voice(report.status)
     block = block_of(observed.status, group.index)
-    return Voice(_remembered(block)) if block.get("leaderUID") == leader.uid and "epoch" in block else Voice(None)
+    return (
+        Voice(_remembered(block, model)) if block.get("leaderUID") == leader.uid and "epoch" in block else Voice(None)
+    )
 
 
 def block_of(status: Mapping[str, Any], group: int) -> Mapping[str, Any]:
@@ -60,7 +63,7 @@ def progress(status: GroupStatus) -> int:
     return int(10 * done / total) * 10 if total else 0
 
 
-def _remembered(block: Mapping[str, Any]) -> GroupStatus:
+def _remembered(block: Mapping[str, Any], model: Model) -> GroupStatus:
     state = block.get("state", "")
     return GroupStatus(
         model="",
@@ -70,17 +73,28 @@ def _remembered(block: Mapping[str, Any]) -> GroupStatus:
         epoch=block["epoch"],
         state=GroupState(state) if state in list(GroupState) else GroupState.STARTING,
         message=block.get("message", ""),
-        ranks=[_remembered_rank(rank) for rank in block.get("ranks") or []],
+        ranks=_remembered_ranks(block, model),
         step_latency=_remembered_latency(block),
         last_step_at=_time(block),
         recoveries=block.get("recoveries", 0),
     )
 
 
-def _remembered_rank(rank: Mapping[str, Any]) -> RankStatus:
+def _remembered_ranks(block: Mapping[str, Any], model: Model) -> list[RankStatus]:
+    """Those that are listed, and those that were only counted, because there are so many and they are well."""
+    listed = {rank["rank"]: _remembered_rank(rank, model) for rank in block.get("ranks") or []}
+    counted = block.get("readyRanks", 0) - sum(rank.state is RankState.READY for rank in listed.values())
+    unlisted = [rank for rank in range(model.tensor_parallel_size) if rank not in listed][: max(0, counted)]
+    well = {
+        rank: _remembered_rank({"rank": rank, "state": "Ready", "epoch": block["epoch"]}, model) for rank in unlisted
+    }
+    return [rank for _, rank in sorted((listed | well).items())]
+
+
+def _remembered_rank(rank: Mapping[str, Any], model: Model) -> RankStatus:
     return RankStatus(
         rank=rank["rank"],
-        pod_index=0,
+        pod_index=rank["rank"] // model.ranks_per_pod,
         state=RankState(rank.get("state", "Absent")),
         pod=rank.get("pod", ""),
         node=rank.get("node", ""),

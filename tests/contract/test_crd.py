@@ -13,9 +13,11 @@ from typing import Any
 import yaml
 from tests.support.kube_world import World, well
 
+from lockstep_operator import complaints, waiting
 from lockstep_operator.memory import Memory, Plan, Rung, to_status
 from lockstep_operator.names import GROUP, KIND, PLURAL, VERSION
 from lockstep_operator.observe import Report
+from lockstep_operator.served_schema import WRITTEN
 from lockstep_runtime.wire import Fault, FaultRecord, Latency
 
 CRD: dict[str, Any] = yaml.safe_load(
@@ -97,13 +99,18 @@ async def test_the_schema_keeps_every_field_of_the_status_that_the_operator_writ
         suspects={"n1": 1}, avoided={"n1": world.time},
     )  # fmt: skip
     status: dict[str, Any] = dict(world.status(key))
-    status["groups"] = [status["groups"][0] | {"recovery": to_status(everything)}]
+    waits = waiting.to_status(waiting.Waiting("Unschedulable", world.time, "new"))
+    complains = complaints.to_status(complaints.Complaint("OutOfMemory", "pod chat-0-1 was killed", world.time))
+    more = {"recovery": to_status(everything), "waiting": waits, "podProblem": complains}
+    status["groups"] = [status["groups"][0] | more]
     assert status["lastFault"]["rung"] == "Rebuild"
     assert status["lastRecovery"].pop("phases") == {"detect": 0.5}  # whose names are free
     assert list(unknown("status", status, SCHEMA["properties"]["status"])) == []
     written = set(paths("", status))
     known = {path.removeprefix(".status") for path, _ in fields("", SCHEMA) if path.startswith(".status.")}
     assert known - {".lastRecovery.phases"} == written
+    checked = {"." + ".".join(path[1:]) for path in WRITTEN if path != ("status",)}
+    assert {path.replace("[]", "") for path in known} == checked, "what is compared with the served CRD"
 
 
 def unknown(path: str, value: Any, schema: dict[str, Any]) -> Iterator[str]:

@@ -87,7 +87,7 @@ async def test_reads() -> None:
 async def test_writes() -> None:
     async with api(200, {"done": True}) as (kube, recorder):
         await kube.apply("Service", MANIFEST)
-        await kube.overwrite("Service", MANIFEST)
+        await kube.overwrite("Service", MANIFEST, "uid-1")
         await kube.apply_status("TensorParallelModel", MANIFEST)
         await kube.create("Event", MANIFEST)
         await kube.delete("Pod", "team", "chat-0-0", "uid-1")
@@ -97,7 +97,8 @@ async def test_writes() -> None:
     by_status = {"fieldManager": "lockstep-operator-status"} | force
     assert recorder.asked == [
         ("PATCH", services, owned | force, "application/apply-patch+yaml", MANIFEST),
-        ("PATCH", services, owned, "application/merge-patch+json", {"spec": {"a": 1}}),
+        ("PATCH", services, owned, "application/merge-patch+json",
+         {"metadata": {"uid": "uid-1"}, "spec": {"a": 1}}),
         ("PATCH", status, by_status, "application/apply-patch+yaml", MANIFEST),
         ("POST", "/api/v1/namespaces/team/events", owned, "application/json", MANIFEST),
         ("DELETE", "/api/v1/namespaces/team/pods/chat-0-0", {}, "application/json",
@@ -185,7 +186,7 @@ async def test_a_status_is_asked_for_with_the_token_and_then_only_its_changes() 
     async with serving(status) as server:
         groups = GroupClient(changes, lambda: 0.0)
         groups.watch(KEY, {0: target(server)})
-        assert [await changes.next(), await changes.next(), await changes.next()] == [0.0, 15.0, 0.0]
+        assert [await changes.next(), await changes.next(), await changes.next()] == [0.0, 0.0, 0.0], "first, measured"
         reports = groups.reports(KEY, {0: "uid-1"})
         assert reports[0].status == broken
         assert groups.reports(KEY, {0: "another pod"}) == {}, "never the words of a pod that is gone"
@@ -193,7 +194,7 @@ async def test_a_status_is_asked_for_with_the_token_and_then_only_its_changes() 
         assert groups.reports(KEY, {0: "uid-1"}) == {}
         changed.set()
         await groups.close()
-    assert asked[:3] == [("Bearer secret", ""), ("Bearer secret", "1"), ("Bearer secret", "2")]
+    assert asked[:3] == [("Bearer secret", ""), ("Bearer secret", "inc/1"), ("Bearer secret", "inc/2")]
 
 
 @pytest.mark.parametrize(
@@ -237,14 +238,15 @@ def test_measurements_are_not_lasting_and_states_are() -> None:
 
 
 async def test_its_own_port() -> None:
-    metrics, ready = Metrics(), False
-    server = TestServer(application(metrics, lambda: ready))
+    metrics, unready = Metrics(), "models aren't watched yet"
+    server = TestServer(application(metrics, lambda: unready))
     await server.start_server()
     try:
         async with ClientSession(server.make_url("")) as session:
             assert (await session.get("/healthz")).status == 200
-            assert (await session.get("/readyz")).status == 503
-            ready = True
+            answer = await session.get("/readyz")
+            assert (answer.status, await answer.text()) == (503, "models aren't watched yet\n")
+            unready = ""
             assert (await session.get("/readyz")).status == 200
             metrics.model(KEY, {"conditions": [{"type": "Ready", "status": "True"}], "replicas": 2, "readyReplicas": 1})
             page = await (await session.get("/metrics")).text()

@@ -14,6 +14,9 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from tests.support import kube_answers
+from tests.support.kube_answers import check_merged, check_quota, check_schema, check_status, check_uid, openapi_schema
+
 from lockstep_operator.kube import KubeError, Object
 from lockstep_operator.moment import text
 from lockstep_operator.names import KIND, POD_INDEX_LABEL, REVISION_LABEL
@@ -22,10 +25,11 @@ T = TypeVar("T")
 Identity = tuple[str, str, str]  # kind, namespace, name
 LIST_KEYS = {
     "containers": "name", "volumes": "name", "env": "name", "volumeMounts": "mountPath", "ownerReferences": "uid",
-    "ports": "port", "conditions": "type", "groups": "group", "ranks": "rank",
+    "ports": "port", "conditions": "type",
 }  # fmt: skip
 
 NOT_READY = {"type": "Ready", "status": "False", "reason": "ContainersNotReady"}
+_GATED = "Scheduling is blocked due to non-empty scheduling gates"
 _UNHEARD = {"type": "Ready", "status": "False"}  # by the node controller, until the kubelet is back and says why
 
 
@@ -48,6 +52,10 @@ class FakeKube:
         self.pause: Callable[[], int] = lambda: 0  # how often others get their turn before a request is served
         self.stale: dict[Identity, Object] | None = None  # what reads see instead of what is
         self.admit: Callable[[Object], None] = lambda live: None  # rewrites what is applied, as a webhook does
+        self.quotas: dict[str, int] = {}  # kind → how many there may be in a namespace
+        self.webhooks_down: set[str] = set()  # kinds that a webhook must admit which isn't there
+        self.ending: set[str] = set()  # namespaces that are being deleted
+        self.crd_lacks: frozenset[str] = frozenset()  # fields of the status, as status.groups.epoch: the CRD is older
         self.nodes = ["node-1"]
         self.lost_nodes: set[str] = set()  # their kubelets neither act nor report
         self._numbers = itertools.count(1)
@@ -77,6 +85,7 @@ class FakeKube:
             identity = (kind, manifest["metadata"]["namespace"], name)
             if identity in self.objects:
                 raise KubeError(409, "AlreadyExists", f"{kind} {name} already exists")
+            self._admit_new(kind, manifest)
             return clone(self.put(kind, manifest))
 
     async def apply(self, kind: str, manifest: Mapping[str, Any]) -> Object:
@@ -84,7 +93,13 @@ class FakeKube:
         await self._turns()
         with self._writing("apply", kind, name):
             live = self.objects.get((kind, manifest["metadata"]["namespace"], name))
+            check_uid(kind, manifest, live)
+            check_schema(kind, manifest)
+            if kind in self.webhooks_down:
+                raise kube_answers.webhook_down()
             if live is None:
+                self._admit_new(kind, manifest)
+                check_merged(manifest)
                 live = self.put(kind, manifest)
             else:
                 self._merge(live, manifest, "")
@@ -92,13 +107,14 @@ class FakeKube:
             self.admit(live)
             return clone(live)
 
-    async def overwrite(self, kind: str, manifest: Mapping[str, Any]) -> Object:
+    async def overwrite(self, kind: str, manifest: Mapping[str, Any], uid: str) -> Object:
         name = manifest["metadata"]["name"]
         await self._turns()
         with self._writing("apply", kind, name):
             live = self.objects.get((kind, manifest["metadata"]["namespace"], name))
             if live is None:
                 raise KubeError(404, "NotFound", f"{kind} {name} not found")
+            check_uid(kind, {"metadata": {"name": name, "uid": uid}}, live)
             before = clone(live)
             live["spec"] = _merge_patched(live["spec"], manifest["spec"])
             self._bump(live, before)
@@ -119,6 +135,7 @@ class FakeKube:
                 != live["metadata"]["resourceVersion"]
             ):
                 raise KubeError(409, "Conflict", "the object has been modified")
+            check_status(kind, manifest, self.crd_lacks)
             self._merge(live, {"status": manifest["status"]}, "/status")
             self._applied[live["metadata"]["uid"], "/status"] = clone({"status": manifest["status"]})
             return clone(live)
@@ -130,6 +147,10 @@ class FakeKube:
             if live is not None and live["metadata"]["uid"] == uid:
                 self.deleted.append((kind, name, uid, grace))
                 self.remove(kind, namespace, name, grace)
+
+    async def served_schema(self) -> Mapping[str, Any]:
+        await self._turns()
+        return {"model": openapi_schema(self.crd_lacks)}
 
     async def _turns(self) -> None:
         for _ in range(self.pause()):
@@ -204,13 +225,35 @@ class FakeKube:
                 )
                 continue
             for index in range(spec["replicas"]):
-                if ("Pod", metadata["namespace"], f"{metadata['name']}-{index}") not in self.objects:
+                pod = self.objects.get(("Pod", metadata["namespace"], f"{metadata['name']}-{index}"))
+                if pod and pod["status"]["phase"] == "Failed":
+                    yield lambda pod=pod: self._forget(pod)  # type: ignore[misc]
+                elif pod is None and not self._refused(workload, index):
                     yield lambda workload=workload, index=index: self._make_pod(workload, index)  # type: ignore[misc]
             for pod in self.of_kind("Pod"):
                 if owned(pod, workload) and int(pod["metadata"]["labels"][POD_INDEX_LABEL]) >= spec["replicas"]:
                     yield lambda pod=pod: self.remove("Pod", pod["metadata"]["namespace"], pod["metadata"]["name"])  # type: ignore[misc]
 
+    def evict(self, namespace: str, name: str, why: str = "The node was low on resource: memory.") -> None:
+        """As a kubelet does whose node is short of something."""
+        pod = self.objects["Pod", namespace, name]
+        pod.update(status={"phase": "Failed", "reason": "Evicted", "message": why})
+
+    def _forget(self, pod: Object) -> None:
+        self.objects.pop(("Pod", pod["metadata"]["namespace"], pod["metadata"]["name"]), None)
+
+    def _refused(self, workload: Object, index: int) -> bool:
+        """Whether making this pod fails, and that has been told."""
+        refusal = self._pod_refusal(self._pod_of(workload, index))
+        if not refusal:
+            return False
+        self._tell(workload, "FailedCreate", refusal)
+        return True
+
     def _make_pod(self, workload: Object, index: int) -> None:
+        self.put("Pod", self._pod_of(workload, index) | {"status": {"phase": "Pending"}})
+
+    def _pod_of(self, workload: Object, index: int) -> Object:
         name, template = f"{workload['metadata']['name']}-{index}", clone(workload["spec"]["template"])
         owner = {
             "kind": "StatefulSet",
@@ -221,7 +264,30 @@ class FakeKube:
         labels = template["metadata"]["labels"] | {POD_INDEX_LABEL: str(index)}
         namespace = workload["metadata"]["namespace"]
         metadata = {"name": name, "namespace": namespace, "labels": labels, "ownerReferences": [owner]}
-        self.put("Pod", {"metadata": metadata, "spec": template["spec"], "status": {"phase": "Pending"}})
+        return {"metadata": metadata, "spec": template["spec"]}
+
+    def _pod_refusal(self, pod: Object) -> str:
+        ranges = [
+            item for item in self.of_kind("LimitRange") if item["metadata"]["namespace"] == pod["metadata"]["namespace"]
+        ]
+        try:
+            self._admit_new("Pod", pod)
+        except KubeError as error:
+            return error.message
+        return kube_answers.pod_refused(pod, ranges)
+
+    def _tell(self, item: Object, reason: str, message: str) -> None:
+        """A Warning about an object, as controllers write it: the same again is counted, not repeated."""
+        namespace, name = item["metadata"]["namespace"], f"{item['metadata']['name']}.{reason}".lower()
+        event = {
+            "metadata": {"name": name, "namespace": namespace},
+            "reason": reason,
+            "message": message,
+            "involvedObject": {"uid": item["metadata"]["uid"]},
+            "type": "Warning",
+        }
+        if ("Event", namespace, name) not in self.objects:
+            self.put("Event", event)
 
     def _kubelet(self, broken: Callable[[Object], bool]) -> Iterator[Callable[[], None]]:
         """With the scheduler before it, and the node controller where it is lost."""
@@ -233,13 +299,20 @@ class FakeKube:
                 yield lambda identity=identity: self.objects.pop(identity, None)  # type: ignore[misc]
             elif pod["status"]["phase"] == "Pending":
                 yield from self._start(pod)
+            elif pod["status"]["phase"] == "Failed":
+                continue
             elif is_ready(pod) == broken(pod) or _UNHEARD in (pod["status"].get("conditions") or []):
                 yield lambda pod=pod: _turn_ready(pod, not broken(pod))  # type: ignore[misc]
 
     def _start(self, pod: Object) -> Iterator[Callable[[], None]]:
+        if pod["spec"].get("schedulingGates"):
+            gated = {"type": "PodScheduled", "status": "False", "reason": "SchedulingGated", "message": _GATED}
+            if pod["status"].get("conditions") != [gated]:
+                yield lambda: pod["status"].update(conditions=[gated])
+            return
         allowed = [node for node in self.nodes if node not in self.lost_nodes and node not in _ruled_out(pod)]
         if not allowed:
-            unplaced = {"type": "PodScheduled", "status": "False", "message": "no node fits"}
+            unplaced = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no node fits"}
             if pod["status"].get("conditions") != [unplaced]:
                 yield lambda: pod["status"].update(conditions=[unplaced])
             return
@@ -266,6 +339,13 @@ class FakeKube:
 
     # --- inside ---
 
+    def _admit_new(self, kind: str, manifest: Mapping[str, Any]) -> None:
+        namespace, name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
+        if namespace in self.ending:
+            raise kube_answers.namespace_ending(kind, namespace, name)
+        used = sum((k, ns) == (kind, namespace) for k, ns, _ in self.objects)
+        check_quota(kind, name, used, self.quotas.get(kind))
+
     def _writing(self, verb: str, kind: str, name: str) -> _Write:
         return _Write(self, verb, kind, name)
 
@@ -273,9 +353,7 @@ class FakeKube:
         before = clone(live)
         previous = self._applied.get((live["metadata"]["uid"], subresource), {})
         merged = _applied_over(live, manifest, previous)
-        names = [port.get("name") for port in (merged.get("spec") or {}).get("ports") or []]
-        if len(names) != len(set(names)):
-            raise KubeError(422, "Invalid", f"spec.ports: Duplicate value: {names}")
+        check_merged(merged)
         merged["metadata"] |= {name: before["metadata"][name] for name in ("uid", "resourceVersion", "generation")}
         live.clear()
         live.update(merged)

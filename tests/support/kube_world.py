@@ -9,6 +9,7 @@ from typing import Any
 from tests.support.kube_fake import FakeKube, Killed, is_ready, resource, revision_of
 
 from lockstep_operator.controller import Controller
+from lockstep_operator.failures import REFUSED_MOST
 from lockstep_operator.group_client import Target
 from lockstep_operator.kube import Object
 from lockstep_operator.metrics import Metrics
@@ -95,7 +96,9 @@ class World:
             return 0.0
 
     async def settle(self, *keys: ModelKey, passes: int = 400) -> None:
-        """Let everything happen until nothing more does. Fails when that doesn't come to pass."""
+        """Let everything happen until nothing more does, also after the longest wait between two tries of a write.
+        Fails when that doesn't come to pass."""
+        waited = False
         for _ in range(passes):
             before = len(self.kube.writes)
             for key in keys:
@@ -106,7 +109,10 @@ class World:
             if steps:
                 self.random.choice(steps)()
             elif len(self.kube.writes) == before:
-                return
+                if waited:
+                    return
+                self.time += REFUSED_MOST
+            waited = not steps and len(self.kube.writes) == before
         raise AssertionError(f"still busy after {passes} passes: {self.kube.writes[-10:]}")
 
     def serving(self, key: ModelKey, size: int = 2) -> int:

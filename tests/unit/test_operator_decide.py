@@ -246,13 +246,13 @@ def test_moving_away_first_changes_where_the_successors_may_run() -> None:
     assert decided(made, unseen, UNREADY, status=status).actions == ()
 
 
-def test_a_rollout_goes_before_recovery() -> None:
+def test_what_recovery_has_planned_goes_first_and_a_rollout_takes_the_rest() -> None:
     made = model()
     status = recovering()
     outdated = tuple(pod(0, index, "old", ready=False) for index in range(2))
     decision = decided(made, everything(made), outdated, status=status)
-    assert [type(action) for action in decision.actions] == [Delete, Delete]
-    assert all(isinstance(action, Delete) and action.grace is None for action in decision.actions)
+    deleted = [(action.name, action.grace) for action in decision.actions if isinstance(action, Delete)]
+    assert deleted == [("chat-0-1", 5), ("chat-0-0", None)]
 
 
 NO_REASON = {

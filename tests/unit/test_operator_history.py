@@ -49,7 +49,7 @@ def look(
     decision = Decision(
         revision="new", groups=(group(),), turns=plan([group()], "new", 1), verdicts={0: Verdict(memory=memory)}
     )
-    new = build(model(), observed, decision, "", now)
+    new = build(model(), observed, decision, None, now)
     return Pass(observed=observed, new=new, done=(), memories={0: memory}, now=now), new
 
 
@@ -143,7 +143,7 @@ def test_faults_and_repairs_of_one_second_are_sorted_as_they_came() -> None:
     times = (0.1, 0.3), (0.5, 0.7)
     records = [fault(n, at=NOW + at, recovered_at=NOW + done) for n, (at, done) in enumerate(times, 1)]
     seen, _ = look({}, Report(status=said(records)), now=NOW + 0.8)
-    written = [manifest(model(), item, NOW + 0.8) for item in occurrences(seen) if item.at]
+    written = [manifest(KEY, "uid-m", item, NOW + 0.8) for item in occurrences(seen) if item.at]
     assert {item["lastTimestamp"] for item in written} == {text(NOW)}
     written.sort(key=lambda item: str(item["metadata"]["name"]))
     assert [item["reason"] for item in written] == ["Hang", "Recovered", "Hang", "Recovered"]

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
+from lockstep_operator.backoff import backoff
 from lockstep_operator.controller import BUSY_PASSES, Controller
-from lockstep_operator.group_client import backoff
 from lockstep_operator.kube import KubeError
 from lockstep_operator.metrics import Metrics
 from lockstep_operator.names import ModelKey
@@ -95,13 +95,6 @@ async def test_a_bug_in_one_model_stops_no_other() -> None:
     steps = controller(ValueError("a bug"), Outcome(again=10.0))
     assert (await steps.step(KEY) or 0) >= 1.0
     assert await steps.step(ModelKey("team", "other")) is not None
-
-
-async def test_what_was_refused_is_tried_again_ever_more_seldom() -> None:
-    steps = controller(*[Outcome(again=0.0, wrote=True, refused=True)] * 12)
-    delays = [await steps.step(KEY) or 0.0 for _ in range(12)]
-    assert delays[0] <= 2.0
-    assert 150 <= delays[-1] <= 300
 
 
 async def test_a_fight_with_another_writer_is_slowed_down() -> None:

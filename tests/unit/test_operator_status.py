@@ -11,7 +11,7 @@ import pytest
 from tests.support.kube_world import well
 from tests.support.operator_models import NOW, group, model, pod
 
-from lockstep_operator.conditions import render
+from lockstep_operator.conditions import Obstacle, render
 from lockstep_operator.decide import Decision
 from lockstep_operator.events import Occurrence, Pass, occurrences
 from lockstep_operator.groups import Group
@@ -21,7 +21,7 @@ from lockstep_operator.names import ModelKey
 from lockstep_operator.observe import Observed, Report
 from lockstep_operator.recovery import Verdict
 from lockstep_operator.rollout import plan
-from lockstep_operator.status import build, invalid, worth_writing
+from lockstep_operator.status import build, halted, worth_writing
 from lockstep_operator.troubles import trouble, unexplained
 from lockstep_runtime.wire import Fault, FaultRecord, GroupState, GroupStatus, Latency, RankState
 
@@ -58,9 +58,9 @@ def decided(*groups: Group, **fields: Any) -> Decision:
 
 
 def status_of(
-    decision: Decision, observed: Observed, *, refused: str = "", now: float = NOW, **spec: Any
+    decision: Decision, observed: Observed, *, obstacle: Obstacle | None = None, now: float = NOW, **spec: Any
 ) -> dict[str, Any]:
-    return build(model(replicas=len(decision.groups), **spec), observed, decision, refused, now)
+    return build(model(replicas=len(decision.groups), **spec), observed, decision, obstacle, now)
 
 
 def condition(status: Mapping[str, Any], name: str) -> tuple[str, str, str]:
@@ -174,8 +174,14 @@ def test_old_pods_that_serve_during_a_rollout_are_available_but_not_ready() -> N
 
 
 def test_a_refused_write_and_a_conflict_stall_the_model() -> None:
-    refused = status_of(decided(group()), seen(said()), refused="the API server refuses a change (x): Forbidden: quota")
-    assert condition(refused, "Stalled") == ("True", "Refused", "the API server refuses a change (x): Forbidden: quota")
+    obstacle = Obstacle("Refused", "the API server refuses a change (x): Forbidden: no", stalled=True)
+    refused = status_of(decided(group()), seen(said()), obstacle=obstacle)
+    assert condition(refused, "Stalled") == ("True", "Refused", "the API server refuses a change (x): Forbidden: no")
+    retrying = status_of(decided(group()), seen(said()), obstacle=Obstacle("Retrying", "later", stalled=False))
+    assert (condition(retrying, "Reconciling"), condition(retrying, "Stalled")[0]) == (
+        ("True", "Retrying", "later"),
+        "False",
+    )
     conflict = status_of(replace(decided(group()), conflict="Service chat exists"), seen(said()))
     assert condition(conflict, "Ready") == ("False", "NameConflict", "Service chat exists")
 
@@ -184,7 +190,7 @@ def test_a_restarted_operator_trusts_the_last_words_while_the_pod_is_the_same() 
     before = status_of(decided(group()), seen(said(step_latency=Latency(p50_ms=1.0, p99_ms=2.0), last_step_at=NOW)))
     silent = seen(status=before)
     after = status_of(decided(group()), silent, now=NOW + 500)
-    assert worth_writing(before, after, NOW + 500) == (None, None)
+    assert not worth_writing(before, after)
     other = replace(group(), pods=tuple(pod(0, index, uid=f"other-{index}") for index in range(2)))
     assert condition(status_of(decided(other), silent), "ModelLoaded")[0] == "False"
 
@@ -239,18 +245,19 @@ def test_recoveries_are_counted_over_processes_and_groups() -> None:
     assert anew["recoveries"] == 3
 
 
-def test_latency_alone_is_written_every_15_seconds_at_most() -> None:
-    def at(seconds: float, milliseconds: float, old: Mapping[str, Any]) -> dict[str, Any]:
-        report = said(step_latency=Latency(p50_ms=milliseconds, p99_ms=9.0), last_step_at=NOW + seconds)
-        return status_of(decided(group()), seen(report, status=old), now=NOW + seconds)
+def test_measurements_alone_are_not_written_but_for_the_first() -> None:
+    def at(milliseconds: float | None, old: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
+        report = said(step_latency=Latency(p50_ms=milliseconds), last_step_at=NOW, **fields)
+        return status_of(decided(group()), seen(report, status=old))
 
-    written, _ = worth_writing({}, at(0, 1.0, {}), NOW)
-    assert written is not None
-    assert worth_writing(written, at(5, 2.0, written), NOW + 5) == (None, 10.0)
-    later, _ = worth_writing(written, at(15, 2.0, written), NOW + 15)
-    assert later is not None
-    assert (later["stepLatency"]["p50"], later["stepLatencyTime"]) == ("2.0ms", text(NOW + 15))
-    assert worth_writing(later, at(99, 2.0, later) | {}, NOW + 99)[0] is not None, "the time of the last step moved"
+    unmeasured = at(None, {})
+    first = at(1.0, unmeasured)
+    assert worth_writing(unmeasured, first)
+    assert not worth_writing(first, at(2.0, first))
+    assert not worth_writing(first, at(None, first))
+    other = at(2.0, first, epoch=2)
+    assert worth_writing(first, other)
+    assert other["stepLatency"] == {"p50": "2.0ms"}, "with what else has changed, the newest is written"
 
 
 def test_a_condition_keeps_its_time_until_its_status_changes() -> None:
@@ -267,7 +274,7 @@ def test_a_condition_keeps_its_time_until_its_status_changes() -> None:
 
 def test_a_spec_that_can_not_be_understood_keeps_what_was_known() -> None:
     before = status_of(decided(group()), seen(said()))
-    after = invalid(4, before, "ranksPerPod must divide", NOW + 1)
+    after = halted(4, before, "InvalidSpec", "ranksPerPod must divide", NOW + 1)
     assert condition(after, "Stalled") == ("True", "InvalidSpec", "ranksPerPod must divide")
     assert condition(after, "Available") == condition(before, "Available")
     assert (after["observedGeneration"], after["ranks"]) == (4, "2/2")
@@ -330,8 +337,16 @@ def test_what_keeps_pods_from_running(fields: dict[str, Any], reason: str, words
     assert found is not None
     assert found.reason == reason
     assert words in found.message
-    status = status_of(decided(troubled), seen(warnings={"uid-0-0": warning} if warning else {}))
-    assert condition(status, "Stalled")[:2] == ("True", reason)
+    warnings = {"uid-0-0": warning} if warning else {}
+    status = status_of(decided(troubled), seen(warnings=warnings))
+    assert condition(status, "Reconciling")[:2] == ("True", reason), "it may pass by itself"
+    assert condition(status, "Stalled")[0] == "False"
+    almost = status_of(decided(troubled), seen(warnings=warnings, status=status), now=NOW + 599)
+    assert condition(almost, "Stalled")[0] == "False"
+    late = status_of(decided(troubled), seen(warnings=warnings, status=almost), now=NOW + 600)
+    assert condition(late, "Stalled")[:2] == ("True", "ProgressDeadlineExceeded")
+    assert words in condition(late, "Stalled")[2], "with the words of what it waits for"
+    assert f"nothing has moved since {text(NOW)} ({reason})" in condition(late, "Stalled")[2]
 
 
 def test_pods_that_can_not_be_created_are_asked_about_and_explained() -> None:
