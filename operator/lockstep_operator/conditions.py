@@ -175,6 +175,8 @@ def _by_state(status: GroupStatus, name: str, size: int) -> Finding:
             return Finding("False", "Recovering", f"{name} recovers{words}")
         case GroupState.DRAINING:
             return Finding("False", "Draining", f"{name} finishes its requests{words}")
+        case GroupState.LOADING if voices.loaded(status, size):
+            return Finding("False", "Loading", status.message or f"{name} holds its weights")
         case GroupState.LOADING:
             return Finding("False", "Loading", f"{name} has read {voices.progress(status)} % of its weights")
         case GroupState.READY:

@@ -95,7 +95,9 @@ def build_parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         "serve",
         help="serve a model over an OpenAI-compatible HTTP API",
         description="Serve a model over an OpenAI-compatible HTTP API.",
-        epilog="Every flag can be given as an environment variable as well: --max-model-len is LOCKSTEP_MAX_MODEL_LEN.",
+        epilog="Every flag can be given as an environment variable as well: --max-model-len is LOCKSTEP_MAX_MODEL_LEN. "
+        "LOCKSTEP_API_KEY, or the lines of the file LOCKSTEP_API_KEY_FILE, are the keys that clients must send one of. "
+        "LOCKSTEP_LOG_LEVEL (info) and LOCKSTEP_LOG_FORMAT (text, or json) shape the log.",
     )
     serve.add_argument("model", help="a directory with config.json and safetensors, or a hub id such as Qwen/Qwen3-8B")
     _add_flags(serve, environment)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -65,12 +66,35 @@ def test_a_model_whose_file_names_no_replicas_belongs_to_the_autoscaler(living: 
     assert json.loads(kubectl.kubectl("get", "--raw", path))["spec"] == {"replicas": 1}
     assert difference(file) == ""
 
-    scale(living, 2)
+    with autoscaled(living, groups=2):
+        living.until("the autoscaler to set replicas", lambda: living.read()["spec"]["replicas"] == 2, 60)
     assert difference(file) == ""
     living.apply(tiny_chat())
 
     assert json.loads(kubectl.kubectl("get", "--raw", path))["spec"] == {"replicas": 2}
     until_groups(living, 2)
+
+
+@contextmanager
+def autoscaled(model: Model, groups: int) -> Iterator[None]:
+    """By Kubernetes' own autoscaler, which needs no metrics to keep to its bounds."""
+    target = {"apiVersion": "lockstep.dev/v1alpha1", "kind": "TensorParallelModel", "name": model.name}
+    metric = {
+        "type": "Resource",
+        "resource": {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 80}},
+    }
+    kubectl.apply(
+        {
+            "apiVersion": "autoscaling/v2",
+            "kind": "HorizontalPodAutoscaler",
+            "metadata": {"namespace": model.namespace, "name": model.name},
+            "spec": {"scaleTargetRef": target, "minReplicas": groups, "maxReplicas": groups, "metrics": [metric]},
+        }
+    )
+    try:
+        yield
+    finally:
+        model.kubectl("delete", "hpa", model.name)
 
 
 def difference(file: dict[str, Any]) -> str:

@@ -37,8 +37,8 @@ class FakeEngine:
     def readiness(self) -> Readiness:
         return self.state
 
-    def set_serving_blocker(self, reason: str) -> None:
-        self.blocker = reason
+    def set_serving_blocker(self, reason: str, *, loading: bool = False) -> None:
+        self.blocker = "" if loading else reason
 
     def stats(self) -> EngineStats:
         return EngineStats(

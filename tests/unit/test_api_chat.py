@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tests.support.api_server import TINY_CHAT
 from transformers import AutoTokenizer
 
-from lockstep_runtime.api.chat import Chat, ChatTemplate, encode_chat
+from lockstep_runtime.api.chat import encode_chat
+from lockstep_runtime.api.chat_template import Chat, ChatTemplate
 from lockstep_runtime.api.errors import ApiError
 from lockstep_runtime.api.tokenizer import TextTokenizer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.support.api_server import TINY_CHAT
 
-from lockstep_runtime.api.chat import Chat
+from lockstep_runtime.api.chat_template import Chat
 from lockstep_runtime.api.model import ModelUnavailableError, SamplingDefaults, ServedModel, load, sampling_defaults
 from lockstep_runtime.config import ServeConfig
 
@@ -68,9 +68,13 @@ def test_the_templates_own_file_goes_first(folder: Path) -> None:
     ("name", "content", "words"),
     [
         ("tokenizer.json", "{", "tokenizer.json can't be used"),
-        ("tokenizer_config.json", "{", "tokenizer_config.json can't be read"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
         ("generation_config.json", "[]", "generation_config.json should hold a JSON object"),
-        ("chat_template.jinja", "{% if %}", "chat template is malformed"),
+        (
+            "chat_template.jinja",
+            "{% if %}",
+            "chat_template.jinja: the chat template is malformed in line 1",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(folder: Path, name: str, content: str, words: str) -> None:
@@ -79,10 +83,65 @@ def test_what_is_wrong_is_named(folder: Path, name: str, content: str, words: st
         read(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "chat_template.jinja",
+            b"{{ messages }}\ncaf\xe9",
+            "line 2 has the byte 0xE9 .Latin-1, perhaps.",
+        ),
+        ("chat_template.jinja", b"\xef\xbb\xbf{{ messages }}", "begins with a byte order mark"),
+        ("additional_chat_templates/rag.jinja", b"caf\xe9", "rag.jinja is not UTF-8"),
+        ("tokenizer_config.json", b"\xff\xfe{\x00}\x00", "begins with a byte order mark"),
+        ("generation_config.json", b"", "generation_config.json is empty"),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS pointer"),
+    ],
+)
+def test_files_in_another_encoding_are_named(folder: Path, name: str, content: bytes, words: str) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+    with pytest.raises(ModelUnavailableError, match=words):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("template", "line", "words"),
+    [
+        ("{% for m in messages %}\n{{ m.content }\n{% endfor %}", 2, "unexpected '}'"),
+        ("a\n\n{% generation %}b", 3, "endgeneration"),
+        ("{{ messages | nosuchfilter }}", 1, "No filter named 'nosuchfilter'"),
+        ("a\n{% unheard %}", 2, "unknown tag 'unheard'"),
+    ],
+)
+def test_a_malformed_template_is_named_with_its_line(folder: Path, template: str, line: int, words: str) -> None:
+    write(folder, "tokenizer_config.json", {"chat_template": template})
+    with pytest.raises(ModelUnavailableError, match=f"malformed in line {line}: .*{words}") as caught:
+        read(folder)
+    assert f"chat_template in {folder}/tokenizer_config.json" in str(caught.value)
+
+
+def test_named_templates_have_a_default_or_the_model_says_which_there_are(folder: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    write(folder, "additional_chat_templates/tool_use.jinja", "t")
+    write(folder, "additional_chat_templates/rag.jinja", "r")
+    model = read(folder)
+    assert model.template is None
+    assert "(rag, tool_use) have no default" in model.why_no_template
+    write(folder, "chat_template.jinja", "file")
+    assert rendered(read(folder)) == "file"
+
+
+def test_a_model_with_another_kind_of_tokenizer_file_says_how_to_convert_it(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(ModelUnavailableError, match=r"make one of tokenizer\.model with transformers"):
+        read(tmp_path)
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelUnavailableError, match=r"no tokenizer\.json"):
         read(tmp_path)
-    with pytest.raises(ModelUnavailableError, match="does not exist"):
+    with pytest.raises(ModelUnavailableError, match=r"the model directory can't be found: .*nowhere does not exist"):
         read(tmp_path / "nowhere")
 
 

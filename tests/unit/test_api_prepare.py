@@ -10,7 +10,7 @@ from tests.support.api_server import TINY_CHAT
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from lockstep_runtime.api.bounds import longest_token
-from lockstep_runtime.api.chat import ChatTemplate
+from lockstep_runtime.api.chat_template import ChatTemplate
 from lockstep_runtime.api.errors import ApiError
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.model import SamplingDefaults, ServedModel

@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import enum
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import jinja2
-import msgspec
 
-from lockstep_runtime.api.chat import ChatTemplate
+from lockstep_runtime.api.chat_template import ChatTemplate
+from lockstep_runtime.api.template_files import DEFAULT, Templates, find_templates
 from lockstep_runtime.api.tokenizer import TextTokenizer, UnsupportedTokenizerError
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.weights.errors import ModelError
+from lockstep_runtime.weights.files import read_bytes, read_object
+from lockstep_runtime.weights.model_config import text_config
 from lockstep_runtime.weights.source import find_model
 
 _TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
+class Problem(enum.StrEnum):
+    """All that can keep a model's text files from being used. Each is told in the group's status."""
+
+    MODEL_NOT_FOUND = "the model's folder"  # or the hub did not deliver it, or it may not be entered
+    NO_TOKENIZER = "tokenizer.json is missing"
+    TOKENIZER_UNREADABLE = "tokenizer.json can't be read"
+    TOKENIZER_UNUSABLE = "tokenizer.json is none that the library knows"
+    SETTINGS_UNREADABLE = "config.json, generation_config.json or tokenizer_config.json"
+    TEMPLATE_UNREADABLE = "the chat template's file"
+    TEMPLATE_MALFORMED = "the chat template's Jinja"
+    UNEXPECTED = "anything else"
+
+
 class ModelUnavailableError(Exception):
-    """The model's text files can't be read now. The message is a sentence."""
+    """The model's text files can't be used now. The message is a sentence. It may be mended: try again, but not before
+    `retry_after` seconds."""
+
+    def __init__(self, problem: Problem, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.problem = problem
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +59,11 @@ class SamplingDefaults:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
     tokenizer: TextTokenizer
-    template: ChatTemplate | None  # None: the model is no chat model
+    template: ChatTemplate | None  # None: the model is no chat model, and `why_no_template` says so
+    why_no_template: str = ""
     stop_ids: frozenset[int]
     defaults: SamplingDefaults
+    vocabulary: int | None = None  # rows of its embedding: a token's id must be less; None: nobody says
 
 
 def load(config: ServeConfig) -> ServedModel:
@@ -48,62 +73,66 @@ def load(config: ServeConfig) -> ServedModel:
         ModelUnavailableError: something is missing or malformed; it may be mended, so try again.
     """
     try:
+        return _load(config)
+    except ModelUnavailableError:
+        raise
+    except Exception as error:  # whatever is in files that others wrote: it is told, not logged alone
+        message = f"the tokenizer and the chat template can't be read: {type(error).__name__}: {error}"
+        raise ModelUnavailableError(Problem.UNEXPECTED, message) from error
+
+
+def _load(config: ServeConfig) -> ServedModel:
+    with _told_as(Problem.MODEL_NOT_FOUND):
         folder = find_model(config.model, config.model_revision, config.download_dir)
-    except ModelError as error:
-        raise ModelUnavailableError(str(error)) from error
-    try:
-        tokenizer = TextTokenizer.from_file(_existing(folder / "tokenizer.json"))
-    except UnsupportedTokenizerError as error:
-        raise ModelUnavailableError(f"{folder}/tokenizer.json can't be used: {error}") from error
-    settings = _object(folder / "tokenizer_config.json")
-    generation = _object(folder / "generation_config.json")
+    tokenizer = _tokenizer(folder / "tokenizer.json")
+    with _told_as(Problem.SETTINGS_UNREADABLE):
+        names = ("tokenizer_config.json", "generation_config.json", "config.json")
+        settings, generation, model = (read_object(folder / name) or {} for name in names)
+    with _told_as(Problem.TEMPLATE_UNREADABLE):
+        templates = find_templates(folder, settings)
+    rows = text_config(model).get("vocab_size")
     return ServedModel(
         tokenizer=tokenizer,
-        template=_template(folder, settings),
-        stop_ids=_stop_ids(tokenizer, generation, _object(folder / "config.json"), settings),
+        template=_template(templates, settings),
+        why_no_template=templates.why_none,
+        stop_ids=_stop_ids(tokenizer, generation, model, settings),
         defaults=sampling_defaults(generation),
+        vocabulary=rows if isinstance(rows, int) else None,
     )
 
 
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise ModelUnavailableError(f"The model has no {path.name}: {path} does not exist")
-    return path
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON file's object; empty where there is no such file."""
+@contextmanager
+def _told_as(problem: Problem) -> Iterator[None]:
     try:
-        value = msgspec.json.decode(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise ModelUnavailableError(f"{path} can't be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelUnavailableError(f"{path} should hold a JSON object")
-    return value
+        yield
+    except ModelError as error:
+        raise ModelUnavailableError(problem, str(error), error.retry_after) from error
 
 
-def _template(folder: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
-    source = _template_source(folder, settings)
+def _tokenizer(path: Path) -> TextTokenizer:
+    with _told_as(Problem.TOKENIZER_UNREADABLE):
+        content = read_bytes(path)
+    if content is None:
+        words = f"The model has no tokenizer.json: {path} does not exist"
+        if others := [name for name in ("tokenizer.model", "vocab.json") if (path.parent / name).exists()]:
+            words += f"; make one of {others[0]} with transformers (AutoTokenizer, save_pretrained)"
+        raise ModelUnavailableError(Problem.NO_TOKENIZER, words)
+    try:
+        return TextTokenizer.from_file(path)
+    except UnsupportedTokenizerError as error:
+        raise ModelUnavailableError(Problem.TOKENIZER_UNUSABLE, f"{path} can't be used: {error}") from error
+
+
+def _template(templates: Templates, settings: Mapping[str, Any]) -> ChatTemplate | None:
+    source = templates.sources.get(DEFAULT)
     if source is None:
         return None
     tokens = {name: text for name in _TOKENS if (text := _token_text(settings.get(name))) is not None}
     try:
         return ChatTemplate(source, tokens)
-    except jinja2.TemplateError as error:
-        raise ModelUnavailableError(f"The model's chat template is malformed: {error}") from error
-
-
-def _template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The file of its own goes before the setting, as in transformers."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    found = _object(folder / "chat_template.json").get("chat_template", settings.get("chat_template"))
-    if isinstance(found, list):
-        found = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}.get("default")
-    return found if isinstance(found, str) else None
+    except jinja2.TemplateSyntaxError as error:
+        words = f"{templates.places[DEFAULT]}: the chat template is malformed in line {error.lineno}: {error.message}"
+        raise ModelUnavailableError(Problem.TEMPLATE_MALFORMED, words) from error
 
 
 def _token_text(token: object) -> str | None:
@@ -116,8 +145,7 @@ def _stop_ids(
     tokenizer: TextTokenizer, generation: Mapping[str, Any], config: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> frozenset[int]:
     """Every file's say counts: a chat model's config.json often names only the base model's end of text."""
-    text_config = config.get("text_config")
-    places = [generation, config, text_config if isinstance(text_config, dict) else {}]
+    places = [generation, config, text_config(config)]
     ids = {id for place in places for id in _as_list(place.get("eos_token_id")) if isinstance(id, int)}
     named = tokenizer.id_of(_token_text(settings.get("eos_token")) or "")
     return frozenset(ids | ({named} if named is not None else set()))

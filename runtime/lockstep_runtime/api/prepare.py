@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from lockstep_runtime.api.chat import Chat, encode_chat
+from lockstep_runtime.api.chat import encode_chat
+from lockstep_runtime.api.chat_template import Chat
 from lockstep_runtime.api.errors import ApiError, invalid, too_long
 from lockstep_runtime.api.forms import ChatForm, Form, TextForm
 from lockstep_runtime.api.generation import Job, opens_reasoning
@@ -35,7 +36,7 @@ class Preparation:
 
     def chat(self, request: ChatRequest) -> tuple[Job, Form]:
         if self.model.template is None:
-            raise invalid("This model has no chat template: use /v1/completions", "messages")
+            raise invalid(self.model.why_no_template, "messages")
         chat = Chat(
             messages=[message.for_template() for message in request.messages],
             variables=request.chat_template_kwargs or {},
@@ -113,6 +114,8 @@ class Preparation:
         param: str,
         scores_prompt: bool,
     ) -> list[GenerationRequest]:
+        for prompt in prompts:
+            self._check_rows(prompt, param)
         id = f"{prefix}-{secrets.token_hex(12)}"
         seed = secrets.randbits(64) if request.seed is None else request.seed
         return [
@@ -153,6 +156,16 @@ class Preparation:
             stream=bool(request.stream),
             include_usage=request.include_usage,
         )
+
+    def _check_rows(self, prompt: Sequence[int], param: str) -> None:
+        """
+        Raises:
+            ApiError: 400, a token has no row in the model's embedding: the tokenizer knows more than the model.
+        """
+        rows, greatest = self.model.vocabulary, max(prompt, default=0)
+        if rows is not None and greatest >= rows:
+            token = self.model.tokenizer.token_of(greatest)
+            raise invalid(f"{param}: the model knows no token {greatest} ({token!r}): it has {rows}", param)
 
     def _room(self, prompt: int, asked: int | None, param: str) -> int:
         """How many tokens may be drawn after a prompt of so many.

@@ -13,14 +13,14 @@ from typing import Annotated
 
 from fastapi import Depends, FastAPI, Request
 
-from lockstep_runtime.api import model as models
 from lockstep_runtime.api.answers import ModelCard
 from lockstep_runtime.api.errors import unavailable, unknown_model
 from lockstep_runtime.api.forms import Form
 from lockstep_runtime.api.generation import Job
 from lockstep_runtime.api.limits import Limits, parse, read_body
+from lockstep_runtime.api.loading import ModelLoader
 from lockstep_runtime.api.metrics import Metrics
-from lockstep_runtime.api.model import ModelUnavailableError, ServedModel
+from lockstep_runtime.api.model import ServedModel
 from lockstep_runtime.api.prepare import Preparation
 from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest, validate
 from lockstep_runtime.api.stream import Answer, Services
@@ -29,7 +29,6 @@ from lockstep_runtime.engine.interface import EngineClient, Readiness
 
 log = logging.getLogger(__name__)
 
-_RETRY_LOAD_SECONDS = 2.0
 _RETRY_LOADING = 5.0  # what clients are told to wait while the model is loaded
 
 
@@ -44,7 +43,7 @@ class Service:
         self._limits = limits
         self._services = Services(engine, self.metrics, limits)
         self._model: ServedModel | None = None
-        self._why_not = "the tokenizer is being loaded"
+        self._loader = ModelLoader(config, engine)
         self._created = int(time.time())
         # Where bodies are parsed, rendered and tokenized: a large one doesn't hold up the small ones.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="lockstep-prompt")
@@ -65,7 +64,7 @@ class Service:
         """Whether a request sent now would make progress."""
         readiness = self._engine.readiness()
         if readiness.ready and self._model is None:
-            return Readiness(False, self._why_not, readiness.draining)
+            return Readiness(False, self._loader.why_not, readiness.draining)
         return readiness
 
     def card(self) -> ModelCard:
@@ -107,23 +106,13 @@ class Service:
         """
         model, max_model_len = self._model, self._engine.max_model_len
         if model is None or max_model_len is None:
-            why = self._why_not if model is None else self._engine.readiness().reason
+            why = self._loader.why_not if model is None else self._engine.readiness().reason
             raise unavailable(f"The model is not loaded yet: {why}", _RETRY_LOADING, "loading")
         return Preparation(model, self.served_name, max_model_len, self._limits)
 
     async def _load(self) -> None:
-        """Until it succeeds: a path that is wrong now may be mended, a hub that is away comes back."""
-        while self._model is None:
-            try:
-                self._model = await asyncio.to_thread(models.load, self._config)
-            except ModelUnavailableError as error:
-                if self._why_not != str(error):
-                    log.warning("the tokenizer can't be loaded: %s", error)
-                self._why_not = str(error)
-                await asyncio.sleep(_RETRY_LOAD_SECONDS)
-        self._engine.set_serving_blocker("")
+        self._model = await self._loader.run()
         gc.freeze()  # what stays for ever need not be looked through each time that garbage is looked for
-        log.info("the tokenizer is loaded")
 
 
 def _service(request: Request) -> Service:

@@ -108,11 +108,6 @@ class TextTokenizer:
         found: str | None = self._tokenizer.id_to_token(id)
         return found
 
-    @property
-    def greatest_id(self) -> int:
-        """Of any token: there may be gaps, so it can be more than the number of tokens."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-
     def break_points(self, text: str) -> Iterator[int]:
         """Where `text` must be cut so that no part of it encodes to a special token.
 

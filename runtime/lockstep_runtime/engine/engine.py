@@ -106,6 +106,7 @@ class Engine:
         self._model_error = ""
         self._blocker = ""  # why the api can't answer
         self._api_is_awaited = False
+        self._loading = ""  # what it still reads
         self._model_known = asyncio.Event()
         self._started = time.monotonic()
 
@@ -208,9 +209,10 @@ class Engine:
         self._model_error = bounded(message)
         self._changed(True)
 
-    def set_serving_blocker(self, reason: str) -> None:
+    def set_serving_blocker(self, reason: str, *, loading: bool = False) -> None:
         """The api can't answer, whatever the ranks can: the sentence says why, until an empty one takes it back."""
-        self._blocker, self._api_is_awaited = bounded(reason), False
+        self._blocker, self._loading = ("", bounded(reason)) if loading else (bounded(reason), "")
+        self._api_is_awaited = False
         self._changed(True)
 
     def await_api(self) -> None:
@@ -501,6 +503,7 @@ class Engine:
             was_ready=self._was_ready,
             draining=self._draining,
             model_error=self._model_error or self._blocker,
+            loading=self._loading or ("the api is being started" if self._api_is_awaited else ""),
             poison=self._poison,
             problem=max(self.group.pod_problems, key=lambda one: one.at).message if self.group.pod_problems else "",
         )

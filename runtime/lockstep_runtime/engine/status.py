@@ -12,7 +12,8 @@ from lockstep_runtime.wire import GroupState, RankState
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
     """What decides the state. `model_error` is the leader's own: its model's configuration can't be read, or the api
-    can't answer with this model; `poison` says why the group can't heal itself, `problem` what a pod complains of."""
+    can't answer with this model; `poison` says why the group can't heal itself, `problem` what a pod complains of,
+    `loading` what the api still reads."""
 
     formed: bool
     was_ready: bool
@@ -20,6 +21,7 @@ class Standing:
     model_error: str
     poison: str = ""
     problem: str = ""
+    loading: str = ""
 
 
 def group_state(standing: Standing, members: Sequence[Member]) -> tuple[GroupState, str]:
@@ -31,6 +33,8 @@ def group_state(standing: Standing, members: Sequence[Member]) -> tuple[GroupSta
     failed = [member for member in members if member.state is RankState.FAILED]
     if standing.model_error or failed:
         return GroupState.FAILED, standing.model_error or failed[0].message
+    if standing.formed and standing.loading:
+        return GroupState.LOADING, f"all {len(members)} ranks are in step; {standing.loading}"
     if standing.formed:
         return GroupState.READY, f"all {len(members)} ranks are in step"
     missing = _names(members, RankState.ABSENT)

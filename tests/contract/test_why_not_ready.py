@@ -1,0 +1,131 @@
+"""Whatever keeps a leader from taking requests is the group's state, in its own words, until it is mended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from tests.support.api_server import TINY_CHAT
+from tests.support.live_engine import LiveEngine, live_engine
+
+from lockstep_runtime.api import loading
+from lockstep_runtime.api.app import create_app
+from lockstep_runtime.api.keys import ApiKeys
+from lockstep_runtime.api.model import Problem
+from lockstep_runtime.engine import main as engine_main
+from lockstep_runtime.wire import GroupState
+
+TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def write(name: str, content: bytes) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return change
+
+
+def in_its_place(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return change
+
+
+# For every problem: what brings it about, and words that the status has then.
+FAULTS: dict[Problem, list[tuple[Callable[[Path], None], str]]] = {
+    Problem.MODEL_NOT_FOUND: [(shutil.rmtree, "does not exist")],
+    Problem.NO_TOKENIZER: [(lambda folder: (folder / "tokenizer.json").unlink(), "The model has no tokenizer.json")],
+    Problem.TOKENIZER_UNREADABLE: [
+        (in_its_place("tokenizer.json"), "tokenizer.json is a folder"),
+        (write("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS pointer"),
+    ],
+    Problem.TOKENIZER_UNUSABLE: [
+        (write("tokenizer.json", b"{"), "tokenizer.json can't be used"),
+        (write("tokenizer.json", b'{"model": {"type": "Unheard"}}'), "tokenizer.json can't be used"),
+    ],
+    Problem.SETTINGS_UNREADABLE: [
+        (write("config.json", b"{"), "config.json is not valid JSON"),
+        (write("generation_config.json", b"[]"), "generation_config.json should hold a JSON object"),
+        (write("tokenizer_config.json", b"caf\xe9"), "tokenizer_config.json is not UTF-8"),
+    ],
+    Problem.TEMPLATE_UNREADABLE: [
+        (write("chat_template.jinja", b"caf\xe9"), "Latin-1, perhaps"),
+        (write("chat_template.jinja", b"\xef\xbb\xbfa"), "byte order mark"),
+        (in_its_place("chat_template.jinja"), "chat_template.jinja is a folder"),
+    ],
+    Problem.TEMPLATE_MALFORMED: [
+        (write("chat_template.jinja", b"{% for m in messages %}\n{{ m.content }\n{% endfor %}"), "malformed in line 2"),
+    ],
+    # JSON takes half a character, and the tokenizer's binding does not
+    Problem.UNEXPECTED: [(write("tokenizer_config.json", b'{"eos_token": "\\ud800"}'), "UnicodeEncodeError")],
+}
+
+
+def test_no_problem_is_forgotten() -> None:
+    assert set(FAULTS) == set(Problem)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    mend(folder)
+    return folder
+
+
+def mend(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name in TEXT_FILES:
+        shutil.copy(TINY_CHAT / name, folder)
+
+
+@contextlib.asynccontextmanager
+async def leader(folder: Path) -> AsyncIterator[LiveEngine]:
+    """A group that has formed, with the api and the reader of the configuration beside it."""
+    async with live_engine(model=str(folder)) as live:
+        app = create_app(live.config, live.engine, ApiKeys(None, None))
+        reading = asyncio.create_task(engine_main._read_model(live.config, live.engine))
+        async with app.router.lifespan_context(app):
+            yield live
+        reading.cancel()
+
+
+@pytest.mark.parametrize(
+    ("problem", "bring_about", "words"),
+    [(problem, *fault) for problem, faults in FAULTS.items() for fault in faults],
+)
+async def test_what_keeps_a_leader_from_serving_is_the_groups_state(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    problem: Problem,
+    bring_about: Callable[[Path], None],
+    words: str,
+) -> None:
+    monkeypatch.setattr(loading, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(engine_main, "MODEL_RETRY_SECONDS", (0.05,))
+    bring_about(folder)
+    async with leader(folder) as live:
+        await live.until(lambda: live.engine.status().state is GroupState.FAILED, f"{problem} is told")
+        await live.until(lambda: words in live.engine.status().message, words)
+        assert live.reports[-1].accepting is False or not live.engine.readiness().ready
+        await live.until(lambda: words in live.reports[-1].message, "the supervisor has it")
+        mend(folder)
+        await live.ready()
+        assert live.engine.readiness().ready
+
+
+async def test_until_the_text_files_are_read_a_formed_group_is_loading() -> None:
+    async with live_engine() as live:
+        live.engine.set_serving_blocker("the tokenizer is being read", loading=True)
+        status = live.engine.status()
+        assert (status.state, status.accepting) == (GroupState.LOADING, False)
+        assert "the tokenizer is being read" in status.message
+        live.engine.set_serving_blocker("")
+        await live.ready()
