@@ -30,9 +30,16 @@ RUN --mount=type=bind,source=images/installer.txt,target=/tmp/installer.txt \
     && /tmp/installer/bin/uv venv --quiet --python python3 /opt/lockstep \
     && /tmp/installer/bin/uv pip install --python /opt/lockstep --compile-bytecode --require-hashes -r /tmp/requirements.txt \
     && find /opt/lockstep -name '*.a' -delete && rm -rf /tmp/installer
+# NCCL loads these when it meets InfiniBand or RoCE; without them it takes TCP, and says nothing.
+RUN apt-get update --quiet=2 \
+    && apt-get install --quiet=2 --yes --no-install-recommends libibverbs1 ibverbs-providers librdmacm1 \
+    && rm -rf /var/lib/apt/lists/* \
+    && python3 -c "import ctypes; ctypes.CDLL('libibverbs.so.1'); ctypes.CDLL('librdmacm.so.1')"
 # The same virtual environment, with nothing in it but the project.
 COPY --from=code /opt/lockstep /opt/lockstep
 # The name spares libraries that ask for it a look into /etc/passwd, which knows no such user.
 ENV USER=lockstep
+# What NVIDIA's container toolkit mounts: the driver's libraries for computing, and nvidia-smi with NVML.
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 65532:65532
 ENTRYPOINT ["lockstep"]

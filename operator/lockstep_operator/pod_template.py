@@ -36,6 +36,8 @@ UNSET_TERMINATION_SECONDS: Final = 30  # what Kubernetes takes where nothing is 
 LAME_DUCK_SECONDS: Final = 3.0  # until every node has taken the pod out of the Service
 EXIT_SECONDS: Final = 5.0  # for processes to end after the last request
 CPU_PER_RANK: Final = 0.25
+CPU_PER_GPU_RANK: Final = 2  # one thread queues the device's work, and must not wait for a core; others serve the bus
+THREADS_PER_GPU_RANK: Final = 4  # for what it does on the host: loading weights
 THREADS: Final = "LOCKSTEP_THREADS_PER_RANK"
 MEMORY_PER_RANK_MIB: Final = 512
 _REQUIRED: Final = "requiredDuringSchedulingIgnoredDuringExecution"
@@ -107,12 +109,12 @@ def _fitted(container: dict[str, Any], model: Model, limits: Limits) -> dict[str
 
 def _threaded(container: dict[str, Any], model: Model) -> dict[str, Any]:
     """Each rank on CPUs computes with as many threads as it asks for CPUs: a pod sees all cores of its node, and ranks
-    that take them all wait for each other's threads."""
+    that take them all wait for each other's threads. One on a GPU needs few."""
     environment = container.get("env") or []
     asked = quantity(((container.get("resources") or {}).get("requests") or {}).get("cpu", ""))
-    if model.accelerator or asked is None or any(entry.get("name") == THREADS for entry in environment):
+    if asked is None or any(entry.get("name") == THREADS for entry in environment):
         return container
-    threads = max(1, math.ceil(asked / model.ranks_per_pod))
+    threads = THREADS_PER_GPU_RANK if model.accelerator else max(1, math.ceil(asked / model.ranks_per_pod))
     return {**container, "env": [*environment, {"name": THREADS, "value": str(threads)}]}
 
 
@@ -193,7 +195,9 @@ def _arguments(model: Model) -> list[str]:
         ("ranks-per-pod", model.ranks_per_pod),
         ("served-name", model.served_name),
         ("dtype", model.dtype),
-        ("backend", model.backend),
+        # Never `auto`: a rank whose driver fails is to fail, not to go on upon its CPU.
+        ("backend", "nccl" if model.accelerator else "gloo"),
+        ("device", "cuda" if model.accelerator else "cpu"),
         ("max-model-len", model.engine.max_model_len),
         ("max-sequences", model.engine.max_sequences),
         ("max-batch-tokens", model.engine.max_batch_tokens),
@@ -269,9 +273,10 @@ def _environment(model: Model, group: int, revision: str, settings: Settings) ->
 
 def _resources(model: Model) -> dict[str, Any]:
     """Enough to be scheduled truthfully when idle; how much a model needs is the user's to say in the template."""
+    each = CPU_PER_GPU_RANK if model.accelerator else CPU_PER_RANK
     resources: dict[str, Any] = {
         "requests": {
-            "cpu": f"{math.ceil(CPU_PER_RANK * 1000) * model.ranks_per_pod}m",
+            "cpu": f"{math.ceil(each * 1000) * model.ranks_per_pod}m",
             "memory": f"{MEMORY_PER_RANK_MIB * model.ranks_per_pod}Mi",
         }
     }

@@ -66,6 +66,8 @@ def test_a_member_pod_learns_who_it_is() -> None:
         node="node-7",
         leader="chat-3-0.chat-3.team.svc",
         threads_per_rank=1,  # as many as it asks for CPUs
+        backend="gloo",
+        device="cpu",
         host="0.0.0.0",
         lame_duck_seconds=config.lame_duck_seconds,
         grace_seconds=config.grace_seconds,
@@ -101,6 +103,14 @@ def test_every_setting_of_the_spec_arrives() -> None:
     assert fixed.watchdog == Watchdog(step_timeout=0.5)
     assert environment[API_KEY_FILE_VARIABLE] == "/etc/lockstep/api-key/keys"
     assert environment["HF_TOKEN"] == "secret hub/token"
+
+
+def test_where_ranks_compute_is_said_to_the_runtime_never_left_to_it() -> None:
+    gpus = {"accelerator": {"resourceName": "nvidia.com/gpu"}, "tensorParallelSize": 2, "ranksPerPod": 2}
+    for spec, expected in (({}, ("cpu", "gloo")), (gpus, ("cuda", "nccl")), ({"backend": "gloo"}, ("cpu", "gloo"))):
+        config, environment = started({"model": HUB, "tensorParallelSize": 1, **spec}, index=0)
+        assert (config.device, config.backend) == expected
+        assert "LOCKSTEP_DEVICE" not in environment
 
 
 QUANTITIES = [

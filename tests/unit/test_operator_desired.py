@@ -95,7 +95,7 @@ def test_the_arguments_are_the_runtimes_flags() -> None:
     made = model(engine=Engine(max_model_len=4096, kv_cache_memory="2Gi"), dtype="bfloat16")
     assert container(made)["args"] == [
         "serve", "/model", "--tensor-parallel-size=2", "--ranks-per-pod=1", "--served-name=chat", "--dtype=bfloat16",
-        "--backend=auto", "--max-model-len=4096", "--kv-cache-memory=2Gi", "--lame-duck-seconds=3.0",
+        "--backend=gloo", "--device=cpu", "--max-model-len=4096", "--kv-cache-memory=2Gi", "--lame-duck-seconds=3.0",
         "--grace-seconds=52.0", "--host=0.0.0.0",
     ]  # fmt: skip
 
@@ -114,10 +114,22 @@ def test_a_rank_on_cpus_has_as_many_threads_as_cpus(cpu: str | int, ranks_per_po
     assert environment(made)["LOCKSTEP_THREADS_PER_RANK"] == threads
 
 
-def test_threads_are_left_alone_where_somebody_chose_them_or_gpus_compute() -> None:
+@pytest.mark.parametrize("backend", ["auto", "nccl"])
+def test_a_model_with_an_accelerator_is_never_left_to_find_out(backend: str) -> None:
+    """What a pod's driver says may differ from pod to pod."""
+    arguments = set(container(model(accelerator="nvidia.com/gpu", backend=backend))["args"])
+    assert {"--backend=nccl", "--device=cuda"} <= arguments
+
+
+def test_a_rank_on_a_gpu_asks_for_two_cpus_and_takes_few_threads() -> None:
+    made = model(accelerator="nvidia.com/gpu", tensor_parallel_size=8, ranks_per_pod=4)
+    assert container(made)["resources"]["requests"]["cpu"] == "8000m"
+    assert environment(made)["LOCKSTEP_THREADS_PER_RANK"] == "4"
+
+
+def test_threads_are_left_alone_where_somebody_chose_them() -> None:
     chosen = {"name": "lockstep", "env": [{"name": "LOCKSTEP_THREADS_PER_RANK", "value": "7"}]}
     assert environment(model(template={"spec": {"containers": [chosen]}}))["LOCKSTEP_THREADS_PER_RANK"] == "7"
-    assert "LOCKSTEP_THREADS_PER_RANK" not in environment(model(accelerator="nvidia.com/gpu"))
 
 
 @pytest.mark.parametrize(

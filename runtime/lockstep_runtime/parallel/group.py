@@ -23,6 +23,7 @@ from lockstep_runtime.parallel.errors import GroupAborted, GroupError
 from lockstep_runtime.parallel.host import HostGroup
 from lockstep_runtime.parallel.meeting import Meeting, MeetingPlace
 from lockstep_runtime.parallel.nccl import NcclGroup
+from lockstep_runtime.parallel.networks import tell_networks
 from lockstep_runtime.parallel.shared_memory import SCHEME, SharedFile, SharedMemoryGroup, is_supported
 from lockstep_runtime.parallel.store import MeetingStore
 from lockstep_runtime.parallel.tcp import TcpGroup
@@ -136,6 +137,7 @@ def _meet(
         meeting = Meeting(address, rank, size, _token(), deadline, cancelled)
         if choose_backend(config) == "gloo":
             return TcpGroup(meeting)
+        tell_networks()
         device = torch.device("cuda", rank % config.ranks_per_pod)
         with contextlib.closing(MeetingStore(meeting)) as store:
             return NcclGroup(store, rank, size, device, deadline, cancelled)
