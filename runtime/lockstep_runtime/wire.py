@@ -73,7 +73,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     top_k: int = 0  # 0 is off
     min_p: float = 0.0  # in [0, 1]
     seed: int = 0  # 64 bits, unsigned
-    logprobs: int = -1  # -1: none; 0: the drawn token's; k: also those of the k likeliest
+    logprobs: int = -1  # -1: none; 0: the drawn token's; k: also those of the k likeliest, and of the drawn one
     prompt_logprobs: int = -1  # the same of every token of the prompt but the first, which follows nothing
 
 

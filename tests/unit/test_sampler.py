@@ -3,11 +3,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import msgspec
 import pytest
 import torch
 
 from lockstep_runtime.wire import SamplingParams
-from lockstep_runtime.worker.sampler import Draw, NonFiniteError, sample, take_best, uniform
+from lockstep_runtime.worker.sampler import Draw, NonFiniteError, sample, take_best
 
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.0, 0.0])
 
@@ -18,21 +19,52 @@ def draws(count: int, params: SamplingParams, logits: torch.Tensor = LOGITS) -> 
     return Counter(t.token for t in sample(rows, [Draw(0, position, params) for position in range(count)]))
 
 
-def test_uniform_is_uniform_and_streams_differ() -> None:
-    for seed in (0, 1, 2**64 - 1):
-        numbers = [uniform(seed, position) for position in range(4000)]
-        assert all(0 <= number < 1 for number in numbers)
-        assert abs(sum(numbers) / 4000 - 0.5) < 0.02
-        assert max(Counter(int(number * 10) for number in numbers).values()) < 480
-    assert len({uniform(seed, 7) for seed in range(1000)}) == 1000
-    correlation = sum((uniform(5, n) - 0.5) * (uniform(6, n) - 0.5) for n in range(4000)) / 4000 * 12
-    assert abs(correlation) < 0.06
+DRAWS = 200_000
+CRITICAL = 4.5  # standard deviations of chi-squared: once in 300,000 tests of a right distribution
 
 
-def test_frequencies_follow_the_softmax() -> None:
-    counts = draws(6000, SamplingParams(temperature=0.8, seed=3))
-    for token, probability in enumerate((LOGITS / 0.8).softmax(0).tolist()):
-        assert counts[token] / 6000 == pytest.approx(probability, abs=0.025)
+@pytest.mark.parametrize(
+    ("params", "allowed"),
+    [
+        (SamplingParams(temperature=0.6, seed=1), 300),
+        (SamplingParams(temperature=1.0, seed=2), 300),
+        (SamplingParams(temperature=1.5, seed=2**64 - 1), 300),
+        (SamplingParams(temperature=1.0, seed=4, top_k=20), 20),
+        (SamplingParams(temperature=0.6, seed=5, top_k=20, top_p=0.95), None),
+        (SamplingParams(temperature=1.0, seed=6, top_p=0.9), None),
+        (SamplingParams(temperature=1.5, seed=7, min_p=0.1), None),
+    ],
+    ids=str,
+)
+def test_frequencies_follow_the_softmax(params: SamplingParams, allowed: int | None) -> None:
+    """Chi-squared against what the filters leave, by rules of their own; rare tokens are counted as one."""
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(7)) * 2
+    expected = filtered_softmax(logits, params) * DRAWS
+    assert allowed is None or int((expected > 0).sum()) == allowed
+    found = draws(DRAWS, params, logits)
+    assert sum(count for token, count in found.items() if expected[token] == 0) == 0
+    counts = torch.tensor([found[token] for token in range(len(logits))], dtype=torch.float64)
+    rare = expected < 10
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None] + 1e-9])
+    freedom = len(counts) - 1
+    chi_squared = float(((counts - expected) ** 2 / expected).sum())
+    assert abs(chi_squared - freedom) < CRITICAL * (2 * freedom) ** 0.5
+
+
+def filtered_softmax(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Token by token, from the likeliest on."""
+    shares = (logits.double() / params.temperature).softmax(0)
+    order = shares.argsort(descending=True)[: params.top_k or None].tolist()
+    total = float(shares[order].sum())
+    kept, reached = [], 0.0
+    for token in order:
+        if reached / total < params.top_p and float(shares[token]) >= params.min_p * float(shares[order[0]]):
+            kept.append(token)
+        reached += float(shares[token])
+    left = torch.zeros_like(shares)
+    left[kept] = shares[kept] / shares[kept].sum()
+    return left
 
 
 def test_a_draw_depends_on_seed_and_position_and_not_on_company() -> None:
@@ -66,6 +98,32 @@ def test_filters(params: SamplingParams, allowed: set[int]) -> None:
     assert set(draws(3000, params)) == allowed
 
 
+def test_what_ties_at_the_border_stays_in() -> None:
+    tied = torch.tensor([1.0, 3.0, 1.0, 2.0, 1.0, 0.0])
+    assert set(draws(2000, SamplingParams(top_k=3), tied)) == {0, 1, 2, 3, 4}
+    assert set(draws(2000, SamplingParams(top_p=0.85), tied)) == {0, 1, 2, 3, 4}
+
+
+def test_a_row_is_drawn_alike_whatever_else_is_in_the_batch() -> None:
+    """Of every kind, in a batch that is worked on piece by piece."""
+    kinds = [
+        SamplingParams(),
+        SamplingParams(top_k=3),
+        SamplingParams(top_k=30, top_p=0.9),
+        SamplingParams(top_p=0.8),
+        SamplingParams(min_p=0.1),
+        SamplingParams(temperature=0),
+    ]
+    logits = torch.randn(60, 5000, generator=torch.Generator().manual_seed(1)) * 3
+    company = [
+        Draw(row, row * 3, msgspec.structs.replace(kinds[row % 6], seed=row, logprobs=row % 3 - 1)) for row in range(60)
+    ]
+    together = sample(logits, company)
+    for row, draw in enumerate(company):
+        (alone,) = sample(logits[row : row + 1], [draw])
+        assert alone == together[row]
+
+
 def test_top_p_over_a_flat_vocabulary_sorts_it_all() -> None:
     flat = torch.linspace(0.001, 0, 5000)
     counts = draws(300, SamplingParams(top_p=0.5), flat)
@@ -82,6 +140,21 @@ def test_log_probabilities_are_of_the_unmodified_distribution() -> None:
     (bare,) = sample(LOGITS[None], [Draw(4, 0, SamplingParams(logprobs=0))])
     assert bare.logprob is not None
     assert bare.top == []
+
+
+def test_the_drawn_token_is_among_the_likeliest_that_are_asked_for() -> None:
+    params = [SamplingParams(temperature=3, seed=seed, logprobs=seed % 4) for seed in range(200)]
+    expected = LOGITS.log_softmax(0)
+    likeliest = [1, 3, 0, 4]
+    outside = 0
+    for token, asked in zip(sample(LOGITS.expand(200, -1), [Draw(0, 0, one) for one in params]), params, strict=True):
+        assert token.logprob == pytest.approx(float(expected[token.token]))
+        among = likeliest[: asked.logprobs]
+        outside += asked.logprobs > 0 and token.token not in among
+        extra = [token.token] if asked.logprobs and token.token not in among else []
+        assert [other for other, _ in token.top] == among + extra
+        assert all(logprob == pytest.approx(float(expected[other])) for other, logprob in token.top)
+    assert outside > 20
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

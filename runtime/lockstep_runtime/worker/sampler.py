@@ -1,8 +1,9 @@
 """Drawing tokens from logits, on rank 0.
 
-A draw depends on the row's logits, its parameters, its seed and its position, and on nothing else: one uniform number
-is hashed from (seed, position) and looked up in the cumulated probabilities. So a continuation does not depend on the
-batch, on what was drawn before, or on a preemption or repair in between.
+A draw is the token with the largest logit / temperature + noise, where the noise is Gumbel's, hashed from (seed,
+position, token id): that follows the softmax (https://arxiv.org/abs/1411.0030), needs no sort, and depends on nothing
+else: not on the batch, on what was drawn before, or on a preemption or repair in between. Logits that were rounded
+otherwise, as by another batch's shape, give another token only where the two best nearly tie.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 
 from lockstep_runtime.wire import SampledToken, SamplingParams, SequenceSlice
+from lockstep_runtime.worker.filters import Filter, column, filter_for
+from lockstep_runtime.worker.gumbel import gumbel_noise, keys
 
-MASK: Final = (1 << 64) - 1
-NUCLEUS_GUESS: Final = 1024  # likeliest tokens tried for top_p before the whole vocabulary is sorted
+COLDEST: Final = 1e-5  # a lower temperature's noise is less than the rounding of a logit
+CACHED: Final = 1 << 16  # logits that are worked on at once on a CPU: what is computed of them stays in a core's cache
 
 
 class NonFiniteError(ArithmeticError):
@@ -40,7 +43,11 @@ def draw_of(sequence: SequenceSlice) -> Draw:
 
 def is_plain_greedy(params: SamplingParams) -> bool:
     """Whether the likeliest token is all that is asked for."""
-    return (params.temperature <= 0 or params.top_k == 1) and params.logprobs < 0
+    return _is_greedy(params) and params.logprobs < 0
+
+
+def _is_greedy(params: SamplingParams) -> bool:
+    return params.temperature < COLDEST or params.top_k == 1
 
 
 def take_best(tokens: Tensor, logits: Tensor, draws: Sequence[Draw]) -> list[SampledToken]:
@@ -63,12 +70,19 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[SampledToken]:
         NonFiniteError: instead of drawing from garbage.
     """
     check_finite(logits)
-    greedy = logits.argmax(dim=-1).tolist()
+    tokens = torch.empty(len(draws), dtype=torch.int64, device=logits.device)
+    at_once = max(1, CACHED // logits.shape[1]) if logits.is_cpu else len(draws)
+    for wanted, rows in _by_filter(draws).items():
+        for start in range(0, len(rows), at_once):
+            some = rows[start : start + at_once]
+            side_by_side = some[-1] - some[0] < len(some)  # then they need no copy
+            part = logits[some[0] : some[-1] + 1] if side_by_side else logits[some]
+            tokens[some] = _draw(part, wanted, [draws[row] for row in some])
+    drawn = tokens.tolist()
+    described = _log_probabilities(logits, drawn, draws)
     return [
-        _describe(
-            logits[row], draw.sequence_id, _draw(logits[row], greedy[row], draw.position, draw.params), draw.params
-        )
-        for row, draw in enumerate(draws)
+        described.get(row) or SampledToken(sequence_id=draw.sequence_id, token=token)
+        for row, (draw, token) in enumerate(zip(draws, drawn, strict=True))
     ]
 
 
@@ -84,65 +98,54 @@ def check_finite(rows: Tensor, what: str = "logits") -> None:
             raise NonFiniteError(f"the {what} of {bad} of {rows.shape[0]} sequences hold NaN or infinity")
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) with 53 random bits, from (seed, position) alone.
-
-    SplitMix64's finalizer, twice (https://doi.org/10.1145/2660193.2660195): once to spread the seed, so that streams of
-    neighbouring seeds have nothing in common, once for the position in its stream.
-    """
-    return (_mix((_mix(seed & MASK) + (position + 1) * 0x9E3779B97F4A7C15) & MASK) >> 11) * 2.0**-53
-
-
-def _mix(state: int) -> int:
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK
-    return state ^ (state >> 31)
+def _by_filter(draws: Sequence[Draw]) -> dict[Filter | None, list[int]]:
+    """The rows of each; None: the likeliest token."""
+    found: dict[Filter | None, list[int]] = {}
+    for row, draw in enumerate(draws):
+        found.setdefault(None if _is_greedy(draw.params) else filter_for(draw.params), []).append(row)
+    return found
 
 
-def _draw(logits: Tensor, greedy: int, position: int, params: SamplingParams) -> int:
-    if params.temperature <= 0 or params.top_k == 1:
-        return greedy
-    scores = logits.double() / params.temperature if params.temperature < 0.1 else logits / params.temperature
-    kept = _filter(scores, params)
-    # In float64: 150,000 small probabilities are summed, and a draw must not depend on their rounding.
-    cumulated = (kept - kept.max()).double().exp().cumsum(0)
-    target = uniform(params.seed, position) * float(cumulated[-1])
-    index = int(torch.searchsorted(cumulated, target, right=True))
-    return min(index, int((kept > float("-inf")).nonzero()[-1])) if index >= len(kept) else index
+def _draw(logits: Tensor, wanted: Filter | None, draws: Sequence[Draw]) -> Tensor:
+    """logits: [n, vocabulary] -> tokens [n]."""
+    if wanted is None:
+        return _argmax(logits)
+    allowed, tokens = wanted(logits, [draw.params for draw in draws])
+    best = largest(allowed, tokens, draws)
+    return tokens.expand(len(draws), -1).gather(1, best[:, None])[:, 0].long()
 
 
-def _filter(scores: Tensor, params: SamplingParams) -> Tensor:
-    """The scores with what top_k, top_p and min_p rule out at minus infinity; ties at the border stay in."""
-    threshold = float("-inf")
-    if 0 < params.top_k < len(scores):
-        threshold = float(scores.topk(params.top_k).values[-1])
-    if params.top_p < 1:
-        allowed = scores if threshold == float("-inf") else scores.masked_fill(scores < threshold, float("-inf"))
-        threshold = max(threshold, _nucleus(allowed, params.top_p))
-    if params.min_p > 0:
-        threshold = max(threshold, float(scores.max() + torch.log(torch.tensor(params.min_p, dtype=torch.float64))))
-    return scores if threshold == float("-inf") else scores.masked_fill(scores < threshold, float("-inf"))
+def largest(logits: Tensor, tokens: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """logits: [n, m], tokens: [n or 1, m] -> [n], where logit + temperature * noise is largest."""
+    noise = gumbel_noise(keys([(draw.params.seed, draw.position) for draw in draws], logits.device), tokens)
+    temperature = column([draw.params for draw in draws], "temperature", logits)
+    return _argmax(torch.addcmul(logits, noise, temperature))
 
 
-def _nucleus(scores: Tensor, top_p: float) -> float:
-    """The lowest score in the smallest set of likeliest tokens whose probability reaches top_p."""
-    total = scores.double().logsumexp(0)
-    for count in (min(NUCLEUS_GUESS, len(scores)), len(scores)):
-        likeliest = scores.topk(count).values
-        reached = (likeliest.double() - total).exp().cumsum(0)
-        if count == len(scores) or float(reached[-1]) >= top_p:
-            break
-    return float(likeliest[min(int(torch.searchsorted(reached, top_p)), count - 1)])
+def _argmax(scores: Tensor) -> Tensor:
+    """[n, m] -> [n]: the first of equals."""
+    if scores.is_cpu:  # where numpy's takes a tenth of the time that torch's does
+        return torch.from_numpy(scores.numpy().argmax(axis=1))
+    return scores.argmax(dim=1)
 
 
-def _describe(logits: Tensor, sequence_id: int, token: int, params: SamplingParams) -> SampledToken:
-    if params.logprobs < 0:
-        return SampledToken(sequence_id=sequence_id, token=token)
-    logprobs = logits - logits.logsumexp(0)
-    best = logprobs.topk(min(params.logprobs, len(logprobs)))
-    return SampledToken(
-        sequence_id=sequence_id,
-        token=token,
-        logprob=float(logprobs[token]),
-        top=list(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
-    )
+def _log_probabilities(logits: Tensor, tokens: Sequence[int], draws: Sequence[Draw]) -> dict[int, SampledToken]:
+    """Of the rows that ask for them; what was drawn is always among the likeliest that are asked for."""
+    rows = [row for row, draw in enumerate(draws) if draw.params.logprobs >= 0]
+    if not rows:
+        return {}
+    asked = logits[rows].log_softmax(dim=1)
+    drawn = asked.gather(1, torch.tensor([[tokens[row]] for row in rows], device=logits.device))[:, 0].tolist()
+    best = asked.topk(min(max(draws[row].params.logprobs for row in rows), asked.shape[1]))
+    likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return {
+        row: _described(draws[row], tokens[row], logprob, list(zip(*both, strict=True)))
+        for row, logprob, both in zip(rows, drawn, likeliest, strict=True)
+    }
+
+
+def _described(draw: Draw, token: int, logprob: float, likeliest: list[tuple[int, float]]) -> SampledToken:
+    top = likeliest[: draw.params.logprobs]
+    if top and all(token != other for other, _ in top):
+        top.append((token, logprob))
+    return SampledToken(sequence_id=draw.sequence_id, token=token, logprob=logprob, top=top)
