@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import settings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: there are as many test processes as cores
 
 settings.register_profile("lockstep", derandomize=True)
 settings.load_profile("lockstep")

@@ -19,7 +19,7 @@ def draws(count: int, params: SamplingParams, logits: torch.Tensor = LOGITS) -> 
     return Counter(t.token for t in sample(rows, [Draw(0, position, params) for position in range(count)]))
 
 
-DRAWS = 200_000
+DRAWS = 50_000
 CRITICAL = 4.5  # standard deviations of chi-squared: once in 300,000 tests of a right distribution
 
 
