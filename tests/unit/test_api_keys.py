@@ -10,11 +10,24 @@ import pytest
 from lockstep_runtime.api.keys import MAX_BYTES, ApiKeys
 
 
-def changed(file: Path, text: str) -> None:
-    """As the kubelet does it: another file takes the name."""
-    fresh = file.with_suffix(".new")
-    fresh.write_text(text)
-    fresh.replace(file)
+class Secret:
+    """A mounted Secret, written as the kubelet does (its AtomicWriter): the file is a link through `..data`, which is
+    exchanged for a new folder."""
+
+    def __init__(self, folder: Path, text: str) -> None:
+        self._folder, self._versions = folder, 0
+        self.write(text)
+        self.file = folder / "keys"
+        self.file.symlink_to("..data/keys")
+
+    def write(self, text: str) -> None:
+        self._versions += 1
+        version = self._folder / f"..version_{self._versions}"
+        version.mkdir()
+        (version / "keys").write_text(text)
+        fresh = self._folder / "..data_tmp"
+        fresh.symlink_to(version.name)
+        fresh.replace(self._folder / "..data")
 
 
 def test_without_any_none_is_asked_for() -> None:
@@ -31,24 +44,22 @@ def test_one_that_is_given_is_always_valid() -> None:
 
 
 def test_every_line_of_the_file_is_valid_until_the_file_changes(tmp_path: Path) -> None:
-    file = tmp_path / "keys"
-    file.write_text("old\n")
-    keys = ApiKeys(file=file)
+    secret = Secret(tmp_path, "old\n")
+    keys = ApiKeys(file=secret.file)
     assert [keys.accepts(key) for key in (b"old", b"new", b"")] == [True, False, False]
-    changed(file, "old\r\n  new  \n\n")
+    secret.write("old\r\n  new  \n\n")
     assert [keys.accepts(key) for key in (b"old", b"new", b"")] == [True, True, False]
-    changed(file, "new")
+    secret.write("new")
     assert [keys.accepts(key) for key in (b"old", b"new", b"")] == [False, True, False]
 
 
 def test_a_key_of_the_same_length_in_the_same_second_is_noticed(tmp_path: Path) -> None:
-    file = tmp_path / "keys"
-    file.write_text("aaa")
-    keys = ApiKeys(file=file)
+    secret = Secret(tmp_path, "aaa")
+    keys = ApiKeys(file=secret.file)
     assert keys.accepts(b"aaa")
-    times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
-    changed(file, "bbb")
-    os.utime(file, ns=times)
+    before = secret.file.stat()
+    secret.write("bbb")
+    os.utime(secret.file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert keys.accepts(b"bbb")
 
 
