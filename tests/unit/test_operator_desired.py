@@ -6,11 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import yaml
+from tests.support.chart import ROOT
 from tests.support.kube_fake import resource
 from tests.support.operator_models import SETTINGS, model
 
 from lockstep_operator import desired
-from lockstep_operator.names import key_of_child
+from lockstep_operator.names import ModelKey, key_of_child
 from lockstep_operator.pod_template import pod_template
 from lockstep_operator.spec import (
     Claim,
@@ -342,6 +344,37 @@ def test_everything_is_owned_by_the_model_and_says_to_whom_it_belongs() -> None:
         owner = manifest["metadata"]["ownerReferences"][0]
         assert (owner["uid"], owner["controller"]) == ("uid-m", True)
         assert key_of_child(manifest) == made.key
+
+
+CRD = yaml.safe_load((ROOT / "crds" / "lockstep.dev_tensorparallelmodels.yaml").read_text())
+SPEC = CRD["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
+
+
+def test_the_longest_names_that_the_crd_admits_fit() -> None:
+    """Labels and host names of 63 characters, DNS names of 253; pods carry their StatefulSet's name and a hash of ten."""
+    most_groups, most_pods = SPEC["replicas"]["maximum"], SPEC["tensorParallelSize"]["maximum"]
+    made = model(key=ModelKey("n" * 63, "m" * 40), replicas=most_groups, tensor_parallel_size=most_pods)
+    group = most_groups - 1
+    workload = desired.stateful_set(made, group, "0123456789", SETTINGS)
+    manifests = [
+        *desired.shared(made),
+        *desired.of_group(made, group, SETTINGS),
+        desired.token_secret(made, "t"),
+        workload,
+    ]
+    pod = f"{workload['metadata']['name']}-{workload['spec']['replicas'] - 1}"
+    labels = [value for one in manifests for value in one["metadata"]["labels"].values()]
+    short = [
+        *(one["metadata"]["name"] for one in manifests),
+        pod,
+        f"{workload['metadata']['name']}-0123456789",
+        *labels,
+    ]
+    assert max(len(name) for name in short) <= 63
+    leader = next(
+        one for one in workload["spec"]["template"]["spec"]["containers"][0]["env"] if one["name"] == "LOCKSTEP_LEADER"
+    )
+    assert len(leader["value"]) + len(".cluster.local") <= 253
 
 
 @pytest.mark.parametrize(
