@@ -351,7 +351,7 @@ SPEC = CRD["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["sp
 
 
 def test_the_longest_names_that_the_crd_admits_fit() -> None:
-    """Labels and host names of 63 characters, DNS names of 253; pods carry their StatefulSet's name and a hash of ten."""
+    """Labels and host names of 63 characters, DNS names of 253; pods carry the StatefulSet's name and a hash of ten."""
     most_groups, most_pods = SPEC["replicas"]["maximum"], SPEC["tensorParallelSize"]["maximum"]
     made = model(key=ModelKey("n" * 63, "m" * 40), replicas=most_groups, tensor_parallel_size=most_pods)
     group = most_groups - 1
