@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from tests.support.fake_ranks import continuation, next_token
+from tests.support.fake_ranks import continuation, next_token, scores, toy_logprob
 
 from lockstep_runtime.engine.interface import GenerationRequest
 from lockstep_runtime.engine.scheduler import Scheduler
@@ -47,25 +47,32 @@ class Life:
         max_tokens = self.random.randint(1, min(12, self.capacity - prompt_length))
         prompt = tuple(self.random.randrange(1000) for _ in range(prompt_length))
         request = GenerationRequest(
-            request_id="r", prompt=prompt, max_tokens=max_tokens, sampling=SamplingParams(temperature=0)
+            request_id="r",
+            prompt=prompt,
+            max_tokens=max_tokens,
+            sampling=SamplingParams(temperature=0, prompt_logprobs=self.random.choice([-1, -1, 0])),
         )
         self.open[self.sequences] = (request, [])
         self.scheduler.add(Sequence(self.sequences, request))
 
-    def compute(self, slices: list[SequenceSlice]) -> list[SampledToken]:
+    def compute(self, slices: list[SequenceSlice]) -> tuple[list[SampledToken], list[SampledToken]]:
+        """What is drawn, and what is scored."""
         assert sum(len(part.tokens) for part in slices) <= self.budget
         assert len({part.sequence_id for part in slices}) == len(slices)
         held = [block for part in slices for block in part.blocks]
         assert len(held) == len(set(held))
-        sampled = []
+        sampled, scored = [], []
         for part in slices:
             for offset, token in enumerate(part.tokens):
                 self.cache[self.slot(part, part.position + offset)] = token
             if part.sample is not None:
-                end = part.position + len(part.tokens)
-                context = [self.cache[self.slot(part, position)] for position in range(end)]
+                context = self.context(part, part.position + len(part.tokens))
                 sampled.append(SampledToken(sequence_id=part.sequence_id, token=next_token(context)))
-        return sampled
+            scored += scores(part, lambda end, part=part: self.context(part, end))  # type: ignore[misc]
+        return sampled, scored
+
+    def context(self, part: SequenceSlice, end: int) -> list[int]:
+        return [self.cache[self.slot(part, position)] for position in range(end)]
 
     def slot(self, part: SequenceSlice, position: int) -> tuple[int, int]:
         return part.blocks[position // self.block_size], position % self.block_size
@@ -79,8 +86,10 @@ class Life:
             return
         if self.open and self.random.random() < 0.02:
             self.cancel(self.random.choice(list(self.open)))
-        for drawn in self.scheduler.apply(slices, self.compute(slices)):
+        for drawn in self.scheduler.apply(slices, *self.compute(slices)):
             request, tokens = self.open[drawn.sequence_id]
+            wanted = request.sampling.prompt_logprobs >= 0 and not tokens
+            assert [(one.token, one.logprob) for one in drawn.prompt] == (judged(request.prompt) if wanted else [])
             tokens.append(drawn.token.token)
             if drawn.finish:
                 assert tokens == continuation(request.prompt, request.max_tokens)
@@ -107,6 +116,11 @@ class Life:
             assert steps < 20_000, "a request starves"
         assert self.scheduler.plan() == []
         assert self.scheduler.book.used == 0
+
+
+def judged(prompt: tuple[int, ...]) -> list[tuple[int, float]]:
+    """Every token but the first, once."""
+    return [(prompt[end], toy_logprob(prompt[:end], prompt[end])) for end in range(1, len(prompt))]
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))

@@ -65,7 +65,7 @@ class FakeEngine:
                 token = await self._next(parts)
                 finish = _finish(request, token, drawn)
                 finished = finish is not None
-                yield TokenEvent(_sampled(request, token), finish)
+                yield TokenEvent(_sampled(request, token), finish, _scored(request) if drawn == 1 else ())
                 if finished:
                     return
         finally:
@@ -95,6 +95,22 @@ def _sampled(request: GenerationRequest, token: int) -> SampledToken:
     asked = request.sampling.logprobs
     top = [(token + rank, -0.5 - rank) for rank in range(asked)] if asked > 0 else []
     return SampledToken(sequence_id=0, token=token, logprob=-0.5 if asked >= 0 else None, top=top)
+
+
+def _scored(request: GenerationRequest) -> list[SampledToken]:
+    """The prompt's tokens but the first; each less likely than the one before, and the next id likelier than it."""
+    asked = request.sampling.prompt_logprobs
+    if asked < 0:
+        return []
+    return [
+        SampledToken(
+            sequence_id=0,
+            token=token,
+            logprob=-float(index),
+            top=[(token + 1, -0.5), (token, -float(index))] if asked else [],
+        )
+        for index, token in enumerate(request.prompt[1:], 1)
+    ]
 
 
 async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:

@@ -34,6 +34,26 @@ def next_token(tokens: Sequence[int]) -> int:
     return zlib.crc32(struct.pack(f"<{len(tokens)}q", *tokens)) % VOCABULARY
 
 
+def scores(part: wire.SequenceSlice, context: Callable[[int], list[int]]) -> list[wire.SampledToken]:
+    """What the toy model thinks of a slice's targets; `context` gives the tokens before a position."""
+    scoring = part.scoring
+    if scoring is None:
+        return []
+    return [
+        wire.SampledToken(
+            sequence_id=part.sequence_id,
+            token=target,
+            logprob=toy_logprob(context(part.position + scoring.first + index + 1), target),
+        )
+        for index, target in enumerate(scoring.targets)
+    ]
+
+
+def toy_logprob(context: Sequence[int], target: int) -> float:
+    """Of a token after others."""
+    return -float(next_token([*context, target]) + 1)
+
+
 def continuation(prompt: Sequence[int], count: int) -> list[int]:
     """What the toy model answers to a prompt."""
     tokens = list(prompt)
@@ -205,7 +225,7 @@ class FakeRank:
     def compute(self, step: wire.Step) -> wire.StepDone:
         """The honest answer."""
         owners: dict[int, int] = {}
-        fingerprint, sampled = self.weights, []
+        fingerprint, sampled, scored = self.weights, [], []
         self.fed += sum(len(part.tokens) for part in step.sequences if part.sequence_id != SEQUENCE)
         for part in step.sequences:
             for block in part.blocks:
@@ -217,7 +237,11 @@ class FakeRank:
             fingerprint = zlib.crc32(struct.pack("<q", drawn), fingerprint)
             if part.sample is not None and self.rank == 0:
                 sampled.append(wire.SampledToken(sequence_id=part.sequence_id, token=drawn))
-        return wire.StepDone(epoch=step.epoch, step=step.step, seconds=0.001, fingerprint=fingerprint, sampled=sampled)
+            if self.rank == 0:
+                scored += scores(part, lambda end, part=part: self._context(part, end))  # type: ignore[misc]
+        return wire.StepDone(
+            epoch=step.epoch, step=step.step, seconds=0.001, fingerprint=fingerprint, sampled=sampled, scored=scored
+        )
 
     def leave_undone(self, step: wire.Step) -> None:
         """Only a part of it was written, and nobody knows which."""

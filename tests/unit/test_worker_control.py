@@ -133,7 +133,7 @@ class FakeEdge:
         return [one.tokens for one in doubted] == [[13]]
 
     def step(self, step: wire.Step, group: Any) -> StepOutput:
-        return StepOutput(fingerprint=self.step_work(group), sampled=[])
+        return StepOutput(fingerprint=self.step_work(group), sampled=[], scored=[])
 
 
 @dataclass

@@ -384,10 +384,10 @@ class Engine:
         self._steps += 1
         self._poisonings = 0
         self._last_step_at = time.time()
-        for drawn in scheduler.apply(slices, done.sampled):
+        for drawn in scheduler.apply(slices, done.sampled, done.scored):
             stream = self._streams.get(drawn.sequence_id)
             if stream is not None:
-                stream.push(TokenEvent(drawn.token, drawn.finish))
+                stream.push(TokenEvent(drawn.token, drawn.finish, drawn.prompt))
             if drawn.finish is not None:
                 self._streams.pop(drawn.sequence_id, None)
                 self._settle()

@@ -1,9 +1,10 @@
 """What the next step computes: continuous batching with chunked prefill, first come first served. Pure.
 
-Each step takes, in order of arrival, one token of every decoding sequence and as much of the prefills as the budget
-leaves. A new sequence is admitted when its whole prompt finds room beside what the running prefills will still need.
-When blocks run out, the latest sequence gives up all of its blocks and is computed again later from its token ids; so
-the oldest always goes on, and every sequence that fits by itself finishes.
+Each step takes one token of every decoding sequence; the prefills share what the budget leaves (shares.py), so that a
+short prompt waits for no long one. A new sequence is admitted, in order of arrival, when its whole prompt finds room
+beside what the running prefills will still need. When blocks run out, the latest sequence gives up all of its blocks
+and is computed again later from its token ids; so the oldest always goes on, and every sequence that fits by itself
+finishes.
 
 After a fault, sequences under suspicion run alone, one after the other, until they draw a token: one that breaks a step
 again is known by that, and the others are not blamed for it.
@@ -15,22 +16,28 @@ from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Final
 
 from lockstep_runtime.engine.blocks import BlockBook
 from lockstep_runtime.engine.interface import FinishReason
 from lockstep_runtime.engine.sequence import GUILTY, SUSPECT, Sequence
+from lockstep_runtime.engine.shares import share
 from lockstep_runtime.wire import SampledToken, SequenceSlice
 
 _by_arrival = attrgetter("id")
 
 
+SCORED_CHUNK: Final = 256  # tokens of a prompt in one step whose log probabilities are wanted: each costs a head
+
+
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One token let out of a step."""
+    """One token let out of a step; with the first of a sequence, its prompt's tokens, if they were to be scored."""
 
     sequence_id: int
     token: SampledToken
     finish: FinishReason | None
+    prompt: tuple[SampledToken, ...] = ()
 
 
 class Scheduler:
@@ -77,22 +84,25 @@ class Scheduler:
         suspect = next((one for one in (*self._running, *self._waiting) if one.blame >= SUSPECT), None)
         if suspect is not None:
             return self._plan_alone(suspect)
-        slices, preempted = self._plan_running()
-        if not preempted:
-            self._admit(slices)
-        return slices
+        self._admit()
+        return self._plan_running()
 
-    def apply(self, slices: list[SequenceSlice], sampled: Iterable[SampledToken]) -> list[Drawn]:
+    def apply(
+        self, slices: list[SequenceSlice], sampled: Iterable[SampledToken], scored: Iterable[SampledToken] = ()
+    ) -> list[Drawn]:
         """Book a finished step: what it computed, the tokens it drew, and the sequences that are complete."""
         running = {sequence.id: sequence for sequence in self._running}
         for part in slices:
             if sequence := running.get(part.sequence_id):  # else it was cancelled meanwhile
                 sequence.computed += len(part.tokens)
+        for token in scored:
+            if sequence := running.get(token.sequence_id):
+                sequence.score(token)
         drawn = []
         for token in sampled:
             if sequence := running.get(token.sequence_id):
                 finish = sequence.append(token, self.max_model_len)
-                drawn.append(Drawn(sequence.id, token, finish))
+                drawn.append(Drawn(sequence.id, token, finish, sequence.take_scores()))
                 if finish is not None:
                     self.remove(sequence.id)
         return drawn
@@ -133,46 +143,36 @@ class Scheduler:
         self._waiting = [sequence for sequence in everyone if self.fits(sequence.most_tokens)]
         return [sequence for sequence in everyone if not self.fits(sequence.most_tokens)]
 
-    def _plan_running(self) -> tuple[list[SequenceSlice], bool]:
+    def _plan_running(self) -> list[SequenceSlice]:
+        counts = share([self._wanted(sequence) for sequence in self._running], self._max_batch_tokens)
+        queue = list(zip(self._running, counts, strict=True))
         slices: list[SequenceSlice] = []
-        preempted = False
-        budget = self._max_batch_tokens
-        queue = list(self._running)
-        decoding = sum(sequence.remaining == 1 for sequence in queue)
         while queue:
-            sequence = queue.pop(0)
-            decoding -= sequence.remaining == 1
-            count = min(sequence.remaining, budget - min(decoding, budget - 1))
+            sequence, count = queue.pop(0)
             while not self.book.grow(sequence.id, self._blocks_for(sequence.computed + count)):
-                preempted = True
-                victim = queue.pop() if queue else sequence
-                decoding -= victim.remaining == 1 and victim is not sequence
+                victim = queue.pop()[0] if queue else sequence
                 self._preempt(victim)
                 if victim is sequence:
-                    return slices, True
-            slices.append(self._slice(sequence, count))
-            budget -= count
-            if not budget:
-                break
-        return slices, preempted
+                    return slices
+            if count:
+                slices.append(self._slice(sequence, count))
+        return slices
 
-    def _admit(self, slices: list[SequenceSlice]) -> None:
-        budget = self._max_batch_tokens - sum(len(part.tokens) for part in slices)
-        while self._waiting and budget > 0 and len(self._running) < self._max_sequences:
-            sequence = self._waiting[0]
-            if self._blocks_for(len(sequence.tokens)) > self.book.free - self._promised():
+    def _wanted(self, sequence: Sequence) -> int:
+        """Tokens that it would take in a step of its own."""
+        return sequence.remaining if sequence.is_scored else min(sequence.remaining, SCORED_CHUNK)
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self._max_sequences:
+            if self._blocks_for(len(self._waiting[0].tokens)) > self.book.free - self._promised():
                 return
-            count = min(sequence.remaining, budget)
-            self.book.grow(sequence.id, self._blocks_for(count))
             insort(self._running, self._waiting.pop(0), key=_by_arrival)
-            slices.append(self._slice(sequence, count))
-            budget -= count
 
     def _plan_alone(self, sequence: Sequence) -> list[SequenceSlice]:
         if sequence not in self._running:
             self._waiting.remove(sequence)
             insort(self._running, sequence, key=_by_arrival)
-        count = min(sequence.remaining, self._max_batch_tokens)
+        count = min(self._wanted(sequence), self._max_batch_tokens)
         while not self.book.grow(sequence.id, self._blocks_for(sequence.computed + count)):
             self._preempt(next(one for one in reversed(self._running) if one is not sequence))
         return [self._slice(sequence, count)]
@@ -201,4 +201,5 @@ class Scheduler:
             tokens=sequence.tokens[sequence.computed : end],
             blocks=self.book.table(sequence.id),
             sample=sequence.request.sampling if end == len(sequence.tokens) else None,
+            scoring=sequence.scoring(end),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lockstep_runtime.engine.interface import FinishReason, GenerationRequest
-from lockstep_runtime.wire import SampledToken
+from lockstep_runtime.wire import SampledToken, Scoring
 
 SUSPECT = 2  # points of blame from which a sequence runs alone
 GUILTY = 4  # and from which it is given up
@@ -24,6 +24,8 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     blame: int = 0
+    scored: int = 1  # tokens of the prompt whose log probabilities are known; the first has none
+    scores: list[SampledToken] = field(default_factory=list)  # those that were not handed on yet
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -38,9 +40,31 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
+    def is_scored(self) -> bool:
+        """Nothing of the prompt is left whose log probability was asked for."""
+        return self.request.sampling.prompt_logprobs < 0 or self.scored >= len(self.request.prompt)
+
+    @property
     def most_tokens(self) -> int:
         """The longest that it can get, prompt included."""
         return len(self.request.prompt) + self.request.max_tokens
+
+    def scoring(self, end: int) -> Scoring | None:
+        """What is to be scored when its tokens from `computed` to `end` are fed. Nothing twice, though a prompt that
+        gave up its blocks is fed again."""
+        first = max(self.computed, self.scored - 1)
+        targets = [] if self.is_scored else list(self.request.prompt[first + 1 : end + 1])
+        if not targets:
+            return None
+        return Scoring(first=first - self.computed, targets=targets, logprobs=self.request.sampling.prompt_logprobs)
+
+    def score(self, token: SampledToken) -> None:
+        self.scored += 1
+        self.scores.append(token)
+
+    def take_scores(self) -> tuple[SampledToken, ...]:
+        scores, self.scores = tuple(self.scores), []
+        return scores
 
     def append(self, token: SampledToken, max_model_len: int) -> FinishReason | None:
         """Take the drawn token; the reason when it was the last."""

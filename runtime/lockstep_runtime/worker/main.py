@@ -247,6 +247,7 @@ class Worker:
             seconds=seconds,
             fingerprint=output.fingerprint,
             sampled=output.sampled,
+            scored=output.scored,
         )
 
     def _interrupt(self) -> None:

@@ -43,6 +43,7 @@ from lockstep_runtime.worker.memory import (
     used_bytes,
 )
 from lockstep_runtime.worker.sampler import check_finite, draw_of, is_plain_greedy, sample, take_best
+from lockstep_runtime.worker.scores import check_scoring, score
 from lockstep_runtime.worker.scrub import INTERVAL_SECONDS, INTERVAL_VARIABLE, Scrub, Watched, name_of, watch
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class LoadReport:
 class StepOutput:
     fingerprint: int  # of every token's last hidden state: 61 bits, equal on every rank
     sampled: list[wire.SampledToken]  # rank 0 only
+    scored: list[wire.SampledToken]  # rank 0 only
 
 
 class Runner:
@@ -235,12 +237,14 @@ class Runner:
             raise RuntimeError("a step came before there was a cache")
         with torch.inference_mode():
             batch = build_batch(step.sequences, self._device)
+            check_scoring(step.sequences, self._model.vocabulary)
             states = self._model.forward(batch, self._cache, group)
             hidden = states if len(states) == len(batch.segments) else states[batch.last]
             sampled = self._draw(step.sequences, hidden, group)
+            scored = score(step.sequences, batch, states, lambda rows: self._model.logits(rows, group))
             fingerprint = _fingerprint(batch, states, hidden)
             group.check()
-            return StepOutput(fingerprint=fingerprint, sampled=sampled)
+            return StepOutput(fingerprint=fingerprint, sampled=sampled, scored=scored)
 
     def give_back_unused(self) -> None:
         """After a step that found no memory: what the allocator keeps may be in pieces of the wrong size."""
