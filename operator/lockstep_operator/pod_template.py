@@ -209,7 +209,9 @@ def _arguments(model: Model) -> list[str]:
         ("weight-cache", model.recovery.weight_cache),
         ("lame-duck-seconds", lame_duck),
         ("grace-seconds", max(0.0, seconds - lame_duck - EXIT_SECONDS)),
-        ("host", "0.0.0.0"),
+        ("host", "::"),  # every address of both families
+        ("bus-port", BUS_PORT),
+        ("status-port", STATUS_PORT),
         *_source_options(model),
     ]
     return ["serve", _location(model), *(f"--{name}={value}" for name, value in options if value is not None)]

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import re
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn, get_args
 
+import msgspec
+
 import lockstep_runtime
-from lockstep_runtime import accelerator, fault_box, inject_client, log, wire
+from lockstep_runtime import accelerator, fault_box, inject_client, log, running, wire
 from lockstep_runtime.config import (
     TOKEN_VARIABLE,
     Backend,
@@ -25,6 +29,9 @@ from lockstep_runtime.config import (
     Watchdog,
     WeightCache,
 )
+from lockstep_runtime.host.addresses import LOOPBACK, join, listen, listen_somewhere, loopback, reach
+
+logger = logging.getLogger(__name__)
 
 _UNITS: Final = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
                  "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}  # fmt: skip
@@ -167,7 +174,7 @@ def _add_flags(serve: argparse.ArgumentParser, environment: Mapping[str, str]) -
     flag(repair, "allow-faults", _switch, False, "let `lockstep inject` break things", nargs="?", const=True)
 
     network = serve.add_argument_group("network")
-    flag(network, "host", str, "127.0.0.1", "address to listen on")
+    flag(network, "host", str, LOOPBACK, "address to listen on, :: for every one of IPv4 and IPv6")
     origins = environment.get("LOCKSTEP_CORS_ALLOW_ORIGIN", "").split()
     network.add_argument(
         "--cors-allow-origin", action=_Repeated, default=tuple(origins), metavar="ORIGIN",
@@ -175,8 +182,10 @@ def _add_flags(serve: argparse.ArgumentParser, environment: Mapping[str, str]) -
         "it for more; in the variable put spaces between (default: none)",
     )  # fmt: skip
     flag(network, "port", _port, wire.API_PORT, "of the HTTP API")
-    flag(network, "bus-port", _port, wire.BUS_PORT, "between the engine and its ranks")
-    flag(network, "status-port", _port, wire.STATUS_PORT, "of the supervisor's /healthz and /status")
+    or_free = "on one machine, where that is taken, a free one"
+    flag(network, "bus-port", _port, None, f"between the engine and its ranks; default: {wire.BUS_PORT}, or, {or_free}")
+    flag(network, "status-port", _port, None, "of the supervisor's /healthz and /status; default: "
+         f"{wire.STATUS_PORT}, or, {or_free}")  # fmt: skip
     flag(network, "grace-seconds", _seconds, 30.0, "for running requests after SIGTERM")
     flag(network, "lame-duck-seconds", _seconds, 0.0, "new requests are still taken for so long after SIGTERM")
 
@@ -187,7 +196,7 @@ def _add_flags(serve: argparse.ArgumentParser, environment: Mapping[str, str]) -
     flag(pod, "pod-index", _index, 0, "this pod's number; 0 is the leader")
     flag(pod, "pod", str, socket.gethostname(), "this pod's name")
     flag(pod, "node", str, socket.gethostname(), "this node's name")
-    flag(pod, "leader", str, "127.0.0.1", "host name of pod 0")
+    flag(pod, "leader", str, None, "host name of pod 0; default: this machine")
 
 
 def config_from(options: argparse.Namespace) -> ServeConfig:
@@ -219,7 +228,7 @@ def config_from(options: argparse.Namespace) -> ServeConfig:
         pod_index=options.pod_index,
         pod=options.pod,
         node=options.node,
-        leader=options.leader,
+        leader=options.leader or loopback(),
         dtype=options.dtype,
         backend=options.backend,
         device=options.device,
@@ -240,8 +249,8 @@ def config_from(options: argparse.Namespace) -> ServeConfig:
         host=options.host,
         cors_allow_origins=options.cors_allow_origin,
         api_port=options.port,
-        bus_port=options.bus_port,
-        status_port=options.status_port,
+        bus_port=options.bus_port or wire.BUS_PORT,
+        status_port=options.status_port or wire.STATUS_PORT,
         grace_seconds=options.grace_seconds,
         lame_duck_seconds=options.lame_duck_seconds,
     )
@@ -261,33 +270,63 @@ def token_for(config: ServeConfig, environment: Mapping[str, str]) -> str:
     return secrets.token_urlsafe(32)
 
 
-def open_ports(config: ServeConfig) -> socket.socket:
-    """The status port's socket; the engine's ports are tried, so that a mistake shows at once.
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """`status`: the sockets of the status port, bound. `kept`: what keeps the engine's ports from others."""
+
+    config: ServeConfig  # with the ports as they are
+    status: list[socket.socket]
+    kept: list[socket.socket]
+
+
+def open_ports(config: ServeConfig, *, may_choose: Collection[str] = ()) -> Ports:
+    """Bind the status port; try the engine's, so that a mistake shows at once.
+
+    `may_choose`: fields of the configuration (`bus_port`, `status_port`) that may become another port where theirs is
+    taken: nobody named it, and nobody on another machine must know it.
 
     Raises:
         UsageError: a port is taken.
     """
+    kept: list[socket.socket] = []
     if config.is_leader:
-        for port, flag in ((config.api_port, "--port"), (config.bus_port, "--bus-port")):
-            _bind(config.host, port, flag).close()
-    return _bind(config.host, config.status_port, "--status-port")
+        for one in _bind(config.host, config.api_port, "--port"):
+            one.close()
+        if "bus_port" in may_choose:
+            port, kept = _bind_some(config.host, config.bus_port, "--bus-port")
+            config = msgspec.structs.replace(config, bus_port=port)
+        else:
+            for one in _bind(config.host, config.bus_port, "--bus-port"):
+                one.close()
+    if "status_port" in may_choose:
+        port, status = _bind_some(config.host, config.status_port, "--status-port")
+        return Ports(msgspec.structs.replace(config, status_port=port), status, kept)
+    return Ports(config, _bind(config.host, config.status_port, "--status-port"), kept)
 
 
-def _bind(host: str, port: int, flag: str) -> socket.socket:
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _bind(host: str, port: int, flag: str) -> list[socket.socket]:
     try:
-        bound.bind((host, port))
+        return listen(host, port)
     except OSError as error:
-        bound.close()
-        raise UsageError(f"can't listen on {host}:{port} ({error.strerror}); choose another with {flag}") from error
-    return bound
+        raise UsageError(f"{error.strerror}; choose another with {flag}") from error
 
 
-async def _supervise(config: ServeConfig, token: str, listening: socket.socket) -> int:
+def _bind_some(host: str, preferred: int, flag: str) -> tuple[int, list[socket.socket]]:
+    try:
+        return listen_somewhere(host, preferred)
+    except OSError as error:
+        raise UsageError(f"{error.strerror}; choose a port with {flag}") from error
+
+
+def unnamed_ports(options: argparse.Namespace, config: ServeConfig) -> list[str]:
+    """The ports that may be chosen: in a group of several pods the others must know them."""
+    return [name for name in ("bus_port", "status_port") if getattr(options, name) is None and config.pods == 1]
+
+
+async def _supervise(ports: Ports, token: str) -> int:
     from lockstep_runtime.supervisor.run import Supervisor
 
-    return await Supervisor(config, token).run(listening)
+    return await Supervisor(ports.config, token).run(ports.status)
 
 
 def check_faults(config: ServeConfig, environment: Mapping[str, str]) -> None:
@@ -308,12 +347,21 @@ def _serve(options: argparse.Namespace) -> int:
     config = accelerator.settle(config_from(options), gpus=accelerator.has_gpus(os.environ))
     check_faults(config, os.environ)
     token = token_for(config, os.environ)
-    listening = open_ports(config)
+    ports = open_ports(config, may_choose=unnamed_ports(options, config))
     log.configure("supervisor")
+    _tell_ports(ports.config)
     import setproctitle
 
     setproctitle.setproctitle(f"lockstep: supervisor model={config.model_name} group={config.group}")
-    return asyncio.run(_supervise(config, token, listening))
+    return asyncio.run(_supervise(ports, token))
+
+
+def _tell_ports(config: ServeConfig) -> None:
+    """Where the status is; for `lockstep inject` also in a file."""
+    url = f"http://{join(reach(config.host), config.status_port)}"
+    logger.info("the status is at %s/status", url)
+    if config.allow_faults and config.is_leader:
+        running.leave(running.Running(pid=os.getpid(), model=config.served_name, port=config.api_port, status_url=url))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -11,6 +11,7 @@ from typing import Final, Literal
 import msgspec
 
 from lockstep_runtime import wire
+from lockstep_runtime.host.addresses import LOOPBACK
 
 CONFIG_VARIABLE: Final = "LOCKSTEP_CONFIG"
 TOKEN_VARIABLE: Final = "LOCKSTEP_TOKEN"  # noqa: S105 - a name, not a secret: the bus and the status endpoint
@@ -71,7 +72,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     weight_cache: WeightCache = "Memory"
     allow_faults: bool = False  # `lockstep inject` works
 
-    host: str = "127.0.0.1"  # of every listener of this pod: pods set it to 0.0.0.0
+    host: str = LOOPBACK  # of every listener of this pod; pods set it to `::`, every address of both families
     cors_allow_origins: tuple[str, ...] = ()  # pages of these may call the API from a browser; "*": all
     api_port: int = wire.API_PORT
     bus_port: int = wire.BUS_PORT

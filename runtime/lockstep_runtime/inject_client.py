@@ -7,12 +7,14 @@ import os
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from lockstep_runtime import wire
+from lockstep_runtime import running, wire
 from lockstep_runtime.config import TOKEN_VARIABLE
+from lockstep_runtime.host.addresses import join, loopback
 
 
 def add_parser(commands: Any) -> None:
@@ -35,9 +37,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seconds", type=float, default=0.1, help="slow: by how much (default: 0.1)")
     parser.add_argument("--times", type=int, default=1, help="slow: for how many steps (default: 1)")
     parser.add_argument("--number", type=int, default=0, help="flip-bit: which bit")
-    parser.add_argument(
-        "--url", default=f"http://127.0.0.1:{wire.STATUS_PORT}", help="the leader's status port (default: %(default)s)"
-    )
+    parser.add_argument("--url", help="of the leader's status port; default: of the one that serves on this machine")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -53,11 +53,20 @@ def run(options: argparse.Namespace) -> int:
         times=options.times,
         number=options.number,
     )
-    if problem := send(options.url, os.environ.get(TOKEN_VARIABLE, ""), fault):
+    url, problem = (options.url, "") if options.url else choose(running.found())
+    if problem := problem or send(url, os.environ.get(TOKEN_VARIABLE, ""), fault):
         print(f"lockstep: {problem}", file=sys.stderr)
         return 1
     print(f"inject: {fault.kind} on rank {fault.rank}, {fault.phase}")
     return 0
+
+
+def choose(those: Sequence[running.Running]) -> tuple[str, str]:
+    """The URL of the only one that lets faults happen, or where one in a pod has it; else what is wrong."""
+    if len(those) > 1:
+        listed = ", ".join(f"--url {one.status_url} ({one.model} on port {one.port})" for one in those)
+        return "", f"several serve on this machine; choose one: {listed}"
+    return (those[0].status_url if those else f"http://{join(loopback(), wire.STATUS_PORT)}"), ""
 
 
 def send(url: str, token: str, fault: wire.Inject) -> str:

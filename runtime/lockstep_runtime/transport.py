@@ -10,6 +10,7 @@ import msgspec
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.host.addresses import reach
 
 HEADER_BYTES: Final = 4
 _encoder: Final = msgspec.msgpack.Encoder()
@@ -80,4 +81,4 @@ def bus_address(config: ServeConfig) -> tuple[str, int]:
     """Where this pod's processes find the bus: the leader's own ones need no name service for it."""
     if not config.is_leader:
         return config.leader, config.bus_port
-    return ("127.0.0.1" if config.host in ("0.0.0.0", "::", "") else config.host), config.bus_port
+    return reach(config.host), config.bus_port

@@ -68,7 +68,7 @@ def test_a_member_pod_learns_who_it_is() -> None:
         threads_per_rank=1,  # as many as it asks for CPUs
         backend="gloo",
         device="cpu",
-        host="0.0.0.0",
+        host="::",
         lame_duck_seconds=config.lame_duck_seconds,
         grace_seconds=config.grace_seconds,
     )

@@ -335,7 +335,7 @@ def test_a_port_in_use_is_named_with_its_flag() -> None:
                    "--port", str(free_port()), "--status-port", str(free_port())]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert f"127.0.0.1:{port} (Address already in use); choose another with --bus-port" in done.stderr
+    assert f"127.0.0.1:{port}: Address already in use; choose another with --bus-port" in done.stderr
 
 
 def test_sigterm_drains_the_running_stream_is_finished_and_nothing_is_left(server: Served) -> None:

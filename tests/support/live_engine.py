@@ -16,7 +16,7 @@ from lockstep_runtime.config import EngineLimits, ServeConfig, Watchdog
 from lockstep_runtime.engine.bus import Bus
 from lockstep_runtime.engine.engine import Engine
 from lockstep_runtime.engine.interface import GenerationRequest
-from lockstep_runtime.engine.main import listen
+from lockstep_runtime.host.addresses import listen
 from lockstep_runtime.supervisor.link import Link
 
 DEADLINE = 20.0

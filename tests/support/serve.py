@@ -18,6 +18,7 @@ from tests.support.http import HTTP
 from tests.support.ports import free_port
 
 from lockstep_runtime import wire
+from lockstep_runtime.host.addresses import join
 
 TINY_CHAT = Path(__file__).parents[2] / "examples" / "tiny-chat"
 TOKEN = "a token of the tests"
@@ -112,18 +113,23 @@ def served(
     model: Path = TINY_CHAT,
     ports: Sequence[int] | None = None,
     environment: Mapping[str, str] | None = None,
+    before: Sequence[str] = (),
+    host: str = "127.0.0.1",
 ) -> Iterator[Served]:
-    """Start it; `directory` takes its log. `ports`: api, bus, status. Not waited for."""
+    """Start it; `directory` takes its log. `ports`: api, bus, status. Not waited for.
+
+    `before`: a command that runs the rest of the line in its own process; `host`: where it is to be reached.
+    """
     api, bus, status = ports or [free_port() for _ in range(3)]
     log = directory / f"serve-{status}.log"
     command = [
-        sys.executable, "-m", "lockstep_runtime", "serve", str(model),
+        *before, sys.executable, "-m", "lockstep_runtime", "serve", str(model),
         "--port", str(api), "--bus-port", str(bus), "--status-port", str(status), *arguments,
     ]  # fmt: skip
     variables = os.environ | {"LOCKSTEP_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"} | dict(environment or {})
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables)
-    serve = Served(process, log, f"http://127.0.0.1:{api}", f"http://127.0.0.1:{status}")
+    serve = Served(process, log, f"http://{join(host, api)}", f"http://{join(host, status)}")
     try:
         yield serve
     finally:

@@ -10,8 +10,18 @@ import socket
 import pytest
 from tests.support.ports import free_port
 
-from lockstep_runtime.cli import UsageError, build_parser, byte_size, config_from, open_ports, token_for
+from lockstep_runtime.cli import (
+    Ports,
+    UsageError,
+    build_parser,
+    byte_size,
+    config_from,
+    open_ports,
+    token_for,
+    unnamed_ports,
+)
 from lockstep_runtime.config import EngineLimits, ServeConfig, Watchdog
+from lockstep_runtime.host.addresses import listen
 
 
 def config(*arguments: str, **environment: str) -> ServeConfig:
@@ -36,7 +46,7 @@ def test_defaults_are_a_group_on_one_machine() -> None:
     found = config("models/Qwen3-8B/", "--tensor-parallel-size", "4")
     assert found.served_name == "Qwen3-8B"
     assert (found.ranks_per_pod, found.pods, list(found.ranks), found.is_leader) == (4, 1, [0, 1, 2, 3], True)
-    assert found.host == "127.0.0.1"
+    assert (found.host, found.leader) == ("localhost", "127.0.0.1")
     assert found.limits == EngineLimits()
 
 
@@ -106,6 +116,38 @@ def test_a_taken_port_is_named_with_its_flag(flag: str) -> None:
             open_ports(config("m", *(word for pair in ports.items() for word in pair)))
 
 
+def close(ports: Ports) -> None:
+    for one in (*ports.status, *ports.kept):
+        one.close()
+
+
+def test_ports_that_nobody_named_are_free_ones() -> None:
+    """As of servers on one machine that are told nothing but --port."""
+    known = [config("m", "--port", str(free_port())) for _ in range(3)]
+    opened = [open_ports(one, may_choose=("bus_port", "status_port")) for one in known]
+    ports = [port for one in opened for port in (one.config.bus_port, one.config.status_port)]
+    assert len(set(ports)) == 6
+    for one in opened:
+        engines = listen(one.config.host, one.config.bus_port)  # the engine binds what is kept for it
+        for listener in engines:
+            listener.listen()
+            listener.close()
+        close(one)
+
+
+def test_a_port_is_chosen_only_where_nobody_else_must_know_it() -> None:
+    parser = build_parser({})
+    for words, chosen in (
+        ("", ["bus_port", "status_port"]),
+        ("--bus-port 7400", ["status_port"]),
+        ("--tensor-parallel-size 2 --ranks-per-pod 1", []),
+    ):
+        options = parser.parse_args(["serve", "m", *words.split()])
+        assert unnamed_ports(options, config_from(options)) == chosen
+    named = build_parser({"LOCKSTEP_STATUS_PORT": "7401"}).parse_args(["serve", "m"])
+    assert unnamed_ports(named, config_from(named)) == ["bus_port"]
+
+
 def test_a_member_needs_only_its_status_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -113,7 +155,7 @@ def test_a_member_needs_only_its_status_port() -> None:
             "m", "--tensor-parallel-size", "2", "--ranks-per-pod", "1", "--pod-index", "1",
             "--port", port, "--bus-port", port, "--status-port", str(free_port()),
         )  # fmt: skip
-        open_ports(member).close()
+        close(open_ports(member))
 
 
 def test_help_lists_every_flag_with_what_it_means(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import http.server
+import logging
 import os
 import resource
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep_runtime import fault_box, wire
+from lockstep_runtime import fault_box, inject_client, running, wire
 from lockstep_runtime.child import PARENT_VARIABLE
 from lockstep_runtime.cli import UsageError, check_faults, main
 from lockstep_runtime.config import ServeConfig
@@ -378,3 +380,43 @@ def test_the_command_says_why_it_could_not(
         main(["inject", "exit", "--rank", rank, "--url", url or leader])
     assert ended.value.code == 1
     assert words in capsys.readouterr().err
+
+
+@pytest.fixture
+def runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    return tmp_path / "lockstep"
+
+
+def test_the_command_finds_the_one_that_serves_on_this_machine(runtime_folder: Path) -> None:
+    assert inject_client.choose(running.found()) == ("http://127.0.0.1:7401", "")
+    here = running.Running(pid=os.getpid(), model="m", port=8000, status_url="http://127.0.0.1:23456")
+    running.leave(here)
+    assert inject_client.choose(running.found()) == (here.status_url, "")
+    assert runtime_folder.stat().st_mode & 0o777 == 0o700
+    running.forget(here.pid)
+    assert running.found() == []
+
+
+def test_several_are_listed_and_those_that_ended_are_forgotten(runtime_folder: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for pid in (os.getpid(), os.getppid(), ended.pid):
+        running.leave(running.Running(pid=pid, model="m", port=pid, status_url=f"http://127.0.0.1:{pid}"))
+    url, problem = inject_client.choose(running.found())
+    assert url == ""
+    assert f"--url http://127.0.0.1:{os.getpid()} (m on port {os.getpid()})" in problem
+    assert str(ended.pid) not in problem
+    assert len(list(runtime_folder.iterdir())) == 2
+
+
+def test_a_folder_of_another_user_is_not_written_to(
+    runtime_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    runtime_folder.symlink_to(elsewhere)
+    running.leave(running.Running(pid=os.getpid(), model="m", port=1, status_url="http://x"))
+    assert "`lockstep inject` needs --url" in caplog.text
+    assert list(elsewhere.iterdir()) == []

@@ -98,7 +98,7 @@ def test_the_arguments_are_the_runtimes_flags() -> None:
     assert container(made)["args"] == [
         "serve", "/model", "--tensor-parallel-size=2", "--ranks-per-pod=1", "--served-name=chat", "--dtype=bfloat16",
         "--backend=gloo", "--device=cpu", "--max-model-len=4096", "--kv-cache-memory=2Gi", "--lame-duck-seconds=3.0",
-        "--grace-seconds=52.0", "--host=0.0.0.0",
+        "--grace-seconds=52.0", "--host=::", "--bus-port=7400", "--status-port=7401",
     ]  # fmt: skip
 
 

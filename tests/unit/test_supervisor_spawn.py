@@ -48,7 +48,7 @@ async def supervisor() -> AsyncIterator[Supervisor]:
     """One that runs, until the test is over."""
     settings = config()
     found = Supervisor(settings, "token")
-    running = asyncio.create_task(found.run(open_ports(settings)))
+    running = asyncio.create_task(found.run(open_ports(settings).status))
     yield found
     found._on_end_signal(signal.SIGTERM)
     found._on_end_signal(signal.SIGTERM)

@@ -17,7 +17,7 @@ from tests.support.ports import free_port
 from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.engine.bus import Bus, FromPeer, Peer
-from lockstep_runtime.engine.main import listen
+from lockstep_runtime.host.addresses import listen
 from lockstep_runtime.parallel.errors import GroupAborted, GroupError, GroupStuckError
 from lockstep_runtime.parallel.watched import WatchedGroup
 from lockstep_runtime.progress import Progress, Stage, new_memory

@@ -11,6 +11,7 @@ import contextlib
 import hmac
 import logging
 import socket
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 import msgspec
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 HELLO_SECONDS: Final = 5.0
 ACCEPT_ROUNDS: Final = 10  # of the event loop; a connection that was accepted is made within a few
 CLOSE_SECONDS: Final = 1.0  # for what was sent to go out
+BACKLOG: Final = 64  # also how many connections are accepted at once, before any of them is looked at
 MAX_STRANGERS: Final = 64  # connections that have not proved themselves
 MAX_UNSENT_BYTES: Final = 256 * 1024 * 1024  # for a peer that does not read
 
@@ -65,18 +67,18 @@ class Bus:
         self._listener = listener
         self._strangers: set[_Connection] = set()
         self._peers: set[_Connection] = set()
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
 
-    async def open(self, listening: socket.socket) -> None:
-        """Serve on a bound socket."""
+    async def open(self, listening: Sequence[socket.socket]) -> None:
+        """Serve on bound sockets."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Connection(self), sock=listening, backlog=128)
+        for one in listening:
+            self._servers.append(await loop.create_server(lambda: _Connection(self), sock=one, backlog=BACKLOG))
 
     async def close(self) -> None:
         """Close every connection, after what was sent has gone out; also one that is just being made."""
-        if self._server is None:
-            return
-        self._server.close()
+        for server in self._servers:
+            server.close()
         for _ in range(ACCEPT_ROUNDS):
             await asyncio.sleep(0)
         with contextlib.suppress(TimeoutError):
@@ -85,7 +87,8 @@ class Bus:
                     for connection in connections:
                         connection.close()
                     await asyncio.sleep(0.001)
-        await self._server.wait_closed()
+        for server in self._servers:
+            await server.wait_closed()
 
     def judge(self, hello: wire.Hello) -> wire.Welcome | wire.Refused:
         """Whether a peer may speak; the token first, so that a stranger learns nothing else."""

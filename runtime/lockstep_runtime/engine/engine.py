@@ -44,6 +44,7 @@ from lockstep_runtime.engine.scheduler import Scheduler
 from lockstep_runtime.engine.sequence import Sequence
 from lockstep_runtime.engine.status import Standing, group_state, is_accepting
 from lockstep_runtime.engine.stream import TokenStream
+from lockstep_runtime.host.addresses import join
 
 logger = logging.getLogger(__name__)
 
@@ -317,7 +318,7 @@ class Engine:
             words += ", with the KV caches as they were" if kept else ", computed again from the tokens"
             self._log_phase("resumed", sum(phases.values()), words)
         else:
-            url = f"http://{self._config.host}:{self._config.api_port}"
+            url = f"http://{join(self._config.host, self._config.api_port)}"
             times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.items())
             logger.info("ready: %s after %.1f s (%s)", url, time.monotonic() - self._started, times)
         self._faults.repaired(phases, at=time.time(), resumed=resumed, respawned=respawned)

@@ -26,6 +26,7 @@ from lockstep_runtime.config import (
 )
 from lockstep_runtime.engine.bus import Bus
 from lockstep_runtime.engine.engine import Engine
+from lockstep_runtime.host.addresses import listen
 from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.weights.files import read_object
 from lockstep_runtime.weights.model_config import max_length
@@ -45,39 +46,21 @@ def main() -> None:
     config = msgspec.json.decode(os.environ[CONFIG_VARIABLE], type=ServeConfig)
     child.become("engine", f"engine model={config.model_name} group={config.group}")
     try:
-        bus_socket = listen(config.host, config.bus_port)
-        api_socket = listen(config.host, config.api_port)
+        bus_sockets = listen(config.host, config.bus_port)
+        api_sockets = listen(config.host, config.api_port)
     except OSError as error:
         logger.error("%s", error.strerror)
         sys.exit(2)
-    asyncio.run(_serve(config, bus_socket, api_socket))
+    asyncio.run(_serve(config, bus_sockets, api_sockets))
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket, not listening yet.
-
-    Raises:
-        OSError: the port is taken or the address is not ours; `strerror` is a sentence.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sets TCP_NODELAY only on sockets that say TCP; without it an answer's last part waits 40 ms for an ACK.
-    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        raise OSError(error.errno, f"can't listen on {host}:{port}: {error.strerror}") from error
-    return bound
-
-
-async def _serve(config: ServeConfig, bus_socket: socket.socket, api_socket: socket.socket) -> None:
+async def _serve(config: ServeConfig, bus_sockets: list[socket.socket], api_sockets: list[socket.socket]) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     engine = Engine(config, _history())
     engine.await_api()
     bus = Bus(os.environ[TOKEN_VARIABLE], engine.group)
-    await bus.open(bus_socket)
+    await bus.open(bus_sockets)
     async with asyncio.TaskGroup() as tasks:
         running = [
             tasks.create_task(engine.run()),
@@ -85,7 +68,7 @@ async def _serve(config: ServeConfig, bus_socket: socket.socket, api_socket: soc
             tasks.create_task(_read_model(config, engine)),
         ]
         server = await _api_server(config, engine)
-        api = tasks.create_task(server.serve(sockets=[api_socket]))
+        api = tasks.create_task(server.serve(sockets=api_sockets))
         await _stopped(stop, api)
         logger.info("asked to end: draining")
         await engine.drain()

@@ -9,8 +9,8 @@ engine can tell a slow step from a hung one; `release` ends the wait.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import socket
 import time
 from collections.abc import Callable
 from typing import Final, Protocol
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lockstep_runtime.config import TOKEN_VARIABLE, ServeConfig
+from lockstep_runtime.host.addresses import loopback, route_to
 from lockstep_runtime.parallel.errors import GroupAborted, GroupError
 from lockstep_runtime.parallel.host import HostGroup
 from lockstep_runtime.parallel.meeting import Meeting, MeetingPlace
@@ -41,6 +42,8 @@ __all__ = [
 
 JOIN_SECONDS: Final = 10.0  # the engine waits longer than these before it kills a rank that joins
 NCCL_JOIN_SECONDS: Final = 120.0  # to the communicator; its proof has a time of its own
+
+logger = logging.getLogger(__name__)
 
 
 class Rendezvous(Protocol):
@@ -99,8 +102,11 @@ def open_rendezvous(config: ServeConfig, epoch: int) -> Rendezvous:
         GroupError: no room in shared memory, or the leader's own address can't be told.
     """
     if choose_backend(config) == "gloo" and config.pods == 1 and is_supported():
-        return SharedFile(config.tensor_parallel_size)
-    host = own_address(config.leader, time.monotonic() + 10.0)
+        try:
+            return SharedFile(config.tensor_parallel_size)
+        except GroupError as error:
+            logger.warning("the ranks exchange over TCP, which takes longer: %s", error)
+    host = loopback() if config.pods == 1 else own_address(config.leader, time.monotonic() + 10.0)
     return MeetingPlace(host, config.tensor_parallel_size, _token())
 
 
@@ -176,15 +182,13 @@ class SingleGroup:
 
 
 def own_address(leader: str, deadline: float) -> str:
-    """The address of this machine on the way to the leader; on the leader itself, the leader's.
+    """The address of this machine on the way to the leader; on the leader itself, the leader's. Of either family.
 
     The leader's name may not resolve yet when its pod is young, so it is asked for until the deadline.
     """
     while True:
         try:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                probe.connect((leader, 9))  # UDP: chooses a route, sends nothing
-                return str(probe.getsockname()[0])
+            return route_to(leader)
         except OSError as error:
             if time.monotonic() > deadline:
                 raise GroupError(f"the leader's name {leader} does not resolve: {error}") from error

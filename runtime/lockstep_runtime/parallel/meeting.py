@@ -21,6 +21,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from lockstep_runtime.host.addresses import family_of, join, split
 from lockstep_runtime.parallel.errors import GroupAborted, GroupError
 from lockstep_runtime.transport import HEADER_BYTES, FrameError, decode, encode
 
@@ -56,9 +57,9 @@ class MeetingPlace:
     """Rank 0's. It is served by a thread of its own until all ranks have come, or it is closed."""
 
     def __init__(self, host: str, size: int, token: str) -> None:
-        self._listener = socket.create_server((host, 0), backlog=size)
+        self._listener = socket.create_server((host, 0), family=family_of(host), backlog=size)
         self._size, self._token = size, token
-        self.address = f"{SCHEME}{host}:{self._listener.getsockname()[1]}"
+        self.address = f"{SCHEME}{join(host, self._listener.getsockname()[1])}"
         threading.Thread(target=self._serve, name="meeting", daemon=True).start()
 
     def close(self) -> None:
@@ -97,8 +98,7 @@ class Meeting:
         cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
         self.rank, self.size = rank, size
-        host, _, port = place.removeprefix(SCHEME).rpartition(":")
-        self._place, self._token = (host, int(port)), token
+        self._place, self._token = split(place.removeprefix(SCHEME)), token
         self._deadline, self._cancelled = deadline, cancelled
 
     def connect(self) -> dict[int, socket.socket]:
@@ -110,7 +110,10 @@ class Meeting:
         """
         with contextlib.ExitStack() as undo:
             with self._reach(self._place) as place:
-                listener = undo.enter_context(socket.create_server((place.getsockname()[0], 0), backlog=self.size))
+                host = place.getsockname()[0]
+                listener = undo.enter_context(
+                    socket.create_server((host, 0), family=family_of(host), backlog=self.size)
+                )
                 listener.settimeout(LOOK_SECONDS)
                 mine: Address = listener.getsockname()[:2]
                 self._introduce(place, mine)

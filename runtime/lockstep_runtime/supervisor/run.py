@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from lockstep_runtime import fault_box, owned_files, wire
+from lockstep_runtime import fault_box, owned_files, running, wire
 from lockstep_runtime.config import CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
 from lockstep_runtime.supervisor import starvation
 from lockstep_runtime.supervisor.board import StatusBoard
@@ -63,7 +63,7 @@ class Supervisor:
         self._due = asyncio.Event()  # the machine's deadlines may have changed
         self._finished: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
-    async def run(self, listening: socket.socket) -> int:
+    async def run(self, listening: Sequence[socket.socket]) -> int:
         """Until every child has ended for good; returns the exit code."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGCHLD, self._on_child)
@@ -88,8 +88,10 @@ class Supervisor:
             await asyncio.gather(*tasks, *self._forks, return_exceptions=True)
             self._processes.end_loaded_spares()
             await self._processes.wait_for_orphans()
-            listening.close()
+            for one in listening:
+                one.close()
             owned_files.remove(os.environ)
+            running.forget(os.getpid())
 
     def _lay_out_files(self) -> None:
         """What supervisors that were killed left behind goes; a fault on purpose waits for its rank."""
@@ -99,7 +101,7 @@ class Supervisor:
             if fault.rank in self._config.ranks:
                 fault_box.leave(os.environ, fault)
 
-    async def _serve(self, listening: socket.socket) -> None:
+    async def _serve(self, listening: Sequence[socket.socket]) -> None:
         """The HTTP server is imported while the children start."""
         module = await asyncio.to_thread(importlib.import_module, "lockstep_runtime.supervisor.server")
         inject = self._inject if self._config.allow_faults and self._config.is_leader else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -103,6 +103,6 @@ class StatusServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
-    async def run_on(self, listening: socket.socket) -> None:
+    async def run_on(self, listening: Sequence[socket.socket]) -> None:
         """Serve until `should_exit`."""
-        await self.serve(sockets=[listening])
+        await self.serve(sockets=[*listening])
