@@ -84,20 +84,21 @@ def load(config: ServeConfig) -> ServedModel:
 def _load(config: ServeConfig) -> ServedModel:
     with _told_as(Problem.MODEL_NOT_FOUND):
         folder = find_model(config.model, config.model_revision, config.download_dir)
-    tokenizer = _tokenizer(folder / "tokenizer.json")
     with _told_as(Problem.SETTINGS_UNREADABLE):
         names = ("tokenizer_config.json", "generation_config.json", "config.json")
         settings, generation, model = (read_object(folder / name) or {} for name in names)
+    named = text_config(model).get("vocab_size")
+    rows = named if isinstance(named, int) else None
+    tokenizer = _tokenizer(folder / "tokenizer.json", rows)
     with _told_as(Problem.TEMPLATE_UNREADABLE):
         templates = find_templates(folder, settings)
-    rows = text_config(model).get("vocab_size")
     return ServedModel(
         tokenizer=tokenizer,
         template=_template(templates, settings),
         why_no_template=templates.why_none,
         stop_ids=_stop_ids(tokenizer, generation, model, settings),
         defaults=sampling_defaults(generation),
-        vocabulary=rows if isinstance(rows, int) else None,
+        vocabulary=rows,
     )
 
 
@@ -109,7 +110,7 @@ def _told_as(problem: Problem) -> Iterator[None]:
         raise ModelUnavailableError(problem, str(error), error.retry_after) from error
 
 
-def _tokenizer(path: Path) -> TextTokenizer:
+def _tokenizer(path: Path, rows: int | None) -> TextTokenizer:
     with _told_as(Problem.TOKENIZER_UNREADABLE):
         content = read_bytes(path)
     if content is None:
@@ -118,7 +119,7 @@ def _tokenizer(path: Path) -> TextTokenizer:
             words += f"; make one of {others[0]} with transformers (AutoTokenizer, save_pretrained)"
         raise ModelUnavailableError(Problem.NO_TOKENIZER, words)
     try:
-        return TextTokenizer.from_file(path)
+        return TextTokenizer.from_file(path, rows)
     except UnsupportedTokenizerError as error:
         raise ModelUnavailableError(Problem.TOKENIZER_UNUSABLE, f"{path} can't be used: {error}") from error
 

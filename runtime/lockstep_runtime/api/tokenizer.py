@@ -36,9 +36,12 @@ class ReasoningMarkers:
 
 class TextTokenizer:
     """A `tokenizer.json`: byte-level BPE (GPT-2, Qwen, Llama 3), SentencePiece's kinds (Llama 2, Mistral, Gemma), and
-    whatever else the library decodes."""
+    whatever else the library decodes.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    `rows`: of the model's embedding. A tokenizer may know tokens beyond them, which the model can't be given.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, rows: int | None = None) -> None:
         tokenizer.no_truncation()  # settings of the training run that wrote the file, not of the model
         tokenizer.no_padding()
         self._tokenizer = tokenizer
@@ -46,14 +49,16 @@ class TextTokenizer:
         added = tokenizer.get_added_tokens_decoder()
         special = {id: token.content for id, token in added.items() if token.special}
         self.special_ids = frozenset(special)
-        self._special = _any_of(special.values())
+        rowless = {id: token.content for id, token in added.items() if rows is not None and id >= rows}
+        self._rowless = frozenset(text for id, text in rowless.items() if id in special)
+        self._cut = _any_of({**special, **rowless}.values())
         self.markers = _markers(tokenizer)
         self.bytes = TokenBytes(tokenizer, frozenset(added))
         self.longest_token = longest_token(tokenizer)
         self._line = self.encode("\n")
 
     @classmethod
-    def from_file(cls, path: Path) -> TextTokenizer:
+    def from_file(cls, path: Path, rows: int | None = None) -> TextTokenizer:
         """
         Raises:
             UnsupportedTokenizerError: not a tokenizer file, or of a kind that the library does not know.
@@ -62,7 +67,7 @@ class TextTokenizer:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the binding raises bare Exception for whatever is wrong with the file
             raise UnsupportedTokenizerError(str(error)) from error
-        return cls(tokenizer)
+        return cls(tokenizer, rows)
 
     def encode(self, text: str, *, add_special_tokens: bool = False, most: int | None = None) -> list[int]:
         """Special tokens written in `text` become those tokens.
@@ -109,13 +114,15 @@ class TextTokenizer:
         return found
 
     def break_points(self, text: str) -> Iterator[int]:
-        """Where `text` must be cut so that no part of it encodes to a special token.
+        """Where `text` must be cut so that no part of it encodes to a special token, nor to one without a row.
 
         Raises:
-            ApiError: 400, a special token of one character can't be cut.
+            ApiError: 400, a special token of one character can't be cut, and one without a row is no text.
         """
         position = 0
-        while self._special and (match := self._special.search(text, position)):
+        while self._cut and (match := self._cut.search(text, position)):
+            if match[0] in self._rowless:
+                raise invalid(f"The text contains {match[0]!r}, a token that this model has no embedding for")
             if len(match[0]) == 1:
                 raise invalid(f"The text contains {match[0]!r}, which this model reserves", code="reserved_token")
             position = match.start() + 1

@@ -23,7 +23,10 @@ def download(model: str, revision: str | None, directory: str | None, patterns: 
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, cache_dir=directory, allow_patterns=patterns))
+        found = snapshot_download(
+            model, revision=revision, cache_dir=directory, allow_patterns=patterns, endpoint=_hub()
+        )
+        return Path(found)
     except Exception as error:  # of the library, of its HTTP client (another one in each major version), of the disk
         raise explain(model, revision, error) from error
 
@@ -115,7 +118,7 @@ def _words(error: BaseException) -> str:
 def _hub() -> str:
     from huggingface_hub import constants
 
-    return str(constants.ENDPOINT)
+    return (os.environ.get("HF_ENDPOINT") or str(constants.ENDPOINT)).rstrip("/")
 
 
 def _proxy() -> str:
