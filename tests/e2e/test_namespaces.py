@@ -82,8 +82,8 @@ class Served:
 def served(api: ClusterApi, new_namespace: NewNamespace, tmp_path: Path) -> Iterator[Served]:
     made = Served(api, new_namespace, tmp_path)
     yield made
+    made.operator.kill()  # first: else it would come back to a proxy that is about to close
     made.proxy.stop()
-    made.operator.kill()
 
 
 def change(model: Model, **spec: Any) -> None:
