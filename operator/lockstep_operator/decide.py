@@ -376,7 +376,11 @@ def _repaired(
 def _loss(model: Model, observed: Observed, manifest: desired.Manifest) -> str:
     """Whether what is missing was there before: the status says so."""
     label = manifest["metadata"]["labels"].get(GROUP_LABEL)
-    known = [str(group["group"]) for group in observed.status.get("groups") or [] if group.get("revision")]
+    known = [
+        str(group["group"])
+        for group in observed.status.get("groups") or []
+        if group.get("revision") or group.get("leaderUID")
+    ]
     was_there = bool(observed.status.get("revision")) if label is None else label in known
     return "it was missing" if was_there else ""
 

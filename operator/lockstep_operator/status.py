@@ -121,21 +121,27 @@ def compact(status: Status) -> Status:
     for lean in (_without_details, _without_words):
         if len(json.dumps(status, separators=(",", ":"))) <= SIZE_LIMIT:
             break
-        status = {**status, "groups": [lean(group) for group in status["groups"]]}
+        status = {**status, "groups": [lean(group, status["revision"]) for group in status["groups"]]}
     return status
 
 
-def _without_details(group: Mapping[str, Any]) -> Status:
-    kept = {name: value for name, value in group.items() if name not in _DETAILS and value != ""}
+def _without_details(group: Mapping[str, Any], revision: str) -> Status:
+    """Also without what is so for most groups: the model's revision, and nothing."""
+    kept = {
+        name: value
+        for name, value in group.items()
+        if (name not in _DETAILS and value not in ("", 0)) or name == "group"
+    }
+    if kept.get("revision") == revision:
+        del kept["revision"]
     return {name: value[:80] if name == "message" else value for name, value in kept.items()}
 
 
-def _without_words(group: Mapping[str, Any]) -> Status:
+def _without_words(group: Mapping[str, Any], revision: str) -> Status:
+    del revision
     kept = {name: value for name, value in group.items() if name not in ("message", "podProblem")}
-    recovery = kept.get("recovery")
-    return kept | (
-        {"recovery": {**recovery, "message": recovery["message"][:80]}} if recovery and "message" in recovery else {}
-    )
+    recovery = kept.get("recovery") or {}
+    return kept | ({"recovery": {**recovery, "message": recovery["message"][:80]}} if "message" in recovery else {})
 
 
 def worth_writing(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

@@ -15,15 +15,17 @@ import pytest
 from aiohttp import ClientSession, web
 from aiohttp.test_utils import TestServer
 from kubernetes.aio import client
+from tests.support.kube_answers import openapi_schema
 from tests.support.kube_world import well
 
 from lockstep_operator import handlers
-from lockstep_operator.group_client import GroupClient, Target, lasting
+from lockstep_operator.group_client import MAX_STATUS_BYTES, GroupClient, Target, lasting
 from lockstep_operator.kube import ApiServer, KubeError
 from lockstep_operator.metrics import Metrics
 from lockstep_operator.names import ModelKey
+from lockstep_operator.served_schema import ServedSchema
 from lockstep_operator.server import application
-from lockstep_runtime.wire import GroupState, Latency
+from lockstep_runtime.wire import GroupState, GroupStatus, Latency
 
 KEY = ModelKey("team", "chat")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -114,6 +116,7 @@ async def test_writes() -> None:
         (409, "Conflict", True),
         (429, "TooManyRequests", True),
         (500, "", True),
+        (500, "InternalError", True),
     ],
 )
 async def test_what_the_api_server_says_against_it(status: int, reason: str, transient: bool) -> None:
@@ -126,6 +129,67 @@ async def test_what_the_api_server_says_against_it(status: int, reason: str, tra
         "no",
         transient,
     )
+
+
+TYPED = "failed to create typed patch object (team/chat-0; apps/v1, Kind=StatefulSet): "
+
+
+@pytest.mark.parametrize(
+    ("status", "document", "transient"),
+    [
+        (500, {"message": TYPED + ".spec.template.spec.nodeSelectr: field not declared in schema"}, False),
+        (500, {"message": TYPED + ".spec.template.spec.nodeSelector: expected map, got &{x}"}, False),
+        (
+            500,
+            {"message": "failed to convert new object (team/chat-0; apps/v1, Kind=StatefulSet) to proper version"},
+            False,
+        ),
+        (500, {"message": 'Internal error occurred: failed calling webhook "no.dev"', "reason": "InternalError"}, True),
+        (403, {"message": "is forbidden: exceeded quota: q, requested: pods=1", "reason": "Forbidden"}, True),
+        (422, {"message": 'Service "s" is invalid: metadata.uid: Invalid value: "1": field is immutable'}, True),
+        (
+            422,
+            {"message": "is forbidden: ValidatingAdmissionPolicy 'p' denied request: no", "reason": "Invalid"},
+            False,
+        ),
+    ],
+)
+async def test_what_may_pass_by_itself(status: int, document: dict[str, str], transient: bool) -> None:
+    async with api(status, document) as (kube, _):
+        with pytest.raises(KubeError) as raised:
+            await kube.apply("Service", MANIFEST)
+    assert raised.value.transient is transient
+
+
+async def test_fields_that_a_schema_lacks_are_read_from_the_answer() -> None:
+    words = TYPED + "errors:\n  .status.groups[group=0].ranks[rank=1].newer: field not declared in schema\n"
+    words += '  .status.conditions[type="a.b"].x: field not declared in schema'
+    async with api(500, {"message": words}) as (kube, _):
+        with pytest.raises(KubeError) as raised:
+            await kube.apply_status("TensorParallelModel", MANIFEST)
+    assert raised.value.unknown_fields == (("status", "groups", "ranks", "newer"), ("status", "conditions", "x"))
+
+
+async def test_a_namespace_that_is_being_deleted_is_known_by_its_cause() -> None:
+    causes = {"causes": [{"reason": "NamespaceTerminating"}]}
+    async with api(403, {"reason": "Forbidden", "message": "no", "details": causes}) as (kube, _):
+        with pytest.raises(KubeError) as raised:
+            await kube.apply("Service", MANIFEST)
+    assert raised.value.namespace_ending
+
+
+async def test_the_served_schema_is_compared_with_what_is_written() -> None:
+    schema = ServedSchema()
+    async with api(200, {"components": {"schemas": {"a": {}, "b": openapi_schema(["status.groups.epoch"])}}}) as (
+        kube,
+        log,
+    ):
+        schema.learn(await kube.served_schema())
+    assert log.asked[0][1] == "/openapi/v3/apis/lockstep.dev/v1alpha1"
+    assert "it lacks status.groups.epoch: apply the CRD of this version" in schema.problem
+    assert schema.fitting({"groups": [{"group": 0, "epoch": 1}]}) == {"groups": [{"group": 0}]}
+    schema.learn({"b": openapi_schema([])})
+    assert (schema.problem, schema.lacking) == ("", 0)
 
 
 async def test_what_is_not_there_is_none_and_deleting_it_is_no_error() -> None:
@@ -222,6 +286,81 @@ async def test_a_group_that_can_not_be_asked_is_tried_again(answer: web.Response
         assert report.unreachable_since == 7.0
         assert words in report.error
         well_again.set()
+        assert await changes.next() == 0.0
+        assert groups.reports(KEY, {0: "uid-1"})[0].unreachable_since is None
+        await groups.close()
+
+
+async def test_an_answer_without_end_is_cut_off_whatever_its_headers_say() -> None:
+    sent = 0
+
+    async def endless(request: web.Request) -> web.StreamResponse:
+        nonlocal sent
+        answer = web.StreamResponse()
+        answer.enable_chunked_encoding()
+        await answer.prepare(request)
+        while sent < 16 * MAX_STATUS_BYTES:
+            await answer.write(b" " * 65536)
+            sent += 65536
+        return answer
+
+    changes = Changes()
+    groups = GroupClient(changes, lambda: 7.0)
+    async with serving(endless) as server:
+        groups.watch(KEY, {0: target(server)})
+        await changes.next()
+        assert "bytes are too many for a status" in groups.reports(KEY, {0: "uid-1"})[0].error
+        await groups.close()
+    assert sent < 8 * MAX_STATUS_BYTES
+
+
+async def test_an_older_runtime_is_asked_by_bare_revisions() -> None:
+    asked: list[str] = []
+    more, enough = asyncio.Event(), asyncio.Event()
+
+    async def old(request: web.Request) -> web.Response:
+        after = request.query.get("after", "")
+        asked.append(after)
+        if after and not after.isdigit():
+            return web.Response(status=400)
+        if after:
+            enough.set()
+            await more.wait()
+        return web.Response(body=msgspec.json.encode(well(KEY, 0, "inc", "new")))
+
+    changes = Changes()
+    groups = GroupClient(changes, lambda: 7.0)
+    async with serving(old) as server:
+        groups.watch(KEY, {0: target(server)})
+        await changes.next()
+        async with asyncio.timeout(10):
+            await enough.wait()
+        assert asked == ["", "inc/1", "1"]
+        assert groups.reports(KEY, {0: "uid-1"})[0].unreachable_since is None
+        more.set()
+        await groups.close()
+
+
+async def test_a_bug_in_taking_a_status_is_told_and_the_group_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    answers, failing = 0, True
+
+    async def status(request: web.Request) -> web.Response:
+        nonlocal answers
+        answers += 1
+        return web.Response(body=msgspec.json.encode(well(KEY, 0, f"inc-{answers}", "new")))
+
+    def heard(key: ModelKey, group: int, status: GroupStatus) -> None:
+        if failing:
+            raise ZeroDivisionError("a bug")
+
+    changes = Changes()
+    groups = GroupClient(changes, lambda: 7.0, heard)
+    async with serving(status) as server:
+        groups.watch(KEY, {0: target(server)})
+        await changes.next()
+        assert groups.reports(KEY, {0: "uid-1"})[0].error == "a bug"
+        assert any(record.exc_info for record in caplog.records), "with its traceback"
+        failing = False
         assert await changes.next() == 0.0
         assert groups.reports(KEY, {0: "uid-1"})[0].unreachable_since is None
         await groups.close()

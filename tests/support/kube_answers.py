@@ -70,7 +70,7 @@ def check_merged(merged: Mapping[str, Any]) -> None:
     names = [port.get("name") for port in spec.get("ports") or []]
     if len(names) != len(set(names)):
         raise KubeError(422, "Invalid", f"spec.ports: Duplicate value: {names}")
-    template = ((spec.get("template") or {}).get("spec")) or {}
+    template = ((spec.get("template") or {}).get("spec") or {}) if merged.get("kind") == "StatefulSet" else {}
     if words := next(_too_large(template, {}), ""):
         name = merged["metadata"]["name"]
         raise KubeError(422, "Invalid", f'StatefulSet.apps "{name}" is invalid: spec.template.{words}')

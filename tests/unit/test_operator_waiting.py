@@ -1,0 +1,103 @@
+"""Since when a group waits, what its pods complain of, and whom a rollout waits for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+from tests.support.kube_world import well
+from tests.support.operator_models import NOW, group, pod
+
+from lockstep_operator.complaints import AGAIN_SECONDS, RECENT_SECONDS, Complaint, complaint_of
+from lockstep_operator.complaints import from_status as complaint_from
+from lockstep_operator.complaints import to_status as complaint_to
+from lockstep_operator.groups import Group
+from lockstep_operator.moment import text
+from lockstep_operator.names import ModelKey
+from lockstep_operator.rollout import Step, plan
+from lockstep_operator.waiting import Waiting, from_status, to_status, unplaced, waiting_for
+from lockstep_runtime.wire import PodProblem, PodProblemReason
+
+KEY = ModelKey("team", "chat")
+BEFORE = Waiting("Unschedulable", NOW - 300, "new")
+
+
+def running_since(seconds: float, **fields: Any) -> Group:
+    state = {"name": "lockstep", "state": {"running": {"startedAt": text(NOW - seconds)}}}
+    raw = {"metadata": {}, "spec": {}, "status": {"containerStatuses": [state]}}
+    return replace(group(), pods=tuple(pod(0, index, raw=raw, ready=False, **fields) for index in range(2)))
+
+
+@pytest.mark.parametrize(
+    ("reason", "found", "expected"),
+    [
+        ("", group(), None),
+        ("Unschedulable", group(), BEFORE),
+        ("ImagePullFailed", group(), Waiting("ImagePullFailed", NOW, "new")),
+        ("Starting", group(pods=""), BEFORE),
+        ("Starting", running_since(599), BEFORE),
+        ("Starting", running_since(600), Waiting("Starting", NOW, "new")),
+        ("Unschedulable", group(revision="newer"), BEFORE),
+        ("ImagePullFailed", group(revision="newer"), Waiting("ImagePullFailed", NOW, "newer")),
+    ],
+)
+def test_what_moves_restarts_the_clock(reason: str, found: Group, expected: Waiting | None) -> None:
+    assert waiting_for(reason, found, BEFORE, 600.0, NOW) == expected
+    assert from_status(to_status(BEFORE)) == BEFORE
+    assert (to_status(None), from_status(None)) == (None, None)
+
+
+def test_a_rollout_does_not_wait_for_a_group_that_never_found_a_place() -> None:
+    block = {"waiting": to_status(Waiting("Unschedulable", NOW - 300, "old"))}
+    assert unplaced(block, "new")
+    assert not unplaced(block, "old"), "a spec that can't be placed stops after the first group"
+    assert not unplaced({"waiting": to_status(Waiting("ImagePullFailed", NOW, "old"))}, "new")
+    assert not unplaced({}, "new")
+    groups = [group(0, "old"), group(1, "old"), group(2, "new", ready=False)]
+    assert [turn.step for turn in plan(groups, "new", 1)] == [Step.WAIT, Step.WAIT, Step.KEEP]
+    assert [turn.step for turn in plan(groups, "new", 1, {2})] == [Step.WAIT, Step.REPLACE, Step.KEEP]
+
+
+def killed(at: float, *, limit: str | None = "350Mi", last: bool = True) -> Group:
+    ended = {"terminated": {"reason": "OOMKilled", "exitCode": 137, "finishedAt": text(at)}}
+    status = {"name": "lockstep", **({"lastState": ended} if last else {"state": ended})}
+    container = {"name": "lockstep", **({"resources": {"limits": {"memory": limit}}} if limit else {})}
+    raw = {"metadata": {}, "spec": {"containers": [container]}, "status": {"containerStatuses": [status]}}
+    return replace(group(), pods=(pod(), pod(0, 1, raw=raw)))
+
+
+def test_an_out_of_memory_kill_is_told_with_its_limit() -> None:
+    found = complaint_of(killed(NOW - 5), None, None, NOW)
+    assert found == Complaint(
+        "OutOfMemory", "pod chat-0-1 was killed for want of memory; its memory limit is 350Mi", NOW - 5
+    )
+    assert complaint_from(complaint_to(found)) == found
+    unlimited = complaint_of(killed(NOW, limit=None, last=False), None, None, NOW)
+    assert unlimited
+    assert unlimited.message.endswith("it has no memory limit, so its node was short of memory")
+    assert complaint_of(killed(NOW - RECENT_SECONDS), None, None, NOW) is None, "it is over"
+    assert complaint_of(group(), None, found, NOW) is None
+
+
+def test_a_spare_that_is_killed_every_few_seconds_is_told_every_few_minutes() -> None:
+    def said(at: float) -> Complaint | None:
+        problem = PodProblem(
+            pod_index=1,
+            reason=PodProblemReason.OUT_OF_MEMORY,
+            at=at,
+            message="the spare was killed, 349 of 350 MiB used",
+        )
+        status = msgspec.structs.replace(well(KEY, 0, "inc", "new"), pod_problems=[problem])
+        return complaint_of(group(), status, told, at + 1)
+
+    told: Complaint | None = None
+    changes = 0
+    for second in range(0, 3600, 4):
+        found = said(NOW + second)
+        changes += found != told
+        told = found
+    assert told
+    assert told.message == "pod chat-0-1: the spare was killed, 349 of 350 MiB used"
+    assert changes == 3600 / AGAIN_SECONDS
