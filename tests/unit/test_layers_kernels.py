@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +104,17 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize("if_native", [True, False])
+def test_a_kernel_that_multiplies_in_float32_is_not_native(if_native: bool) -> None:
+    def pack(rows: Tensor) -> Multiply:
+        return lambda x: F.linear(x.float(), rows.float()).to(x.dtype)
+
+    through_float32 = Kernel(
+        name="float32", rows=torch.bfloat16, activation=torch.bfloat16, pack=pack, if_native=if_native
+    )
+    assert trial(through_float32) == ("the CPU has no multiplication in torch.bfloat16" if if_native else None)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_kernel_that_does_not_work_is_left_out(
@@ -114,3 +129,40 @@ def test_a_kernel_that_does_not_work_is_left_out(
     (first, _) = caplog.messages
     assert first.startswith(f"matrices can't be multiplied by {name} here: ")
     assert reason in first
+
+
+SMALLER = [
+    pytest.param({"ATEN_CPU_CAPABILITY": "avx2"}, None, id="torch's own kernels of AVX2"),
+    pytest.param({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, "FBGEMM float16", id="AVX-512 that knows no bfloat16"),
+    pytest.param({"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}, "FBGEMM float16", id="AVX2"),
+    pytest.param({"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}, "FBGEMM float16", id="SSE"),
+]
+TELL = """
+from lockstep_runtime.layers.placement import choose_placement
+import torch
+print(choose_placement(torch.device("cpu"), torch.bfloat16).kernel.name, torch.backends.cpu.get_cpu_capability())
+"""
+
+
+@pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="this CPU is no larger than those")
+@pytest.mark.parametrize(("variables", "chosen"), SMALLER)
+def test_a_large_cpu_acts_as_a_smaller_one(variables: dict[str, str], chosen: str | None) -> None:
+    """torch's own kernels obey one variable, oneDNN another; FBGEMM neither. What oneDNN then refuses is not used."""
+    environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    told = run_python(["-c", TELL], environment).split()
+    assert told[-1] == {"avx2": "AVX2", "default": "DEFAULT"}.get(variables.get("ATEN_CPU_CAPABILITY", ""), "AVX512")
+    assert chosen is None or told[:-1] == chosen.split()
+    whole = "AVX2" in variables.values()
+    models = [str(Path(__file__).with_name("test_models_qwen3.py"))] if whole else []
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not smaller_one and not transformers"]
+    said = run_python(["-m", "pytest", *options, __file__, *models], environment)
+    assert " passed" in said
+    print(said)  # what was skipped, and why
+
+
+def run_python(arguments: list[str], environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -13,10 +13,18 @@ from tests.support.ranks import Ranks, everything, piece
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
-from lockstep_runtime.layers.placement import choose_placement
+from lockstep_runtime.layers.batch import build_batch
+from lockstep_runtime.layers.cache import KVCache
+from lockstep_runtime.layers.kernels import Kernel, candidates, trial
+from lockstep_runtime.layers.placement import Placement, choose_placement, place
 from lockstep_runtime.models.registry import build_model
+from lockstep_runtime.parallel.group import SingleGroup
 from lockstep_runtime.weights.errors import ModelError
+from lockstep_runtime.weights.load import load_weights
 from lockstep_runtime.weights.plan import Shard
+from lockstep_runtime.weights.source import read_config
+
+CPU = torch.device("cpu")
 
 SHAPES = {
     "small": ModelShape(),
@@ -123,6 +131,40 @@ def test_half_precision_checkpoints_stay_close_to_float32(tmp_path: Path, dtype:
         ranks.greedy(prompt, 3, [0, 1])
     mine = dense(output.sampled[0].top, shape.vocabulary)
     torch.testing.assert_close(mine, oracle_logprobs(oracle, prompt)[-1], atol=0.1, rtol=0)
+
+
+PACKED = [
+    pytest.param(dtype, kernel, id=f"{kernel.name}-{dtype}")
+    for dtype in (torch.bfloat16, torch.float16)
+    for kernel in candidates(dtype)
+]
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), PACKED)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_whole_model_computes_with_any_kernel(tmp_path: Path, dtype: torch.dtype, kernel: Kernel, tied: bool) -> None:
+    """In a process's place another one computes the same bits."""
+    if (trouble := trial(kernel)) is not None:
+        pytest.skip(f"this machine or torch can't run it: {trouble}")
+    shape = ModelShape(dtype=str(dtype).removeprefix("torch."), tied=tied, hidden=64, vocabulary=257)
+    path = write_model(tmp_path, shape)
+    prompt = prompt_of(50, shape.vocabulary)
+    first, second = (logits_of(path, place(CPU, dtype, kernel), prompt) for _ in range(2))
+    assert torch.equal(first, second)
+    oracle = Qwen3ForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    torch.testing.assert_close(first.log_softmax(-1), oracle_logprobs(oracle, prompt)[-1], atol=0.1, rtol=0)
+
+
+def logits_of(path: Path, placement: Placement, prompt: list[int]) -> Tensor:
+    with torch.inference_mode():
+        model = build_model(read_config(path), Shard(0, 1), placement)
+        load_weights(path, model.weights(), lambda done, total: None)
+        model.loaded()
+        cache = KVCache(model.cache_shape, 4, placement)
+        batch = build_batch([piece(0, 0, prompt, [0, 1])], CPU)
+        logits = model.logits(model.forward(batch, cache, SingleGroup())[batch.last], SingleGroup())
+    assert logits is not None
+    return logits[0]
 
 
 def build(config: dict[str, Any], size: int = 1) -> None:
