@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
-from tests.support.kube_fake import KIND
 from tests.support.kube_world import World, well
 
 from lockstep_operator import decide
 from lockstep_operator.kube import KubeError, Object
-from lockstep_operator.names import ModelKey
+from lockstep_operator.names import KIND, ModelKey
 from lockstep_operator.observe import Report
 from lockstep_runtime.wire import Fault, FaultRecord, GroupState
 
 TYPO = {"spec": {"nodeSelectr": {"a": "b"}}}
 
 
-async def serving(**spec: object) -> tuple[World, ModelKey]:
+async def serving(**spec: Any) -> tuple[World, ModelKey]:
     world = World()
     key = world.add(**({"replicas": 2} | spec))
     await world.settle(key)
@@ -137,9 +138,8 @@ async def test_an_old_crd_costs_a_field_and_nothing_else() -> None:
     world, key = await serving()
     world.kube.crd_lacks = frozenset({"status.groups.waiting", "status.groups.readyRanks"})
     world._operators = [world._operator()]
-    world.kube.change(
-        KIND, "team", "chat", lambda live: [block.pop("readyRanks") for block in live["status"]["groups"]]
-    )
+    for block in world.kube.objects[KIND, "team", "chat"]["status"]["groups"]:
+        del block["readyRanks"]
     await recycled(world, key, 0, 30.0)
     assert "readyRanks" not in world.status(key)["groups"][0]
     assert world.condition(key, "Ready")["status"] == "True"
