@@ -37,7 +37,14 @@ SHAPES = {
         rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     ),
     "linear rope": ModelShape(rope_scaling={"rope_type": "linear", "factor": 2.0}),
-}
+    "llama3 rope": ModelShape(
+        max_positions=256,
+        rope_scaling={
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -143,6 +143,15 @@ def test_a_slice_without_room_is_refused_before_any_collective(model: Path) -> N
         assert len(ranks.step(piece(3, 0, [1, 2], [0], GREEDY)).sampled) == 1
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("token", [131, 132, 151_936, -1])  # 131 rows: two ranks pad them to 132
+def test_a_token_without_a_row_is_refused_before_any_collective(model: Path, size: int, token: int) -> None:
+    with Ranks(model, size) as ranks:
+        with pytest.raises(ValueError, match=rf"token {token} has no row in an embedding of 131"):
+            ranks.step(piece(0, 0, [1, token, 2], [0], GREEDY))
+        assert len(ranks.step(piece(0, 0, [1, 130], [0], GREEDY)).sampled) == 1
+
+
 def test_drawing_all_logits_or_only_the_best_agree(model: Path) -> None:
     with Ranks(model, 4) as ranks:
         plain = ranks.step(*(piece(n, 0, [n, 7, n + 1], [n], GREEDY) for n in range(9)))

@@ -237,6 +237,7 @@ class Runner:
             raise RuntimeError("a step came before there was a cache")
         with torch.inference_mode():
             batch = build_batch(step.sequences, self._device)
+            _check_tokens(batch, self._model.vocabulary)
             check_scoring(step.sequences, self._model.vocabulary)
             states = self._model.forward(batch, self._cache, group)
             hidden = states if len(states) == len(batch.segments) else states[batch.last]
@@ -317,6 +318,17 @@ class Runner:
         short = (before.blocks - blocks) * each
         total = int(torch.cuda.mem_get_info(self._device)[1])
         return before.blocks if 0 < short <= reserved_bytes(total) // 4 else blocks
+
+
+def _check_tokens(batch: Batch, rows: int) -> None:
+    """A token without a row would be a fault of the device, or where the vocabulary is split a zero without a word.
+
+    Raises:
+        ValueError: there is one.
+    """
+    least, greatest = (int(one) for one in batch.given[0].aminmax())
+    if least < 0 or greatest >= rows:
+        raise ValueError(f"token {greatest if greatest >= rows else least} has no row in an embedding of {rows}")
 
 
 def _fingerprint(batch: Batch, states: Tensor, hidden: Tensor) -> int:
