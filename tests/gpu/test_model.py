@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from tests.support.ranks import everything, piece
-from tests.support.serve import TINY_CHAT
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import Device, EngineLimits, ServeConfig
@@ -16,6 +15,7 @@ from lockstep_runtime.parallel.group import SingleGroup
 from lockstep_runtime.worker.runner import Runner
 from lockstep_runtime.worker.scrub import INTERVAL_VARIABLE, CorruptionError, Scrub
 
+TINY_CHAT = Path(__file__).parents[2] / "examples" / "tiny-chat"
 TOKENS = 40
 PROMPT = list(range(100, 140))
 BLOCKS = list(range(3))

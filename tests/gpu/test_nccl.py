@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from tests.support.gpu import MIB, in_child, in_children
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.parallel.errors import GroupAborted
 from lockstep_runtime.parallel.group import Group, join, open_rendezvous
+from lockstep_runtime.parallel.meeting import Meeting, MeetingPlace
 from lockstep_runtime.parallel.nccl import NcclGroup
+from lockstep_runtime.parallel.store import MeetingStore
 from lockstep_runtime.wire import Fault, Injection
 from lockstep_runtime.worker.classify import classify
 from lockstep_runtime.worker.device_faults import provoke
@@ -148,13 +150,14 @@ def test_a_rank_that_waits_for_a_peer_is_released_by_its_own_abort() -> None:
     assert first[1] < ABORT_SECONDS
 
 
-def test_a_store_of_another_process_serves_too() -> None:
-    """As in a pod: the meeting place is a TCP store."""
-    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    assert in_child(meet_over_tcp, server.port) == [1.0, 1.0]
+def test_it_meets_in_our_own_store() -> None:
+    """As in a pod: at rank 0's meeting place, with the group's token."""
+    assert in_child(meet) == [1.0, 1.0]
 
 
-def meet_over_tcp(port: int) -> list[float]:
-    store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-    group = alone(store, 3)
+def meet() -> list[float]:
+    place = MeetingPlace("127.0.0.1", 1, "a token")
+    store = MeetingStore(Meeting(place.address, 0, 1, "a token", time.monotonic() + JOIN_SECONDS))
+    group = NcclGroup(store, 0, 1, DEVICE, time.monotonic() + JOIN_SECONDS)
+    store.close()  # as `join` does, when the communicator has been proved
     return [float(one) for one in group.all_reduce(torch.ones(2, device=DEVICE)).tolist()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+
+from lockstep_runtime.torch_environment import NCCL_VARIABLES
 
 MIB: Final = 2**20
 CHILD_SECONDS: Final = 120.0
@@ -97,6 +100,7 @@ def _answer(pipe: Connection, deadline: float) -> Any:
 
 
 def _child(pipe: Connection, job: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(NCCL_VARIABLES)  # as a supervisor does for its children
     try:
         pipe.send((job(*arguments), ""))
     except BaseException:  # pytest's failures are none of Exception's
