@@ -25,6 +25,7 @@ from lockstep_runtime.progress import Stage, new_memory
 from lockstep_runtime.supervisor.machine import SPARE
 from lockstep_runtime.supervisor.process import Exit, Processes
 from lockstep_runtime.supervisor.spare import Spare, SpareLostError
+from lockstep_runtime.torch_environment import NCCL_VARIABLES, missing_nccl_variables
 
 DEADLINE_SECONDS = 120.0  # importing torch on a busy machine
 LOADED_SPARE = "lockstep: loaded spare of rank 0 model=local group=0"
@@ -116,6 +117,13 @@ def pod(warm: Pod, caplog: pytest.LogCaptureFixture) -> Iterator[Pod]:
 
 def is_from_loaded(caplog: pytest.LogCaptureFixture) -> bool:
     return "rank 0 has a new process from its loaded spare" in caplog.text
+
+
+def test_children_begin_with_what_keeps_torch_from_ending_them(warm: Pod) -> None:
+    """Set by a rank, it would be set beside threads that read it."""
+    given = Path(f"/proc/{warm.processes.pids()[SPARE]}/environ").read_bytes().decode().split("\0")
+    assert not missing_nccl_variables(dict(entry.split("=", 1) for entry in given if entry))
+    assert missing_nccl_variables({}) == [f"{name}={value}" for name, value in NCCL_VARIABLES.items()]
 
 
 def test_a_lost_process_comes_back_from_its_loaded_spare_again_and_again(
