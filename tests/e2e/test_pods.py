@@ -35,6 +35,13 @@ def test_the_group_token_reaches_the_pods_only_by_reference(served: Model) -> No
         assert token["valueFrom"]["secretKeyRef"]["name"] == "tiny-chat-token"
 
 
+def test_rank_pods_leave_a_lost_node_after_half_a_minute(served: Model) -> None:
+    """The API server adds its own 300 s to pods that say nothing."""
+    for pod in served.pods():
+        seconds = {one["key"]: one.get("tolerationSeconds") for one in pod["spec"]["tolerations"]}
+        assert seconds == {"node.kubernetes.io/not-ready": 30, "node.kubernetes.io/unreachable": 30}
+
+
 @pytest.mark.parametrize(
     ("path", "writable"), [("/", False), ("/opt/lockstep", False), ("/tmp", True), ("/dev/shm", True)]
 )
