@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +33,25 @@ async def test_head_is_get_without_its_body(path: str) -> None:
         got, headed = await client.get(path), await client.head(path)
         assert (got.status_code, headed.status_code, headed.content) == (200, 200, b"")
         assert headed.headers["content-type"] == got.headers["content-type"]
+
+
+async def test_curl_too(tmp_path: Path) -> None:
+    async with serving(engine()) as url:
+        for path in ("/health", "/v1/models"):
+            curl = await asyncio.create_subprocess_exec(
+                "curl", "--silent", "--head", "--max-time", "20", url + path, stdout=asyncio.subprocess.PIPE
+            )
+            headers, _ = await curl.communicate()
+            assert curl.returncode == 0
+            assert headers.startswith(b"HTTP/1.1 200 OK")
+        body = tmp_path / "body.json"
+        body.write_text(json.dumps(chat(stream=True)))
+        curl = await asyncio.create_subprocess_exec(
+            "curl", "--silent", "--no-buffer", "--max-time", "20", "--json", f"@{body}", url + CHAT,
+            stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        events, _ = await curl.communicate()
+        assert (curl.returncode, events.endswith(b"data: [DONE]\n\n")) == (0, True)
 
 
 async def test_head_of_what_is_not_ready_or_not_there() -> None:

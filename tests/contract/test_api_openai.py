@@ -253,6 +253,28 @@ async def test_echo_gives_the_prompt_back(served: Served) -> None:
     assert "".join([chunk.choices[0].text async for chunk in stream]) == "Hi " + ANSWER
 
 
+async def test_echo_with_log_probabilities(served: Served) -> None:
+    answer = await served.complete(prompt="Hi there ", echo=True, logprobs=2, max_tokens=3)
+    [choice] = answer.choices
+    prompt = ids("Hi there ")
+    assert len(choice.logprobs.tokens) == len(prompt) + 3
+    assert choice.logprobs.token_logprobs[0] is None
+    assert choice.logprobs.token_logprobs[1 : len(prompt)] == [-float(index) for index in range(1, len(prompt))]
+    assert choice.text.startswith("Hi there ")
+    scored = await served.complete(prompt=[prompt, prompt[:1]], echo=True, logprobs=1, max_tokens=0)
+    assert [len(one.logprobs.tokens) for one in scored.choices] == [len(prompt), 1]
+    assert scored.usage.completion_tokens == 0
+
+
+async def test_values_that_mean_none(served: Served) -> None:
+    answer = await served.chat(
+        stop="", top_p=0, n=None, seed=None, logprobs=False, top_logprobs=0, frequency_penalty=0, presence_penalty=0,
+        logit_bias={}, tools=[], tool_choice="none", response_format={"type": "text"}, max_completion_tokens=None,
+        stream=None, user="", metadata={}, extra_body={"top_k": -1, "min_p": 0, "ignore_eos": None},
+    )  # fmt: skip
+    assert answer.choices[0].message.content == ANSWER
+
+
 async def test_models(served: Served) -> None:
     [card] = (await served.client.models.list()).data
     assert (card.id, card.object) == (SERVED, "model")

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from lockstep_runtime.api.chat_template import Chat, ChatTemplate
 from lockstep_runtime.api.errors import invalid, unsupported
-from lockstep_runtime.api.tokenizer import TextTokenizer
+from lockstep_runtime.api.tokenizer import TextTokenizer, TooManyTokensError
 
 # Unicode's noncharacters: never part of a text that is interchanged (Unicode, 23.7).
 _CUTS: Final = tuple(map(chr, range(0xFDD0, 0xFDF0)))
@@ -42,6 +42,8 @@ def encode_chat(
     ids = tokenizer.encode(first, most=most)
     for part in further:
         ids += tokenizer.encode_further(part, most=most)
+        if len(ids) > most:
+            raise TooManyTokensError(f"more than {most}")
     return ids
 
 

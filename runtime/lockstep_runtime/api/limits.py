@@ -24,6 +24,7 @@ class Limits:
     max_json_depth: int = 32
     max_json_containers: int = 20_000  # lists and objects
     max_json_strings: int = 100_000  # keys included
+    max_json_items: int = 300_000  # of all lists and objects together
     large_body_bytes: int = 64 * 1024  # above it a body has a thread to itself
     body_seconds: float = 30.0  # for the whole body to arrive
     write_seconds: float = 60.0  # for a client to take what was sent before its connection is given up
@@ -104,27 +105,38 @@ def _check_depth(value: dict[str, Any], limit: int) -> None:
 
 
 def _check_structure(body: bytes, limits: Limits) -> None:
-    most_containers, most_strings = limits.max_json_containers, limits.max_json_strings
     # Of what stands within strings, too: an upper bound, and all that most bodies cost.
-    containers = body.count(b"[") + body.count(b"{")
+    containers, items = _count(body, 0, len(body))
     quotes = body.count(b'"') - body.count(b'\\"')
-    if containers <= most_containers and quotes <= most_strings:
+    if _is_within(limits, containers, quotes, items):
         return
-    containers = strings = position = 0
-    while containers <= most_containers and strings <= most_strings:
+    containers = strings = items = position = 0
+    while _is_within(limits, containers, strings, items):
         opening = body.find(b'"', position)
         end = len(body) if opening < 0 else opening
-        containers += body.count(b"[", position, end) + body.count(b"{", position, end)
+        more_containers, more_items = _count(body, position, end)
+        containers, items = containers + more_containers, items + more_items
         if opening < 0:
             break
         strings += 1
         position = _end_of_string(body, opening + 1)
-    if containers > most_containers or strings > most_strings:
-        raise ApiError(
-            413,
-            f"The body has more than {most_containers} lists and objects, or more than {most_strings} strings",
-            code="body_too_large",
-        )
+    if not _is_within(limits, containers, strings, items):
+        most = f"{limits.max_json_containers} lists and objects, {limits.max_json_strings} strings"
+        message = f"The body has too many parts: at most {most} and {limits.max_json_items} items are taken"
+        raise ApiError(413, message, code="body_too_large")
+
+
+def _is_within(limits: Limits, containers: int, strings: int, items: int) -> bool:
+    return (
+        containers <= limits.max_json_containers
+        and strings <= limits.max_json_strings
+        and items <= limits.max_json_items
+    )
+
+
+def _count(body: bytes, start: int, end: int) -> tuple[int, int]:
+    """Lists and objects, and the commas between what they hold."""
+    return body.count(b"[", start, end) + body.count(b"{", start, end), body.count(b",", start, end)
 
 
 def _end_of_string(body: bytes, start: int) -> int:
