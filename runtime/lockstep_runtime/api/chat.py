@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, Final
 
 from lockstep_runtime.api.chat_template import Chat, ChatTemplate
@@ -36,7 +36,14 @@ def encode_chat(
     if not any(True for text in _strings(given) for _ in tokenizer.break_points(text)):
         return tokenizer.encode(template.render(chat, seconds=seconds, limit=limit), most=most)
     cut = _unused_cut(given)
-    messages, variables = _map_strings(given, lambda text: _insert(text, list(tokenizer.break_points(text)), cut))
+
+    def cut_up(text: str) -> str:
+        positions = list(islice(tokenizer.break_points(text), most + 1))
+        if len(positions) > most:  # and each begins a token
+            raise TooManyTokensError(f"more than {most}")
+        return _insert(text, positions, cut)
+
+    messages, variables = _map_strings(given, cut_up)
     rendered = template.render(replace(chat, messages=messages, variables=variables), seconds=seconds, limit=limit)
     first, *further = rendered.split(cut)
     ids = tokenizer.encode(first, most=most)
