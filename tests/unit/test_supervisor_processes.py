@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -119,10 +119,21 @@ def is_from_loaded(caplog: pytest.LogCaptureFixture) -> bool:
     return "rank 0 has a new process from its loaded spare" in caplog.text
 
 
-def test_children_begin_with_what_keeps_torch_from_ending_them(warm: Pod) -> None:
+def test_children_begin_with_what_keeps_torch_from_ending_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Set by a rank, it would be set beside threads that read it."""
-    given = Path(f"/proc/{warm.processes.pids()[SPARE]}/environ").read_bytes().decode().split("\0")
-    assert not missing_nccl_variables(dict(entry.split("=", 1) for entry in given if entry))
+    given: list[Mapping[str, str]] = []
+
+    def spawn(path: str, arguments: list[str], environment: Mapping[str, str], **_: object) -> int:
+        given.append(environment)
+        return os.getpid()
+
+    monkeypatch.setattr(os, "posix_spawn", spawn)
+    processes = Processes({"TORCH_NCCL_BLOCKING_WAIT": "0", "NCCL_DEBUG": "INFO"})
+    processes.spawn(SPARE)
+    processes.dismiss_spare()
+    [environment] = given
+    assert not missing_nccl_variables(environment)
+    assert environment["NCCL_DEBUG"] == "INFO", "which is the user's"
     assert missing_nccl_variables({}) == [f"{name}={value}" for name, value in NCCL_VARIABLES.items()]
 
 
