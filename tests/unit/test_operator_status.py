@@ -378,3 +378,30 @@ def test_a_new_revision_is_an_event() -> None:
     after = before | {"revision": "newer", "observedGeneration": 4}
     notes = [item.note for item in happened(observed, after)]
     assert notes == ["the spec asks for revision newer instead of new: groups are replaced in turn"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "/models/m/tokenizer.json can't be used: expected value at line 1 column 1",
+        "/models/m/chat_template.jinja is not UTF-8: line 2 has the byte 0xE9 (Latin-1, perhaps); save it as UTF-8",
+        "/models/m/chat_template.jinja: the chat template is malformed in line 2: unexpected '}'",
+        "/models/m/generation_config.json should hold a JSON object",
+    ],
+)
+@pytest.mark.parametrize("ready", [False, True])
+def test_what_the_leader_alone_can_not_use_is_told_in_its_words(words: str, ready: bool) -> None:
+    """All ranks have joined; the pod's readiness may be a moment old."""
+    written = status_of(decided(group(ready=ready)), seen(said(state=GroupState.FAILED, message=words)))
+    for name, reason in (("Ready", "ModelLoadFailed"), ("ModelLoaded", "LoadFailed")):
+        assert condition(written, name)[:2] == ("False", reason)
+        assert words in condition(written, name)[2]
+    assert condition(written, "Stalled")[0] == "True"
+    mended = status_of(decided(group()), seen(said(), status=written))
+    assert [condition(mended, name)[0] for name in ("Ready", "ModelLoaded", "Stalled")] == ["True", "True", "False"]
+
+
+def test_a_group_that_reads_its_text_files_still_says_so() -> None:
+    words = "all 2 ranks are in step; the tokenizer and the chat template are being read"
+    written = status_of(decided(group(ready=False)), seen(said(state=GroupState.LOADING, message=words)))
+    assert condition(written, "Ready") == ("False", "Loading", words)
