@@ -1,7 +1,8 @@
 """What a namespace allows a container, and requests that fit into it (pure).
 
-Requests that the operator sets are a guess: they give way to the user's limits and to the namespace's LimitRanges,
-which would else refuse the StatefulSet, or every pod. What the user sets is the user's.
+Requests that the operator sets are a guess: they give way to the user's limits, which Kubernetes takes for requests
+that nobody names, and to the namespace's LimitRanges, which would else refuse the StatefulSet, or every pod. What the
+user sets is the user's.
 """
 
 from __future__ import annotations
@@ -40,13 +41,16 @@ def limits_of(ranges: Iterable[Mapping[str, Any]]) -> Limits:
 
 
 def fitted(resources: Mapping[str, Any], ours: Iterable[str], limits: Limits) -> dict[str, Any]:
-    """`resources` of a container, with the requests named in `ours` no larger than its limit allows."""
+    """`resources` of a container, with the requests named in `ours` as large as its own limits, and no larger than the
+    namespace's."""
     own_limits, requests = resources.get("limits") or {}, dict(resources.get("requests") or {})
     for name in ours:
         if name not in requests:
             continue
-        bounds = [own_limits.get(name) or limits.default.get(name), limits.most.get(name)]
-        requests[name] = _smaller([requests[name], *bounds])
+        own = own_limits.get(name)
+        known = quantity(own) is not None
+        asked = [own] if known else [requests[name], limits.default.get(name)]
+        requests[name] = _smaller([*asked, limits.most.get(name)])
         least = limits.least.get(name)
         if least is not None and _number(least) > _number(requests[name]):
             requests[name] = least

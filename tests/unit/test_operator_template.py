@@ -96,9 +96,10 @@ def test_the_field_is_named() -> None:
     [
         ({}, Limits(), {"memory": "512Mi"}),
         ({"memory": "350Mi"}, Limits(), {"memory": "350Mi"}),
-        ({"memory": "8Gi"}, Limits(most={"memory": "1Gi"}), {"memory": "512Mi"}),
+        ({"memory": "8Gi"}, Limits(), {"memory": "8Gi"}),
+        ({"memory": "8Gi"}, Limits(most={"memory": "1Gi"}), {"memory": "1Gi"}),
         ({"memory": "8Gi"}, Limits(most={"memory": "256Mi"}), {"memory": "256Mi"}),
-        ({"memory": "8Gi"}, Limits(default={"memory": "256Mi"}), {"memory": "512Mi"}),
+        ({"memory": "8Gi"}, Limits(default={"memory": "256Mi"}), {"memory": "8Gi"}),
         ({}, Limits(default={"memory": "256Mi"}), {"memory": "256Mi"}),
         ({}, Limits(least={"memory": "1Gi"}), {"memory": "1Gi"}),
         ({"memory": "lots"}, Limits(), {"memory": "512Mi"}),
