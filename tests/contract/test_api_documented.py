@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from tests.support.engine import FakeEngine
 from tests.support.http import async_http
 
 from lockstep_runtime.api.limits import Limits
+from lockstep_runtime.api.neutral import REFUSED
+from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest
 from lockstep_runtime.engine.interface import Readiness
 
 CHAT = "/v1/chat/completions"
@@ -131,6 +134,15 @@ def _fits(value: Any, schema: dict[str, Any], schemas: dict[str, Any]) -> None:
         for name, inner in value.items():
             _fits(inner, schema["properties"][name], schemas)
     return None
+
+
+def test_the_document_names_every_field() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    named = set(re.findall(r"`([a-z_]+)`", text))
+    taken = {name for kind in (ChatRequest, CompletionRequest) for name in kind.model_fields}
+    assert taken | set(REFUSED) | {"best_of"} <= named
+    [refused] = re.findall(r"Refused unless they ask for nothing: (.*?)\.\n", text, re.DOTALL)
+    assert set(re.findall(r"`([a-z_]+)`", refused)) == set(REFUSED) | {"best_of"}
 
 
 async def test_another_pages_scripts_may_call_only_where_that_was_said() -> None:

@@ -220,4 +220,4 @@ def test_the_schema_says_what_is_taken() -> None:
         assert properties["response_format"]["enum"] == [None, {}, {"type": "text"}]
         assert "not built yet" in properties["logit_bias"]["description"]
         assert {"type": "null"} in properties["stop"]["anyOf"]
-        assert "best_of" not in properties
+        assert properties["best_of"]["type"] == ["integer", "null"]

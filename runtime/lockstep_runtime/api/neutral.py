@@ -96,7 +96,7 @@ def _same(value: object, neutral: object) -> bool:
 
 def schema_of(refused: Mapping[str, Neutral]) -> dict[str, Any]:
     """As JSON Schema properties."""
-    return {
+    properties: dict[str, Any] = {
         name: {
             "title": name,
             "description": f"Not supported: {one.why}. Taken with a value that asks for nothing.",
@@ -104,3 +104,5 @@ def schema_of(refused: Mapping[str, Neutral]) -> dict[str, Any]:
         }
         for name, one in refused.items()
     }
+    best_of = {"title": "best_of", "description": "Taken if it is 1 or as much as `n`: choices are not ranked."}
+    return properties | {"best_of": best_of | {"type": ["integer", "null"]}}
