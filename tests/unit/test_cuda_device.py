@@ -15,6 +15,7 @@ from lockstep_runtime.config import Backend, Device, ServeConfig
 from lockstep_runtime.layers.cache import CacheMemory, CacheShape, Footprint, KVCache
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.worker import device as devices
+from lockstep_runtime.worker.memory import blocks_as_before, needed_bytes
 
 GIB = 2**30
 CUDA = torch.device("cuda", 0)
@@ -166,6 +167,19 @@ def test_a_rank_on_a_gpu_leaves_word_for_its_next_process() -> None:
     assert second.held(shape, torch.float32) is None, "which is no cache"
     second.open(shape, torch.float32, 2)
     assert first.footprint() is None
+
+
+def test_a_rank_that_comes_back_offers_what_it_had() -> None:
+    """A few megabytes that a driver keeps are no reason to lay out every rank's cache anew; gigabytes are."""
+    before = Footprint(device_bytes=120 * GIB, blocks=9000, block_bytes=1 << 20)
+    assert needed_bytes(before, 140 * GIB, sharers=1) == 134 * GIB
+    assert needed_bytes(before, 140 * GIB, sharers=2) == 120 * GIB, "the others have taken their part of the rest"
+    assert needed_bytes(None, 140 * GIB, sharers=1) is None
+    assert blocks_as_before(8950, 1 << 20, before, 140 * GIB) == 9000
+    assert blocks_as_before(9100, 1 << 20, before, 140 * GIB) == 9100
+    assert blocks_as_before(5000, 1 << 20, before, 140 * GIB) == 5000
+    assert blocks_as_before(8950, 1 << 21, before, 140 * GIB) == 8950, "it was another model"
+    assert blocks_as_before(8950, 1 << 20, None, 140 * GIB) == 8950
 
 
 def test_a_cache_on_a_device_is_renewed_in_place() -> None:

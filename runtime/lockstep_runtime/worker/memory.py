@@ -9,6 +9,8 @@ from typing import Final
 
 import torch
 
+from lockstep_runtime.layers.cache import Footprint
+
 CPU_SHARE: Final = 0.5  # of what is free: the page cache, the engine and other programs live there too
 CUDA_SHARE: Final = 0.9  # of the whole device, weights and workspace included
 M_TRIM_THRESHOLD: Final = -1  # of malloc.h
@@ -73,6 +75,22 @@ def cuda_budget(free: int, total: int, used: int, sharers: int) -> int:
 def reserved_bytes(total: int) -> int:
     """Of a device with so many bytes, what is left to steps, libraries and the driver."""
     return round((1 - CUDA_SHARE) * total)
+
+
+def needed_bytes(before: Footprint | None, total: int, sharers: int) -> int | None:
+    """What has to be free of a device for a rank to have what its process before this one had; None: nobody knows."""
+    if before is None:
+        return None
+    return before.device_bytes + (reserved_bytes(total) if sharers == 1 else 0)
+
+
+def blocks_as_before(blocks: int, block_bytes: int, before: Footprint | None, total: int) -> int:
+    """As many as the process before this one had, if that is a matter of what a driver happens to keep: the rank with
+    the smallest cache decides for all, and theirs would have to be laid out anew."""
+    if before is None or before.block_bytes != block_bytes:
+        return blocks
+    short = (before.blocks - blocks) * block_bytes
+    return before.blocks if 0 < short <= reserved_bytes(total) // 4 else blocks
 
 
 def _available_bytes() -> int:

@@ -36,10 +36,11 @@ from lockstep_runtime.weights.source import find_model, read_config
 from lockstep_runtime.weights.threads import in_own_thread
 from lockstep_runtime.worker.device import choose_device, prepare, sharers, wait_for_memory
 from lockstep_runtime.worker.memory import (
+    blocks_as_before,
     cache_budget,
     give_back_freed_memory,
     keep_freed_memory,
-    reserved_bytes,
+    needed_bytes,
     used_bytes,
 )
 from lockstep_runtime.worker.sampler import check_finite, draw_of, is_plain_greedy, sample, take_best
@@ -118,9 +119,8 @@ class Runner:
 
     def _wait_for_device(self) -> None:
         """Until what the process before this one had of the device is free again."""
-        before = self.memory.footprint()
-        reserve = reserved_bytes(int(torch.cuda.mem_get_info(self._device)[1]))
-        needed = before.device_bytes + reserve if before is not None else None
+        total = int(torch.cuda.mem_get_info(self._device)[1])
+        needed = needed_bytes(self.memory.footprint(), total, sharers(self._config, torch.cuda.device_count()))
         wait_for_memory(lambda: int(torch.cuda.mem_get_info(self._device)[0]), needed)
 
     def _load(self, progress: Callable[[int, int], None]) -> Loaded:
@@ -303,21 +303,12 @@ class Runner:
             here = sharers(self._config, torch.cuda.device_count())
         budget = cache_budget(self._device, here, limits.kv_cache_bytes)
         blocks = min(useful, budget // shape.block_bytes(dtype))
-        if not self.on_cpu:
-            blocks = self._as_before(blocks, shape.block_bytes(dtype))
+        if not self.on_cpu and self._cache is None:
+            total = int(torch.cuda.mem_get_info(self._device)[1])
+            blocks = blocks_as_before(blocks, shape.block_bytes(dtype), self.memory.footprint(), total)
         if blocks < 2:  # the probe's, and one for requests
             raise ModelError(f"no room for a KV cache: {budget} bytes are left beside the weights")
         return blocks
-
-    def _as_before(self, blocks: int, each: int) -> int:
-        """As many as the process before this one had, if that is a matter of what a driver happens to keep: the rank
-        with the smallest cache decides for all, and theirs would have to be laid out anew."""
-        before = self.memory.footprint()
-        if before is None or before.block_bytes != each or self._cache is not None:
-            return blocks
-        short = (before.blocks - blocks) * each
-        total = int(torch.cuda.mem_get_info(self._device)[1])
-        return before.blocks if 0 < short <= reserved_bytes(total) // 4 else blocks
 
 
 def _check_tokens(batch: Batch, rows: int) -> None:
