@@ -155,6 +155,11 @@ RULES: Final = (
         (network(**{"from": [{"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"]}}]}),),
         (network(**{"from": [{"ipBlock": {"cidr": "10.0.0.0/8"}, "podSelector": {}}]}),),
     ),
+    Rule(
+        "progressDeadline must be a duration",
+        (spec(progressDeadline="1s"), spec(progressDeadline="1h30m")),
+        (spec(progressDeadline="0s"), spec(progressDeadline="999ms")),
+    ),
     Rule("stepTimeout must be a duration", (watchdog(stepTimeout="1ms"),), (watchdog(stepTimeout="0s"),)),
     Rule("floor must be a duration", (watchdog(floor="0.5s"),), (watchdog(floor="0.01ms"),)),
     Rule("window must be a duration", (budget(window="1h30m"),), (budget(window="0h"),)),
