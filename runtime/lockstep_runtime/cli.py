@@ -29,6 +29,7 @@ from lockstep_runtime.config import (
     Watchdog,
     WeightCache,
 )
+from lockstep_runtime.host import descriptors
 from lockstep_runtime.host.addresses import LOOPBACK, join, listen, listen_somewhere, loopback, reach
 
 logger = logging.getLogger(__name__)
@@ -349,6 +350,7 @@ def _serve(options: argparse.Namespace) -> int:
     token = token_for(config, os.environ)
     ports = open_ports(config, may_choose=unnamed_ports(options, config))
     log.configure("supervisor")
+    descriptors.raise_limit()
     _tell_ports(ports.config)
     import setproctitle
 

@@ -93,6 +93,7 @@ async def live_engine(
     supervisors: bool = True,
     watchdog: Watchdog = QUICK,
     history: wire.GroupStatus | None = None,
+    strangers: int = 64,
     **config: object,
 ) -> AsyncIterator[LiveEngine]:
     """One rank per pod; ready when it is entered, unless `start` is off."""
@@ -109,7 +110,7 @@ async def live_engine(
     )
     engine = Engine(settings, history)
     engine.set_model(None)
-    bus = Bus(TOKEN, engine.group)
+    bus = Bus(TOKEN, engine.group, strangers=strangers)
     await bus.open(listen("127.0.0.1", settings.bus_port))
     live = LiveEngine(settings, engine, [FakeRank(settings, rank, cache_blocks) for rank in range(ranks)])
     tasks = [asyncio.create_task(engine.run()), asyncio.create_task(engine.report())]

@@ -68,6 +68,12 @@ class Served:
             raise AssertionError(f"{len(found)} processes are called {title}")
         return found[0]
 
+    def url_of(self, flag: str) -> str:
+        """Of the port that this flag names."""
+        arguments = self.process.args
+        assert isinstance(arguments, list)
+        return f"http://127.0.0.1:{arguments[arguments.index(flag) + 1]}"
+
     def child_pids(self) -> list[int]:
         task = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(pid) for pid in task.read_text().split()]

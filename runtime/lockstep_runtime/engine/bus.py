@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 HELLO_SECONDS: Final = 5.0
 ACCEPT_ROUNDS: Final = 10  # of the event loop; a connection that was accepted is made within a few
 CLOSE_SECONDS: Final = 1.0  # for what was sent to go out
-BACKLOG: Final = 64  # also how many connections are accepted at once, before any of them is looked at
-MAX_STRANGERS: Final = 64  # connections that have not proved themselves
 MAX_UNSENT_BYTES: Final = 256 * 1024 * 1024  # for a peer that does not read
 
 FromPeer = wire.FromWorker | wire.FromSupervisor
@@ -60,12 +58,14 @@ class Listener(Protocol):
 
 
 class Bus:
-    """Listens on one address; `token` is the model's."""
+    """`token` is the model's; `strangers`: connections that may be there without having proved themselves; `backlog`:
+    how many are accepted at once, before any of them is looked at."""
 
-    def __init__(self, token: str, listener: Listener) -> None:
+    def __init__(self, token: str, listener: Listener, *, strangers: int = 64, backlog: int = 128) -> None:
+        self._most_strangers, self._backlog = strangers, backlog
         self._token = token.encode()
         self._listener = listener
-        self._strangers: set[_Connection] = set()
+        self._strangers: dict[_Connection, None] = {}  # the oldest first
         self._peers: set[_Connection] = set()
         self._servers: list[asyncio.Server] = []
 
@@ -73,7 +73,7 @@ class Bus:
         """Serve on bound sockets."""
         loop = asyncio.get_running_loop()
         for one in listening:
-            self._servers.append(await loop.create_server(lambda: _Connection(self), sock=one, backlog=BACKLOG))
+            self._servers.append(await loop.create_server(lambda: _Connection(self), sock=one, backlog=self._backlog))
 
     async def close(self) -> None:
         """Close every connection, after what was sent has gone out; also one that is just being made."""
@@ -98,15 +98,16 @@ class Bus:
             return wire.Refused(reason=f"protocol {hello.protocol}; this engine speaks {wire.PROTOCOL}", retry=False)
         return self._listener.admit(hello)
 
-    def arrived(self, connection: _Connection) -> bool:
-        """Count a new connection; False when there are too many that have not said who they are."""
-        if len(self._strangers) >= MAX_STRANGERS:
-            return False
-        self._strangers.add(connection)
-        return True
+    def arrived(self, connection: _Connection) -> None:
+        """A new connection. Of too many that have not said who they are the oldest goes: a member says it at once."""
+        if len(self._strangers) >= self._most_strangers:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.abort()
+        self._strangers[connection] = None
 
     def proved(self, connection: _Connection) -> None:
-        self._strangers.discard(connection)
+        self._strangers.pop(connection, None)
         self._peers.add(connection)
         self._listener.connected(connection)
 
@@ -114,7 +115,7 @@ class Bus:
         self._listener.received(connection, message)
 
     def ended(self, connection: _Connection) -> None:
-        self._strangers.discard(connection)
+        self._strangers.pop(connection, None)
         if connection in self._peers:
             self._peers.discard(connection)
             self._listener.lost(connection)
@@ -139,9 +140,7 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - narrows the type: TCP gives no other
         self._transport = transport
-        if not self._bus.arrived(self):
-            transport.abort()
-            return
+        self._bus.arrived(self)
         tune(transport.get_extra_info("socket"))
         self._deadline = asyncio.get_running_loop().call_later(HELLO_SECONDS, self._too_late)
 
@@ -174,6 +173,9 @@ class _Connection(asyncio.Protocol):
 
     def close(self) -> None:
         self._transport.close()
+
+    def abort(self) -> None:
+        self._transport.abort()
 
     def _on_frame(self, frame: bytes) -> None:
         if self._hello is not None:

@@ -26,6 +26,7 @@ from lockstep_runtime.config import (
 )
 from lockstep_runtime.engine.bus import Bus
 from lockstep_runtime.engine.engine import Engine
+from lockstep_runtime.host import descriptors
 from lockstep_runtime.host.addresses import listen
 from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.weights.files import read_object
@@ -59,7 +60,8 @@ async def _serve(config: ServeConfig, bus_sockets: list[socket.socket], api_sock
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     engine = Engine(config, _history())
     engine.await_api()
-    bus = Bus(os.environ[TOKEN_VARIABLE], engine.group)
+    shares = _shares(config)
+    bus = Bus(os.environ[TOKEN_VARIABLE], engine.group, strangers=shares.strangers, backlog=shares.backlog)
     await bus.open(bus_sockets)
     async with asyncio.TaskGroup() as tasks:
         running = [
@@ -80,6 +82,10 @@ async def _serve(config: ServeConfig, bus_sockets: list[socket.socket], api_sock
             task.cancel()
     await bus.close()
     logger.info("ended")
+
+
+def _shares(config: ServeConfig) -> descriptors.Shares:
+    return descriptors.shares(descriptors.limit(), peers=config.tensor_parallel_size + config.pods)
 
 
 def _history() -> wire.GroupStatus | None:
@@ -125,7 +131,12 @@ async def _api_server(config: ServeConfig, engine: Engine) -> uvicorn.Server:
     file = os.environ.get(API_KEY_FILE_VARIABLE)
     keys = keys_module.ApiKeys(os.environ.get(API_KEY_VARIABLE), Path(file) if file else None)
     app = app_module.create_app(config, engine, keys)
-    settings = uvicorn_module.Config(app, log_config=None, access_log=False, lifespan="on", timeout_keep_alive=75)
+    connections = await asyncio.to_thread(importlib.import_module, "lockstep_runtime.host.connections")
+    shares = _shares(config)
+    settings = uvicorn_module.Config(
+        app, log_config=None, access_log=False, lifespan="on", timeout_keep_alive=75,
+        http=connections.limited(shares.clients), backlog=shares.backlog,
+    )  # fmt: skip
 
     class Server(uvicorn_module.Server):  # type: ignore[misc, name-defined] # imported late, on purpose
         """SIGTERM is ours: it starts the drain."""

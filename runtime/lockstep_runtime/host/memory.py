@@ -26,10 +26,22 @@ def total_bytes(root: Path = cgroup.ROOT) -> int:
     return min(machine["MemTotal"], use.limit) if use else machine["MemTotal"]
 
 
-def file_bytes(folder: Path) -> int:
-    """The largest file of memory that may be made in this folder of a tmpfs."""
+def file_bytes(folder: Path, root: Path = cgroup.ROOT) -> int:
+    """The largest file that may be made in this folder; in one that is memory, what the container has left counts."""
     found = os.statvfs(folder)
-    return min(found.f_bavail * found.f_frsize, available_bytes())
+    room = found.f_bavail * found.f_frsize
+    return min(room, available_bytes(root)) if is_memory(folder) else room
+
+
+def is_memory(folder: Path) -> bool:
+    """Whether its files lie in memory: a tmpfs. proc(5), mountinfo: `36 35 0:98 / /dev/shm rw - tmpfs …`."""
+    device = folder.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        if before.split(" ")[2] == number:
+            return after.split(" ")[0] in ("tmpfs", "ramfs", "hugetlbfs")
+    return False
 
 
 def mebibytes(count: int) -> str:

@@ -25,7 +25,13 @@ from lockstep_runtime.parallel.host import HostGroup
 from lockstep_runtime.parallel.meeting import Meeting, MeetingPlace
 from lockstep_runtime.parallel.nccl import NcclGroup
 from lockstep_runtime.parallel.networks import tell_networks
-from lockstep_runtime.parallel.shared_memory import SCHEME, SharedFile, SharedMemoryGroup, is_supported
+from lockstep_runtime.parallel.shared_memory import (
+    SCHEME,
+    SharedFile,
+    SharedMemoryGroup,
+    exchange_bytes,
+    is_supported,
+)
 from lockstep_runtime.parallel.store import MeetingStore
 from lockstep_runtime.parallel.tcp import TcpGroup
 
@@ -35,12 +41,16 @@ __all__ = [
     "GroupError",
     "Rendezvous",
     "choose_backend",
+    "exchange_reserve",
     "join",
     "join_seconds",
     "open_rendezvous",
 ]
 
 JOIN_SECONDS: Final = 10.0  # the engine waits longer than these before it kills a rank that joins
+# Where peers can't reach each other's memory: a segment of 33,030,528 bytes, and smaller ones (NCCL's environment
+# documentation asks for a large /dev/shm; `Error while creating shared memory segment` names the size).
+NCCL_SHARED_BYTES: Final = 64 * 1024 * 1024
 NCCL_JOIN_SECONDS: Final = 120.0  # to the communicator; its proof has a time of its own
 
 logger = logging.getLogger(__name__)
@@ -93,6 +103,17 @@ def choose_backend(config: ServeConfig) -> str:
 def join_seconds(config: ServeConfig) -> float:
     """How long joining may take. NCCL looks for its networks and loads its kernels first: a minute has been seen."""
     return NCCL_JOIN_SECONDS if choose_backend(config) == "nccl" else JOIN_SECONDS
+
+
+def exchange_reserve(config: ServeConfig) -> int:
+    """Bytes of /dev/shm that nothing else of the pod should take: for the ranks' exchange, or for NCCL's buffers."""
+    if config.ranks_per_pod == 1:
+        return 0
+    if choose_backend(config) == "nccl":
+        return config.ranks_per_pod * NCCL_SHARED_BYTES
+    if config.pods > 1 or not is_supported():
+        return 0
+    return 2 * exchange_bytes(config.tensor_parallel_size)  # the epoch's before may still be mapped
 
 
 def open_rendezvous(config: ServeConfig, epoch: int) -> Rendezvous:

@@ -26,6 +26,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from lockstep_runtime.host.cgroup import cpus
+from lockstep_runtime.host.memory import file_bytes, mebibytes
 from lockstep_runtime.owned_files import SHARED_MEMORY, owner, owner_of
 from lockstep_runtime.parallel.errors import GroupAborted, GroupError, check_proof
 from lockstep_runtime.parallel.exchange import PIECE_BYTES, ExchangeGroup, Slots
@@ -45,14 +47,28 @@ def is_supported() -> bool:
     return platform.machine() == "x86_64" and FOLDER.is_dir()
 
 
+def exchange_bytes(size: int) -> int:
+    """What the ranks of a pod need of shared memory for one communicator."""
+    return COUNTERS_BYTES + 2 * size * PIECE_BYTES
+
+
 class SharedFile:
-    """The meeting place: rank 0 makes it, every rank maps it, and it is unlinked when all have."""
+    """The meeting place: rank 0 makes it, every rank maps it, and it is unlinked when all have.
+
+    Raises:
+        GroupError: there is no room for it.
+    """
 
     def __init__(self, size: int) -> None:
-        path = _new_path()
+        path, needed = _new_path(), exchange_bytes(size)
+        if (room := file_bytes(FOLDER)) < needed:
+            raise GroupError(
+                f"{FOLDER} has no room for the exchange of {size} ranks: it takes {mebibytes(needed)}, and "
+                f"{mebibytes(room)} are left; give the pod or container more of it"
+            )
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, COUNTERS_BYTES + 2 * size * PIECE_BYTES)
+            os.posix_fallocate(descriptor, 0, needed)
         except OSError as error:
             path.unlink()
             raise GroupError(f"{FOLDER} has no room for the ranks' exchange: {error}") from error
@@ -78,14 +94,14 @@ class SharedMemoryGroup(ExchangeGroup):
         if size > MAX_RANKS:
             raise GroupError(f"shared memory serves {MAX_RANKS} ranks at most, not {size}")
         super().__init__(rank, size)
-        self._map = _map_file(Path(address.removeprefix(SCHEME)), COUNTERS_BYTES + 2 * size * PIECE_BYTES)
+        self._map = _map_file(Path(address.removeprefix(SCHEME)), exchange_bytes(size))
         self._words = memoryview(self._map)[:COUNTERS_BYTES].cast("q")
         self._mine = (1 + rank) * CACHE_LINE_WORDS
         self._others = [(1 + other) * CACHE_LINE_WORDS for other in range(size) if other != rank]
         self._sequence = 0
         memory = torch.frombuffer(self._map, dtype=torch.uint8, offset=COUNTERS_BYTES).view(2, size, PIECE_BYTES)
         self._slots = [Slots(list(memories)) for memories in memory]
-        self._spin = SPIN_SECONDS if size <= len(os.sched_getaffinity(0)) else 0.0
+        self._spin = SPIN_SECONDS if size <= cpus() else 0.0
         self._deadline: float | None = time.monotonic() + timeout
         self._cancelled = cancelled
         self._meet()

@@ -16,10 +16,13 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from lockstep_runtime import fault_box, wire
+from lockstep_runtime.host import descriptors
+from lockstep_runtime.host.connections import limited
 from lockstep_runtime.supervisor.board import StatusBoard, parse_seen
 
 POLL_SECONDS: Final = 30.0
 MAX_CONNECTIONS: Final = 256
+BACKLOG: Final = 32
 _encoder: Final = msgspec.json.Encoder()
 
 
@@ -94,8 +97,8 @@ class StatusServer(uvicorn.Server):
         app = create_app(board, token, inject)
         super().__init__(
             uvicorn.Config(
-                app, log_config=None, access_log=False, lifespan="off", limit_concurrency=MAX_CONNECTIONS,
-                timeout_graceful_shutdown=1,
+                app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1,
+                http=limited(min(MAX_CONNECTIONS, descriptors.limit() // 3)), backlog=BACKLOG,
             )
         )  # fmt: skip
 

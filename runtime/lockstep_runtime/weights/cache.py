@@ -11,6 +11,7 @@ tensors, each at a multiple of 64 bytes. The file is written under another name 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import math
@@ -25,6 +26,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from lockstep_runtime.host.memory import file_bytes, mebibytes
 from lockstep_runtime.weights.checksum import checksum
 from lockstep_runtime.weights.plan import Cut
 from lockstep_runtime.weights.threads import in_threads
@@ -162,9 +164,18 @@ class CacheWriter:
     """A new file, to be filled through `tensors` and then published; nobody sees it before."""
 
     def __init__(
-        self, path: Path, identity: Identity, settings: Mapping[str, Any], weight_bytes: int, wanted: Iterable[Wanted]
+        self,
+        path: Path,
+        identity: Identity,
+        settings: Mapping[str, Any],
+        weight_bytes: int,
+        wanted: Iterable[Wanted],
+        reserve: int = 0,
     ) -> None:
         """
+        Args:
+            reserve: bytes that are to be left in the folder: a group runs without this file, not without its exchange.
+
         Raises:
             OSError: there is no room for it.
         """
@@ -172,9 +183,11 @@ class CacheWriter:
         self._header = _lay_out(identity, settings, weight_bytes, wanted)
         size = max((one.offset + one.nbytes for one in self._header.slices), default=_PREFIX.size)
         self._new.unlink(missing_ok=True)  # of a predecessor that was killed
+        _check_room(path.parent, size, reserve)
         descriptor = os.open(self._new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, size)
+            _check_room(path.parent, 0, reserve)  # another rank may have taken its part meanwhile
             self._memory = mmap.mmap(descriptor, size)
         except OSError:
             self._new.unlink()
@@ -199,6 +212,18 @@ class CacheWriter:
 
     def discard(self) -> None:
         self._new.unlink(missing_ok=True)
+
+
+def _check_room(folder: Path, size: int, reserve: int) -> None:
+    """Before the kernel is asked: at a container's limit it kills who asks.
+
+    Raises:
+        OSError: there is not so much room.
+    """
+    if (room := file_bytes(folder)) < size + reserve:
+        needs = f"it takes {mebibytes(size)}, " if size else ""
+        kept = f"{mebibytes(reserve)} are kept for the ranks' exchange, and " if reserve else ""
+        raise OSError(errno.ENOSPC, f"{needs}{kept}{mebibytes(room)} are left")
 
 
 def _lay_out(identity: Identity, settings: Mapping[str, Any], weight_bytes: int, wanted: Iterable[Wanted]) -> Header:

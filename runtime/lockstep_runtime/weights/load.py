@@ -57,8 +57,10 @@ def fill_cache(
     directory: Path,
     weights: Iterable[Weight | StoredTable],
     progress: Progress,
+    reserve: int,
 ) -> tuple[WeightCache, Loaded]:
-    """Read what the weights are made of into a new cache file; they are not filled yet.
+    """Read what the weights are made of into a new cache file, beside which `reserve` bytes are left; the weights are
+    not filled yet.
 
     Raises:
         ModelError: as `load_weights`.
@@ -69,7 +71,7 @@ def fill_cache(
     try:
         wanted = {weight.cuts: _wanted(checkpoint, weight) for weight in weights}
         total = sum(checkpoint.nbytes(cut) for cuts in wanted for cut in cuts)
-        writer = CacheWriter(path, identity, settings, total, wanted.values())
+        writer = CacheWriter(path, identity, settings, total, wanted.values(), reserve)
         try:
             for one, tensor in writer.tensors():
                 checkpoint.read(one.cuts, 0, one.shape[0], tensor)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 import torch
+
+from lockstep_runtime.host.cgroup import cpus
 
 MOST: Final = 8  # memory's bandwidth is the bound before that
 _T = TypeVar("_T")
@@ -22,7 +23,7 @@ def in_threads(work: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
         with torch.inference_mode():
             return work(item)
 
-    with _one_core_each(), ThreadPoolExecutor(min(MOST, len(os.sched_getaffinity(0)))) as pool:
+    with _one_core_each(), ThreadPoolExecutor(min(MOST, int(cpus()) or 1)) as pool:
         yield from pool.map(run, items)
 
 

@@ -9,6 +9,7 @@ from typing import Final
 
 import torch
 
+from lockstep_runtime.host.memory import available_bytes, total_bytes
 from lockstep_runtime.layers.cache import Footprint
 
 CPU_SHARE: Final = 0.5  # of what is free: the page cache, the engine and other programs live there too
@@ -17,7 +18,6 @@ M_TRIM_THRESHOLD: Final = -1  # of malloc.h
 M_MMAP_THRESHOLD: Final = -3
 LARGE_BYTES: Final = 128 * 1024
 KEPT_BYTES: Final = 512 * 1024 * 1024
-CGROUP: Final = Path("/sys/fs/cgroup")
 
 
 def give_back_freed_memory() -> None:
@@ -61,7 +61,16 @@ def cache_budget(device: torch.device, sharers: int, wanted: int | None) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return cuda_budget(free, total, used_bytes(device), sharers)
-    return int(_available_bytes() * CPU_SHARE / sharers)
+    return cpu_budget(available_bytes(), total_bytes(), used_bytes(device), sharers)
+
+
+def cpu_budget(available: int, total: int, used: int, sharers: int) -> int:
+    """What this process, which uses `used` bytes already, may take of the machine's or the container's memory.
+
+    The other ranks of the pod may not have taken their part yet, so neither what is left nor a part of the whole says
+    enough by itself.
+    """
+    return max(0, int(min(available / sharers, total / sharers - used) * CPU_SHARE))
 
 
 def cuda_budget(free: int, total: int, used: int, sharers: int) -> int:
@@ -91,24 +100,3 @@ def blocks_as_before(blocks: int, block_bytes: int, before: Footprint | None, to
         return blocks
     short = (before.blocks - blocks) * block_bytes
     return before.blocks if 0 < short <= reserved_bytes(total) // 4 else blocks
-
-
-def _available_bytes() -> int:
-    """The least of what the machine and the container have left."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return min(machine, _container_bytes(machine))
-
-
-def _container_bytes(otherwise: int) -> int:
-    try:
-        limit = (CGROUP / "memory.max").read_text().strip()
-        current = int((CGROUP / "memory.current").read_text())
-        inactive = next(
-            int(line.split()[1])
-            for line in (CGROUP / "memory.stat").read_text().splitlines()
-            if line.startswith("inactive_file ")
-        )
-    except (OSError, StopIteration):
-        return otherwise  # no cgroup v2 here: no limit to be seen
-    return otherwise if limit == "max" else max(0, int(limit) - current + inactive)

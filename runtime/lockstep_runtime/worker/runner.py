@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.host.cgroup import cpus
 from lockstep_runtime.layers.attention import is_finite
 from lockstep_runtime.layers.batch import Batch, build_batch
 from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheMemory, Footprint, KVCache
@@ -25,7 +26,7 @@ from lockstep_runtime.layers.prefill import Prefill, choose_prefill
 from lockstep_runtime.layers.weight import PlainWeight, StoredTable, Weight
 from lockstep_runtime.models.registry import Model, build_model
 from lockstep_runtime.owned_files import cache_file
-from lockstep_runtime.parallel.group import Group, choose_backend
+from lockstep_runtime.parallel.group import Group, choose_backend, exchange_reserve
 from lockstep_runtime.weights.cache import CacheError, Identity, WeightCache, open_cache
 from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.weights.load import Loaded, adopt_weights, fill_cache, load_weights
@@ -86,7 +87,7 @@ class Runner:
         self._model: Model
         self._cache: KVCache | None = None
         self._prefill = Prefill.MASKED
-        torch.set_num_threads(config.threads_per_rank or max(1, _cores() // config.ranks_per_pod))
+        torch.set_num_threads(config.threads_per_rank or max(1, int(cpus() / config.ranks_per_pod)))
 
     def load(self, progress: Callable[[int, int], None]) -> LoadReport:
         """Read this rank's slices of the weights, unless they are here; `progress(bytes done, bytes in all)` is called
@@ -146,7 +147,9 @@ class Runner:
         self._build(settings)
         weights = list(self._model.weights())
         try:
-            cache, loaded = fill_cache(path, identity, settings, directory, weights, progress)
+            cache, loaded = fill_cache(
+                path, identity, settings, directory, weights, progress, exchange_reserve(self._config)
+            )
         except OSError as error:
             logger.warning("no weight cache, so a lost rank reads the checkpoint again: %s: %s", path, error.strerror)
             return self._load_plainly(progress), None
@@ -371,7 +374,3 @@ def _dtype(wanted: str, native: str) -> torch.dtype:
 def _interval() -> float:
     """Seconds; 0: nothing is scrubbed."""
     return float(os.environ.get(INTERVAL_VARIABLE) or INTERVAL_SECONDS)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
