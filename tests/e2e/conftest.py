@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,6 +52,15 @@ def namespace(new_namespace: NewNamespace, request: pytest.FixtureRequest) -> It
     name = new_namespace(purpose)
     yield name
     kubectl.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder of the node that pods' users may read, as pytest's own may not be."""
+    folder = Path(tempfile.mkdtemp(prefix="lockstep-e2e-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(autouse=True)

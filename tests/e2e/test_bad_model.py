@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from tests.support import kubectl
 from tests.support.cluster_api import ClusterApi
 from tests.support.cluster_lifecycle import change_spec
 from tests.support.cluster_model import TINY_CHAT, Model, tiny_chat
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-chat"
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder of the node that pods' users may read, as pytest's own may not be."""
-    folder = Path(tempfile.mkdtemp(prefix="lockstep-e2e-"))
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
 
 
 def test_a_truncated_file_is_named_until_it_is_whole(api: ClusterApi, namespace: str, folder: Path) -> None:
