@@ -33,7 +33,7 @@ from tests.support.serve import TINY_CHAT, Served, served
 from tests.support.stream import Stream
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lockstep_runtime.engine.recovery import REBUILD_REFILL_SECONDS
+from lockstep_runtime.recovery.policy import REBUILD_REFILL_SECONDS
 from lockstep_runtime.wire import FaultRecord, GroupState, Injection, Moment, Phase
 
 STREAM_SECONDS: Final = 300.0

@@ -25,8 +25,8 @@ from lockstep_operator.memory import Rung as OperatorRung
 from lockstep_operator.metrics import Metrics as OperatorMetrics
 from lockstep_runtime import cli
 from lockstep_runtime.api.metrics import Metrics as EngineMetrics
-from lockstep_runtime.engine import deadline, recovery
 from lockstep_runtime.engine.interface import EngineStats
+from lockstep_runtime.recovery import policy, watchdog
 from lockstep_runtime.wire import Fault, Injection
 from lockstep_runtime.worker import scrub
 
@@ -223,16 +223,16 @@ def test_every_fault_on_purpose_is_explained() -> None:
 
 def test_every_fault_and_rung_has_its_place() -> None:
     rows = set(re.findall(r"^\| `([A-Za-z]+)` \|", RECOVERY, re.MULTILINE))
-    assert {str(fault) for fault in Fault} | {str(rung) for rung in (*recovery.Rung, *OperatorRung)} <= rows
+    assert {str(fault) for fault in Fault} | {str(rung) for rung in (*policy.Rung, *OperatorRung)} <= rows
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        f"| {recovery.REBUILDS}, one comes back in {recovery.REBUILD_REFILL_SECONDS:g} s",
-        f"| {recovery.RESPAWNS}, one comes back in {recovery.RESPAWN_REFILL_SECONDS:g} s",
-        f"at most {deadline.CEILING_SECONDS:g} s",
-        f"gets {deadline.WARMING_SECONDS:g} s at least",
+        f"| {policy.REBUILDS}, one comes back in {policy.REBUILD_REFILL_SECONDS:g} s",
+        f"| {policy.RESPAWNS}, one comes back in {policy.RESPAWN_REFILL_SECONDS:g} s",
+        f"at most {watchdog.CEILING_SECONDS:g} s",
+        f"gets {watchdog.WARMING_SECONDS:g} s at least",
         f"once round in {scrub.INTERVAL_SECONDS:g} s",
         f"| `budget.attempts` | {spec.DEFAULT_ATTEMPTS} |",
         f"| `budget.window` | {spec.DEFAULT_WINDOW / 3600:g}h |",

@@ -17,7 +17,7 @@ from lockstep_operator.spec import Recovery, parse
 from lockstep_runtime import wire
 from lockstep_runtime.cli import build_parser, config_from
 from lockstep_runtime.config import API_KEY_FILE_VARIABLE, TOKEN_VARIABLE, EngineLimits, ServeConfig, Watchdog
-from lockstep_runtime.engine.deadline import CEILING_SECONDS
+from lockstep_runtime.recovery.watchdog import CEILING_SECONDS
 
 SETTINGS = Settings(runtime_image="registry.example/runtime:1", operator_namespace="lockstep-system")
 HUB = {"huggingFace": {"repo": "Qwen/Qwen3-8B"}}

@@ -14,8 +14,8 @@ from tests.support.live_engine import LiveEngine, live_engine
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import Watchdog
-from lockstep_runtime.engine import engine as engine_module
 from lockstep_runtime.engine.interface import EngineBusyError, GenerationFailedError
+from lockstep_runtime.recovery import timing
 from lockstep_runtime.wire import Fault, FaultRecord, GroupState
 
 HASTY = Watchdog(step_timeout=0.3)
@@ -148,7 +148,7 @@ async def test_a_process_that_is_stopped_before_it_has_connected_is_killed_all_t
     async with live_engine() as live:
         await live.until(lambda: 1 in live.links and live.links[1].connected, "the pod is connected")
         await live.ranks[1].die()
-        await live.until(lambda: live.engine.group.gathering, "the loss is noticed")
+        await live.until(lambda: live.engine.group.coordinator.is_apart, "the loss is noticed")
         live.links[1].send(wire.ProcessStopped(rank=1, pid=1002, incarnation="unheard of", signal=19))
         await live.until(lambda: live.kills() == [(1, False)], "it is to be killed")
         [kill] = [one for one in live.told if isinstance(one, wire.KillWorker)]
@@ -229,8 +229,8 @@ def always_fails(self: FakeRank, step: wire.Step) -> wire.StepFailed:
 
 
 async def test_a_group_that_can_not_heal_itself_says_so_and_tries_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "RETRY_SECONDS", (0.0,))
-    monkeypatch.setattr(engine_module, "POISONED_SECONDS", (0.5, 1.0))
+    monkeypatch.setattr(timing, "RETRY_SECONDS", (0.0,))
+    monkeypatch.setattr(timing, "POISONED_SECONDS", (0.5, 1.0))
     async with live_engine() as live:
         running = asyncio.create_task(live.generate(PROMPT, ANSWER))
         live.ranks[1].misdeed = always_fails
@@ -247,7 +247,7 @@ async def test_a_group_that_can_not_heal_itself_says_so_and_tries_again_later(mo
 
 
 async def test_a_new_pod_is_reason_enough_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "RETRY_SECONDS", (0.0,))
+    monkeypatch.setattr(timing, "RETRY_SECONDS", (0.0,))
     async with live_engine() as live:
         running = asyncio.create_task(live.generate(PROMPT, ANSWER))
         live.ranks[1].misdeed = always_fails

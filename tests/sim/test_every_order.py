@@ -1,4 +1,4 @@
-"""Every order of events, six deep, for up to three ranks: the supervisor's machine and the engine's ladder.
+"""Every order of events, six deep, for up to three ranks: the supervisor's machine and the engine's policy.
 
 States that were reached before are not followed again, so the orders are all of them and yet few.
 """
@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from lockstep_runtime.engine.recovery import REBUILDS, RESPAWNS, Evidence, Ladder, Rung
+from lockstep_runtime.recovery.diagnosis import Evidence
+from lockstep_runtime.recovery.policy import REBUILDS, RESPAWNS, RecoveryPolicy, Rung
 from lockstep_runtime.supervisor.machine import (
     ENGINE,
     SPARE,
@@ -170,18 +171,18 @@ def assert_it_ends(pod: Pod) -> None:
 
 FAULTS = [
     *(Evidence(fault, rank, "words") for fault in Fault for rank in (0, None)),
-    Evidence(Fault.HANG, 0, "words", laggards=(0,)),
+    Evidence(Fault.HANG, 0, "words", stragglers=(0,)),
 ]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_the_ladder_never_overdraws_and_gives_up_only_when_the_last_rung_is_spent(ranks: int) -> None:
     seen: set[tuple[float, float, bool]] = set()
-    level = [Ladder(ranks, "Ladder")]
+    level = [RecoveryPolicy(ranks, "Ladder")]
     for spent in range(RESPAWNS):  # also from nearly spent budgets
-        ladder = Ladder(ranks, "Ladder")
-        ladder.respawns.left, ladder.rebuilds.left = float(spent), float(spent % (REBUILDS + 1))
-        level.append(ladder)
+        policy = RecoveryPolicy(ranks, "Ladder")
+        policy.respawns.left, policy.rebuilds.left = float(spent), float(spent % (REBUILDS + 1))
+        level.append(policy)
     for _ in range(DEPTH):
         following = []
         for before in level:
@@ -194,7 +195,7 @@ def test_the_ladder_never_overdraws_and_gives_up_only_when_the_last_rung_is_spen
     assert len(seen) > 30
 
 
-def _next(before: Ladder, ranks: int) -> Iterable[Ladder]:
+def _next(before: RecoveryPolicy, ranks: int) -> Iterable[RecoveryPolicy]:
     for cause in FAULTS:
         for by_request in (False, True):
             after = copy.deepcopy(before)
@@ -211,5 +212,5 @@ def _next(before: Ladder, ranks: int) -> Iterable[Ladder]:
             yield after
     for seconds, steps in ((0.0, True), (2.0, False), (1000.0, True)):
         after = copy.deepcopy(before)
-        after.rest(seconds, steps=steps)
+        after.credit_healthy_time(seconds, steps=steps)
         yield after

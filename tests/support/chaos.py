@@ -14,8 +14,8 @@ from tests.support.serve import Served, is_running, served
 from tests.support.stream import Answer, Stream, answers, start
 
 from lockstep_runtime import wire
-from lockstep_runtime.engine.recovery import RESPAWNS
 from lockstep_runtime.owned_files import FOLDER_VARIABLE, SHARED_MEMORY, owner_of
+from lockstep_runtime.recovery.policy import RESPAWNS
 from lockstep_runtime.wire import Fault, GroupState, Injection, Moment, Phase
 
 MAX_TOKENS: Final = 160  # so many that a fault meets the stream while it runs, however fast the machine

@@ -19,7 +19,7 @@ import msgspec
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.engine.probe import SEQUENCE
+from lockstep_runtime.recovery.self_test import SEQUENCE
 from lockstep_runtime.transport import Framer, encode
 
 VOCABULARY = 50_000
@@ -90,6 +90,7 @@ class FakeRank:
     incarnation: str = field(default_factory=lambda: secrets.token_hex(4))
     epoch: int = 0
     deaf: bool = False  # to Abort too: like a process that is stopped
+    watched: int = 0  # tensors whose checksums are known, and right
     load_error: str = ""
     load_failure: wire.LoadFailure = wire.LoadFailure.TRANSIENT
     steps: int = 0
@@ -178,6 +179,8 @@ class FakeRank:
                 self.send(wire.Joined(epoch=message.epoch, seconds=0.0))
             case wire.AllocateCache():
                 self.send(self.allocate(message))
+            case wire.Scrub():
+                self.send(wire.Scrubbed(epoch=message.epoch, tensors=self.watched))
             case wire.Step():
                 self._step(message)
             case _:

@@ -13,10 +13,10 @@ from tests.support.ports import free_port
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import EngineLimits, ServeConfig, Watchdog
-from lockstep_runtime.engine.bus import Bus
 from lockstep_runtime.engine.engine import Engine
 from lockstep_runtime.engine.interface import GenerationRequest
 from lockstep_runtime.host.addresses import listen
+from lockstep_runtime.recovery.bus import Bus
 from lockstep_runtime.supervisor.link import Link
 
 DEADLINE = 20.0

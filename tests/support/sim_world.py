@@ -14,9 +14,10 @@ from tests.support.fake_ranks import BLOCK_SIZE, FakeRank, ToyMemory, continuati
 from lockstep_runtime import wire
 from lockstep_runtime.config import EngineLimits, ServeConfig, Watchdog
 from lockstep_runtime.engine.engine import Engine
-from lockstep_runtime.engine.inquiry import GroupFaultError
 from lockstep_runtime.engine.interface import EngineBusyError, GenerationFailedError, GenerationRequest
-from lockstep_runtime.engine.recovery import REBUILDS, RESPAWNS, Recovery
+from lockstep_runtime.recovery.actions import Action, ReportFault
+from lockstep_runtime.recovery.driver import GroupDriver
+from lockstep_runtime.recovery.policy import REBUILDS, RESPAWNS
 from lockstep_runtime.supervisor.machine import backoff
 from lockstep_runtime.wire import Fault
 
@@ -226,12 +227,18 @@ class SimRank:
                 if self.joined != -2:  # -2: its main thread hangs
                     self.joined = -1
                     self._say(wire.Aborted(epoch=message.epoch, seconds=0.0), 0.001)
-            case wire.Rendezvous() | wire.Join() | wire.AllocateCache() | wire.Step() if self.joined == -2:
+            case wire.Rendezvous() | wire.Join() | wire.AllocateCache() | wire.Step() | wire.Scrub() if (
+                self.joined == -2
+            ):
                 pass
             case wire.Rendezvous() if message.epoch >= self.fence:
                 self._say(wire.RendezvousOpened(epoch=message.epoch, address="shm:///nowhere"), 0.001)
             case wire.Join() if message.epoch >= self.fence:
                 self._join(message)
+            case wire.Scrub() if message.epoch >= self.fence and self.corrupt:
+                self._fail(message.epoch, -1, Fault.CORRUPTION, "the weights are no longer what was loaded")
+            case wire.Scrub() if message.epoch >= self.fence:
+                self._say(wire.Scrubbed(epoch=message.epoch, tensors=3), 0.05)
             case wire.AllocateCache() if message.epoch >= self.fence:
                 self._say(self.toy.allocate(message), 0.001)
             case wire.Step() if message.epoch >= self.fence:
@@ -313,18 +320,16 @@ class SimRank:
         return msgspec.structs.replace(self.toy.record(), incarnation=self.incarnation)
 
 
-class SpoiledEngine(Engine):
-    """Once it knows of a fault that computes garbage, nothing that the ranks have written may be read again."""
+class SpoilingDriver(GroupDriver):
+    """Once the group knows of a fault that computes garbage, nothing that the ranks have written may be read again."""
 
-    def __init__(self, world: World) -> None:
-        super().__init__(world.config)
-        self._world = world
+    world: World
 
-    def _suffer(self, fault: GroupFaultError) -> Recovery:
-        if any(one.fault in GARBAGE for one in fault.evidence):
-            for rank in self._world.ranks:
+    def _act(self, action: Action) -> None:
+        if isinstance(action, ReportFault) and any(one.fault in GARBAGE for one in action.evidence):
+            for rank in self.world.ranks:
                 rank.memory.spoil()
-        return super()._suffer(fault)
+        super()._act(action)
 
 
 @dataclass
@@ -346,7 +351,9 @@ class World:
             model="toy", served_name="toy", tensor_parallel_size=self.size, watchdog=Watchdog(floor=1.0),
             limits=EngineLimits(max_batch_tokens=self.chance.choice([4, 16, 64])),
         )  # fmt: skip
-        self.engine = SpoiledEngine(self)
+        self.engine = Engine(self.config)
+        self.engine.group.__class__ = SpoilingDriver
+        self.engine.group.world = self  # type: ignore[attr-defined] # it is one
         self.engine.set_model(None)
         self._joining: dict[int, dict[int, SimRank]] = {}
 
@@ -453,9 +460,9 @@ class World:
             assert not tokens, "turned away after it had begun"
 
     def _check_budgets(self) -> None:
-        ladder = self.engine._ladder
-        assert 0 <= ladder.rebuilds.left <= REBUILDS
-        assert 0 <= ladder.respawns.left <= RESPAWNS
+        policy = self.engine.group.coordinator.policy
+        assert 0 <= policy.rebuilds.left <= REBUILDS
+        assert 0 <= policy.respawns.left <= RESPAWNS
 
     async def _rest(self) -> None:
         """After the faults have ended it serves, and nothing happens any more."""

@@ -12,7 +12,7 @@ from tests.support.fake_ranks import FakeRank, continuation
 from tests.support.live_engine import LiveEngine, live_engine
 
 from lockstep_runtime import wire
-from lockstep_runtime.engine import bus as bus_module
+from lockstep_runtime.recovery import bus as bus_module
 from lockstep_runtime.transport import FrameError, Framer, decode, encode
 
 

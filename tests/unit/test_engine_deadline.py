@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep_runtime.config import Watchdog
-from lockstep_runtime.engine.deadline import (
+from lockstep_runtime.recovery.watchdog import (
     CEILING_SECONDS,
     LATE_SECONDS,
     LOOK_SECONDS,
     WARMING_SECONDS,
     Deadline,
     DeadlineModel,
+    DeadlineTimer,
     Kind,
-    Patience,
     Work,
     extension,
     work_of,
@@ -148,7 +148,7 @@ def test_more_tokens_than_any_step_before_never_mean_less_time(
 
 
 def test_patience_runs_out_by_its_own_clock() -> None:
-    patience, now = Patience(1.0, 0.0), 0.0
+    patience, now = DeadlineTimer(1.0, 0.0), 0.0
     while not patience.is_over:
         now += patience.nap()
         patience.woke(now)
@@ -157,7 +157,7 @@ def test_patience_runs_out_by_its_own_clock() -> None:
 
 
 def test_time_in_which_the_engine_did_not_run_is_not_held_against_the_ranks() -> None:
-    patience, now = Patience(1.0, 0.0), 0.0
+    patience, now = DeadlineTimer(1.0, 0.0), 0.0
     for pause in (0.0, 30.0, 0.0, 5.0):
         now += patience.nap() + pause
         patience.woke(now)
@@ -168,7 +168,7 @@ def test_time_in_which_the_engine_did_not_run_is_not_held_against_the_ranks() ->
 
 @given(st.floats(0.05, 5.0), st.lists(st.floats(0.0, 2.0), min_size=1, max_size=100))
 def test_patience_never_counts_more_than_it_napped(seconds: float, pauses: list[float]) -> None:
-    patience, now, napped, naps = Patience(seconds, 0.0), 0.0, 0.0, 0
+    patience, now, napped, naps = DeadlineTimer(seconds, 0.0), 0.0, 0.0, 0
     for pause in pauses:
         nap = patience.nap()
         napped, naps = napped + nap, naps + 1
@@ -179,7 +179,7 @@ def test_patience_never_counts_more_than_it_napped(seconds: float, pauses: list[
 
 
 def test_a_rank_that_still_moves_is_slow_and_one_that_stands_still_hangs() -> None:
-    learned, patience = Deadline(2.0, 120.0, extends=True), Patience(2.0, 0.0)
+    learned, patience = Deadline(2.0, 120.0, extends=True), DeadlineTimer(2.0, 0.0)
     patience.waited = 2.0
     assert extension(learned, patience, moved_ago=0.25) == pytest.approx(0.75)
     assert extension(learned, patience, moved_ago=1.9) == 0.0
@@ -189,4 +189,4 @@ def test_a_rank_that_still_moves_is_slow_and_one_that_stands_still_hangs() -> No
     patience.waited = 120.0
     assert extension(learned, patience, moved_ago=0.0) == 0.0
     fixed = Deadline(2.0, 2.0, extends=False)
-    assert extension(fixed, Patience(2.0, 0.0), moved_ago=0.0) == 0.0
+    assert extension(fixed, DeadlineTimer(2.0, 0.0), moved_ago=0.0) == 0.0

@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from lockstep_runtime.engine.bounded import MESSAGE_CHARACTERS, bounded
-from lockstep_runtime.engine.faults import KEPT, FaultBook
-from lockstep_runtime.engine.latency import LatencyWindow
-from lockstep_runtime.engine.recovery import (
-    REBUILDS,
-    RESPAWNS,
-    Budget,
-    Evidence,
-    Ladder,
-    Rung,
-    cheapest,
-    compare,
-    diagnose,
-    points,
-    silent,
-)
-from lockstep_runtime.engine.suspect import Suspicion
+from lockstep_runtime.recovery.bounded import MESSAGE_CHARACTERS, bounded
+from lockstep_runtime.recovery.diagnosis import Evidence, compare, diagnose, no_answer
+from lockstep_runtime.recovery.fault_log import KEPT, FaultLog
+from lockstep_runtime.recovery.hang_attribution import HangReport
+from lockstep_runtime.recovery.latency import LatencyWindow
+from lockstep_runtime.recovery.policy import REBUILDS, RESPAWNS, Budget, RecoveryPolicy, Rung, blame_points, cheapest
 from lockstep_runtime.wire import Fault, Latency, StepDone
 
 LOST = Evidence(Fault.RANK_LOST, 1, "rank 1 was killed by SIGKILL")
-HEARD = Evidence(Fault.RANK_LOST, 0, "rank 0: the collective broke", hearsay=True)
+HEARD = Evidence(Fault.RANK_LOST, 0, "rank 0: the collective broke", secondary=True)
 HUNG = Evidence(Fault.HANG, None, "ranks 0,1: no StepDone")
 FAILED = Evidence(Fault.STEP_FAILED, 2, "rank 2: out of memory")
 
@@ -65,13 +54,15 @@ def test_equal_fingerprints_are_no_fault() -> None:
 
 
 def test_silence_is_told_with_who_holds_up_whom() -> None:
-    lagging = silent([0, 1, 2], "StepDone", 2.04, Suspicion((1,), "rank 1 stopped before layers.3.mlp.down_proj", 2.0))
+    lagging = no_answer(
+        [0, 1, 2], "StepDone", 2.04, HangReport((1,), "rank 1 stopped before layers.3.mlp.down_proj", 2.0)
+    )
     words = "ranks 0,1,2: no StepDone within 2.0 s; rank 1 stopped before layers.3.mlp.down_proj"
-    assert lagging == Evidence(Fault.HANG, 1, words, laggards=(1,), waited=2.04)
-    alike = silent([0, 2], "Joined", 1.5, Suspicion((), "none is behind", None))
-    assert (alike.rank, alike.laggards) == (None, ())
-    awaited = silent([0, 1], "StepDone", 2.0, Suspicion((), "rank 0 waits for rank 1", 2.0, awaited=(1,)))
-    assert (awaited.rank, awaited.laggards) == (1, ())  # an abort may get it out
+    assert lagging == Evidence(Fault.HANG, 1, words, stragglers=(1,), waited=2.04)
+    alike = no_answer([0, 2], "Joined", 1.5, HangReport((), "none is behind", None))
+    assert (alike.rank, alike.stragglers) == (None, ())
+    awaited = no_answer([0, 1], "StepDone", 2.0, HangReport((), "rank 0 waits for rank 1", 2.0, awaited=(1,)))
+    assert (awaited.rank, awaited.stragglers) == (1, ())  # an abort may get it out
 
 
 @pytest.mark.parametrize(
@@ -83,8 +74,8 @@ def test_silence_is_told_with_who_holds_up_whom() -> None:
         (Evidence(Fault.CORRUPTION, 0, "checksum"), Rung.RESPAWN, (0,)),
         (Evidence(Fault.CORRUPTION, None, "the probe differs"), Rung.RESPAWN, (0, 1, 2)),
         (HUNG, Rung.REBUILD, ()),
-        (Evidence(Fault.HANG, 1, "rank 1 stopped", laggards=(1,)), Rung.RESPAWN, (1,)),
-        (Evidence(Fault.HANG, None, "two stopped", laggards=(0, 2)), Rung.RESPAWN, (0, 2)),
+        (Evidence(Fault.HANG, 1, "rank 1 stopped", stragglers=(1,)), Rung.RESPAWN, (1,)),
+        (Evidence(Fault.HANG, None, "two stopped", stragglers=(0, 2)), Rung.RESPAWN, (0, 2)),
         (Evidence(Fault.DESYNC, None, "the ranks differ"), Rung.REBUILD, ()),
         (Evidence(Fault.NON_FINITE, 0, "NaN"), Rung.REBUILD, ()),
         (Evidence(Fault.RANK_LOST, None, "the collective broke"), Rung.REBUILD, ()),
@@ -94,91 +85,91 @@ def test_the_cheapest_rung_that_can_help(cause: Evidence, rung: Rung, kill: tupl
     decision = cheapest(cause, [cause], 3)
     assert (decision.rung, decision.kill) == (rung, kill)
     assert decision.reason
-    assert Ladder(3, "Ladder").decide(cause, [cause]) == decision
+    assert RecoveryPolicy(3, "Ladder").decide(cause, [cause]) == decision
 
 
 def test_a_budget_comes_back_with_healthy_time_and_never_exceeds_itself() -> None:
     budget = Budget(2, 10.0)
     assert [budget.take() for _ in range(3)] == [True, True, False]
-    budget.rest(9.0)
+    budget.credit(9.0)
     assert not budget.take()
-    budget.rest(1.0)
+    budget.credit(1.0)
     assert budget.take()
-    budget.rest(1000.0)
+    budget.credit(1000.0)
     assert budget.left == 2
     budget.give_back()
     assert budget.left == 2
-    budget.rest(-5.0)
+    budget.credit(-5.0)
     assert budget.left == 2
 
 
 def test_a_rebuild_that_did_not_help_is_not_tried_again() -> None:
-    ladder = Ladder(3, "Ladder")
-    assert ladder.decide(FAILED, [FAILED]).rung is Rung.REBUILD
-    ladder.rest(0.1, steps=False)
-    again = ladder.decide(FAILED, [FAILED])
+    policy = RecoveryPolicy(3, "Ladder")
+    assert policy.decide(FAILED, [FAILED]).rung is Rung.REBUILD
+    policy.credit_healthy_time(0.1, steps=False)
+    again = policy.decide(FAILED, [FAILED])
     assert (again.rung, again.kill) == (Rung.RESPAWN, (2,))
     assert again.reason == "StepFailed: a rebuild has just failed to help; the process of rank 2 must go"
-    assert ladder.decide(HUNG, [HUNG]).kill == (0, 1, 2)
+    assert policy.decide(HUNG, [HUNG]).kill == (0, 1, 2)
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(0.1, True), (60.0, False)])
 def test_a_rebuild_that_was_followed_by_steps_or_long_rest_has_helped(seconds: float, steps: bool) -> None:
-    ladder = Ladder(3, "Ladder")
-    ladder.decide(FAILED, [FAILED])
-    ladder.rest(seconds, steps=steps)
-    assert ladder.decide(FAILED, [FAILED]).rung is Rung.REBUILD
+    policy = RecoveryPolicy(3, "Ladder")
+    policy.decide(FAILED, [FAILED])
+    policy.credit_healthy_time(seconds, steps=steps)
+    assert policy.decide(FAILED, [FAILED]).rung is Rung.REBUILD
 
 
 def test_what_is_spent_leads_to_the_next_rung_and_past_the_last_to_poison() -> None:
-    ladder = Ladder(2, "Ladder")
+    policy = RecoveryPolicy(2, "Ladder")
     rungs = []
     for _ in range(REBUILDS + RESPAWNS + 1):
-        rungs.append(ladder.decide(FAILED, [FAILED]).rung)
-        ladder.rest(0.0, steps=True)
+        rungs.append(policy.decide(FAILED, [FAILED]).rung)
+        policy.credit_healthy_time(0.0, steps=True)
     assert rungs == [Rung.REBUILD] * REBUILDS + [Rung.RESPAWN] * RESPAWNS + [None]
-    last = ladder.decide(LOST, [LOST])
+    last = policy.decide(LOST, [LOST])
     assert last.rung is None
     assert last.reason == "10 respawns are used up, and rank 1 is gone; its supervisor starts it again"
-    assert not ladder.another_death()
-    ladder.rest(1000.0, steps=False)
-    assert ladder.decide(LOST, [LOST]).rung is Rung.RESPAWN
-    assert ladder.another_death()
+    assert not policy.charge_respawn()
+    policy.credit_healthy_time(1000.0, steps=False)
+    assert policy.decide(LOST, [LOST]).rung is Rung.RESPAWN
+    assert policy.charge_respawn()
 
 
 def test_a_request_that_is_the_cause_costs_the_group_no_budget() -> None:
-    ladder = Ladder(2, "Ladder")
+    policy = RecoveryPolicy(2, "Ladder")
     for _ in range(50):
-        assert ladder.decide(FAILED, [FAILED]).rung is Rung.REBUILD
-        assert ladder.decide(FAILED, [FAILED], by_request=True).rung is Rung.REBUILD
-        ladder.rest(0.0, steps=True)
-    assert ladder.rebuilds.left == REBUILDS
+        assert policy.decide(FAILED, [FAILED]).rung is Rung.REBUILD
+        assert policy.decide(FAILED, [FAILED], by_request=True).rung is Rung.REBUILD
+        policy.credit_healthy_time(0.0, steps=True)
+    assert policy.rebuilds.left == REBUILDS
 
 
 def test_recycle_pods_takes_no_rung() -> None:
-    decision = Ladder(2, "RecyclePods").decide(FAILED, [FAILED])
+    decision = RecoveryPolicy(2, "RecyclePods").decide(FAILED, [FAILED])
     assert (decision.rung, decision.kill) == (None, ())
     assert decision.reason == "StepFailed: the strategy is RecyclePods; the group waits for new pods"
 
 
 def test_a_lost_process_is_held_less_against_a_request_than_a_failed_step() -> None:
-    assert [points(one) for one in (LOST, FAILED, HUNG)] == [1, 2, 2]
-    assert points(Evidence(Fault.HANG, 1, "stopped by SIGSTOP", laggards=(1,), outside=True)) == 1
+    assert [blame_points(one) for one in (LOST, FAILED, HUNG)] == [1, 2, 2]
+    assert blame_points(Evidence(Fault.HANG, 1, "stopped by SIGSTOP", stragglers=(1,), outside=True)) == 1
 
 
 def test_ids_rise_and_the_newest_are_kept() -> None:
-    book = FaultBook([], 0)
+    book = FaultLog([], 0)
     for number in range(KEPT + 5):
         book.begin(LOST, "Respawn", at=float(number), epoch=number, detect=0.0)
         book.repaired({"rebuild": 0.1}, at=number + 0.5, resumed=0)
     ids = [record.id for record in book.records]
     assert ids == list(range(6, KEPT + 6))
     assert book.recoveries == KEPT + 5
-    assert FaultBook(book.records, 1).begin(LOST, "Respawn", at=0.0, epoch=0, detect=0.0).id == KEPT + 6
+    assert FaultLog(book.records, 1).begin(LOST, "Respawn", at=0.0, epoch=0, detect=0.0).id == KEPT + 6
 
 
 def test_the_same_fault_again_before_the_repair_is_one_record_and_another_is_a_second() -> None:
-    book = FaultBook([], 0)
+    book = FaultLog([], 0)
     for evidence in (LOST, LOST, FAILED):
         book.begin(evidence, "Respawn", at=1.0, epoch=1, detect=0.0)
     book.repaired({"rebuild": 0.1}, at=2.0, resumed=3)
@@ -190,7 +181,7 @@ def test_the_same_fault_again_before_the_repair_is_one_record_and_another_is_a_s
 
 
 def test_the_first_token_after_a_repair_is_timed_once() -> None:
-    book = FaultBook([], 0)
+    book = FaultLog([], 0)
     assert not book.token(0.5)
     book.begin(LOST, "Respawn", at=1.0, epoch=1, detect=0.25)
     book.repaired({"rebuild": 0.1}, at=2.0, resumed=3)
@@ -200,27 +191,27 @@ def test_the_first_token_after_a_repair_is_timed_once() -> None:
 
 
 def test_better_words_for_a_loss_and_the_name_of_a_hanging_rank() -> None:
-    book = FaultBook([], 0)
+    book = FaultLog([], 0)
     book.begin(LOST, "Respawn", at=1.0, epoch=1, detect=0.0)
-    book.explain(0, "another rank")
-    book.explain(1, "rank 1 ended with exit code 1")
+    book.refine(0, "another rank")
+    book.refine(1, "rank 1 ended with exit code 1")
     assert book.records[0].message == "rank 1 ended with exit code 1"
     book.begin(HUNG, "Rebuild", at=2.0, epoch=1, detect=2.0)
-    book.name(1, "rank 1 was killed", "Respawn")
+    book.set_cause(1, "rank 1 was killed", Rung.RESPAWN)
     assert (book.records[1].rank, book.records[1].rung) == (1, "Respawn")
 
 
 def test_the_end_of_a_later_process_does_not_rewrite_history() -> None:
-    book = FaultBook([], 0)
+    book = FaultLog([], 0)
     book.begin(LOST, "Respawn", at=1.0, epoch=1, detect=0.0)
-    book.explain(1, "rank 1 was killed by SIGSEGV")
+    book.refine(1, "rank 1 was killed by SIGSEGV")
     book.repaired({}, at=2.0, resumed=0)
-    book.explain(1, "rank 1 ended with exit code 1")  # which is heard of before its loss is recorded
+    book.refine(1, "rank 1 ended with exit code 1")  # which is heard of before its loss is recorded
     assert book.records[0].message == "rank 1 was killed by SIGSEGV"
 
 
 def test_a_dropped_request_is_a_record_that_is_closed_at_once() -> None:
-    book = FaultBook([], 0)
+    book = FaultLog([], 0)
     first = book.begin(LOST, "Respawn", at=1.0, epoch=1, detect=0.0)
     dropped = book.drop(FAILED, at=2.0, epoch=1)
     assert (dropped.id, dropped.rung, dropped.recovered_at) == (2, "Drop", 2.0)
@@ -231,7 +222,7 @@ def test_a_dropped_request_is_a_record_that_is_closed_at_once() -> None:
 
 
 def test_the_rung_that_is_told_is_the_one_that_was_needed() -> None:
-    book = FaultBook([], 0)
+    book = FaultLog([], 0)
     book.begin(LOST, "Respawn", at=1.0, epoch=1, detect=0.0)
     book.repaired({}, at=2.0, resumed=0, respawned=False)
     assert book.records[0].rung == "Rebuild"
@@ -249,17 +240,17 @@ def test_what_nothing_by_the_group_itself_can_mend_is_the_cause_and_poisons_at_o
     final = Evidence(Fault.RANK_LOST, 0, "rank 0 has been out of reach for 60 s", final=True)
     cause = diagnose([Evidence(Fault.CONTEXT_FAULT, 1, "illegal address"), LOST, final])
     assert (cause.rank, cause.final) == (0, True)
-    ladder = Ladder(3, "Ladder")
-    assert ladder.decide(cause, [cause]).rung is None
-    assert ladder.respawns.left == RESPAWNS
+    policy = RecoveryPolicy(3, "Ladder")
+    assert policy.decide(cause, [cause]).rung is None
+    assert policy.respawns.left == RESPAWNS
 
 
 def test_a_rank_that_is_killed_again_and_again_is_counted_and_not_repeated() -> None:
-    book = FaultBook([], 0)
+    book = FaultLog([], 0)
     book.begin(HUNG, "Rebuild", at=1.0, epoch=1, detect=2.0)
     for _ in range(12):
-        book.name(1, "rank 1 has read none of its weights for 15 s and was killed", "Respawn")
-    book.name(0, "rank 0 did not leave", "Respawn")
+        book.set_cause(1, "rank 1 has read none of its weights for 15 s and was killed", Rung.RESPAWN)
+    book.set_cause(0, "rank 0 did not leave", Rung.RESPAWN)
     [record] = book.records
     assert record.message == (
         "ranks 0,1: no StepDone; rank 1 has read none of its weights for 15 s and was killed (12 times); "
@@ -268,17 +259,17 @@ def test_a_rank_that_is_killed_again_and_again_is_counted_and_not_repeated() -> 
 
 
 def test_no_text_of_a_fault_grows_without_end() -> None:
-    book = FaultBook([], 0)
+    book = FaultLog([], 0)
     book.begin(Evidence(Fault.STEP_FAILED, 1, "x" * 1_000_000), "Rebuild", at=1.0, epoch=1, detect=0.0)
     for number in range(1000):
-        book.name(1, f"for the {number}th time", "Respawn")
-    book.accuse(Fault.STEP_FAILED, 1, "y" * 10_000)
+        book.set_cause(1, f"for the {number}th time", Rung.RESPAWN)
+    book.attribute(Fault.STEP_FAILED, 1, "y" * 10_000)
     [record] = book.records
     assert len(record.message) <= MESSAGE_CHARACTERS
     assert record.message.startswith("xxx")
     assert record.message.endswith("for the 999th time")
     book.begin(LOST, "Respawn", at=1.0, epoch=1, detect=0.0)
-    book.explain(1, "z" * 10_000)
+    book.refine(1, "z" * 10_000)
     assert len(book.records[-1].message) <= MESSAGE_CHARACTERS
 
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep_runtime.engine.probe import PROMPT, Memory, practice, probe
-from lockstep_runtime.engine.suspect import Suspicion, ranks_text, suspect
 from lockstep_runtime.layers.cache import BLOCK_SIZE
+from lockstep_runtime.recovery.hang_attribution import HangReport, attribute, ranks_text
+from lockstep_runtime.recovery.self_test import PROMPT, Baseline, probe, warmup_step
 from lockstep_runtime.wire import ProgressRecord
 
 
@@ -23,9 +23,9 @@ def record(
     )  # fmt: skip
 
 
-def judge(*records: ProgressRecord, silent: list[int] | None = None, size: int = 0) -> Suspicion:
+def judge(*records: ProgressRecord, silent: list[int] | None = None, size: int = 0) -> HangReport:
     ranks = [one.rank for one in records]
-    return suspect(records, epoch=4, step=9, silent=ranks if silent is None else silent, size=size or len(ranks))
+    return attribute(records, epoch=4, step=9, silent=ranks if silent is None else silent, size=size or len(ranks))
 
 
 def test_the_rank_that_never_entered_is_named_with_where_the_others_wait() -> None:
@@ -33,7 +33,7 @@ def test_the_rank_that_never_entered_is_named_with_where_the_others_wait() -> No
         record(0, 12, inside=True), record(1, 11, inside=False, age=3.2), record(2, 12, inside=True, age=3.1),
         record(3, 12, inside=True, age=3.0),
     )  # fmt: skip
-    assert found.laggards == (1,)
+    assert found.stragglers == (1,)
     assert found.sentence == "rank 1 stopped before layers.12.mlp.down_proj, ranks 0,2,3 waited 3.1 s"
     assert found.moved_ago == 3.0
 
@@ -49,13 +49,13 @@ def test_a_rank_that_gets_no_cpu_is_not_blamed_for_that_time_and_one_that_waits_
 
 def test_a_rank_that_stays_inside_while_the_others_are_through() -> None:
     found = judge(record(0, 6, inside=True), record(1, 5, inside=True))
-    assert found.laggards == (1,)
+    assert found.stragglers == (1,)
     assert found.sentence == "rank 1 stopped in layers.5.mlp.down_proj, rank 0 waited 3.1 s"
 
 
 def test_a_rank_that_never_began_the_step() -> None:
     found = judge(record(0, 30, inside=False, step=8, done=True), record(1, 1, inside=True))
-    assert found.laggards == (0,)
+    assert found.stragglers == (0,)
     assert found.sentence == "rank 0 stopped before it began, rank 1 waited 3.1 s"
 
 
@@ -66,34 +66,36 @@ def test_before_the_first_collective() -> None:
 
 def test_the_last_one_of_a_step_that_the_others_have_done() -> None:
     found = judge(record(1, 57, inside=False), silent=[1], size=3)
-    assert found.laggards == (1,)
+    assert found.stragglers == (1,)
     assert found.sentence == "rank 1 stopped after layers.57.mlp.down_proj, the other ranks are done"
 
 
 def test_several_that_hold_up_one() -> None:
     found = judge(record(0, 5, inside=False), record(1, 6, inside=True), record(2, 5, inside=False))
-    assert found.laggards == (0, 2)
+    assert found.stragglers == (0, 2)
     assert found.sentence == "ranks 0,2 stopped before layers.6.mlp.down_proj, rank 1 waited 3.1 s"
 
 
 def test_who_is_inside_like_all_others_and_is_waited_for_is_named() -> None:
-    found = judge(record(0, 5, inside=True, awaited=2), record(1, 5, inside=True, awaited=2), record(2, 5, inside=True))
-    assert (found.laggards, found.awaited) == ((), (2,))
+    found = judge(
+        record(0, 5, inside=True, awaited=2), record(1, 5, inside=True, waited_for=2), record(2, 5, inside=True)
+    )
+    assert (found.stragglers, found.awaited) == ((), (2,))
     assert found.sentence == "ranks 0,1,2 all stopped in layers.5.mlp.down_proj, the others wait for rank 2"
-    each_other = judge(record(0, 5, inside=True, awaited=1), record(1, 5, inside=True, awaited=0))
-    assert (each_other.laggards, each_other.awaited) == ((), ())
+    each_other = judge(record(0, 5, inside=True, awaited=1), record(1, 5, inside=True, waited_for=0))
+    assert (each_other.stragglers, each_other.awaited) == ((), ())
 
 
 def test_nobody_is_blamed_when_all_stand_alike_or_records_are_missing() -> None:
-    assert judge(record(0, 5, inside=True), record(1, 5, inside=True)).laggards == ()
+    assert judge(record(0, 5, inside=True), record(1, 5, inside=True)).stragglers == ()
     unknown = judge(record(0, 5, inside=True), silent=[0, 1], size=2)
-    assert (unknown.laggards, unknown.moved_ago) == ((), 3.14)
+    assert (unknown.stragglers, unknown.moved_ago) == ((), 3.14)
     assert unknown.sentence == "ranks 0,1 did not answer, and not all of their records can be read"
 
 
 def test_a_rank_alone_is_its_own_suspect() -> None:
     assert judge(record(0, 5, inside=False)).sentence == "rank 0 stopped after layers.5.mlp.down_proj"
-    assert judge(silent=[0], size=1) == Suspicion((0,), "rank 0 did not answer, and its record can't be read", None)
+    assert judge(silent=[0], size=1) == HangReport((0,), "rank 0 did not answer, and its record can't be read", None)
 
 
 def test_a_place_without_a_name_is_its_number() -> None:
@@ -107,10 +109,10 @@ def test_a_place_without_a_name_is_its_number() -> None:
 def test_whoever_is_blamed_is_behind_somebody_and_never_in_front(ranks: list[tuple[int, bool, bool]]) -> None:
     records = [record(rank, n, inside=inside and n > 0, done=done) for rank, (n, inside, done) in enumerate(ranks)]
     found = judge(*records)
-    assert set(found.laggards) <= set(range(len(ranks)))
-    assert len(found.laggards) < len(ranks) or len(ranks) == 1
+    assert set(found.stragglers) <= set(range(len(ranks)))
+    assert len(found.stragglers) < len(ranks) or len(ranks) == 1
     furthest = max(records, key=lambda one: (not one.in_step, one.collective, not one.inside))
-    assert len(ranks) == 1 or furthest.rank not in found.laggards
+    assert len(ranks) == 1 or furthest.rank not in found.stragglers
     assert found.sentence.startswith(("rank ", "ranks "))
 
 
@@ -119,22 +121,22 @@ def test_ranks_are_listed_as_people_do() -> None:
 
 
 def test_the_probe_is_a_decode_and_practice_a_prefill_step_in_the_same_block() -> None:
-    [decode], [prefill] = probe(99), practice(99)
+    [decode], [prefill] = probe(99), warmup_step(99)
     assert (prefill.tokens, prefill.position, prefill.blocks) == (PROMPT, 0, [99])
     assert (decode.position, len(decode.tokens), decode.blocks) == (len(PROMPT), 1, [99])
     assert 0 < decode.position < BLOCK_SIZE
 
 
 def test_fingerprints_are_compared_as_long_as_a_process_is_left_that_was_there() -> None:
-    memory = Memory()
-    assert memory.judge(2, ["a", "b"]) == ""
-    assert memory.judge(2, ["a", "c"]) == ""
-    wrong = memory.judge(3, ["d", "c"])
+    baseline = Baseline()
+    assert baseline.check(2, ["a", "b"]) == ""
+    assert baseline.check(2, ["a", "c"]) == ""
+    wrong = baseline.check(3, ["d", "c"])
     assert wrong.startswith("the probe's fingerprint is 0000000000000003, and was 0000000000000002 when")
-    assert memory.judge(3, ["d", "e"]) == ""  # all loaded anew: what they give is what was loaded
-    assert memory.judge(2, ["d", "f"]) != ""
+    assert baseline.check(3, ["d", "e"]) == ""  # all loaded anew: what they give is what was loaded
+    assert baseline.check(2, ["d", "f"]) != ""
 
 
 @pytest.mark.parametrize("fingerprint", [0, 7])
 def test_a_first_time_is_right_by_definition(fingerprint: int) -> None:
-    assert Memory().judge(fingerprint, ["a"]) == ""
+    assert Baseline().check(fingerprint, ["a"]) == ""

@@ -7,7 +7,7 @@ import time
 from tests.support.live_engine import LiveEngine, live_engine
 
 from lockstep_runtime import wire
-from lockstep_runtime.engine.group import exit_text
+from lockstep_runtime.recovery.exits import exit_text
 from lockstep_runtime.wire import PodProblem, PodProblemReason, PodReport
 
 OOM = "killed by the kernel: out of memory (limit 350 MiB, used 350 MiB)"

@@ -11,10 +11,10 @@ from tests.support.ranks import Ranks, piece
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import EngineLimits, ServeConfig
-from lockstep_runtime.engine.probe import probe
 from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheMemory, KVCache
 from lockstep_runtime.layers.weight import PlainWeight
 from lockstep_runtime.progress import Progress, new_memory
+from lockstep_runtime.recovery.self_test import probe
 from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.wire import SamplingParams
 from lockstep_runtime.worker.inject import FaultyGroup

@@ -16,11 +16,11 @@ from tests.support.ports import free_port
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.engine.bus import Bus, FromPeer, Peer
 from lockstep_runtime.host.addresses import listen
 from lockstep_runtime.parallel.errors import GroupAborted, GroupError, GroupStuckError
 from lockstep_runtime.parallel.watched import WatchedGroup
 from lockstep_runtime.progress import Progress, Stage, new_memory
+from lockstep_runtime.recovery.bus import Bus, FromPeer, Peer
 from lockstep_runtime.wire import Fault
 from lockstep_runtime.worker.classify import classify
 from lockstep_runtime.worker.control import Control, Dismissed

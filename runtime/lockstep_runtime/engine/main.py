@@ -24,10 +24,10 @@ from lockstep_runtime.config import (
     TOKEN_VARIABLE,
     ServeConfig,
 )
-from lockstep_runtime.engine.bus import Bus
 from lockstep_runtime.engine.engine import Engine
 from lockstep_runtime.host import descriptors
 from lockstep_runtime.host.addresses import listen
+from lockstep_runtime.recovery.bus import Bus
 from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.weights.files import read_object
 from lockstep_runtime.weights.model_config import max_length

@@ -1,64 +1,68 @@
-"""One member of the group: what the engine knows of a rank, and how the status shows it."""
+"""What the group knows of one rank, and how the status shows it. Pure: `now` is monotonic seconds.
+
+What is `…_due` is a time on that clock at which a wait for the rank is over; None: nothing is waited for.
+"""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import Final
 
 from lockstep_runtime import wire
-from lockstep_runtime.engine.bounded import bounded
-from lockstep_runtime.engine.bus import Peer
-from lockstep_runtime.engine.latency import LatencyWindow
+from lockstep_runtime.recovery.bounded import bounded
+from lockstep_runtime.recovery.latency import LatencyWindow
 from lockstep_runtime.wire import RankState
 
-RETIRED_KEPT: Final = 64
+REPLACED_KEPT: Final = 64
 
 
 @dataclass(slots=True)
-class Member:
-    """`idle_epoch`: loaded, in no communicator, and deaf to every epoch below this; -1 while it can't join."""
+class RankHandle:
+    """`hello`: of the process that is connected. `idle_epoch`: loaded, in no communicator, and deaf to every epoch
+    below this; -1 while it can't join."""
 
     rank: int
     pod_index: int
-    peer: Peer | None = None
+    hello: wire.Hello | None = None
     state: RankState = RankState.ABSENT
     loaded: wire.Loaded | None = None
     welcome_epoch: int = 0
     idle_epoch: int = -1
-    abort_sent_at: float | None = None  # on the monotonic clock, until answered
+    abort_sent_at: float | None = None  # until answered
     joined_epoch: int = 0
     respawns: int = 0
     last_step: int = -1
-    last_step_at: float | None = None
+    last_step_at: float | None = None  # unix seconds
     latency: LatencyWindow = field(default_factory=LatencyWindow)
     memory_bytes: int = 0
     load_done: int = 0
     load_total: int = 0
     message: str = ""
     last_incarnation: str = ""
-    retired: dict[str, None] = field(default_factory=dict)  # incarnations that were replaced, the newest ones
-    condemned: str = ""  # the incarnation that is being killed
+    past_incarnations: dict[str, None] = field(default_factory=dict)  # that were replaced, the newest ones
+    being_killed: str = ""  # an incarnation
+    killed_at: float = 0.0
     ended: str = ""  # the incarnation whose end is known
-    left_at: float | None = None  # on the monotonic clock: when its connection was lost
+    left_at: float | None = None  # when its connection was lost
     arrived_epoch: int = -1
-    heard_at: float = 0.0  # and when it last got further in loading
-    furthest: int = 0  # the most that a process of it has loaded while the group is formed, in bytes
-    furthest_at: float = 0.0  # on the monotonic clock: when that rose, or forming began
+    heard_at: float = 0.0  # when its process last got further in loading
+    furthest: int = 0  # the most that a process of it has loaded since the group waits for it, in bytes
+    furthest_at: float = 0.0  # when that rose, or the wait began
     load_failure: wire.LoadFailure | None = None  # of the last process, until one has loaded
     failed_at_bytes: int = 0  # where the last failed load had come
 
-    def arrive(self, peer: Peer, epoch: int) -> None:
+    # --- what happens to it
+
+    def arrive(self, hello: wire.Hello, epoch: int, now: float) -> None:
         """A process of this rank has connected: a new one, or one that lost its connection."""
-        incarnation = peer.hello.incarnation
-        if self.last_incarnation and incarnation != self.last_incarnation:
-            self._retire(self.last_incarnation)
+        if self.last_incarnation and hello.incarnation != self.last_incarnation:
+            self._replace(self.last_incarnation)
             self.respawns += 1
             self.latency = LatencyWindow()
             self.load_done = self.load_total = 0
-        self.last_incarnation = incarnation
-        self.peer = peer
-        self.left_at, self.heard_at = None, time.monotonic()
+        self.last_incarnation = hello.incarnation
+        self.hello = hello
+        self.left_at, self.heard_at = None, now
         if self.state is not RankState.FAILED:  # why the last one failed stays to be read until this one gets further
             self.state, self.message = RankState.STARTING, ""
         self.loaded = None
@@ -66,50 +70,31 @@ class Member:
         self.idle_epoch = -1
         self.abort_sent_at = None
 
-    def _retire(self, incarnation: str) -> None:
-        if len(self.retired) >= RETIRED_KEPT:
-            del self.retired[next(iter(self.retired))]
-        self.retired[incarnation] = None
+    def _replace(self, incarnation: str) -> None:
+        if len(self.past_incarnations) >= REPLACED_KEPT:
+            del self.past_incarnations[next(iter(self.past_incarnations))]
+        self.past_incarnations[incarnation] = None
 
-    def leave(self, message: str) -> None:
+    def leave(self, message: str, now: float) -> None:
         """Its connection is closed."""
-        self.peer = None
-        self.left_at = time.monotonic()
+        self.hello = None
+        self.left_at = now
         self.loaded = None
         self.idle_epoch = -1
         self.abort_sent_at = None
         if self.state is not RankState.FAILED:  # the words of a failed load stay until a process gets further
             self.state, self.message = RankState.ABSENT, message
 
-    def is_cut_off(self, now: float, seconds: float) -> bool:
-        """Its process lives, for all that is known, and has not come back for so long."""
-        unknown = self.last_incarnation not in (self.condemned, self.ended)
-        return self.peer is None and unknown and self.left_at is not None and now - self.left_at > seconds
-
-    def stands_still(self, now: float, seconds: float, *, again: bool) -> bool:
-        """It is loading and has got no further for so long. Before a first loading a download may take any time."""
-        states = (RankState.LOADING, RankState.STARTING) if again else (RankState.LOADING,)
-        loading = self.peer is not None and self.state in states
-        return loading and self.condemned != self.last_incarnation and now - self.heard_at > seconds
-
     def begin_forming(self, now: float) -> None:
         """From now on it is waited for."""
         self.furthest, self.furthest_at = 0, now
 
-    def absent_for(self, now: float, begun: float) -> float:
-        """Seconds without a connection since forming began."""
-        return now - max(begun, self.left_at or begun) if self.peer is None else 0.0
-
-    def stuck_for(self, now: float) -> float:
-        """Seconds in which no process of it has come further than one did before; 0 once it is loaded."""
-        return 0.0 if self.loaded is not None else now - self.furthest_at
-
-    def set_progress(self, progress: wire.LoadProgress) -> None:
+    def set_progress(self, progress: wire.LoadProgress, now: float) -> None:
         moved = max(progress.bytes_done, progress.bytes_moved)
         if progress.bytes_done != self.load_done or moved > self.furthest:
-            self.heard_at = time.monotonic()
+            self.heard_at = now
         if moved > self.furthest:
-            self.furthest, self.furthest_at = moved, time.monotonic()
+            self.furthest, self.furthest_at = moved, now
         self.load_done, self.load_total = progress.bytes_done, progress.bytes_total
         if self.state is not RankState.FAILED or progress.bytes_done > self.failed_at_bytes:
             self.message = ""
@@ -131,6 +116,12 @@ class Member:
         self.load_done = self.load_total = loaded.weight_bytes
         self.idle_epoch = self.welcome_epoch
 
+    def set_killed(self, incarnation: str, now: float) -> None:
+        """Its supervisor was told to; whatever this process says from now on, it is not waited for."""
+        self.being_killed, self.killed_at = incarnation, now
+        if incarnation == self.last_incarnation:
+            self.loaded, self.idle_epoch, self.abort_sent_at = None, -1, None
+
     def set_aborted(self, epoch: int) -> None:
         self.abort_sent_at = None
         if self.loaded is not None:
@@ -138,11 +129,41 @@ class Member:
             self.state = RankState.LOADED
 
     def stepped(self, answer: wire.StepDone, at: float) -> None:
+        """`at`: unix seconds."""
         self.last_step, self.last_step_at = answer.step, at
         self.latency.add(answer.seconds)
 
+    # --- until when it is waited for
+
+    def abort_due(self, seconds: float) -> float | None:
+        """It was to leave its collective."""
+        return None if self.abort_sent_at is None else self.abort_sent_at + seconds
+
+    def reconnect_due(self, seconds: float) -> float | None:
+        """Its process lives, for all that is known, and has lost its connection."""
+        unknown = self.last_incarnation not in (self.being_killed, self.ended)
+        return self.left_at + seconds if self.hello is None and unknown and self.left_at is not None else None
+
+    def death_due(self, seconds: float) -> float | None:
+        """It was killed, and its connection is still there."""
+        dying = self.hello is not None and self.being_killed == self.last_incarnation
+        return self.killed_at + seconds if dying else None
+
+    def stall_due(self, seconds: float) -> float | None:
+        """Its process loads and gets no further."""
+        loading = self.hello is not None and self.state in (RankState.STARTING, RankState.LOADING)
+        return self.heard_at + seconds if loading and self.being_killed != self.last_incarnation else None
+
+    def absent_due(self, seconds: float, begun: float) -> float | None:
+        """It is out of reach. `begun`: since when the group waits."""
+        return max(begun, self.left_at or begun) + seconds if self.hello is None else None
+
+    def stuck_due(self, seconds: float) -> float | None:
+        """No process of it has come further than one did before."""
+        return self.furthest_at + seconds if self.loaded is None else None
+
     def status(self) -> wire.RankStatus:
-        hello = self.peer.hello if self.peer is not None else None
+        hello = self.hello
         return wire.RankStatus(
             rank=self.rank,
             pod_index=self.pod_index,

@@ -17,39 +17,41 @@ _AFTER: _Place = (2, 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Suspicion:
-    """`laggards` hold up the others; none where all wait alike. `awaited` have entered the collective like the others,
-    who say that their part has not come.
+class HangReport:
+    """`stragglers` hold up the others; none where all wait alike. `awaited` have entered the collective like the
+    others, who say that their part has not come.
 
     `moved_ago`: seconds since any rank got further. Those in which the ones that are waited for were ready to run and
     got no CPU don't count.
     """
 
-    laggards: tuple[int, ...]
+    stragglers: tuple[int, ...]
     sentence: str
     moved_ago: float | None
     awaited: tuple[int, ...] = ()
 
 
-def suspect(records: Sequence[ProgressRecord], *, epoch: int, step: int, silent: Sequence[int], size: int) -> Suspicion:
+def attribute(
+    records: Sequence[ProgressRecord], *, epoch: int, step: int, silent: Sequence[int], size: int
+) -> HangReport:
     """`silent`: the ranks of `size` that have not answered this step; the others are done with it."""
     known = {record.rank: record for record in records if record.rank in silent}
     places = {rank: _place(record, epoch, step) for rank, record in known.items()}
     last = min(places.values(), default=_AFTER)
-    laggards = tuple(sorted(rank for rank, place in places.items() if place == last))
-    moved = min((_age(record, laggards) for record in known.values()), default=None)
+    stragglers = tuple(sorted(rank for rank, place in places.items() if place == last))
+    moved = min((_age(record, stragglers) for record in known.values()), default=None)
     if len(silent) == 1:
-        return Suspicion((silent[0],), _alone(silent[0], known, places, size), moved)
+        return HangReport((silent[0],), _alone(silent[0], known, places, size), moved)
     if len(known) < len(silent):
-        return Suspicion((), f"{ranks_text(silent)} did not answer, and not all of their records can be read", moved)
-    if len(laggards) == size:
-        where = _where(known[laggards[0]], last)
+        return HangReport((), f"{ranks_text(silent)} did not answer, and not all of their records can be read", moved)
+    if len(stragglers) == size:
+        where = _where(known[stragglers[0]], last)
         idle = {record.rank for record in known.values() if record.awaited is None}
         awaited = tuple(sorted(idle & {record.awaited for record in known.values()}))
         what = f"the others wait for {ranks_text(awaited)}" if awaited else "none behind the others"
-        return Suspicion((), f"{ranks_text(laggards)} all stopped {where}, {what}", moved, awaited)
-    waiting = sorted(places.keys() - set(laggards))
-    return Suspicion(laggards, _sentence(laggards, waiting, known, places), moved)
+        return HangReport((), f"{ranks_text(stragglers)} all stopped {where}, {what}", moved, awaited)
+    waiting = sorted(places.keys() - set(stragglers))
+    return HangReport(stragglers, _sentence(stragglers, waiting, known, places), moved)
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
@@ -57,9 +59,9 @@ def ranks_text(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {','.join(map(str, ranks))}"
 
 
-def _age(record: ProgressRecord, laggards: Sequence[int]) -> float:
+def _age(record: ProgressRecord, stragglers: Sequence[int]) -> float:
     """One that waits for others is woken again and again, and waits for a CPU too: that is no excuse for them."""
-    return record.age - (record.starved if record.rank in laggards else 0.0)
+    return record.age - (record.starved if record.rank in stragglers else 0.0)
 
 
 def _place(record: ProgressRecord, epoch: int, step: int) -> _Place:
@@ -69,9 +71,9 @@ def _place(record: ProgressRecord, epoch: int, step: int) -> _Place:
 
 
 def _sentence(
-    laggards: Sequence[int], waiting: Sequence[int], known: Mapping[int, ProgressRecord], places: Mapping[int, _Place]
+    stragglers: Sequence[int], waiting: Sequence[int], known: Mapping[int, ProgressRecord], places: Mapping[int, _Place]
 ) -> str:
-    first = laggards[0]
+    first = stragglers[0]
     next_collective = (places[first][1] + 1) // 2 + 1
     ahead = [known[rank] for rank in waiting if places[rank][0] == 1 and known[rank].collective == next_collective]
     if places[first][0] == 1 and places[first][1] % 2 == 0 and ahead:
@@ -79,9 +81,9 @@ def _sentence(
     else:
         where = _where(known[first], places[first])
     if not waiting:
-        return f"{ranks_text(laggards)} stopped {where}, the other ranks are done"
+        return f"{ranks_text(stragglers)} stopped {where}, the other ranks are done"
     waited = max(known[rank].age for rank in waiting)
-    return f"{ranks_text(laggards)} stopped {where}, {ranks_text(waiting)} waited {waited:.1f} s"
+    return f"{ranks_text(stragglers)} stopped {where}, {ranks_text(waiting)} waited {waited:.1f} s"
 
 
 def _alone(rank: int, known: Mapping[int, ProgressRecord], places: Mapping[int, _Place], size: int) -> str:

@@ -6,7 +6,7 @@ shorter one lets it sink slowly. A size that was not seen yet is measured by the
 much more work it is; both measures of size are at most linear in time. When steps take longer than expected, every
 expectation is stretched for a while: a machine that is busy now is busy for the next size, too.
 
-The engine's own delays are none of a rank's doing: `Patience` counts only the time in which the engine got to run.
+The engine's own delays are none of a rank's doing: `DeadlineTimer` counts only the time in which the engine got to run.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _nearest(size: _Size, others: Iterable[_Size]) -> _Size:
     return min(others, key=lambda other: (abs(other[0] - size[0]) + abs(other[1] - size[1]), other))
 
 
-class Patience:
+class DeadlineTimer:
     """How much of a deadline is left. Take naps of `nap()` seconds, and tell `woke` what the clock says after each."""
 
     def __init__(self, seconds: float, now: float) -> None:
@@ -159,7 +159,7 @@ class Patience:
         self.allowed += seconds
 
 
-def extension(deadline: Deadline, patience: Patience, moved_ago: float | None) -> float:
+def extension(deadline: Deadline, patience: DeadlineTimer, moved_ago: float | None) -> float:
     """Seconds more for a step whose deadline is over; 0: it hangs. `moved_ago`: since any rank last got further."""
     still = deadline.seconds * STILL
     if not deadline.extends or moved_ago is None or moved_ago >= still:

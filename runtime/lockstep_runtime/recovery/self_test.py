@@ -27,24 +27,27 @@ def probe(block: int) -> list[SequenceSlice]:
     return [SequenceSlice(sequence_id=SEQUENCE, position=len(PROMPT), tokens=[4], blocks=[block])]
 
 
-def practice(block: int) -> list[SequenceSlice]:
+def warmup_step(block: int) -> list[SequenceSlice]:
     """A prefill step over it."""
     return [SequenceSlice(sequence_id=SEQUENCE, position=0, tokens=PROMPT, blocks=[block], sample=GREEDY)]
 
 
-class Memory:
+class Baseline:
     """What the probe gave when the model was first loaded, and which processes were there."""
 
     def __init__(self) -> None:
         self._fingerprint = 0
-        self._witnesses: set[str] = set()
+        self._reference_processes: set[str] = set()
 
-    def judge(self, fingerprint: int, incarnations: Iterable[str]) -> str:
+    def check(self, fingerprint: int, incarnations: Iterable[str]) -> str:
         """What is wrong, or nothing: then it is remembered, with the processes that gave it."""
         now = set(incarnations)
-        if self._witnesses & now and fingerprint != self._fingerprint:
+        if self._reference_processes & now and fingerprint != self._fingerprint:
             was, found = f"{self._fingerprint:016x}", f"{fingerprint:016x}"
             return f"the probe's fingerprint is {found}, and was {was} when the model was loaded"
-        self._fingerprint = fingerprint
-        self._witnesses = now
+        self.accept(fingerprint, now)
         return ""
+
+    def accept(self, fingerprint: int, incarnations: Iterable[str]) -> None:
+        """From now on this is right, by whatever it was proved."""
+        self._fingerprint, self._reference_processes = fingerprint, set(incarnations)

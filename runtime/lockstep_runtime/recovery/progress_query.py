@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Final
 
 from lockstep_runtime import wire
-from lockstep_runtime.engine.bus import Peer
+from lockstep_runtime.recovery.bus import Peer
 
 LOOK_SECONDS: Final = 0.4  # a supervisor that is out of reach has nothing to say
 
 
-class Look:
+class ProgressQuery:
     """`supervisors` by pod, as they are connected at any time."""
 
     def __init__(self, supervisors: Mapping[int, Peer]) -> None:
@@ -21,7 +21,7 @@ class Look:
         self._reports: dict[int, list[wire.ProgressRecord]] = {}
         self._came = asyncio.Event()
 
-    async def at_everyone(self) -> list[wire.ProgressRecord]:
+    async def fetch(self) -> list[wire.ProgressRecord]:
         """The records of all ranks whose supervisors answer in time."""
         self._asked += 1
         self._reports = {}

@@ -1,4 +1,4 @@
-"""What a fault is, who is to blame, and what to do about it. Pure: evidence in, a decision with its reason out.
+"""What to do about a fault. Pure: evidence in, a decision with its reason out.
 
 The ladder: Drop one request, Rebuild the communicator with every process kept, Respawn the processes that can't be used
 further. The cheapest rung that can help against the fault comes first. One that has just been tried without a step done
@@ -8,14 +8,14 @@ since has failed, and one whose budget is spent is skipped: the next is taken. A
 from __future__ import annotations
 
 import enum
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from lockstep_runtime.config import Strategy
-from lockstep_runtime.engine.suspect import Suspicion, ranks_text
-from lockstep_runtime.wire import Fault, StepDone
+from lockstep_runtime.recovery.diagnosis import Evidence
+from lockstep_runtime.recovery.hang_attribution import ranks_text
+from lockstep_runtime.wire import Fault
 
 REBUILDS: Final = 5
 REBUILD_REFILL_SECONDS: Final = 5.0  # of healthy time
@@ -33,25 +33,6 @@ class Rung(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
-    """What one rank said, or did not say.
-
-    `hearsay`: the rank only noticed that another one is gone. `laggards`: ranks that hold up the others and answer
-    nothing. `outside`: no request's doing. `waited`: seconds from the start to the notice, where that is known.
-    `final`: nothing that the group can do by itself helps.
-    """
-
-    fault: Fault
-    rank: int | None
-    message: str
-    hearsay: bool = False
-    laggards: tuple[int, ...] = ()
-    outside: bool = False
-    waited: float = 0.0
-    final: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Recovery:
     """The decision: `kill` are ranks whose process can't be used further. No rung: the group is poisoned."""
 
@@ -60,53 +41,9 @@ class Recovery:
     reason: str
 
 
-_WEIGHT: Final = {
-    Fault.RANK_LOST: 5,
-    Fault.CONTEXT_FAULT: 4,
-    Fault.CORRUPTION: 3,
-    Fault.NON_FINITE: 3,
-    Fault.STEP_FAILED: 2,
-    Fault.DESYNC: 2,
-    Fault.HANG: 1,
-}
 _PROCESS_UNUSABLE: Final = frozenset({Fault.CONTEXT_FAULT, Fault.CORRUPTION})
 _NOT_BY_A_STEP: Final = frozenset({Fault.RANK_LOST, Fault.CORRUPTION})
 _GARBAGE: Final = frozenset({Fault.CONTEXT_FAULT, Fault.CORRUPTION})
-
-
-def diagnose(evidence: Sequence[Evidence]) -> Evidence:
-    """The cause among all that is known: what a rank says of itself before what it says of others, the gravest first.
-
-    The messages of every rank that failed by itself are joined: one may explain the other.
-    """
-    own = [one for one in evidence if not one.hearsay]
-    if not own:
-        first = evidence[0]
-        return Evidence(first.fault, None, first.message)
-    cause = max(own, key=lambda one: (one.final, _WEIGHT[one.fault]))  # the first of the gravest
-    others = [one.message for one in own if one is not cause and one.message not in cause.message]
-    return replace(cause, message="; ".join([cause.message, *others]))
-
-
-def silent(missing: Sequence[int], what: str, waited: float, suspicion: Suspicion) -> Evidence:
-    """The evidence of an answer that did not come in time."""
-    laggards = suspicion.laggards
-    message = f"{ranks_text(missing)}: no {what} within {waited:.1f} s; {suspicion.sentence}"
-    named = laggards or suspicion.awaited
-    rank = named[0] if len(named) == 1 else None
-    return Evidence(Fault.HANG, rank, message, laggards=laggards, waited=waited)
-
-
-def compare(answers: Mapping[int, StepDone]) -> Evidence | None:
-    """Whether all ranks computed the same; the odd one is named where a majority shows it."""
-    prints = {rank: answer.fingerprint for rank, answer in answers.items()}
-    counts = Counter(prints.values()).most_common()
-    if len(counts) == 1:
-        return None
-    values = ", ".join(f"rank {rank}: {value:016x}" for rank, value in sorted(prints.items()))
-    odd = [rank for rank, value in prints.items() if value != counts[0][0]]
-    known = len(odd) == 1 and len(prints) > 2
-    return Evidence(Fault.DESYNC, odd[0] if known else None, f"the ranks' hidden states differ ({values})")
 
 
 def cheapest(cause: Evidence, evidence: Sequence[Evidence], ranks: int) -> Recovery:
@@ -117,8 +54,10 @@ def cheapest(cause: Evidence, evidence: Sequence[Evidence], ranks: int) -> Recov
         found = sorted({one.rank for one in evidence if one.fault is cause.fault and one.rank is not None})
         kill = tuple(found or range(ranks))
         return Recovery(Rung.RESPAWN, kill, f"{cause.fault}: {_whose(kill)} can't be used further")
-    if cause.laggards:
-        return Recovery(Rung.RESPAWN, cause.laggards, f"{cause.fault}: {_whose(cause.laggards)} holds up the others")
+    if cause.stragglers:
+        return Recovery(
+            Rung.RESPAWN, cause.stragglers, f"{cause.fault}: {_whose(cause.stragglers)} holds up the others"
+        )
     if cause.fault is Fault.HANG:
         return Recovery(Rung.REBUILD, (), "Hang: every rank is aborted; one that does not answer that either is killed")
     return Recovery(Rung.REBUILD, (), f"{cause.fault}: every process lives; a new communicator is made")
@@ -139,7 +78,7 @@ class Budget:
     def __post_init__(self) -> None:
         self.left = self.attempts
 
-    def rest(self, seconds: float) -> None:
+    def credit(self, seconds: float) -> None:
         self.left = min(float(self.attempts), self.left + max(0.0, seconds) / self.refill_seconds)
 
     def take(self) -> bool:
@@ -153,8 +92,8 @@ class Budget:
         self.left = min(float(self.attempts), self.left + 1.0)
 
 
-class Ladder:
-    """Decides fault by fault. `rest` tells it of the time between them."""
+class RecoveryPolicy:
+    """Decides fault by fault. `credit_healthy_time` tells it of the time between them."""
 
     def __init__(self, ranks: int, strategy: Strategy) -> None:
         self._ranks, self._strategy = ranks, strategy
@@ -162,10 +101,10 @@ class Ladder:
         self.respawns = Budget(RESPAWNS, RESPAWN_REFILL_SECONDS)
         self._rebuilt_in_vain = False
 
-    def rest(self, seconds: float, *, steps: bool) -> None:
+    def credit_healthy_time(self, seconds: float, *, steps: bool) -> None:
         """The group was formed for so long; `steps`: and has done steps of requests."""
-        self.rebuilds.rest(seconds)
-        self.respawns.rest(seconds)
+        self.rebuilds.credit(seconds)
+        self.respawns.credit(seconds)
         if steps or seconds > PROVEN_SECONDS:
             self._rebuilt_in_vain = False
 
@@ -183,7 +122,7 @@ class Ladder:
             return self._rebuild(first, cause)
         return self._respawn(first)
 
-    def another_death(self) -> bool:
+    def charge_respawn(self) -> bool:
         """A process died before it was loaded, or had to be killed meanwhile; whether the budget bears it."""
         return self.respawns.take()
 
@@ -204,7 +143,7 @@ class Ladder:
         return Recovery(None, (), f"{RESPAWNS} respawns are used up, and {wanted.reason}")
 
 
-def spoils_caches(evidence: Sequence[Evidence]) -> bool:
+def invalidates_caches(evidence: Sequence[Evidence]) -> bool:
     """Whether what was computed before such a fault can't be relied on either.
 
     A step that did not end writes nothing but what it writes again when it is repeated; nor does one in which ranks
@@ -213,11 +152,11 @@ def spoils_caches(evidence: Sequence[Evidence]) -> bool:
     return any(one.fault in _GARBAGE for one in evidence)
 
 
-def throws_doubt_on_caches(evidence: Sequence[Evidence]) -> bool:
+def requires_cache_check(evidence: Sequence[Evidence]) -> bool:
     """Whether the caches are to be looked at before they are used again: a NaN may have stood in one."""
     return any(one.fault is Fault.NON_FINITE for one in evidence)
 
 
-def points(cause: Evidence) -> int:
+def blame_points(cause: Evidence) -> int:
     """How much a fault is held against the sequences of its step: a lost process is seldom their doing."""
     return 1 if cause.outside or cause.fault in _NOT_BY_A_STEP else 2

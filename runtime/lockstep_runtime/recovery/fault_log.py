@@ -6,14 +6,15 @@ from typing import Final
 
 import msgspec
 
-from lockstep_runtime.engine.bounded import bounded
-from lockstep_runtime.engine.recovery import Evidence
+from lockstep_runtime.recovery.bounded import bounded
+from lockstep_runtime.recovery.diagnosis import Evidence
+from lockstep_runtime.recovery.policy import Rung
 from lockstep_runtime.wire import Fault, FaultRecord
 
 KEPT: Final = 32
 
 
-class FaultBook:
+class FaultLog:
     """Open faults are closed together, by the repair that ends them all."""
 
     def __init__(self, history: list[FaultRecord], recoveries: int) -> None:
@@ -51,7 +52,7 @@ class FaultBook:
         self._open.add(record.id)
         return record
 
-    def name(self, rank: int, message: str, rung: str) -> None:
+    def set_cause(self, rank: int, message: str, rung: Rung) -> None:
         """The culprit of the newest open fault turned out to be this rank; what is said again is only counted."""
         if not self._open:
             return
@@ -63,7 +64,7 @@ class FaultBook:
             text = text.replace(before, f"{message} ({times} times)")
         self._replace(msgspec.structs.replace(record, rank=rank, message=bounded(text), rung=rung))
 
-    def accuse(self, fault: Fault, rank: int, message: str) -> None:
+    def attribute(self, fault: Fault, rank: int, message: str) -> None:
         """An open fault of this kind that nobody was named for is this rank's."""
         for record in reversed(self._records):
             if record.id in self._open and (record.fault, record.rank) == (fault, None):
@@ -72,7 +73,7 @@ class FaultBook:
                 )
                 return
 
-    def explain(self, rank: int, message: str) -> None:
+    def refine(self, rank: int, message: str) -> None:
         """What became of a lost rank's process: better words for its newest record, if it is still open."""
         for record in reversed(self._records):
             if record.id in self._open and record.rank == rank:
@@ -84,17 +85,11 @@ class FaultBook:
     def drop(self, cause: Evidence, *, at: float, epoch: int) -> FaultRecord:
         """A request was given up, and nothing else happened."""
         before = set(self._open)
-        record = self.begin(cause, "Drop", at=at, epoch=epoch, detect=0.0)
+        record = self.begin(cause, Rung.DROP, at=at, epoch=epoch, detect=0.0)
         self._open = before
         closed = msgspec.structs.replace(record, recovered_at=at)
         self._replace(closed)
         return closed
-
-    def rung(self, rung: str) -> None:
-        """What is done about the open faults now."""
-        for record in self._records:
-            if record.id in self._open:
-                self._replace(msgspec.structs.replace(record, rung=rung))
 
     def repaired(self, phases: dict[str, float], *, at: float, resumed: int, respawned: bool = True) -> None:
         """The group has joined again, with so many requests to go on with; `respawned`: with any new process."""
@@ -103,7 +98,7 @@ class FaultBook:
         for record in self._records:
             if record.id in self._open:
                 merged = {**record.phases, **phases}
-                rung = "Respawn" if respawned else "Rebuild"  # a lost rank may only have lost its connection
+                rung = Rung.RESPAWN if respawned else Rung.REBUILD  # a lost rank may only have lost its connection
                 self._replace(
                     msgspec.structs.replace(record, recovered_at=at, phases=merged, requests_resumed=resumed, rung=rung)
                 )

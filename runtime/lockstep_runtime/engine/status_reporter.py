@@ -1,0 +1,92 @@
+"""Says how the group stands: its state, its ranks and faults, and the requests there are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+from lockstep_runtime import wire
+from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.engine.interface import Readiness
+from lockstep_runtime.engine.scheduler import Scheduler
+from lockstep_runtime.recovery.changes import Changes
+from lockstep_runtime.recovery.driver import GroupDriver
+from lockstep_runtime.recovery.group_state import group_state, is_accepting
+from lockstep_runtime.recovery.latency import LatencyWindow
+
+QUIET_STATUS_SECONDS: Final = 1.0  # between reports that only bring latencies
+
+
+class StatusReporter:
+    """`model_error`: why the model's configuration can't be read. `api_is_awaited`: no request is accepted yet."""
+
+    def __init__(self, config: ServeConfig, group: GroupDriver, changes: Changes) -> None:
+        self._config, self._group, self._changes = config, group, changes
+        self.model_error = ""
+        self.api_is_awaited = False
+        self._blocker = ""  # why the api can't answer
+        self._loading = ""  # what it still reads
+        self.last_step_at: float | None = None  # unix seconds
+        self._latency = LatencyWindow()
+        self._state, self._since = wire.GroupState.STARTING, time.time()
+
+    def stepped(self, seconds: float) -> None:
+        """A step of requests took so long."""
+        self._latency.add(seconds)
+        self.last_step_at = time.time()
+
+    def set_api(self, reason: str, *, loading: bool) -> None:
+        """See `EngineClient.set_serving_blocker`."""
+        self._blocker, self._loading = ("", reason) if loading else (reason, "")
+        self.api_is_awaited = False
+        self._changes.tell()
+
+    def state(self) -> tuple[wire.GroupState, str]:
+        """With a sentence."""
+        problems = self._group.pod_problems
+        return group_state(
+            self._group.coordinator,
+            time.monotonic(),
+            draining=self._group.draining,
+            blocker=self.model_error or self._blocker,
+            loading=self._loading or ("the api is being started" if self.api_is_awaited else ""),
+            problem=max(problems, key=lambda one: one.at).message if problems else "",
+        )
+
+    def readiness(self) -> Readiness:
+        state, reason = self.state()
+        return Readiness(is_accepting(self._group.coordinator, state), reason, self._group.draining)
+
+    def status(self, scheduler: Scheduler | None) -> wire.GroupStatus:
+        """As of now."""
+        state, message = self.state()
+        if state is not self._state:
+            self._state, self._since = state, time.time()
+        group = self._group.coordinator
+        return wire.GroupStatus(
+            model=self._config.model_name,
+            group=self._config.group,
+            incarnation="",
+            spec_revision=self._config.spec_revision,
+            epoch=group.epoch,
+            state=state,
+            message=message,
+            since=self._since,
+            accepting=is_accepting(group, state) and not self.api_is_awaited,
+            ranks=[handle.status() for handle in group.handles],
+            step_latency=self._latency.latency(),
+            last_step_at=self.last_step_at,
+            requests_running=scheduler.running if scheduler else 0,
+            requests_waiting=scheduler.waiting if scheduler else 0,
+            recoveries=self._group.faults.recoveries,
+            faults=self._group.faults.records,
+            pod_problems=self._group.pod_problems,
+        )
+
+    async def run(self, status: Callable[[], wire.GroupStatus]) -> None:
+        """Send it to the leader's supervisor whenever it changed, until cancelled."""
+        while True:
+            await self._changes.next(QUIET_STATUS_SECONDS)
+            if supervisor := self._group.supervisors.get(0):
+                supervisor.send(wire.StatusReport(status=status()))

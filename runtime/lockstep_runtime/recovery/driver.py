@@ -1,0 +1,380 @@
+"""Carries the coordinator out: messages of the bus become its events, its actions messages, calls and log lines.
+
+It is the bus's listener, and what the engine knows of its ranks. All on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Final, Protocol
+
+from lockstep_runtime import wire
+from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.host.addresses import join
+from lockstep_runtime.recovery.actions import (
+    Accuse,
+    Action,
+    AllocateCaches,
+    Ask,
+    AttributeNaN,
+    BeginEpoch,
+    CloseConnection,
+    DeclarePoisoned,
+    Kill,
+    Log,
+    NameCulprit,
+    PhaseOver,
+    ProcessesChanged,
+    RefineFault,
+    ReportFault,
+    Resume,
+    RunStep,
+    SendAbort,
+)
+from lockstep_runtime.recovery.bus import FromPeer, Peer
+from lockstep_runtime.recovery.changes import Changes
+from lockstep_runtime.recovery.coordinator import Coordinator, Stage
+from lockstep_runtime.recovery.diagnosis import Evidence
+from lockstep_runtime.recovery.events import (
+    Answer,
+    CallDone,
+    Event,
+    GroupFault,
+    ModelRead,
+    PodConnected,
+    PodDisconnected,
+    RankConnected,
+    RankDisconnected,
+    RankExited,
+    RankReported,
+    RankStopped,
+)
+from lockstep_runtime.recovery.exits import exit_text, signal_name
+from lockstep_runtime.recovery.fault_log import FaultLog
+from lockstep_runtime.recovery.policy import Rung
+from lockstep_runtime.recovery.progress_query import ProgressQuery
+from lockstep_runtime.recovery.rank_rpc import GroupFaultError, RankRpc, StepRefusedError
+from lockstep_runtime.recovery.timing import LONGEST_ABORT_SECONDS, timing_of
+from lockstep_runtime.recovery.watchdog import DeadlineModel, Work, work_of
+
+logger = logging.getLogger(__name__)
+
+LEAVE_SECONDS: Final = 1.0  # between a member pod's Leaving and its Release
+
+
+class Requests(Protocol):
+    """What the group must know of the requests, and tell them."""
+
+    def in_caches(self) -> list[wire.SequenceSlice]:
+        """What the caches hold: of each sequence its last computed token."""
+
+    def resume(self, resumed: Resume) -> int:
+        """The group serves from now on; returns how many requests go on."""
+
+    def poisoned(self, reason: str) -> None:
+        """The group can't serve and can't heal itself."""
+
+
+class GroupDriver:
+    """`wake` is set when evidence against the group comes in; `serving` is set while steps of requests may be run."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        requests: Requests,
+        wake: asyncio.Event,
+        changes: Changes,
+        history: wire.GroupStatus | None,
+    ) -> None:
+        self._config, self._requests, self._changes = config, requests, changes
+        self.coordinator = Coordinator(config, timing_of(config), history.epoch if history else 0)
+        self.faults = FaultLog(history.faults if history else [], history.recoveries if history else 0)
+        self.supervisors: dict[int, Peer] = {}  # by pod
+        self.serving = asyncio.Event()
+        self.draining = False  # then no pod is released before the requests are done
+        self._peers: dict[int, Peer] = {}  # by rank
+        self._progress = ProgressQuery(self.supervisors)
+        self._rpc = RankRpc(self.coordinator, self._peers, self._progress, wake)
+        self._deadlines = DeadlineModel(config.watchdog)
+        self._problems: dict[int, list[wire.PodProblem]] = {}  # by pod
+        self._work: Work | None = None  # of the last step
+        self._tasks: asyncio.TaskGroup
+        self._rearm = asyncio.Event()
+        self._started = time.monotonic()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as self._tasks:
+            self._execute(self.coordinator.start(time.monotonic()))
+            while True:
+                self._rearm.clear()
+                due = self.coordinator.next_deadline()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(None if due is None else max(0.0, due - time.monotonic())):
+                        await self._rearm.wait()
+                if actions := self.coordinator.tick(time.monotonic()):
+                    self._execute(actions)
+
+    # --- for the engine
+
+    @property
+    def pod_problems(self) -> list[wire.PodProblem]:
+        """What the pods' supervisors complain of, in the pods' order."""
+        return [problem for _, problems in sorted(self._problems.items()) for problem in problems]
+
+    async def step(self, slices: Sequence[wire.SequenceSlice]) -> tuple[wire.StepDone, float]:
+        """One step under its own deadline, and the seconds it took, from which the next ones are learned.
+
+        Raises:
+            GroupFaultError: the group can't go on; to be told by `broken`.
+            StepRefusedError: no rank could begin it; the group is as good as before.
+        """
+        self._work = work = work_of(slices)
+        begun = time.monotonic()
+        done = await self._rpc.step(list(slices), lambda: self._deadlines.deadline(work))
+        seconds = time.monotonic() - begun
+        self._deadlines.learn(work, seconds)
+        return done, seconds
+
+    def check(self) -> None:
+        """Raise GroupFaultError if there is evidence against the group."""
+        self._rpc.check()
+
+    def broken(self, fault: GroupFaultError, *, by_request: bool, steps: int) -> None:
+        """A step of requests has failed; `steps` were done since the group resumed."""
+        self._handle(GroupFault(fault.cause, fault.evidence, by_request, steps, self._under_way()))
+
+    def drop(self, cause: Evidence) -> None:
+        """A request was given up, and nothing else happened."""
+        record = self.faults.drop(cause, at=time.time(), epoch=self.coordinator.epoch)
+        logger.warning("drop: fault %d epoch %d: %s", record.id, record.epoch, record.message)
+
+    def model_read(self) -> None:
+        """The model's configuration is known."""
+        self._handle(ModelRead())
+
+    def release(self) -> None:
+        """Tell every pod that it is no longer needed."""
+        for supervisor in self.supervisors.values():
+            supervisor.send(wire.Release())
+
+    # --- the bus's listener
+
+    def admit(self, hello: wire.Hello) -> wire.Welcome | wire.Refused:
+        return self.coordinator.admit(hello)
+
+    def connected(self, peer: Peer) -> None:
+        hello = peer.hello
+        if hello.role is wire.Role.SUPERVISOR:
+            before, self.supervisors[hello.pod_index] = self.supervisors.get(hello.pod_index), peer
+            logger.info("the supervisor of pod %d (%s) has connected", hello.pod_index, hello.pod)
+            event: Event = PodConnected(hello.pod_index, hello.incarnation)
+        else:
+            before, self._peers[hello.rank] = self._peers.get(hello.rank), peer
+            logger.info("rank %d has connected (pid %d, pod %s)", hello.rank, hello.pid, hello.pod)
+            event = RankConnected(hello)
+        if before is not None:
+            before.close()
+        self._handle(event)
+
+    def lost(self, peer: Peer) -> None:
+        hello = peer.hello
+        if hello.role is wire.Role.SUPERVISOR:
+            if self.supervisors.get(hello.pod_index) is peer:
+                del self.supervisors[hello.pod_index]
+                self._problems.pop(hello.pod_index, None)
+                logger.info("the supervisor of pod %d has gone", hello.pod_index)
+                self._handle(PodDisconnected(hello.pod_index))
+        elif self._peers.get(hello.rank) is peer:
+            del self._peers[hello.rank]
+            self._handle(RankDisconnected(hello.rank))
+
+    def received(self, peer: Peer, message: FromPeer) -> None:
+        if isinstance(message, wire.FromSupervisor):
+            self._from_supervisor(peer, message)
+        elif self._peers.get(peer.hello.rank) is peer:  # else it is what a replaced connection had still under way
+            self._from_worker(peer.hello.rank, message)
+
+    def _from_worker(self, rank: int, message: wire.FromWorker) -> None:
+        match message:
+            case wire.StepFailed():
+                self._rpc.failed(rank, message)
+            case wire.LoadProgress():
+                self._handle(RankReported(rank, message), urgent=False)
+            case wire.Aborted() | wire.Loaded() | wire.LoadFailed():
+                self._handle(RankReported(rank, message))
+            case _:
+                self._rpc.answered(rank, message)
+
+    def _from_supervisor(self, peer: Peer, message: wire.FromSupervisor) -> None:
+        pod_index = peer.hello.pod_index
+        match message:
+            case wire.Inject():
+                self._inject(message)
+            case wire.Leaving():
+                asyncio.get_running_loop().call_later(LEAVE_SECONDS, self._let_go, pod_index)
+            case wire.ProgressReport():
+                self._progress.take(pod_index, message)
+            case wire.PodReport():
+                self._problems[pod_index] = message.problems
+                self._changes.tell()
+            case wire.ProcessStopped() if self._is_of(message.rank, pod_index):
+                self._handle(RankStopped(message.rank, message.incarnation, message.pid, signal_name(message.signal)))
+            case wire.ProcessExited() if self._is_of(message.rank, pod_index):
+                self._handle(RankExited(message.rank, message.incarnation, message.pid, exit_text(message)))
+            case _:
+                pass
+
+    def _is_of(self, rank: int, pod_index: int) -> bool:
+        handles = self.coordinator.handles
+        return 0 <= rank < len(handles) and handles[rank].pod_index == pod_index
+
+    def _let_go(self, pod_index: int) -> None:
+        """A member pod was asked to end: it may soon. When all pods are, our own drain begins within that second."""
+        if self.draining:
+            return  # its rank is needed until the running requests are done; `release` follows
+        logger.info("pod %d was asked to end and is released", pod_index)
+        if supervisor := self.supervisors.get(pod_index):
+            supervisor.send(wire.Release())
+
+    def _inject(self, fault: wire.Inject) -> None:
+        """Hand a fault on purpose to the rank, or to its pod where the rank's next process is to find it."""
+        handles = self.coordinator.handles
+        if not self._config.allow_faults or not 0 <= fault.rank < len(handles):
+            return
+        waits = fault.phase is wire.Phase.LOADING
+        pod = self.supervisors.get(handles[fault.rank].pod_index)
+        if target := pod if waits else self._peers.get(fault.rank):
+            target.send(fault)
+
+    # --- events in, actions out
+
+    def _handle(self, event: Event, *, urgent: bool = True) -> None:
+        self._execute(self.coordinator.handle(event, time.monotonic()), urgent=urgent)
+        self._rearm.set()
+
+    def _execute(self, actions: Sequence[Action], *, urgent: bool = True) -> None:
+        for action in actions:
+            self._act(action)
+        self._changes.tell(urgent=urgent or bool(actions))
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case BeginEpoch():
+                self._rpc.begin_epoch()
+            case SendAbort():
+                if peer := self._peers.get(action.rank):
+                    peer.send(wire.Abort(epoch=action.epoch))
+            case CloseConnection():
+                if peer := self._peers.pop(action.rank, None):
+                    peer.close()
+            case Kill():
+                self._kill(action)
+            case Ask() | AllocateCaches() | RunStep():
+                self._tasks.create_task(self._call(action))
+            case Accuse():
+                self._rpc.add(action.evidence)
+            case ProcessesChanged():
+                self._deadlines.processes_changed()
+            case Resume():
+                self._resume(action)
+            case DeclarePoisoned():
+                self._requests.poisoned(action.reason)
+            case _:
+                self._record(action)
+
+    def _kill(self, kill: Kill) -> None:
+        logger.warning("killing rank %d: %s", kill.rank, kill.reason)
+        if supervisor := self.supervisors.get(self.coordinator.handles[kill.rank].pod_index):
+            supervisor.send(
+                wire.KillWorker(rank=kill.rank, incarnation=kill.incarnation, reason=kill.reason, reload=kill.reload)
+            )
+
+    async def _call(self, action: Ask | AllocateCaches | RunStep) -> None:
+        epoch = self.coordinator.epoch
+        try:
+            event: Event = CallDone(await self._answers(action))
+        except GroupFaultError as fault:
+            event = GroupFault(fault.cause, fault.evidence, under_way=self._under_way())
+        except StepRefusedError as refusal:
+            event = GroupFault(refusal.evidence[0], refusal.evidence, under_way=self._under_way())
+        if epoch == self.coordinator.epoch:
+            self._handle(event)
+
+    async def _answers(self, action: Ask | AllocateCaches | RunStep) -> Mapping[int, Answer]:
+        everyone = range(len(self.coordinator.handles))
+        match action:
+            case Ask():
+                ranks = everyone if action.ranks is None else action.ranks
+                return await self._rpc.call_all(ranks, action.message, action.answer, action.deadline)
+            case AllocateCaches():
+                doubted = self._requests.in_caches() if action.check else []
+                order = wire.AllocateCache(epoch=action.epoch, blocks=action.blocks, doubted=doubted)
+                return await self._rpc.call_all(everyone, order, wire.CacheAllocated, action.deadline)
+            case RunStep():
+                return {0: (await self.step(action.slices))[0]}
+
+    def _under_way(self) -> float:
+        """Seconds that a rank may compute on before it sees that it was aborted."""
+        expected = self._deadlines.expected(self._work) if self._work else None
+        return min(LONGEST_ABORT_SECONDS, expected or 0.0)
+
+    def _resume(self, resumed: Resume) -> None:
+        count = self._requests.resume(resumed)
+        seconds = sum(resumed.phases.values())
+        if resumed.first:
+            times = ", ".join(f"{name} {value:.2f} s" for name, value in resumed.phases.items())
+            url = f"http://{join(self._config.host, self._config.api_port)}"
+            logger.info("ready: %s after %.1f s (%s)", url, time.monotonic() - self._started, times)
+        else:
+            words = f"{count} {'request goes' if count == 1 else 'requests go'} on in epoch {resumed.epoch}"
+            words += ", with the KV caches as they were" if resumed.kept else ", computed again from the tokens"
+            self._log_phase("resumed", seconds, words)
+        self.faults.repaired(dict(resumed.phases), at=time.time(), resumed=count, respawned=resumed.respawned)
+        self.serving.set()
+
+    # --- the log's trail and the record of faults
+
+    def _record(self, action: Action) -> None:
+        match action:
+            case ReportFault():
+                self._report(action)
+            case NameCulprit():
+                self.faults.set_cause(action.rank, action.message, Rung.RESPAWN)
+            case RefineFault():
+                self._rpc.refine(action.rank, action.message)
+                self.faults.refine(action.rank, action.message)
+            case AttributeNaN():
+                words = f"it stood in the KV cache of rank {action.rank}"
+                self.faults.attribute(wire.Fault.NON_FINITE, action.rank, words)
+            case PhaseOver():
+                self._log_phase(action.phase, action.seconds, action.words)
+            case Log() if action.phase:
+                logger.warning("%s: fault %d epoch %d: %s", action.phase, self.faults.open_id, self.coordinator.epoch,
+                               action.words)  # fmt: skip
+            case Log():
+                logger.log(logging.INFO if action.quiet else logging.WARNING, "%s", action.words)
+            case _:
+                pass
+
+    def _report(self, action: ReportFault) -> None:
+        self.serving.clear()
+        cause, rung, epoch = action.cause, action.decision.rung or "", action.epoch
+        if action.recorded:
+            self.faults.begin(cause, rung, at=time.time(), epoch=epoch, detect=cause.waited)
+        number = self.faults.open_id
+        logger.warning("watchdog: fault %d epoch %d: %s: %s", number, epoch, cause.fault, cause.message)
+        logger.warning("%s: fault %d: %s", rung.lower() or "poisoned", number, action.decision.reason)
+
+    def _log_phase(self, phase: str, seconds: float, words: str) -> None:
+        """One line a phase: `rebuild: fault 3 epoch 8: … (0.021 s)`; none while the group is first started."""
+        if fault := self.faults.open_id:
+            logger.info("%s: fault %d epoch %d: %s (%.3f s)", phase, fault, self.coordinator.epoch, words, seconds)
+
+    @property
+    def stage(self) -> Stage:
+        return self.coordinator.stage

@@ -1,0 +1,96 @@
+"""What happens to a group: what the coordinator hears."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lockstep_runtime import wire
+from lockstep_runtime.recovery.diagnosis import Evidence
+
+Answer = wire.RendezvousOpened | wire.Joined | wire.CacheAllocated | wire.StepDone | wire.Scrubbed
+Report = wire.LoadProgress | wire.Loaded | wire.LoadFailed | wire.Aborted
+
+
+@dataclass(frozen=True, slots=True)
+class RankConnected:
+    hello: wire.Hello
+
+
+@dataclass(frozen=True, slots=True)
+class RankDisconnected:
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankReported:
+    """A rank says how far it is."""
+
+    rank: int
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
+class RankExited:
+    """A process of the rank has ended; `how` is what its supervisor saw."""
+
+    rank: int
+    incarnation: str
+    pid: int
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class RankStopped:
+    """A process of the rank was stopped by a signal, and has not gone on since."""
+
+    rank: int
+    incarnation: str
+    pid: int
+    signal: str
+
+
+@dataclass(frozen=True, slots=True)
+class PodConnected:
+    """A pod's supervisor is there."""
+
+    pod_index: int
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
+class PodDisconnected:
+    pod_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class CallDone:
+    """Every rank that was asked has answered."""
+
+    answers: Mapping[int, Answer]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFault:
+    """The group can't go on in this epoch: a call failed, or a step of requests.
+
+    `by_request`: a request of the step was found guilty. `steps` of requests were done since the group last resumed.
+    `under_way`: seconds that a rank may compute on before it sees that it was aborted.
+    """
+
+    cause: Evidence
+    evidence: tuple[Evidence, ...]
+    by_request: bool = False
+    steps: int = 0
+    under_way: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRead:
+    """The model's configuration is known: requests can be taken."""
+
+
+Event = (
+    RankConnected | RankDisconnected | RankReported | RankExited | RankStopped | PodConnected | PodDisconnected
+    | CallDone | GroupFault | ModelRead
+)  # fmt: skip
