@@ -249,12 +249,10 @@ def test_bounds_of_recovery_are_those_of_the_code(words: str) -> None:
 
 
 def _recovery_lines() -> set[str]:
-    """The phases that the engine logs, as it writes them."""
-    engine = (ROOT / "runtime" / "lockstep_runtime" / "engine").glob("*.py")
-    texts = "".join(path.read_text() for path in engine)
-    return set(re.findall(r"_(?:log|on)_phase\(\s*\"(\w+)\"", texts)) | set(
-        re.findall(r"\"(\w+): fault %d epoch", texts)
-    )
+    """The phases that the group's log trail has, as the code writes them."""
+    package = (ROOT / "runtime" / "lockstep_runtime" / "recovery").glob("*.py")
+    texts = "".join(path.read_text() for path in package)
+    return set(re.findall(r"_(?:log_)?phase\(\s*\"(\w+)\"", texts)) | set(re.findall(r"\"(\w+): fault %d epoch", texts))
 
 
 def test_every_line_of_the_log_trail_is_explained() -> None:

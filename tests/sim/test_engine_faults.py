@@ -460,3 +460,16 @@ async def test_a_lost_device_poisons_the_group_at_its_first_start() -> None:
         await live.until(lambda: live.engine.status().state is GroupState.POISONED, "it is poisoned")
         [fault] = live.engine.status().faults
         assert (fault.fault, fault.rank) == (Fault.CONTEXT_FAULT, 1)
+
+
+async def test_a_process_whose_place_another_takes_loses_its_connection_and_is_refused() -> None:
+    async with live_engine() as live:
+        ghost = msgspec.structs.replace(live.ranks[1].hello(), pid=2001)
+        old = live.ranks[1]
+        live.ranks[1] = FakeRank(live.config, 1)
+        live.ranks[1].start()
+        await live.until(lambda: old.closed, "the old process is cut off")
+        await live.until(lambda: live.engine.status().recoveries == 1, "the new one serves")
+        assert isinstance(live.engine.group.admit(ghost), wire.Refused)
+        assert await live.generate((1,), 5) == continuation((1,), 5)
+        await old.die()

@@ -101,6 +101,7 @@ class FakeRank:
     moved_at: float = 0.0  # on the monotonic clock
     at_step: tuple[int, int, bool] = (0, 0, False)  # epoch, step, whether it is in it
     memory: ToyMemory = field(default_factory=lambda: ToyMemory())
+    closed: bool = False  # its connection, by the engine
     _writer: asyncio.StreamWriter | None = None
     _task: asyncio.Task[None] | None = None
     _backlog: list[wire.ToWorker] = field(default_factory=list)
@@ -141,6 +142,7 @@ class FakeRank:
             while data := await reader.read(1 << 16):
                 for frame in framer.feed(data):
                     self._receive(decoder.decode(frame))
+            self.closed = True
         finally:
             self._writer.close()
 

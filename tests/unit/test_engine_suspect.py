@@ -77,12 +77,10 @@ def test_several_that_hold_up_one() -> None:
 
 
 def test_who_is_inside_like_all_others_and_is_waited_for_is_named() -> None:
-    found = judge(
-        record(0, 5, inside=True, awaited=2), record(1, 5, inside=True, waited_for=2), record(2, 5, inside=True)
-    )
+    found = judge(record(0, 5, inside=True, awaited=2), record(1, 5, inside=True, awaited=2), record(2, 5, inside=True))
     assert (found.stragglers, found.awaited) == ((), (2,))
     assert found.sentence == "ranks 0,1,2 all stopped in layers.5.mlp.down_proj, the others wait for rank 2"
-    each_other = judge(record(0, 5, inside=True, awaited=1), record(1, 5, inside=True, waited_for=0))
+    each_other = judge(record(0, 5, inside=True, awaited=1), record(1, 5, inside=True, awaited=0))
     assert (each_other.stragglers, each_other.awaited) == ((), ())
 
 
