@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -141,6 +142,22 @@ def test_a_slice_without_room_is_refused_before_any_collective(model: Path) -> N
         with pytest.raises(ValueError, match="sequence 4"):
             ranks.step(piece(4, 0, [], [0], GREEDY))
         assert len(ranks.step(piece(3, 0, [1, 2], [0], GREEDY)).sampled) == 1
+
+
+@pytest.mark.parametrize("silent", [{}, {"dtype": None}, {"dtype": "auto"}, {"torch_dtype": None}])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_weights_own_type_is_taken_where_config_json_is_silent(
+    tmp_path: Path, dtype: str, silent: dict[str, str | None]
+) -> None:
+    named = write_model(tmp_path / "named", ModelShape(dtype=dtype))
+    mute = write_model(tmp_path / "mute", ModelShape(dtype=dtype))
+    config = {key: value for key, value in json.loads((mute / "config.json").read_text()).items() if key != "dtype"}
+    (mute / "config.json").write_text(json.dumps(config | silent))
+    fingerprints = []
+    for model in (named, mute):
+        with Ranks(model, 2) as ranks:
+            fingerprints.append(ranks.step(piece(0, 0, [1, 2, 3], [0], GREEDY)).fingerprint)
+    assert fingerprints[0] == fingerprints[1]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -65,6 +65,15 @@ def test_a_model_is_downloaded_its_configuration_first(hub: FakeHub, tmp_path: P
     assert "model.safetensors" in files[1:]
 
 
+def test_weights_that_nobody_reads_are_not_fetched(hub: FakeHub, tmp_path: Path) -> None:
+    for name in ("consolidated.safetensors", "original/model.safetensors", "pytorch_model.bin", "extra/chat.jinja"):
+        (hub.folder / name).parent.mkdir(exist_ok=True)
+        (hub.folder / name).write_bytes(b"x")
+    folder = found(tmp_path)
+    fetched = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    assert fetched == {path.name for path in TINY_CHAT.iterdir()} | {"extra/chat.jinja"}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

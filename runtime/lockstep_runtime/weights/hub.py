@@ -11,6 +11,7 @@ from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.wire import LoadFailure
 
 SLOW_RETRY_SECONDS: Final = 30.0  # where a person must act: the hub is asked again, but seldom
+UNREAD: Final = ["consolidated*.safetensors", "*/*.safetensors"]  # the same weights in other layouts
 _TOKEN: Final = "the token (HF_TOKEN; in a TensorParallelModel spec.model.huggingFace.tokenSecretRef)"  # noqa: S105
 
 
@@ -24,7 +25,12 @@ def download(model: str, revision: str | None, directory: str | None, patterns: 
 
     try:
         found = snapshot_download(
-            model, revision=revision, cache_dir=directory, allow_patterns=patterns, endpoint=_hub()
+            model,
+            revision=revision,
+            cache_dir=directory,
+            allow_patterns=patterns,
+            ignore_patterns=UNREAD,
+            endpoint=_hub(),
         )
         return Path(found)
     except Exception as error:  # of the library, of its HTTP client (another one in each major version), of the disk
