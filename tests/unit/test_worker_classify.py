@@ -242,5 +242,11 @@ def test_a_gpu_that_is_gone_is_no_matter_of_trying_again(error: Exception) -> No
     assert load_failure(ModelError("wrapped")) is LoadFailure.PERMANENT
 
 
+@pytest.mark.parametrize("error", WITHOUT_DEVICE[:3], ids=str)
+def test_one_that_goes_while_it_is_used_takes_the_process_with_it(error: Exception) -> None:
+    """The next process is told what it is."""
+    assert classify(error)[0] is Fault.CONTEXT_FAULT
+
+
 def test_a_gpu_whose_memory_is_taken_is_tried_again() -> None:
     assert load_failure(torch.AcceleratorError(f"CUDA error: out of memory{ADVICE}")) is LoadFailure.TRANSIENT

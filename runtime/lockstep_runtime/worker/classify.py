@@ -40,13 +40,17 @@ CONTEXT_IS_LOST: Final = (
     "CUBLAS_STATUS_INTERNAL_ERROR",
     "CUBLAS_STATUS_MAPPING_ERROR",
 )
-# A driver's words, and torch's, where there is no device, or not the one that is asked for.
-_NO_DEVICE: Final = (
+# A driver's words where the device is gone, whenever that is.
+_DEVICE_IS_GONE: Final = (
     "no CUDA-capable device is detected",
     "CUDA-capable device(s) is/are busy or unavailable",
+    "CUDA error: initialization error",
+)
+# And torch's, where it looks for one at first, or for one that is not there.
+_NO_DEVICE: Final = (
+    *_DEVICE_IS_GONE,
     "invalid device ordinal",
     "CUDA driver initialization failed",
-    "CUDA error: initialization error",
     "CUDA unknown error - this may be due to an incorrectly set up environment",
     "No CUDA GPUs are available",
     "Found no NVIDIA driver on your system",
@@ -71,7 +75,7 @@ def classify(error: Exception) -> tuple[Fault, str]:
     text = f"{type(error).__name__}: {_first_line(error)}"
     if isinstance(error, ArithmeticError) and type(error).__name__ == "NonFiniteError":  # the sampler's, which is torch
         return Fault.NON_FINITE, words
-    if isinstance(error, RuntimeError) and _has(words, CONTEXT_IS_LOST):
+    if isinstance(error, RuntimeError) and _has(words, (*CONTEXT_IS_LOST, *_DEVICE_IS_GONE)):
         return Fault.CONTEXT_FAULT, f"the device context is lost: {text}"
     if is_out_of_memory(error):
         return Fault.STEP_FAILED, f"out of memory: {text}" if words else "out of memory"
