@@ -18,6 +18,7 @@ from lockstep_runtime.owned_files import folder, owner, owner_of
 
 ONCE_VARIABLE: Final = "LOCKSTEP_FAULT_ONCE"  # <fault>:<rank>; the first request meets it
 ON_GPU: Final = frozenset({wire.Injection.DEVICE_ASSERT, wire.Injection.ILLEGAL_ACCESS})
+MOST_WAITING: Final = 16  # for one rank
 DEVICES: Final = Path("/dev")
 
 
@@ -28,12 +29,16 @@ def why_not(fault: wire.Inject) -> str:
     return ""
 
 
-def leave(environment: Mapping[str, str], fault: wire.Inject) -> None:
-    """By the supervisor."""
-    path = folder(environment) / f"lockstep-fault-{owner_of(os.getpid())}-{fault.rank}-{time.monotonic_ns()}"
+def leave(environment: Mapping[str, str], fault: wire.Inject) -> bool:
+    """By the supervisor; whether it did: only so many wait for a rank."""
+    place, name = folder(environment), f"lockstep-fault-{owner_of(os.getpid())}-{fault.rank}-"
+    if len(list(place.glob(f"{name}*[0-9]"))) >= MOST_WAITING:
+        return False
+    path = place / f"{name}{time.monotonic_ns()}"
     new = path.with_suffix(".new")
     new.write_bytes(msgspec.json.encode(fault))
     new.rename(path)
+    return True
 
 
 def take(environment: Mapping[str, str], rank: int) -> list[wire.Inject]:

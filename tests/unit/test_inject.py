@@ -420,3 +420,13 @@ def test_a_folder_of_another_user_is_not_written_to(
     running.leave(running.Running(pid=os.getpid(), model="m", port=1, status_url="http://x"))
     assert "`lockstep inject` needs --url" in caplog.text
     assert list(elsewhere.iterdir()) == []
+
+
+def test_faults_that_wait_for_a_rank_are_bounded(tmp_path: Path) -> None:
+    environment = {FOLDER_VARIABLE: str(tmp_path), PARENT_VARIABLE: str(os.getpid())}
+    fault = wire.Inject(rank=1, kind=Injection.EXIT, phase=Phase.LOADING)
+    left = [fault_box.leave(environment, fault) for _ in range(fault_box.MOST_WAITING + 3)]
+    assert left == [True] * fault_box.MOST_WAITING + [False] * 3
+    assert fault_box.leave(environment, msgspec.structs.replace(fault, rank=0))
+    assert len(fault_box.take(environment, 1)) == fault_box.MOST_WAITING
+    assert fault_box.leave(environment, fault)

@@ -35,5 +35,5 @@ def sentence(use: cgroup.MemoryUse | None, most: int | None, total: int, used: i
         where = f"limit {mebibytes(use.limit)}, used {mebibytes(min(most, use.limit))}"
     else:
         where = f"the machine has {mebibytes(total)}, and none was left"
-    own = f", {mebibytes(used)} of it by this process" if used else ""
+    own = f"; {mebibytes(used)} of this process were resident" if used else ""
     return f"killed by the kernel: out of memory ({where}{own})"

@@ -60,6 +60,7 @@ class Supervisor:
         self._out_of_memory = OutOfMemory()
         self._problems = Problems(config.pod_index)
         self._forks: set[asyncio.Task[None]] = set()
+        self._claims: list[int] = []
         self._due = asyncio.Event()  # the machine's deadlines may have changed
         self._finished: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -91,11 +92,14 @@ class Supervisor:
             for one in listening:
                 one.close()
             owned_files.remove(os.environ)
+            for claim in self._claims:
+                os.close(claim)
             running.forget(os.getpid())
 
     def _lay_out_files(self) -> None:
         """What supervisors that were killed left behind goes; a fault on purpose waits for its rank."""
         owned_files.remove(os.environ)
+        self._claims = owned_files.claim(os.environ)
         if self._config.allow_faults and (once := os.environ.get(fault_box.ONCE_VARIABLE)):
             fault = fault_box.parse_once(once)
             if fault.rank in self._config.ranks:
@@ -192,8 +196,8 @@ class Supervisor:
             case wire.ReadProgress():
                 self._link.send(wire.ProgressReport(asked=message.asked, records=self._processes.records()))
             case wire.Inject():
-                if self._config.allow_faults:
-                    fault_box.leave(os.environ, message)
+                if self._config.allow_faults and not fault_box.leave(os.environ, message):
+                    logger.warning("%s on rank %d is left out: enough faults wait for it", message.kind, message.rank)
             case wire.Release():
                 self._do(self._machine.released(time.monotonic()))
             case _:
