@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -100,11 +100,22 @@ def kubelet() -> int:
     return pid
 
 
-@contextmanager
-def cut_off(pod: Object) -> Iterator[None]:
+def cut_off(pod: Object) -> AbstractContextManager[None]:
     """No packet reaches the pod or leaves it, as when its node's cable is pulled: the node routes all pods' traffic."""
-    ip, name = pod["status"]["podIP"], f"cut-{pod['metadata']['uid']}"
-    drops = {"prerouting": f"ip saddr {ip} drop", "postrouting": f"ip daddr {ip} drop"}
+    ip = pod["status"]["podIP"]
+    return _dropping(pod, {"prerouting": f"ip saddr {ip} drop", "postrouting": f"ip daddr {ip} drop"})
+
+
+def cut_between(one: Object, other: Object) -> AbstractContextManager[None]:
+    """No packet gets from one of the two pods to the other; everybody else reaches both."""
+    ips = f"{{ {one['status']['podIP']}, {other['status']['podIP']} }}"
+    return _dropping(other, {"prerouting": f"ip saddr {ips} ip daddr {ips} drop"})
+
+
+@contextmanager
+def _dropping(pod: Object, drops: Mapping[str, str]) -> Iterator[None]:
+    """Rules by the hook that they belong to, in chains named after the pod."""
+    name = f"cut-{pod['metadata']['uid']}"
     for hook, drop in drops.items():
         _nft(f"table ip lockstep {{ chain {name}-{hook} {{ type filter hook {hook} priority raw; {drop}; }}\n}}")
     try:
