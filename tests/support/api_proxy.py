@@ -97,7 +97,7 @@ class ApiProxy:
         self.written: list[Asked] = []
         self.last_write = time.monotonic()
         self.url = ""
-        self._watches: set[web.Request] = set()
+        self._watches: list[web.Request] = []  # requests are mappings, and not hashable
         self._up, self._end = threading.Event(), asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),))
@@ -161,13 +161,13 @@ class ApiProxy:
         async with self._request(asked, None) as upstream:
             response = web.StreamResponse(status=upstream.status, headers={"Content-Type": "application/json"})
             await response.prepare(request)
-            self._watches.add(request)
+            self._watches.append(request)
             try:
                 async for piece in upstream.content.iter_any():
                     await asyncio.sleep(self.watch_lag())
                     await response.write(piece)
             finally:
-                self._watches.discard(request)
+                self._watches = [one for one in self._watches if one is not request]
         return response
 
     def _request(self, asked: Asked, seconds: float | None) -> Any:
