@@ -97,6 +97,30 @@ async def test_a_bug_in_one_model_stops_no_other() -> None:
     assert await steps.step(ModelKey("team", "other")) is not None
 
 
+def failing(metrics: Metrics) -> dict[str, float]:
+    samples = [sample for family in metrics.registry.collect() for sample in family.samples]
+    return {s.labels["model"]: s.value for s in samples if s.name == "lockstep_operator_reconcile_failing"}
+
+
+@pytest.mark.parametrize(
+    "end", [KubeError(500, "", "field not declared in schema"), ValueError("a bug"), Outcome(again=60.0, failing=True)]
+)
+async def test_one_model_that_can_not_be_reconciled_shows_until_it_can_or_is_gone(end: Outcome | Exception) -> None:
+    metrics = Metrics()
+    script = Scripted(end, Outcome(again=60.0), Outcome(again=60.0), end, Outcome(again=None))
+    steps = Controller(WorkQueue(lambda: 0.0), script, metrics)
+    await steps.step(KEY)
+    assert failing(metrics) == {"chat": 1}
+    await steps.step(KEY)
+    await steps.step(ModelKey("team", "well"))
+    assert failing(metrics) == {"chat": 0, "well": 0}
+    await steps.step(KEY)
+    assert failing(metrics) == {"chat": 1, "well": 0}
+    metrics.forget(KEY)  # as the reconciler does when a model is gone
+    await steps.step(KEY)
+    assert failing(metrics) == {"well": 0}
+
+
 async def test_a_fight_with_another_writer_is_slowed_down() -> None:
     steps = controller(*[Outcome(again=0.0, wrote=True)] * (BUSY_PASSES + 8))
     delays = [await steps.step(KEY) or 0.0 for _ in range(BUSY_PASSES + 8)]
