@@ -72,7 +72,7 @@ async def shortest_pause(path: str, body: bytes, statuses: set[int], max_model_l
 
 
 def text(prompt: Any, **more: Any) -> bytes:
-    return json.dumps({"model": SERVED, "prompt": prompt, "max_tokens": 2, "logprobs": None, **more}).encode()
+    return json.dumps({"model": SERVED, "prompt": prompt, "max_tokens": 2, **more}).encode()
 
 
 def chat(messages: Any, **more: Any) -> bytes:
@@ -126,7 +126,7 @@ async def test_a_long_text_that_is_served_holds_up_nothing() -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"stream": True}], ids=str)
 async def test_a_long_prompts_log_probabilities_hold_up_nothing(fields: dict[str, Any]) -> None:
-    body = text([70] * 10_000, echo=True, **{**fields, "logprobs": 1})
+    body = text([70] * 10_000, echo=True, logprobs=1, **fields)
     assert await shortest_pause(TEXT, body, {200}, max_model_len=20_000) < LONGEST_PAUSE
 
 
@@ -136,6 +136,11 @@ async def test_a_long_answers_log_probabilities_hold_up_nothing(fields: dict[str
     more = {"logprobs": True, "top_logprobs": 20, "max_tokens": 4000, "ignore_eos": True, **fields}
     pause = await shortest_pause(CHAT, chat(users("Hi"), **more), {200}, max_model_len=20_000)
     assert pause < LONGEST_PAUSE
+
+
+async def test_many_long_answers_log_probabilities_hold_up_nothing() -> None:
+    body = text("a", n=16, max_tokens=400, ignore_eos=True, logprobs=20)
+    assert await shortest_pause(TEXT, body, {200}) < LONGEST_PAUSE
 
 
 async def test_as_many_choices_as_there_may_be_hold_up_nothing() -> None:

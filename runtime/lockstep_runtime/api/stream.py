@@ -104,16 +104,17 @@ class Answer(Response):
         async with Merged(self._engine, self._job.requests) as merged:
             try:
                 batch = await merged.next(self._limits.headers_seconds)
-                body = None if self._job.stream else await self._whole(batch, merged)
+                parts = None if self._job.stream else await self._whole(batch, merged)
             except Exception as error:  # the engine's, early enough to be an HTTP status
                 await refuse(error, self._metrics).response()(scope, receive, send)
                 return
-            if body is None:
+            if parts is None:
                 await self._stream(batch, merged, send)
             else:
-                await Response(body, media_type="application/json")(scope, receive, send)
+                await _send_parts(parts, send)
 
-    async def _whole(self, batch: Batch, merged: Merged) -> bytes:
+    async def _whole(self, batch: Batch, merged: Merged) -> list[bytes]:
+        """The body in parts, one for each choice: together they may be very long."""
         while True:
             await self._describe_prompts(batch)
             for choice, pieces in self._feed(batch, merged):
@@ -122,8 +123,13 @@ class Answer(Response):
             if not self._unfinished():
                 break
             batch = await merged.next(self._limits.keep_alive_seconds)
-        choices = [self._form.choice(choice.index, str(choice.finish_reason)) for choice in self._choices]
-        return msgspec.json.encode(self._frame(self._form.whole) | {"choices": choices, "usage": self._usage()})
+        parts = [msgspec.json.encode(self._frame(self._form.whole))[:-1] + b',"choices":[']
+        for choice in self._choices:
+            entry = msgspec.json.encode(self._form.choice(choice.index, str(choice.finish_reason)))
+            parts.append(entry if choice is self._choices[-1] else entry + b",")
+            await asyncio.sleep(0)
+        parts.append(b'],"usage":' + msgspec.json.encode(self._usage()) + b"}")
+        return parts
 
     async def _stream(self, batch: Batch, merged: Merged, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
@@ -216,6 +222,14 @@ class Answer(Response):
                 timer.cancel()
 
         return bounded
+
+
+async def _send_parts(parts: list[bytes], send: Send) -> None:
+    length = str(sum(map(len, parts))).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", length)]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    for number, part in enumerate(parts, 1):
+        await _part(send, part, more=number < len(parts))
 
 
 async def _part(send: Send, data: bytes, *, more: bool = True) -> None:
