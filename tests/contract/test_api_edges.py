@@ -249,6 +249,26 @@ async def test_a_large_body_is_413(announced: bool) -> None:
         assert "5000" in error_of(response)["message"]
 
 
+async def test_bodies_are_bounded_together() -> None:
+    limits = Limits(max_body_bytes=6000, max_bodies_bytes=8000)
+    async with serving(engine(), limits=limits) as url, async_http(base_url=url) as client:
+        reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(url).port)
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 5000\r\n\r\n"
+        writer.write(head.encode() + b" " * 4999)
+        large = json.dumps(text(prompt="a b " * 1000)).encode()
+        async with asyncio.timeout(20):
+            while (response := await client.post(TEXT, content=large, headers=JSON)).status_code == 200:
+                continue  # the other body has not arrived yet
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        assert error_of(response)["code"] == "too_many_requests"
+        assert (await client.post(CHAT, json=chat())).status_code == 200
+        writer.write(b"x")
+        assert b" 400 " in await reader.readline()
+        assert (await client.post(TEXT, content=large, headers=JSON)).status_code == 200
+        writer.close()
+        await writer.wait_closed()
+
+
 async def test_a_slow_body_is_given_up() -> None:
     async with serving(engine(), limits=Limits(body_seconds=0.2)) as url:
         reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(url).port)

@@ -7,13 +7,15 @@ the same size 2 ms. So a body's structure is bounded, not only its size.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
-from lockstep_runtime.api.errors import ApiError, invalid
+from lockstep_runtime.api.errors import ApiError, invalid, unavailable
 
 _BACKSLASH: Final = ord("\\")
 
@@ -21,6 +23,7 @@ _BACKSLASH: Final = ord("\\")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     max_body_bytes: int = 4 * 1024 * 1024
+    max_bodies_bytes: int = 256 * 1024 * 1024  # of all bodies that are read or worked on at once
     max_json_depth: int = 32
     max_json_containers: int = 20_000  # lists and objects
     max_json_strings: int = 100_000  # keys included
@@ -34,19 +37,43 @@ class Limits:
     max_prompt_chars: int = 8 * 1024 * 1024  # of a rendered chat template
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """
-    Raises:
-        ApiError: 408 too slow; 413 too large; 415 another content type.
-    """
-    _check_headers(request, limits)
-    try:
-        async with asyncio.timeout(limits.body_seconds):
-            return await _read(request, limits.max_body_bytes)
-    except TimeoutError:
-        raise ApiError(408, f"The body did not arrive within {limits.body_seconds:g} s") from None
-    except ClientDisconnect:
-        raise ApiError(400, "The client went away while it sent the body") from None
+class Bodies:
+    """Reads bodies, and counts what all of them hold of the memory together."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._held = 0
+
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """The body, held until the context is left.
+
+        Raises:
+            ApiError: 408 too slow; 413 too large; 415 another content type; 503 too many large ones at once.
+        """
+        _check_headers(request, self._limits)
+        body = bytearray()
+        try:
+            await self._fill(body, request)
+            yield bytes(body)
+        finally:
+            self._held -= len(body)
+
+    async def _fill(self, body: bytearray, request: Request) -> None:
+        limits = self._limits
+        try:
+            async with asyncio.timeout(limits.body_seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    self._held += len(chunk)
+                    if len(body) > limits.max_body_bytes:
+                        raise _too_large(limits.max_body_bytes)
+                    if self._held > limits.max_bodies_bytes:
+                        raise unavailable("Too many large bodies are under way; try again", 1, "too_many_requests")
+        except TimeoutError:
+            raise ApiError(408, f"The body did not arrive within {limits.body_seconds:g} s") from None
+        except ClientDisconnect:
+            raise ApiError(400, "The client went away while it sent the body") from None
 
 
 def parse(body: bytes, limits: Limits) -> dict[str, Any]:
@@ -78,15 +105,6 @@ def _check_headers(request: Request, limits: Limits) -> None:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and len(length) < 20 and int(length) > limits.max_body_bytes:
         raise _too_large(limits.max_body_bytes)
-
-
-async def _read(request: Request, limit: int) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise _too_large(limit)
-    return bytes(body)
 
 
 def _check_depth(value: dict[str, Any], limit: int) -> None:

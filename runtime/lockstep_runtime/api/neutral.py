@@ -105,4 +105,4 @@ def schema_of(refused: Mapping[str, Neutral]) -> dict[str, Any]:
         for name, one in refused.items()
     }
     best_of = {"title": "best_of", "description": "Taken if it is 1 or as much as `n`: choices are not ranked."}
-    return properties | {"best_of": best_of | {"type": ["integer", "null"]}}
+    return properties | {"best_of": best_of | {"type": ["integer", "null"], "minimum": 1, "maximum": 16}}

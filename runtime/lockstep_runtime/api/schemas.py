@@ -37,10 +37,11 @@ MAX_MESSAGES: Final = 4096
 _TOOLS: Final = "tool calling is not built yet"
 
 _ID: Final = {"type": "integer", "minimum": 0}
+_TEXT: Final = {"type": "string", "minLength": 1}
 _PROMPT_SCHEMA: Final = {
     "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
+        _TEXT,
+        {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": MAX_PROMPTS},
         {"type": "array", "items": _ID, "minItems": 1},
         {"type": "array", "items": {"type": "array", "items": _ID, "minItems": 1}, "minItems": 1,
          "maxItems": MAX_PROMPTS},

@@ -17,7 +17,7 @@ from lockstep_runtime.api.answers import ModelCard
 from lockstep_runtime.api.errors import unavailable, unknown_model
 from lockstep_runtime.api.forms import Form
 from lockstep_runtime.api.generation import Job
-from lockstep_runtime.api.limits import Limits, parse, read_body
+from lockstep_runtime.api.limits import Bodies, Limits, parse
 from lockstep_runtime.api.loading import ModelLoader
 from lockstep_runtime.api.metrics import Metrics
 from lockstep_runtime.api.model import ServedModel
@@ -41,6 +41,7 @@ class Service:
         self._config = config
         self._engine = engine
         self._limits = limits
+        self._bodies = Bodies(limits)
         self._services = Services(engine, self.metrics, limits)
         self._model: ServedModel | None = None
         self._loader = ModelLoader(config, engine)
@@ -86,9 +87,9 @@ class Service:
             ApiError: the request can't be served.
         """
         arrived = time.monotonic()
-        body = await read_body(request, self._limits)
-        threads = self._large if len(body) > self._limits.large_body_bytes else self._threads
-        job, form, model = await asyncio.get_running_loop().run_in_executor(threads, self._prepare, kind, body)
+        async with self._bodies.read(request) as body:
+            threads = self._large if len(body) > self._limits.large_body_bytes else self._threads
+            job, form, model = await asyncio.get_running_loop().run_in_executor(threads, self._prepare, kind, body)
         return Answer(job, form, model.tokenizer, self._services, arrived)
 
     def _prepare(self, kind: type[ChatRequest] | type[CompletionRequest], body: bytes) -> tuple[Job, Form, ServedModel]:
