@@ -137,7 +137,7 @@ def _with_complaint(view: View, finding: Finding) -> Finding:
 def _explained(view: View, size: int) -> Finding:
     group, status, name = view.group, view.voice.status, f"group {view.group.index}"
     if view.trouble:
-        words = "; ".join(part for part in (view.trouble.message, view.remedy if view.healing else "") if part)
+        words = "; ".join(part for part in (view.trouble.message, view.remedy if view.trouble.heals else "") if part)
         return Finding("False", view.trouble.reason, words, view.given_up and view.trouble.heals)
     if not group.exists or group.deleting:
         return Finding("False", "Starting", f"{name} is being made")

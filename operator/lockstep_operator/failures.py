@@ -8,17 +8,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from lockstep_operator.backoff import backoff
 from lockstep_operator.kube import KubeError
+from lockstep_operator.moment import unix
 
 RETRY_FIRST: Final = 0.5
 RETRY_MOST: Final = 60.0
 REFUSED_FIRST: Final = 2.0
 REFUSED_MOST: Final = 300.0
 RETRYING_SECONDS: Final = 10.0  # what fails for so long is told
+
+_RETRIED: Final = "doesn't take a change, which is tried again"
 
 Target = tuple[str, str]  # kind and name of what was to be written
 
@@ -40,7 +43,7 @@ class Failure:
 
     @property
     def sentence(self) -> str:
-        verb = "refuses a change" if self.permanent else "doesn't take a change, which is tried again"
+        verb = "refuses a change" if self.permanent else _RETRIED
         return f"the API server {verb} ({self.purpose}): {self.error}"
 
 
@@ -91,16 +94,22 @@ class Failures:
         """The first permanent refusal, in a sentence; empty if there is none."""
         return next((failure.sentence for _, failure in sorted(self.of.items()) if failure.permanent), "")
 
-    def retrying(self, old: Mapping[str, Any]) -> str:
-        """What fails for long and may succeed yet, in a sentence; empty if nothing does. `old` is the status as last
-        written: what was told once stays told until it is over, also by an operator that has just started."""
-        told = any(condition.get("reason") == "Retrying" for condition in old.get("conditions") or [])
-        lasting = [
-            failure.sentence
-            for _, failure in sorted(self.of.items())
-            if not failure.permanent and (told or self.now() - failure.since >= RETRYING_SECONDS)
-        ]
-        return next(iter(lasting), "")
+    def retrying(self, old: Mapping[str, Any]) -> Failure | None:
+        """What fails for long and may succeed yet. `old` is the status as last written: what was told once stays told
+        until it is over, also by an operator that has just started, and so does since when."""
+        told = told_since(old)
+        known = [failure for _, failure in sorted(self.of.items()) if not failure.permanent]
+        if told is not None:
+            known = [replace(failure, since=min(failure.since, told)) for failure in known]
+        return next((failure for failure in known if self.now() - failure.since >= RETRYING_SECONDS), None)
+
+
+def told_since(old: Mapping[str, Any]) -> float | None:
+    """Since when the status has said that a write fails; None if it doesn't."""
+    ready: Mapping[str, Any] = next((one for one in old.get("conditions") or [] if one["type"] == "Ready"), {})
+    if ready.get("reason") not in ("Retrying", "ProgressDeadlineExceeded") or _RETRIED not in ready["message"]:
+        return None
+    return unix(ready["lastTransitionTime"]) - RETRYING_SECONDS
 
 
 def _digest(wish: object) -> str:

@@ -58,7 +58,7 @@ def to_status(memory: Memory) -> dict[str, Any] | None:
     """As `status.groups[].recovery`; None when there is nothing to remember."""
     if memory == Memory():
         return None
-    nodes = sorted({*memory.suspects, *memory.avoided})
+    nodes = [*memory.suspects, *sorted({*memory.avoided} - {*memory.suspects})]  # the newest suspect last
     block = {
         **(_plan_block(memory.plan) if memory.plan else {}),
         "spent": {_SPENT[rung]: memory.spent.get(rung, 0) for rung in Rung},

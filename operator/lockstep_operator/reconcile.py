@@ -16,6 +16,7 @@ from lockstep_operator.group_client import Target as Leader
 from lockstep_operator.groups import groups_of
 from lockstep_operator.kube import Kube, KubeError, Object
 from lockstep_operator.metrics import Metrics
+from lockstep_operator.moment import text
 from lockstep_operator.names import API_VERSION, KIND, ModelKey, token_name
 from lockstep_operator.observe import Observed, Report, read_children, read_limits, read_pods, read_warnings, token_of
 from lockstep_operator.served_schema import ServedSchema
@@ -138,7 +139,8 @@ class Reconciler:
         applied: Applied,
         failures: Failures,
     ) -> Outcome:
-        now, obstacle = self._now(), obstacle_of(model, decision, failures, observed)
+        now = self._now()
+        obstacle = obstacle_of(model, decision, failures, observed, now)
         built = self._schema.fitting(status.build(model, observed, decision, obstacle, now))
         memories = status.memories_of(decision, observed)
         seen = events.Pass(observed=observed, new=built, done=applied.effective, memories=memories, now=now)
@@ -199,7 +201,9 @@ class Reconciler:
                 log.warning("an Event could not be written: %s", error)
 
 
-def obstacle_of(model: spec.Model, decision: Decision, failures: Failures, observed: Observed) -> Obstacle | None:
+def obstacle_of(
+    model: spec.Model, decision: Decision, failures: Failures, observed: Observed, now: float
+) -> Obstacle | None:
     """What keeps the operator itself from doing what the spec asks; None if nothing does."""
     if model.flaw:
         return Obstacle("InvalidSpec", model.flaw, stalled=True)
@@ -207,9 +211,13 @@ def obstacle_of(model: spec.Model, decision: Decision, failures: Failures, obser
         return Obstacle("OperatorError", "; ".join(bug.sentence for bug in decision.bugs[:3]), stalled=True)
     if failures.refused:
         return Obstacle("Refused", failures.refused, stalled=True)
-    if retrying := failures.retrying(observed.status):
-        return Obstacle("Retrying", retrying, stalled=False)
-    return None
+    retrying = failures.retrying(observed.status)
+    if retrying is None:
+        return None
+    if now - retrying.since < model.progress_deadline:
+        return Obstacle("Retrying", retrying.sentence, stalled=False)
+    words = f"{retrying.sentence}; nothing has moved since {text(retrying.since)}"
+    return Obstacle("ProgressDeadlineExceeded", words, stalled=True)
 
 
 def targets(decision: Decision, observed: Observed) -> dict[int, Leader]:

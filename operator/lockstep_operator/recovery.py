@@ -30,6 +30,7 @@ from lockstep_runtime.wire import GroupState, GroupStatus
 PROVED_SECONDS: Final = 60.0  # a repair that holds for so long has worked
 PATIENCE_SECONDS: Final = 120.0  # for a group whose pods run again to say something new
 UNPLACED_SECONDS: Final = 30.0  # a pod that finds no other node gets the old one back
+SUSPECTED_NODES: Final = 16  # so many are remembered, the newest: nodes come and go
 FAILING_FAULTS: Final = 2  # so many faults make a node one that keeps failing
 LADDERS: Final = {
     "Ladder": (Rung.RECYCLE_POD, Rung.RECYCLE_GROUP, Rung.MOVE_AWAY),
@@ -233,10 +234,14 @@ def _next_step(case: _Case, situation: Situation, memory: Memory) -> Verdict:
         spent={**memory.spent, rung: memory.spent.get(rung, 0) + 1} if rung else memory.spent,
         failures=failures,
         next_try=now + _delay(policy, failures, situation.seed),
-        suspects={**memory.suspects, **blamed},
+        suspects=_newest({**{node: n for node, n in memory.suspects.items() if node not in blamed}, **blamed}),
         avoided={**memory.avoided, case.node: now + policy.window} if taken is Rung.MOVE_AWAY else memory.avoided,
     )
     return Verdict(memory=planned, reason=plan.reason, again=0.0)
+
+
+def _newest(suspects: dict[str, int]) -> dict[str, int]:
+    return dict([*suspects.items()][-SUSPECTED_NODES:])
 
 
 def _choose(case: _Case, memory: Memory) -> Rung | None:
