@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from tests.support import memory_cgroup
 from lockstep_runtime.host import cgroup, memory
 from lockstep_runtime.host.cgroup import MemoryUse
 from lockstep_runtime.supervisor.oom import OutOfMemory, sentence
+from lockstep_runtime.worker.memory import cpu_budget
 
 MIB = 2**20
 NO_LIMIT = "9223372036854771712"  # what version 1 writes
@@ -199,6 +201,28 @@ def test_no_text_in_these_files_is_an_error(tmp_path_factory: pytest.TempPathFac
     cgroup.memory_use(root)
     cgroup.cpu_quota(root)
     cgroup.out_of_memory_kills(root)
+
+
+@pytest.mark.parametrize(("quota", "found"), [("50000 100000", 0.5), ("max 100000", None), ("99900000 100000", None)])
+def test_cpus_are_those_that_may_be_used(tmp_path: Path, quota: str, found: float | None) -> None:
+    """`found` None: those that the process may run on."""
+    files = {"proc/self/cgroup": "0::/\n", "proc/self/mountinfo": V2_MOUNT} | group("sys/fs/cgroup", cpu__max=quota)
+    assert cgroup.cpus(tree(tmp_path, files)) == (found or len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize(
+    ("available", "total", "used", "sharers", "found"),
+    [
+        (1000, 8000, 100, 1, 500),  # half of what is left
+        (1000, 8000, 100, 2, 250),
+        (7000, 8000, 1000, 2, 1500),  # the other rank has not loaded yet: half of this one's part
+        (7000, 8000, 4500, 2, 0),
+    ],
+)
+def test_a_rank_offers_a_share_of_what_the_container_has(
+    available: int, total: int, used: int, sharers: int, found: int
+) -> None:
+    assert cpu_budget(available, total, used, sharers) == found
 
 
 def test_a_cgroups_kills_are_told_once_each(tmp_path: Path) -> None:
