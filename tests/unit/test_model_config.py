@@ -27,6 +27,7 @@ PLAIN = {key: value for key, value in ModelShape(max_positions=512).config().ite
 UNSUPPORTED = {"dynamic", "longrope"}
 
 Rope = dict[str, Any]
+MISSING = "missing"
 
 
 def ropes() -> st.SearchStrategy[Rope | None]:
@@ -70,6 +71,7 @@ CONFIGS = st.fixed_dictionaries(
         "rope_parameters": ropes(),
         "rope_theta": st.sampled_from([1e4, 1e6, 500000]),
         "original_max_position_embeddings": st.sampled_from([64, 256]),
+        "max_position_embeddings": st.sampled_from([256, 32768, MISSING]),
     },
 )
 
@@ -85,14 +87,14 @@ def oracle(raw: dict[str, Any]) -> tuple[str, torch.Tensor, float] | None:
 
 
 @given(CONFIGS)
-@settings(max_examples=600)
+@settings(max_examples=400)
 @example(
     {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": {"type": "yarn", "factor": 8.0}}
 )
 @example({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e6})
 @example({"rope_scaling": None, "rope_theta": 1e6})
 def test_rotary_embeddings_are_transformers(changes: dict[str, Any]) -> None:
-    raw = {**PLAIN, **changes}
+    raw = {name: value for name, value in {**PLAIN, **changes}.items() if value != MISSING}
     expected = oracle(raw)
     if expected is None:
         return
@@ -108,7 +110,36 @@ def test_rotary_embeddings_are_transformers(changes: dict[str, Any]) -> None:
     assert rotary.scale == pytest.approx(scale)
 
 
-NULLABLE = ("num_key_value_heads", "layer_types", "sliding_window")
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats(-2, 2) | st.sampled_from(["", "yarn", "auto", "x"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["rope_type", "factor", "full_attention", "quant_method"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+READ = [*PLAIN, "rope_scaling", "rope_parameters", "rope_theta", "layer_types", "text_config", "quantization_config"]
+
+
+@given(st.dictionaries(st.sampled_from([*READ, "use_sliding_window", "sliding_window"]), JSON, min_size=1, max_size=4))
+@settings(max_examples=300)
+@example({"layer_types": [[]]})
+@example({"rope_parameters": {"rope_type": [1]}})
+@example({"num_key_value_heads": 0})
+def test_whatever_stands_in_config_json_is_read_or_named(changes: dict[str, Any]) -> None:
+    raw = {**PLAIN, **changes}
+    said = ""
+    try:
+        check_supported(raw)
+        model_config.dtype_name(raw)
+        max_length(raw, changes)
+        read = read_settings(raw)
+        build_rotary(read.head_dim, read.rope, read.max_position_embeddings)
+    except ModelError as error:
+        said = str(error)
+    assert not said or "config.json" in said or "quantised" in said
+
+
 VALUES: dict[str, list[Any]] = {
     "num_key_value_heads": [None, 1, 2, 4],
     "head_dim": [8, 16, 64],
@@ -124,7 +155,7 @@ VALUES: dict[str, list[Any]] = {
 
 
 @given(st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in VALUES.items()}))
-@settings(max_examples=400)
+@settings(max_examples=200)
 def test_settings_that_are_missing_or_null_are_transformers(given_settings: dict[str, Any]) -> None:
     raw = {name: value for name, value in PLAIN.items() if name not in VALUES} | given_settings
     expected, read = Oracle.from_dict(copy.deepcopy(raw)), read_settings(raw)

@@ -7,7 +7,7 @@ all-reduces per layer, one for the embedding, one gather for the logits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 import torch
@@ -29,21 +29,23 @@ from lockstep_runtime.weights.model_config import max_length, rope_parameters
 from lockstep_runtime.weights.plan import Shard, head_range, heads, split, tensor_parallel_sizes, whole
 from lockstep_runtime.wire import LoadFailure
 
+Count = Annotated[int, msgspec.Meta(ge=1)]
 _DERIVED: Final = {"rope", "max_length"}
+MAX_POSITIONS: Final = 32768  # where config.json is silent
 
 
 class Qwen3Config(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of config.json that matter here, with transformers' defaults."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int | None = 32
-    vocab_size: int
-    head_dim: int = 128
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count | None = 32
+    vocab_size: Count
+    head_dim: Count = 128
     rms_norm_eps: float = 1e-6
-    max_position_embeddings: int = 32768
+    max_position_embeddings: Count = MAX_POSITIONS
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     hidden_act: str = "silu"
@@ -75,12 +77,13 @@ def read_settings(raw: Mapping[str, Any]) -> Qwen3Config:
     Raises:
         ModelError: a setting is missing, malformed or not supported.
     """
-    known = {name: raw[name] for name in Qwen3Config.__struct_fields__ if name in raw and name not in _DERIVED}
     nullable = {"num_key_value_heads", "sliding_window", "layer_types"}
+    known = {name: raw[name] for name in Qwen3Config.__struct_fields__ if name in raw and name not in _DERIVED}
     given = {name: value for name, value in known.items() if value is not None or name in nullable}
-    length = max_length({"max_position_embeddings": 32768, **raw}, {})
+    placed = {**raw, "max_position_embeddings": given.get("max_position_embeddings", MAX_POSITIONS)}
+    rope, length = rope_parameters(placed), max_length(placed, {})
     try:
-        return msgspec.convert({**given, "rope": rope_parameters(raw), "max_length": length}, Qwen3Config)
+        return msgspec.convert({**given, "rope": rope, "max_length": length}, Qwen3Config)
     except msgspec.ValidationError as error:
         raise ModelError(f"config.json: {error}", kind=LoadFailure.PERMANENT) from None
 

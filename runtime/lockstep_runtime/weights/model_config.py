@@ -67,8 +67,9 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
         ModelError: settings for each layer type apart, which no supported model uses.
     """
     rope = _mapping(config, "rope_scaling") or _mapping(config, "rope_parameters")
-    layer_types = config.get("layer_types") or ["full_attention", "sliding_attention"]
-    nested = [key for key in layer_types if isinstance(rope.get(key), Mapping)]
+    named = config.get("layer_types")
+    layer_types = named if isinstance(named, list) and named else ["full_attention", "sliding_attention"]
+    nested = [key for key in layer_types if isinstance(key, str) and isinstance(rope.get(key), Mapping)]
     if nested:
         inner = [dict(rope[key]) for key in dict.fromkeys(nested)]
         if any(one != inner[0] for one in inner):
@@ -80,6 +81,8 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
         found["rope_theta"] = DEFAULT_THETA if theta is None else theta
     if found.get("rope_type") is None:
         found["rope_type"] = rope.get("type") or "default"
+    if not isinstance(found["rope_type"], str):
+        raise _permanent(f"config.json: rope_type is {found['rope_type']!r}, where a name should be")
     if found["rope_type"] in ("yarn", "longrope", "llama3"):
         beside = config.get("original_max_position_embeddings")
         if beside is not None:
