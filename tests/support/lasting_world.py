@@ -19,7 +19,7 @@ from lockstep_runtime.engine.interface import GenerationRequest
 from lockstep_runtime.wire import GroupState
 
 SETTLED: Final = (GroupState.READY, GroupState.FAILED, GroupState.POISONED)
-FIRST_SECONDS: Final = 360.0  # until a group that has never served has settled
+FIRST_SECONDS: Final = 450.0  # until a group that has never served has settled: its first step may take 120
 SERVED_SECONDS: Final = 180.0  # and one that has
 MENDED_SECONDS: Final = 700.0  # until it serves again: the longest wait of a poisoned group, and the time to form
 STATUS_BYTES: Final = 128 * 1024

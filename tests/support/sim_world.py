@@ -32,8 +32,8 @@ LOAD_FAILURES = {
     "device lost": wire.LoadFailure.DEVICE_LOST,
 }
 LASTING = (
-    "cut off", "no spare", "die in loading", "hang in loading", "die in join", "hang in join", "raise", "corrupt",
-    *LOAD_FAILURES,
+    "cut off", "orphaned", "no spare", "die in loading", "hang in loading", "die in join", "hang in join", "raise",
+    "corrupt", *LOAD_FAILURES,
 )  # fmt: skip
 GARBAGE = (Fault.CORRUPTION, Fault.CONTEXT_FAULT)
 
@@ -164,6 +164,9 @@ class SimRank:
                     if link is not None:
                         link.close()
                 self.link, self.joined = None, -1
+            case "orphaned":  # its supervisor is out of reach, and its main thread hangs
+                self.supervisor.close()
+                self.joined = -2
             case "corrupt":
                 self.corrupt = True
             case "die in join" | "hang in join" | "raise":
@@ -177,8 +180,9 @@ class SimRank:
         if self.waits:
             self.waits = False
             self.spawn()
-        if "cut off" in was:
+        if was & {"cut off", "orphaned"}:
             self._connect_supervisor()
+        if "cut off" in was:
             self._connect(self.incarnation)
 
     def new_pod(self) -> None:
@@ -186,7 +190,7 @@ class SimRank:
         self.pods += 1
         self.die()
         self.supervisor.close()
-        if "cut off" not in self.ill:
+        if not self.ill & {"cut off", "orphaned"}:
             self._connect_supervisor()
 
     def stop(self) -> None:

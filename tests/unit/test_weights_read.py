@@ -50,6 +50,22 @@ def test_rows_columns_and_stacks_are_read_to_the_byte(directory: Path) -> None:
     assert count == 2 * 5 * 4 + 3 * 5 * 2  # b is bfloat16 in the file
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cut_along_any_dimension_is_what_slicing_gives(tmp_path: Path, dim: int, dtype: torch.dtype) -> None:
+    shape = (4, 6, 8, 2)
+    experts = torch.arange(4 * 6 * 8 * 2, dtype=torch.float32).view(shape).to(dtype)
+    save_file({"experts": experts}, tmp_path / "model.safetensors")
+    for rank in range(2):
+        cut = split("experts", *shape, shard=Shard(rank, 2), dim=dim)
+        found, count = take(tmp_path, cut)
+        wanted = experts.float().narrow(dim, cut.start, cut.stop - cut.start)
+        assert found.equal(wanted)
+        assert count == wanted.numel() * dtype.itemsize
+        if cut.rows > 1:
+            assert take(tmp_path, cut, start=1, stop=cut.rows)[0].equal(wanted[1:])
+
+
 def test_conversion_goes_by_bounded_pieces(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read, "STAGING_BYTES", 30)  # three rows
     assert take(directory, whole("b", 12, 5))[0].equal(B)

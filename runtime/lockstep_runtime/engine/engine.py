@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from typing import Final
+from weakref import WeakValueDictionary
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
@@ -46,7 +47,8 @@ class Engine:
         self._reporter = StatusReporter(config, self.group, self._changes)
         self._refusals = 0
         self._scheduler: Scheduler | None = None
-        self._streams: dict[int, TokenStream] = {}
+        # Its reader alone keeps a stream alive: one that nobody reads any longer is cancelled.
+        self._streams: WeakValueDictionary[int, TokenStream] = WeakValueDictionary()
         self._sequences = 0
         self._steps = 0
         self._resumed_steps = 0  # what `_steps` was when the group last resumed

@@ -20,7 +20,7 @@ class FaultLog:
     def __init__(self, history: list[FaultRecord], recoveries: int) -> None:
         self._records = list(history)[-KEPT:]
         self.recoveries = recoveries
-        self._open: set[int] = set()
+        self._open = {one.id for one in self._records if one.recovered_at is None}  # of the engine before
         self._awaits_token = False
         self._added: dict[tuple[int, str], int] = {}  # to an open record's message: how often
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.rank_handle import RankHandle
-from lockstep_runtime.recovery.timing import DEATH_SECONDS, RECONNECT_SECONDS, Timing
+from lockstep_runtime.recovery.timing import ABSENT_SECONDS, DEATH_SECONDS, RECONNECT_SECONDS, Timing
 from lockstep_runtime.wire import Fault, LoadFailure, RankState
 
 
@@ -37,6 +37,11 @@ class Gathering:
     def _absent(self) -> float:
         return self.timing.absent(has_served=self.has_served)
 
+    @property
+    def _deaf(self) -> float:
+        """How long one may not leave its collective whose supervisor is out of reach."""
+        return max(ABSENT_SECONDS, 2 * self.abort_seconds)
+
     def next_deadline(self) -> float | None:
         """When `late` or `hopeless` has something to say next."""
         return min((due for handle in self.handles for due in self._dues(handle) if due is not None), default=None)
@@ -46,7 +51,7 @@ class Gathering:
         if not self._explains_itself(handle):
             dues += [
                 handle.absent_due(self._absent, self.since),
-                handle.abort_due(self._absent),
+                handle.abort_due(self._deaf),
                 handle.stuck_due(self._stuck),
             ]
         if self.can_kill(handle):
@@ -108,8 +113,8 @@ class Gathering:
         pod = f"(pod {handle.pod_index})"
         if _is_over(handle.absent_due(self._absent, self.since), now):
             return f"{pod} has been out of reach for {self._absent:g} s"
-        if _is_over(handle.abort_due(self._absent), now):
-            return f"{pod} did not leave its collective within {self._absent:g} s, and its supervisor is out of reach"
+        if _is_over(handle.abort_due(self._deaf), now):
+            return f"{pod} did not leave its collective within {self._deaf:g} s, and its supervisor is out of reach"
         if _is_over(handle.stuck_due(self._stuck), now):
             return f"{pod} could not get its weights, and got no further for {self._stuck:g} s"
         return ""

@@ -35,19 +35,21 @@ class Backend:
     """What depends on how the ranks' collectives are made.
 
     `join`: extended as long as no rank holds up the others. `abort`: a rank that has not left its collective by then is
-    killed, and one that was still joining after `abort_joining`.
+    killed, and one that was still joining after `abort_joining`. `attempts`: how long ranks that have all been there
+    may fail to join, one time after the other.
     """
 
     join: Deadline
     abort: float
     abort_joining: float
+    attempts: float
 
 
 # Ranks on CPUs leave a join at once, and one that hangs is seen in its record.
-HOST: Final = Backend(join=Deadline(2.5, 60.0, extends=True), abort=1.5, abort_joining=15.0)
+HOST: Final = Backend(join=Deadline(2.5, 60.0, extends=True), abort=1.5, abort_joining=15.0, attempts=150.0)
 # NCCL's init takes seconds to a minute on large or cold machines, knows no time-out and can't be left; its abort waits
 # for streams and for the threads of its proxies.
-NCCL: Final = Backend(join=Deadline(15.0, 150.0, extends=True), abort=10.0, abort_joining=150.0)
+NCCL: Final = Backend(join=Deadline(15.0, 150.0, extends=True), abort=10.0, abort_joining=150.0, attempts=600.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
 
 LEADER: Final = 0  # the pod's index
+GIVE_UP_AFTER: Final = 6  # engines in a row that ended before they were of use
+FAULTS_KEPT: Final = 32
 _SEEN: Final = re.compile(r"(?:([0-9a-f]{1,32})/)?([0-9]{1,18})")
 
 
@@ -68,20 +70,42 @@ class StatusBoard:
         self.from_engine = status
         self._publish(status)
 
-    def engine_lost(self, how: str) -> None:
+    def engine_lost(self, how: str, failures: int = 0) -> None:
         """The engine's process has ended, or can't be started; what it knew of the ranks is void until the next one
-        speaks."""
+        speaks. `failures`: how often in a row, before it was of use; then nothing in this pod helps it any more."""
+        gave_up = failures >= GIVE_UP_AFTER
+        message = f"the engine {how}, for the {failures}th time in a row" if gave_up else f"the engine {how}"
+        if gave_up:
+            state = wire.GroupState.POISONED
+            self._record_fault(message)
+        else:
+            state = wire.GroupState.RECOVERING if self.from_engine is not None else wire.GroupState.STARTING
         ranks = [
             msgspec.structs.replace(rank, state=wire.RankState.ABSENT, message="the engine is gone")
             for rank in self.status.ranks
         ]
-        message = f"the engine {how} and is started again"
-        state = wire.GroupState.RECOVERING if self.from_engine is not None else wire.GroupState.STARTING
         self._publish(
             msgspec.structs.replace(
-                self.status, state=state, accepting=False, message=message, since=time.time(), ranks=ranks
+                self.status,
+                state=state,
+                accepting=False,
+                message=f"{message} and is started again",
+                since=self.status.since if state is self.status.state else time.time(),
+                ranks=ranks,
             )
         )
+
+    def _record_fault(self, message: str) -> None:
+        """Once until it is repaired: the next engine that lives goes on from there."""
+        faults = self.status.faults
+        if faults and faults[-1].recovered_at is None and faults[-1].rank is None:
+            return
+        fault = wire.FaultRecord(
+            id=faults[-1].id + 1 if faults else 1, fault=wire.Fault.RANK_LOST, rank=None, message=message,
+            at=time.time(), epoch=self.status.epoch,
+        )  # fmt: skip
+        self.status = msgspec.structs.replace(self.status, faults=[*faults, fault][-FAULTS_KEPT:])
+        self.from_engine = msgspec.structs.replace(self.from_engine or self.status, faults=self.status.faults)
 
     def complain(self, problems: list[wire.PodProblem]) -> None:
         """What this pod complains of: while there is no engine, nobody else tells it."""

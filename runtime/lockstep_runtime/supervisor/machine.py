@@ -153,6 +153,10 @@ class Machine:
         child.spawn_at = now + max(backoff(child.failures), SLOW_BACKOFF if slowly else 0.0)
         return self.tick(now)
 
+    def failures(self, name: Name) -> int:
+        """How many of the child's processes in a row have ended before they were of use."""
+        return self._children[name].failures
+
     def asked_to_end(self, now: float, *, connected: bool) -> list[Action]:
         """SIGTERM or SIGINT; a second one ends everything now."""
         if self.phase is Phase.LEAVING:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from lockstep_runtime import fault_box, owned_files, running, wire
+from lockstep_runtime import child, fault_box, owned_files, running, wire
 from lockstep_runtime.config import CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
 from lockstep_runtime.supervisor import starvation
 from lockstep_runtime.supervisor.board import StatusBoard
@@ -163,10 +163,12 @@ class Supervisor:
             )
         elif gone.name == SPARE:
             self._end_spare_talk()
-        elif self._board is not None:
-            self._board.engine_lost(how)
         hopeless = gone.name == ENGINE and gone.code == PORT_TAKEN_EXIT
-        self._do(self._machine.exited(gone.name, healthy=gone.healthy, now=time.monotonic(), hopeless=hopeless))
+        slowly = isinstance(gone.name, int) and gone.code == child.CANT_LOAD_EXIT
+        now = time.monotonic()
+        self._do(self._machine.exited(gone.name, healthy=gone.healthy, now=now, hopeless=hopeless, slowly=slowly))
+        if gone.name == ENGINE and self._board is not None:
+            self._board.engine_lost(how, self._machine.failures(ENGINE))
 
     def _on_spare_word(self) -> None:
         """It is warm, or has ended: of that its exit tells."""
@@ -267,9 +269,9 @@ class Supervisor:
         logger.warning("%s", reason)
         if not spare_is_lost:
             self._complain(PodProblemReason.SPAWN_FAILED, f"pod {self._config.pod_index}: {reason}")
-        if name == ENGINE and self._board is not None:
-            self._board.engine_lost(f"can't be started ({reason})")
         self._do(self._machine.spawn_failed(name, reason, time.monotonic(), spare_is_lost=spare_is_lost))
+        if name == ENGINE and self._board is not None:
+            self._board.engine_lost(f"can't be started ({reason})", self._machine.failures(ENGINE))
 
     def _complain(self, reason: PodProblemReason, message: str) -> None:
         self._problems.add(reason, message, time.time())

@@ -157,15 +157,15 @@ class Checkpoint:
         """Rows [start, stop) of the cut, in the tensor's own dtype."""
         buffer = out.view(torch.uint8).reshape(-1).numpy().data
         cut, descriptor = rows.cut, self._open(entry.file)
-        whole_row = math.prod(cut.shape[1:]) * entry.dtype.itemsize
+        inner = math.prod(cut.shape[cut.dim + 1 :]) * entry.dtype.itemsize  # bytes of one step along the cut
         if cut.dim == 0:
-            _fill(entry, descriptor, buffer, entry.offset + (cut.start + rows.start) * whole_row)
+            _fill(entry, descriptor, buffer, entry.offset + (cut.start + rows.start) * inner)
         else:
-            inner = math.prod(cut.shape[2:]) * entry.dtype.itemsize
-            part = (cut.stop - cut.start) * inner
-            offset = entry.offset + rows.start * whole_row + cut.start * inner
-            for row in range(rows.stop - rows.start):
-                _fill(entry, descriptor, buffer[row * part : (row + 1) * part], offset + row * whole_row)
+            part, whole = (cut.stop - cut.start) * inner, cut.shape[cut.dim] * inner
+            pieces = math.prod(cut.shape[1 : cut.dim])  # of each row, that lie apart
+            offset = entry.offset + rows.start * pieces * whole + cut.start * inner
+            for piece in range((rows.stop - rows.start) * pieces):
+                _fill(entry, descriptor, buffer[piece * part : (piece + 1) * part], offset + piece * whole)
         self.bytes_read += len(buffer)
         self._progress(len(buffer))
 

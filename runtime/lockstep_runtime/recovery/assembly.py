@@ -1,0 +1,159 @@
+"""From ranks that are loaded and idle to a group that is proved: one attempt after the other. Pure.
+
+    OPENING the rendezvous → JOINING → ALLOCATING the caches → TESTING → SCRUBBING, where the test is in doubt → WARMING
+
+Each step is one call to the ranks, whose deadline ends it; what fails there is a fault, and this attempt is over.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from lockstep_runtime import wire
+from lockstep_runtime.recovery import actions
+from lockstep_runtime.recovery.actions import Action
+from lockstep_runtime.recovery.cache_plan import CachePlan
+from lockstep_runtime.recovery.events import Answer
+from lockstep_runtime.recovery.rank_handle import RankHandle
+from lockstep_runtime.recovery.self_test import PROBE_BLOCKS, probe, warmup_step
+from lockstep_runtime.recovery.timing import ALLOCATE, RENDEZVOUS, SCRUB, Timing
+from lockstep_runtime.recovery.verification import Verdict, Verification
+
+
+class Step(enum.StrEnum):
+    """Where an attempt stands."""
+
+    OPENING = "opening"  # rank 0 opens the rendezvous
+    JOINING = "joining"
+    ALLOCATING = "allocating"
+    TESTING = "testing"  # the probe
+    SCRUBBING = "scrubbing"  # the probe differs every time: are the weights what was loaded?
+    WARMING = "warming"  # a first prefill
+    DONE = "done"
+    WRONG = "wrong"  # the proof fails: `wrong` says how
+
+
+class Assembly:
+    """Of one group, over all its attempts. `unverified`: the caches may hold garbage."""
+
+    def __init__(self, handles: Sequence[RankHandle], timing: Timing) -> None:
+        self.step = Step.OPENING
+        self.unverified = False
+        self.has_joined = False  # in this attempt, whatever became of it
+        self.contents: tuple[str, ...] = ()  # of the caches, by rank
+        self.phases: dict[str, float] = {}  # seconds
+        self.retry_at: float | None = None  # to ask again for caches
+        self._handles, self._timing = handles, timing
+        self._caches = CachePlan()
+        self._verification = Verification()
+        self._epoch = 0
+        self._begun = 0.0
+        self._tested_at = 0.0  # when the test began
+        self._is_first = True
+        self._processes: list[str] = []
+
+    @property
+    def blocks(self) -> int:
+        """Of each rank's cache, for requests."""
+        return self._caches.blocks - PROBE_BLOCKS
+
+    @property
+    def wrong(self) -> str:
+        """How the proof fails."""
+        return self._verification.words
+
+    def forget_room(self) -> None:
+        """There may be less room for caches, for good."""
+        self._caches.forget()
+
+    def begin(self, epoch: int, now: float, *, processes: Sequence[str], is_first: bool) -> list[Action]:
+        """Every rank is loaded and idle in this epoch. `processes`: with which the group served before."""
+        self._epoch, self._begun, self._is_first, self._processes = epoch, now, is_first, list(processes)
+        self.has_joined, self.retry_at, self.phases = False, None, {}
+        self.step = Step.OPENING
+        return [actions.Ask(wire.Rendezvous(epoch=epoch), wire.RendezvousOpened, RENDEZVOUS, ranks=(0,))]
+
+    def answered(self, answers: Mapping[int, Answer], now: float) -> list[Action]:
+        """Every rank that was asked has answered."""
+        match self.step:
+            case Step.OPENING:
+                opened = cast("wire.RendezvousOpened", answers[0])
+                self.step = Step.JOINING
+                join = wire.Join(epoch=self._epoch, address=opened.address)
+                return [actions.Ask(join, wire.Joined, self._timing.backend.join)]
+            case Step.JOINING:
+                self._caches.choose([one.loaded.cache_blocks for one in self._handles if one.loaded is not None], now)
+                return self.allocate()
+            case Step.ALLOCATING:
+                return self._allocated(cast("Mapping[int, wire.CacheAllocated]", answers), now)
+            case Step.TESTING:
+                probed = cast("wire.StepDone", answers[0])
+                return self._judged(self._verification.tested(probed.fingerprint), now)
+            case Step.SCRUBBING:
+                return self._scrubbed([cast("wire.Scrubbed", one).tensors for one in answers.values()], now)
+            case _:
+                return self._done(now)
+
+    def allocate(self) -> list[Action]:
+        """Have every rank lay out its cache, or look at the one it has."""
+        self.step, self.retry_at = Step.ALLOCATING, None
+        return [actions.AllocateCaches(self._epoch, self._caches.blocks, self.unverified, ALLOCATE)]
+
+    def _allocated(self, answers: Mapping[int, wire.CacheAllocated], now: float) -> list[Action]:
+        before = self._caches.blocks
+        self.retry_at = self._caches.retry_at({rank: one.blocks for rank, one in answers.items()}, now)
+        if self.retry_at is None:
+            return self._joined(answers, now)
+        if self._caches.blocks == before:
+            return []
+        return [actions.Log(f"a rank has no room for {before} blocks of cache: every rank gets {self._caches.blocks}")]
+
+    def _joined(self, answers: Mapping[int, wire.CacheAllocated], now: float) -> list[Action]:
+        self.has_joined, self.unverified = True, False
+        for handle in self._handles:
+            handle.joined_epoch = self._epoch
+            handle.memory_bytes = answers[handle.rank].memory_bytes
+        self.contents = tuple(answers[handle.rank].contents for handle in self._handles)
+        self.phases["rebuild"] = now - self._begun
+        words = f"a new communicator, and {self._caches.blocks} blocks of cache on each rank"
+        incarnations = [handle.last_incarnation for handle in self._handles]
+        self.step, self._tested_at = Step.TESTING, now
+        self._verification.begin(incarnations)
+        spoiled = [rank for rank, one in answers.items() if one.spoiled]
+        return [
+            *([actions.AttributeNaN(spoiled[0])] if len(spoiled) == 1 else []),  # all had the same to compute it from
+            actions.PhaseOver("rebuild", self.phases["rebuild"], words),
+            *([actions.ProcessesChanged()] if incarnations != self._processes else []),
+            self._probe(),
+        ]
+
+    def _probe(self) -> Action:
+        return actions.RunStep(tuple(probe(self.blocks)))
+
+    def _scrubbed(self, tensors: Sequence[int], now: float) -> list[Action]:
+        verdict = self._verification.scrubbed(tensors)
+        words = f"{self.wrong}; it always is, and the weights are right: accepted"
+        return [*([actions.Log(words)] if verdict is Verdict.RIGHT else []), *self._judged(verdict, now)]
+
+    def _judged(self, verdict: Verdict, now: float) -> list[Action]:
+        match verdict:
+            case Verdict.TEST_AGAIN:
+                return [self._probe()]
+            case Verdict.SCRUB:
+                self.step = Step.SCRUBBING
+                return [actions.Ask(wire.Scrub(epoch=self._epoch), wire.Scrubbed, SCRUB)]
+            case Verdict.WRONG:
+                self.step = Step.WRONG
+                return []
+            case Verdict.RIGHT if self._is_first:
+                self.step = Step.WARMING
+                return [actions.RunStep(tuple(warmup_step(self.blocks)))]
+            case Verdict.RIGHT:
+                return self._done(now)
+
+    def _done(self, now: float) -> list[Action]:
+        self.step = Step.DONE
+        self.phases["verify"] = seconds = now - self._tested_at
+        return [actions.PhaseOver("verify", seconds, "an all-reduce of ones and the probe gave what they must")]
