@@ -80,7 +80,7 @@ def test_a_missing_model_is_reported_and_served_once_it_is_there(
     unloaded: tuple[Served, GroupStatus], server: Served
 ) -> None:
     serve, told = unloaded
-    assert f"the model directory {serve.log.parent / 'tiny-chat'} does not exist" in told.message
+    assert f"{serve.log.parent / 'tiny-chat'} does not exist" in told.message
     assert server.status().state is GroupState.READY
     assert server.status().faults == []
 
