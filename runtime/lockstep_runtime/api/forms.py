@@ -60,7 +60,8 @@ class ChatForm:
 
     def delta(self, index: int, piece: Piece) -> Json:
         name = "reasoning_content" if piece.reasoning else "content"
-        return self._part(index, {name: piece.text}, self._logprobs(index, piece), None)
+        logprobs = None if self._described is None else self._described[index].of(piece.tokens)
+        return self._part(index, {name: piece.text}, logprobs, None)
 
     def closing(self, index: int, reason: str) -> Json:
         return self._part(index, {}, None, reason)
@@ -79,12 +80,6 @@ class ChatForm:
 
     def _part(self, index: int, delta: Json, logprobs: Json | None, reason: str | None) -> Json:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-
-    def _logprobs(self, index: int, piece: Piece) -> Json | None:
-        if self._described is None:
-            return None
-        self._described[index].add(piece.tokens)
-        return self._described[index].take()
 
 
 class TextForm:

@@ -1,8 +1,5 @@
 """Log probabilities in OpenAI's two forms, encoded token by token: an answer's end costs no more than its middle.
 
-A token that is a part of a character has no text of its own. It is named by its bytes, as OpenAI does, so that two of
-them are two: as `backslash x e2 …` in a chat, with `bytes:` before that in a completion.
-
 Source: https://platform.openai.com/docs/api-reference/chat/object and .../completions/object
 """
 
@@ -24,42 +21,47 @@ def finite(logprob: float | None) -> float:
     return LEAST if logprob is None else max(logprob, LEAST)
 
 
-def escaped(data: bytes) -> str:
-    return "".join(f"\\x{byte:02x}" for byte in data)
+class _Top(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
 
 
-def text_or_none(data: bytes) -> str | None:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return None
+class _Entry(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[_Top]
 
 
 class ChatLogprobs:
-    """Of one choice, or of one chunk: `content`'s entries."""
+    """Of one choice: `content`'s entries."""
 
-    __slots__ = ("_entries", "_tokenizer")
+    __slots__ = ("_entries", "_names")
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
-        self._tokenizer = tokenizer
+        self._names = tokenizer.names
         self._entries: list[bytes] = []
 
     def add(self, tokens: Sequence[SampledToken]) -> None:
-        self._entries += map(self._encoded, tokens)
+        self._entries += [msgspec.json.encode(self._entry(token)) for token in tokens]
 
     def take(self) -> dict[str, Any]:
-        """What was added since the last time."""
+        """What was added."""
         entries, self._entries = self._entries, []
         return {"content": _array(entries), "refusal": None}
 
-    def _encoded(self, token: SampledToken) -> bytes:
-        top = [self._entry(id, logprob) for id, logprob in token.top]
-        return msgspec.json.encode(self._entry(token.token, token.logprob) | {"top_logprobs": top})
+    def of(self, tokens: Sequence[SampledToken]) -> dict[str, Any]:
+        """Those of a few tokens, for a chunk."""
+        return {"content": [self._entry(token) for token in tokens], "refusal": None}
 
-    def _entry(self, id: int, logprob: float | None) -> dict[str, Any]:
-        data = self._tokenizer.token_bytes(id)
-        text = text_or_none(data)
-        return {"token": escaped(data) if text is None else text, "logprob": finite(logprob), "bytes": list(data)}
+    def _entry(self, token: SampledToken) -> _Entry:
+        name, data = self._names.chat(token.token)
+        return _Entry(name, finite(token.logprob), data, [self._top(id, logprob) for id, logprob in token.top])
+
+    def _top(self, id: int, logprob: float) -> _Top:
+        name, data = self._names.chat(id)
+        return _Top(name, finite(logprob), data)
 
 
 class TextLogprobs:
@@ -109,9 +111,7 @@ class TextLogprobs:
             self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(token.token)))
 
     def _text(self, id: int) -> str:
-        data = self._tokenizer.token_bytes(id)
-        text = text_or_none(data)
-        return f"bytes:{escaped(data)}" if text is None else text
+        return self._tokenizer.names.text(id)
 
 
 def _array(items: list[bytes]) -> msgspec.Raw:

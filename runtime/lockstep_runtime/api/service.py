@@ -116,7 +116,7 @@ class Service:
         gc.freeze()  # what stays for ever need not be looked through each time that garbage is looked for
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:  # async: FastAPI gives others a thread each time
     service: Service = request.app.state.service
     return service
 

@@ -13,6 +13,7 @@ from tokenizers import Encoding, Tokenizer
 from lockstep_runtime.api.bounds import longest_token
 from lockstep_runtime.api.errors import invalid
 from lockstep_runtime.api.token_bytes import TokenBytes
+from lockstep_runtime.api.token_names import TokenNames
 
 _PREFIX_CHARACTERS: Final = 8  # a token's, at most, in a text whose beginning is looked at first
 _SLACK_TOKENS: Final = 1024  # more than a cut in the middle of a text can add
@@ -54,6 +55,7 @@ class TextTokenizer:
         self._cut = _any_of({**special, **rowless}.values())
         self.markers = _markers(tokenizer)
         self.bytes = TokenBytes(tokenizer, frozenset(added))
+        self.names = TokenNames(self.bytes.of)
         self.longest_token = longest_token(tokenizer)
         self._line = self.encode("\n")
 
