@@ -158,6 +158,8 @@ def _explained(view: View, size: int) -> Finding:
         return _unhealed(view, status, name)
     if view.remedy and status.state in (GroupState.READY, GroupState.RECOVERING):  # for too long, by its own words
         return Finding("False", "RecoveryExhausted" if view.given_up else "Recovering", view.remedy, view.given_up)
+    if view.remedy and view.given_up:  # a late try is under way: until it has helped, it needs a person
+        return Finding("False", "RecoveryExhausted", view.remedy, stalled=True)
     return _by_state(status, name, size)
 
 

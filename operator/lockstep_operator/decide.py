@@ -20,6 +20,7 @@ from lockstep_operator.settings import Settings
 from lockstep_operator.spec import Model
 from lockstep_operator.troubles import lost, trouble
 from lockstep_operator.voices import block_of
+from lockstep_operator.waiting import recovering_since
 from lockstep_operator.waiting import unplaced as unplaced_since_before
 
 RECYCLE_GRACE_SECONDS: Final = 5  # a group that can't serve has nothing to finish
@@ -242,10 +243,12 @@ class _Look:
 def _situation(model: Model, observed: Observed, group: Group, turn: Turn, now: float) -> Situation:
     refused = observed.fails(("StatefulSet", group_name(model.name, group.index)))
     replaced = (turn.step is Step.REPLACE and not refused) or any(pod.revision != group.revision for pod in group.pods)
+    block = block_of(observed.status, group.index)
     return Situation(
         seed=f"{model.uid}/{group.index}",
         group=group,
-        memory=from_status(block_of(observed.status, group.index).get("recovery")),
+        memory=from_status(block.get("recovery")),
+        recovering_since=recovering_since(block),
         report=observed.reports.get(group.index),
         trouble=trouble(group, observed.warnings, now),
         moving=f"group {group.index} is being replaced by revision {group.revision} anyway" if replaced else "",

@@ -48,6 +48,7 @@ class Situation:
     report: Report | None = None  # heard by this operator, never what the status remembers
     trouble: Trouble | None = None
     moving: str = ""  # why its pods are being replaced anyway
+    recovering_since: float | None = None  # that it tries to serve again, as the status remembers it
 
     @property
     def status(self) -> GroupStatus | None:
@@ -104,7 +105,7 @@ def recover(policy: Recovery, situation: Situation, now: float) -> Verdict:
         memory = _given_back(policy, memory, unplaced, now)
         return Verdict(memory=memory, reason=_under_way(situation, memory), again=0.0)
     crashing = situation.trouble.pod if situation.trouble and situation.trouble.heals else None
-    trigger = find_trigger(situation.group, situation.report, now, crashing)
+    trigger = find_trigger(situation.group, situation.report, now, crashing, situation.recovering_since)
     if trigger is None:
         return Verdict(memory=memory, reason=_under_way(situation, memory))
     case = _Case(policy=policy, group=situation.group, trigger=trigger, now=now)

@@ -11,6 +11,7 @@ from lockstep_operator.observe import Pod, Report
 from lockstep_runtime.wire import Fault, FaultRecord, GroupState, GroupStatus, RankState
 
 RECOVERING_SECONDS: Final = 120.0  # the group's own deadlines have had their turn by then
+COMING_BACK_SECONDS: Final = 300.0  # the same, by several tries
 RELOADING_SECONDS: Final = 900.0  # the same, while ranks load that have joined
 ENDLESS: Final = "@r"  # in the key of a trigger
 LOADING: Final = frozenset({RankState.STARTING, RankState.LOADING})
@@ -29,13 +30,19 @@ class Trigger:
     pod: Pod | None  # the suspect's
 
 
-def find_trigger(group: Group, report: Report | None, now: float, crashing: Pod | None = None) -> Trigger | None:
+def find_trigger(
+    group: Group,
+    report: Report | None,
+    now: float,
+    crashing: Pod | None = None,
+    recovering_since: float | None = None,
+) -> Trigger | None:
     """None as long as the group serves, heals itself, or isn't known. `crashing` is a pod that its kubelet starts again
-    and again."""
+    and again; `recovering_since` is since when the group tries to serve again, whatever it says in between."""
     if report is None:
         return None
     if report.unreachable_since is None and report.status is not None:
-        found = _by_its_words(group, report.status, now)
+        found = _by_its_words(group, report.status, now) or _coming_back(group, report.status, recovering_since, now)
     else:
         found = _hung(group, report, now)
     return found or (_crashing(group, crashing, now) if crashing else None)
@@ -49,6 +56,25 @@ def _by_its_words(group: Group, status: GroupStatus, now: float) -> Trigger | No
             return _endless(group, status, now)
         case _:
             return _stuck(group, status, now)
+
+
+def _coming_back(group: Group, status: GroupStatus, since: float | None, now: float) -> Trigger | None:
+    """A group whose engine ends again and again, so that no recovery of it lasts long enough to be too long."""
+    coming = status.state in (GroupState.STARTING, GroupState.LOADING, GroupState.RECOVERING)
+    if since is None or not coming:
+        return None
+    loads = any(rank.state is RankState.LOADING for rank in status.ranks)
+    if now - since < (RELOADING_SECONDS if loads else COMING_BACK_SECONDS):
+        return None
+    absent = next((rank.rank for rank in status.ranks if rank.state is RankState.ABSENT), None)
+    return Trigger(
+        key=f"recovering{ENDLESS}{since:.0f}",
+        fault=str(Fault.RANK_LOST),
+        rank=absent,
+        message=f"it has tried to serve again since {text(since)}: {status.message or 'it has not said why'}",
+        noticed=since,
+        pod=None if absent is None else _pod_of(group, status, absent),
+    )
 
 
 def _crashing(group: Group, pod: Pod, now: float) -> Trigger | None:

@@ -14,6 +14,9 @@ from lockstep_operator.groups import Group
 from lockstep_operator.moment import text, unix
 from lockstep_operator.triggers import started
 
+RECOVERING: Final = "Recovering"
+# An engine that ends again and again is now starting, now loading: that is no service yet.
+COMING_BACK: Final = frozenset({"Starting", "Loading", "Unreachable", "OutOfMemory", "SpawnFailed"})
 VAGUE: Final = frozenset({"Starting", "Unreachable"})  # seen between two looks at what is truly wrong
 PLACEMENT: Final = frozenset({"Unschedulable", "SchedulingGated", "PodsRefused"})
 
@@ -34,11 +37,17 @@ def waiting_for(reason: str, group: Group, before: Waiting | None, deadline: flo
     fresh = Waiting(reason, float(int(now)), group.revision)
     if before is None or (before.revision != group.revision and reason not in PLACEMENT):
         return fresh
-    if reason == before.reason:
+    if reason == before.reason or (before.reason == RECOVERING and reason in COMING_BACK):
         return before
     if reason in VAGUE and not _has_run(group, deadline, now):
         return before
     return fresh
+
+
+def recovering_since(block: Mapping[str, Any]) -> float | None:
+    """Since when the group has been trying to serve again, whatever it says in between; None when it isn't."""
+    waiting = from_status(block.get("waiting"))
+    return waiting.since if waiting is not None and waiting.reason == RECOVERING else None
 
 
 def unplaced(block: Mapping[str, Any], revision: str) -> bool:

@@ -13,7 +13,6 @@ from openai.types.chat import ChatCompletionChunk
 from tests.support.api_server import SERVED, TINY_CHAT, serving
 from tests.support.engine import FakeEngine, Part, eventually
 from tests.support.http import async_http
-from tokenizers import Tokenizer
 
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.engine.interface import (
@@ -23,6 +22,7 @@ from lockstep_runtime.engine.interface import (
     RequestTooLongError,
 )
 from lockstep_runtime.wire import SamplingParams
+from tokenizers import Tokenizer
 
 TOKENIZER: Tokenizer = Tokenizer.from_file(str(TINY_CHAT / "tokenizer.json"))
 END = TOKENIZER.token_to_id("<|im_end|>") or 0

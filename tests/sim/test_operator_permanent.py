@@ -30,8 +30,9 @@ from lockstep_operator.recovery import Situation, Verdict, recover
 from lockstep_operator.rollout import plan
 from lockstep_operator.spec import Recovery
 from lockstep_operator.status import build
-from lockstep_operator.triggers import HUNG_SECONDS, RECOVERING_SECONDS
+from lockstep_operator.triggers import COMING_BACK_SECONDS, HUNG_SECONDS, RECOVERING_SECONDS
 from lockstep_operator.troubles import trouble
+from lockstep_operator.waiting import recovering_since
 from lockstep_runtime.wire import Fault, FaultRecord, GroupState, RankState
 
 SCHEDULES: Final = int(os.environ.get("LOCKSTEP_SIM_SCHEDULES", "1000"))
@@ -55,6 +56,7 @@ class Kind(enum.StrEnum):
     CUT_OFF = "cut off"  # from its kubelet, too, which starts it again and again
     CRASH = "crash"
     HANG = "hang"  # a rank that poisons its group however often it is started
+    ENGINE = "engine"  # ends again and again, so that its group is now recovering, now starting
     SILENT = "silent"  # a first pod that answers nobody
     IMAGE = "image"
     UNPLACED = "unplaced"
@@ -62,7 +64,7 @@ class Kind(enum.StrEnum):
     REFUSED = "refused"  # a quota, a LimitRange
 
 
-HEALABLE: Final = frozenset({Kind.CUT, Kind.CUT_OFF, Kind.CRASH, Kind.HANG, Kind.SILENT})
+HEALABLE: Final = frozenset({Kind.CUT, Kind.CUT_OFF, Kind.CRASH, Kind.HANG, Kind.ENGINE, Kind.SILENT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class Lasting:
     node: str = ""
 
     def holds(self, one: Pod) -> bool:
-        if one.index != (0 if self.kind is Kind.SILENT else self.index):
+        if one.index != (0 if self.kind in (Kind.SILENT, Kind.ENGINE) else self.index):
             return False
         return (not self.uid or one.uid == self.uid) and (not self.node or one.node == self.node)
 
@@ -91,6 +93,7 @@ class Life:
     lasting: list[Lasting] = field(default_factory=list)
     ill_since: dict[frozenset[str], float] = field(default_factory=dict)
     faults: int = 0
+    flips: int = 0
     acted: float = NOW - 1e6  # when a pod was last deleted
     served: float = NOW  # when it last did
     largest: int = 0
@@ -168,6 +171,9 @@ class Life:
         fault = FaultRecord(id=self.faults, fault=Fault.RANK_LOST, rank=rank, message="lost", at=since, epoch=1)
         hung = any(one.kind is Kind.HANG and one.holds(pod_) for one in self.lasting for pod_ in self.pods)
         state = GroupState.POISONED if hung else GroupState.RECOVERING
+        if any(one.kind is Kind.ENGINE and one.holds(leader) for one in self.lasting):
+            self.flips += 1
+            state, since = (GroupState.RECOVERING, GroupState.STARTING, GroupState.LOADING)[self.flips % 3], self.now
         gone = [msgspec.structs.replace(one, state=RankState.ABSENT) if one.rank == rank else one for one in said.ranks]
         return Report(status=msgspec.structs.replace(said, state=state, since=since, faults=[fault], ranks=gone))
 
@@ -190,7 +196,7 @@ class Life:
         warnings = {"uid-0": "FailedCreate: exceeded quota"} if len(found.pods) < 2 else {}
         situation = Situation(
             seed="s", group=found, memory=from_status(self._block().get("recovery")), report=report,
-            trouble=trouble(found, warnings, self.now),
+            trouble=trouble(found, warnings, self.now), recovering_since=recovering_since(self._block()),
         )  # fmt: skip
         verdict = recover(POLICY, situation, self.now)
         observed = Observed(
@@ -222,11 +228,12 @@ class Life:
         assert (stalled["status"] == "True") is not (self.condition("Reconciling")["status"] == "True")
         ill = self.now - max(self.served, min(fault.since for fault in active))
         kinds = {fault.kind for fault in active}
-        if kinds <= HEALABLE and ill > ACTS:
+        if kinds <= HEALABLE and ill > (COMING_BACK_SECONDS + 240 if Kind.ENGINE in kinds else ACTS):
             said = stalled["status"] == "True" and (
                 "try" in stalled["message"] or "nothing has moved" in stalled["message"]
             )
-            waits = "next is at" in ready["message"] or self.now - self.acted < AGAIN
+            again = AGAIN + (COMING_BACK_SECONDS if Kind.ENGINE in kinds else 0.0)
+            waits = "next is at" in ready["message"] or self.now - self.acted < again
             assert said or waits, f"nobody has acted for {ill} s: {ready}"
         if Kind.GATED in kinds and kinds == {Kind.GATED}:
             assert (stalled["status"], ready["reason"]) == ("False", "SchedulingGated"), ready
@@ -291,6 +298,9 @@ def test_a_month_of_it_grows_nothing(kind: Kind) -> None:
         if life.now > NOW + (day + 1) * 86400:
             day += 1
             sizes.append(len(life.status))
+    for _ in range(120):
+        life.look()
+        life.now += 10
     life.check()
     assert max(sizes) < 8 * 1024
     assert max(sizes[15:]) <= max(sizes[:15]) * 1.2

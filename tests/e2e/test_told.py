@@ -1,0 +1,204 @@
+"""What keeps a model from being as asked is told within 15 s, truly at every moment, and holds up nothing else."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from typing import Any, Final
+
+from tests.support import kubectl
+from tests.support.cluster_api import ClusterApi
+from tests.support.cluster_faults import events
+from tests.support.cluster_lifecycle import change_spec, uids, until_groups
+from tests.support.cluster_model import RESOURCES, Model, Object, tiny_chat
+from tests.support.cluster_processes import kill, one_process
+from tests.support.status_watch import StatusWatch, watched
+
+TOLD_SECONDS: Final = 15.0
+HEALED_SECONDS: Final = 90.0
+HEALS: Final[Object] = {"strategy": "RecyclePods", "backoff": {"initial": "1s"}}
+
+
+def small(**spec: Any) -> Object:
+    """A model in one pod, whose operator replaces pods."""
+    return tiny_chat(**({"ranksPerPod": 2, "recovery": HEALS} | spec))
+
+
+def healed_meanwhile(model: Model, group: int) -> None:
+    """Kill a rank of the group, which then gives up by its strategy: the operator replaces its pod and it serves."""
+    before = model.pod(group, 0)
+    recoveries = model.status().get("recoveries", 0)
+    kill(one_process(before, "lockstep: worker"))
+    model.until("the repair", lambda: model.status().get("recoveries", 0) > recoveries, HEALED_SECONDS)
+    assert model.pod(group, 0)["metadata"]["uid"] != before["metadata"]["uid"]
+
+
+def told(model: Model, kind: str, reason: str, words: str) -> None:
+    def look() -> bool:
+        found = model.condition(kind)
+        return bool(found.get("reason") == reason and found["status"] == "True" and words in found["message"])
+
+    model.until(f"{kind}={reason}", look, TOLD_SECONDS)
+
+
+def test_a_typo_in_the_template_is_told_and_the_groups_are_healed_meanwhile(api: ClusterApi, namespace: str) -> None:
+    model = Model(api, namespace, "typo")
+    model.apply(small(replicas=2))
+    model.until_serving(2)
+    before = uids(model)
+    change_spec(model, '{"spec": {"template": {"spec": {"nodeSelectr": {"a": "b"}}}}}')
+    told(model, "Stalled", "Refused", ".spec.template.spec.nodeSelectr: field not declared in schema")
+    assert model.status()["observedGeneration"] == model.read()["metadata"]["generation"]
+    assert [event["type"] for event in events(model).values() if event["reason"] == "Refused"] == ["Warning"]
+    assert model.is_true("Available")
+    assert uids(model) == before
+
+    healed_meanwhile(model, 0)
+    healed_meanwhile(model, 1)
+    assert model.condition("Stalled")["reason"] == "Refused"
+
+    change_spec(model, '{"spec": {"template": {"spec": {"nodeSelectr": null}}}}')
+    model.until_serving(2)
+
+
+def test_templates_of_no_shape_are_told_with_the_field(api: ClusterApi, namespace: str) -> None:
+    model = Model(api, namespace, "shape")
+    model.apply(small())
+    model.until_ready()
+    for field, words in (
+        (
+            '"terminationGracePeriodSeconds": "60s"',
+            "template.spec.terminationGracePeriodSeconds must be a whole number",
+        ),
+        ('"containers": {"lockstep": {}}', "template.spec.containers must be a list"),
+        ('"affinity": "x"', "template.spec.affinity must be a map"),
+    ):
+        name = field.partition(":")[0]
+        change_spec(model, f'{{"spec": {{"template": {{"spec": {{{field}}}}}}}}}')
+        told(model, "Stalled", "InvalidSpec", words)
+        assert model.is_true("Available")
+        if name == '"containers"':
+            model.apply(small())
+        else:
+            change_spec(model, f'{{"spec": {{"template": {{"spec": {{{name}: null}}}}}}}}')
+        model.until_ready()
+
+
+def test_more_cpus_than_there_are_is_progress_until_its_deadline(api: ClusterApi, namespace: str) -> None:
+    model = Model(api, namespace, "greedy")
+    greedy = {"name": "lockstep", "resources": {"requests": {"cpu": "1000"}}}
+    model.apply(small(progressDeadline="20s", template={"spec": {"containers": [greedy]}}))
+    with watched(model) as seen:
+        told(model, "Reconciling", "Unschedulable", "Insufficient cpu")
+        model.until("the deadline", lambda: model.is_true("Stalled"), 40)
+        stalled = model.condition("Stalled")
+        assert stalled["reason"] == "ProgressDeadlineExceeded"
+        assert "Insufficient cpu" in stalled["message"]
+        _one_at_a_time(seen)
+        change_spec(model, '{"spec": {"template": null}}')
+        model.until_ready()
+        assert not model.is_true("Stalled")
+
+
+def test_a_group_without_room_stops_neither_service_nor_changes(api: ClusterApi, namespace: str) -> None:
+    model = Model(api, namespace, "roomless")
+    model.apply(small())
+    model.until_ready()
+    kubectl.kubectl("-n", namespace, "create", "quota", "one", "--hard=pods=1")
+    change_spec(model, '{"spec": {"replicas": 2}}')
+    told(model, "Reconciling", "PodsRefused", "exceeded quota")
+    assert model.is_true("Available")
+    healed_meanwhile(model, 0)
+    kubectl.kubectl("-n", namespace, "delete", "quota", "one")
+    until_groups(model, 2)
+
+
+def test_a_scheduling_gate_is_waited_for_and_never_stalls(api: ClusterApi, namespace: str) -> None:
+    model = Model(api, namespace, "gated")
+    container = {"name": "lockstep", "resources": RESOURCES}
+    gated = {"schedulingGates": [{"name": "lockstep.dev/e2e"}], "containers": [container]}
+    model.apply(small(progressDeadline="5s", template={"spec": gated}))
+    with watched(model) as seen:
+        told(model, "Reconciling", "SchedulingGated", "lockstep.dev/e2e")
+        before = len(seen.models())
+        model.until("the deadline to have passed", lambda: _waited(model, 12), 40)
+        assert before, "the watch works"
+        assert seen.never_stalled()
+        model.kubectl("patch", "pod", f"{model.name}-0-0", "--type=json", "-p",
+                      '[{"op": "remove", "path": "/spec/schedulingGates"}]')  # fmt: skip
+        model.until_ready()
+        assert seen.never_stalled()
+
+
+def _waited(model: Model, seconds: float) -> bool:
+    since = model.status()["groups"][0]["waiting"]["since"]
+    return time.time() - datetime.fromisoformat(since).timestamp() > seconds
+
+
+def test_an_evicted_pod_is_replaced_and_nothing_stalls(api: ClusterApi, namespace: str) -> None:
+    model = Model(api, namespace, "evicted")
+    scratch = [{"name": "scratch", "emptyDir": {"sizeLimit": "8Mi"}}]
+    mounts = [{"name": "scratch", "mountPath": "/scratch"}]
+    container = {"name": "lockstep", "resources": RESOURCES, "volumeMounts": mounts}
+    model.apply(small(replicas=2, template={"spec": {"volumes": scratch, "containers": [container]}}))
+    model.until_serving(2)
+    before = model.pod(0, 0)["metadata"]["uid"]
+    with watched(model) as seen:
+        fill = "head -c 33554432 /dev/zero > /scratch/full"
+        model.kubectl("exec", f"{model.name}-0-0", "--", "sh", "-c", fill)
+        model.until("the kubelet to evict", lambda: _uid(model) not in ("", before), 180)
+        model.until_serving(2)
+        assert seen.never_stalled()
+        assert len(seen.models()) > 1, "the watch works"
+
+
+def _uid(model: Model) -> str:
+    found = model.api.find("pods", model.namespace, f"{model.name}-0-0")
+    return str(found["metadata"]["uid"]) if found else ""
+
+
+def test_both_ways_of_asking_restart_the_groups_in_turn(api: ClusterApi, namespace: str) -> None:
+    model = Model(api, namespace, "restarted")
+    model.apply(small(replicas=2))
+    model.until_serving(2)
+    for ask in (
+        ["annotate", "--overwrite", "tpm", model.name, "lockstep.dev/restartedAt=2026-01-31T12:00:00Z"],
+        ["rollout", "restart", "statefulset", f"{model.name}-1"],
+    ):
+        before = uids(model)
+        with watched(model) as seen:
+            model.kubectl(*ask)
+            model.until("all pods to be new", lambda before=before: not before & uids(model), 240)  # type: ignore[misc]
+            model.until_serving(2)
+            assert all(condition["status"] == "True" for condition in seen.conditions("Available"))
+
+
+def test_models_whose_names_collide_do_each_other_no_harm(api: ClusterApi, namespace: str) -> None:
+    first, second = Model(api, namespace, "foo-1"), Model(api, namespace, "foo")
+    first.apply(small())
+    first.until_ready()
+    second.apply(small(replicas=2))
+    told(second, "Stalled", "NameConflict", "Service foo-1 exists and belongs to TensorParallelModel foo-1")
+    second.until("its other group to serve", lambda: second.is_true("Available"))
+    assert first.is_true("Ready")
+    healed_meanwhile(second, 0)
+    first.delete()
+    until_groups(second, 2)
+
+
+def test_a_namespace_that_is_deleted_causes_no_warnings(api: ClusterApi, namespace: str) -> None:
+    model = Model(api, namespace, "leaving")
+    model.apply(small())
+    model.until_ready()
+    with watched(model) as seen:
+        kubectl.kubectl("delete", "namespace", namespace, "--wait=false")
+        model.until("nothing to be left", lambda: not api.items("pods", namespace), HEALED_SECONDS)
+        assert seen.never_stalled()
+
+
+def _one_at_a_time(seen: StatusWatch) -> None:
+    """In every status either something moves or a person is waited for, unless all is well."""
+    for model in seen.models():
+        found = {one["type"]: one["status"] for one in model.get("status", {}).get("conditions", [])}
+        if found.get("Ready") == "False":
+            assert {found["Reconciling"], found["Stalled"]} == {"True", "False"}
