@@ -31,10 +31,10 @@ from tests.support.chaos import healed
 from tests.support.faults import inject
 from tests.support.serve import TINY_CHAT, Served, served
 from tests.support.stream import Stream
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lockstep_runtime.recovery.policy import REBUILD_REFILL_SECONDS
 from lockstep_runtime.wire import FaultRecord, GroupState, Injection, Moment, Phase
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 STREAM_SECONDS: Final = 300.0
 PHASES: Final = ("detect", "abort", "respawn", "rebuild", "verify", "firstToken")

@@ -80,12 +80,25 @@ def test_an_older_prefill_does_not_starve_a_later_decode() -> None:
     assert {part.sequence_id for part in slices} == {1, 2, 3}
 
 
-def test_the_first_in_line_is_not_overtaken_by_a_smaller_one() -> None:
+def test_the_first_in_line_is_overtaken_by_no_more_than_would_fill_its_place() -> None:
+    planner = scheduler(blocks=8, max_sequences=20)
+    planner.add(sequence(1, prompt=12, max_tokens=1))
+    planner.add(sequence(2, prompt=30, max_tokens=2))  # lacks room: eight blocks, and five are free
+    for number in range(3, 20):
+        planner.add(sequence(number, prompt=4, max_tokens=1))
+    order = []
+    while slices := step(planner)[0]:
+        order += [part.sequence_id for part in slices if part.position == 0]
+    assert sorted(order) == list(range(1, 20))
+    assert order.index(2) == 1 + 8
+
+
+def test_who_lacks_room_himself_overtakes_nobody() -> None:
     planner = scheduler(blocks=8)
     planner.add(sequence(1, prompt=12, max_tokens=1))
     planner.add(sequence(2, prompt=30, max_tokens=2))
-    planner.add(sequence(3, prompt=1, max_tokens=1))
-    assert shape(planner.plan()) == [(1, 0, 12, True)]  # 2 lacks blocks, 3 waits behind it
+    planner.add(sequence(3, prompt=24, max_tokens=1))
+    assert shape(planner.plan()) == [(1, 0, 12, True)]
 
 
 def test_no_more_than_max_sequences_run() -> None:

@@ -31,11 +31,11 @@ def test_a_step_is_full_and_everyone_has_what_is_due(wanted: list[int], spare: i
 
 
 class Machine:
-    """A scheduler with room for everything; `first[id]` is the step in which a sequence drew its first token."""
+    """A scheduler; `first[id]` is the step in which a sequence drew its first token."""
 
-    def __init__(self, budget: int = 2048) -> None:
+    def __init__(self, budget: int = 2048, blocks: int = 100_000) -> None:
         self.scheduler = Scheduler(
-            max_sequences=64, max_batch_tokens=budget, max_model_len=50_000, blocks=100_000, block_size=16
+            max_sequences=64, max_batch_tokens=budget, max_model_len=50_000, blocks=blocks, block_size=16
         )
         self.steps = 0
         self.first: dict[int, int] = {}
@@ -95,6 +95,24 @@ def test_a_sequence_that_decodes_draws_in_every_step(prompts: list[int], tokens:
         machine.add(id, prompt)
     machine.step(tokens)
     assert machine.drawn[1] == list(range(1, tokens + 1))
+
+
+@given(st.integers(2, 40), st.integers(1, 3), st.integers(0, 10))
+def test_the_first_in_line_waits_for_room_and_not_for_ever(place: int, short: int, tokens: int) -> None:
+    """However many short ones come, it runs once what it waited for is done, and what went before it."""
+    machine = Machine(blocks=place + 4)
+    machine.add(1, 4 * 16, max_tokens=tokens + 1)
+    machine.step()
+    machine.add(2, place * 16 + 1, max_tokens=1)
+    for id in range(3, 400):
+        machine.add(id, short * 16, max_tokens=2)
+        machine.step()
+        if 2 in machine.first:
+            break
+    assert machine.first[2] <= 4 + tokens + 2 * (place + 5)
+    if place >= 8 and tokens >= 4:
+        assert 3 in machine.first
+        assert machine.first[3] <= 3
 
 
 def test_of_prompts_of_one_length_the_first_is_first() -> None:

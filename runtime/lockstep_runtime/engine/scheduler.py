@@ -2,7 +2,8 @@
 
 Each step takes one token of every decoding sequence; the prefills share what the budget leaves (shares.py), so that a
 short prompt waits for no long one. A new sequence is admitted, in order of arrival, when its whole prompt finds room
-beside what the running prefills will still need. When blocks run out, the latest sequence gives up all of its blocks
+beside what the running prefills will still need; while the first in line lacks room, shorter ones may go before it, but
+no more of them than would fill its own place. When blocks run out, the latest sequence gives up all of its blocks
 and is computed again later from its token ids; so the oldest always goes on, and every sequence that fits by itself
 finishes.
 
@@ -164,9 +165,25 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_sequences:
-            if self._blocks_for(len(self._waiting[0].tokens)) > self.book.free - self._promised():
+            chosen = self._next_in()
+            if chosen is None:
                 return
-            insort(self._running, self._waiting.pop(0), key=_by_arrival)
+            self._waiting.remove(chosen)
+            insort(self._running, chosen, key=_by_arrival)
+
+    def _next_in(self) -> Sequence | None:
+        room = self.book.free - self._promised()
+        first = self._waiting[0]
+        place = self._blocks_for(len(first.tokens))
+        if place <= room:
+            return first
+        most = min(room, place - first.overtaken)
+        for later in self._waiting[1:] if most > 0 else ():
+            blocks = self._blocks_for(len(later.tokens))
+            if blocks <= most:
+                first.overtaken += blocks
+                return later
+        return None
 
     def _plan_alone(self, sequence: Sequence) -> list[SequenceSlice]:
         if sequence not in self._running:

@@ -24,6 +24,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     blame: int = 0
+    overtaken: int = 0  # blocks that went to later ones while it waited as the first in line
     scored: int = 1  # tokens of the prompt whose log probabilities are known; the first has none
     scores: list[SampledToken] = field(default_factory=list)  # those that were not handed on yet
 
