@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.supervisor.board import Seen, StatusBoard, parse_seen
+from lockstep_runtime.supervisor.board import BELIEVED_SECONDS, Seen, StatusBoard, parse_seen
 from lockstep_runtime.supervisor.server import create_app
 from lockstep_runtime.wire import GroupState, PodProblem, PodProblemReason
 
@@ -80,3 +80,30 @@ async def test_what_the_pod_complains_of_is_told_while_there_is_no_engine() -> N
     assert board.status.revision == before + 1
     board.complain([])
     assert board.status.pod_problems == [of_another]
+
+
+async def test_a_status_that_nobody_stands_by_is_not_believed() -> None:
+    board = StatusBoard(CONFIG)
+    ready = msgspec.structs.replace(board.status, state=GroupState.READY, accepting=True, message="all is well")
+    board.take(ready)
+    before = board.status.revision
+    board.take(ready)  # a sign of life, and nothing new
+    assert board.status.revision == before
+    now = time.monotonic()
+    board.check(now + BELIEVED_SECONDS - 1)
+    assert (await probe(board)).status_code == 200
+    board.check(now + BELIEVED_SECONDS + 1)
+    answer = await probe(board)
+    assert (answer.status_code, board.status.message) == (503, "the engine has said nothing for 15 s")
+    board.take(ready)
+    assert (await probe(board)).status_code == 200
+
+
+async def test_the_word_of_a_new_engine_counts_though_it_is_that_of_the_one_before() -> None:
+    board = StatusBoard(CONFIG)
+    ready = msgspec.structs.replace(board.status, state=GroupState.READY, accepting=True)
+    board.take(ready)
+    board.engine_lost("was killed by signal 9")
+    assert (await probe(board)).status_code == 503
+    board.take(ready)
+    assert (await probe(board)).status_code == 200

@@ -64,7 +64,14 @@ class Pod:
     def key(self) -> Hashable:
         """Times count from now."""
         children = tuple(
-            (name, child.alive, child.failures, _ahead(child.spawn_at, self.now), _ahead(child.stopped_at, self.now))
+            (
+                name,
+                child.alive,
+                child.failures,
+                _ahead(child.spawn_at, self.now),
+                _ahead(child.stopped_at, self.now),
+                _ahead(child.silent_at, self.now),
+            )
             for name, child in self.machine._children.items()
         )
         machine = (self.machine.phase, _ahead(self.machine.deadline, self.now), self.machine._is_warm)

@@ -8,10 +8,9 @@ from typing import Final
 
 from tests.support.models import ModelShape, write_model
 from tests.support.stream import Answer, Stream
+from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-
-from tokenizers import Tokenizer
 
 VOCABULARY: Final = 151_936
 NAME: Final = "large-vocabulary"

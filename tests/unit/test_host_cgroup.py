@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support import memory_cgroup
 
@@ -191,6 +191,7 @@ def test_without_limits_the_machine_is_all_there_is(tmp_path: Path, files: dict[
     assert memory.total_bytes(root) == 24684084 * 1024
 
 
+@settings(max_examples=25)
 @given(st.text(max_size=300), st.text(max_size=300), st.text(max_size=60))
 def test_no_text_in_these_files_is_an_error(tmp_path_factory: pytest.TempPathFactory, a: str, b: str, c: str) -> None:
     root = tree(

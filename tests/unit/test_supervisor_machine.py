@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lockstep_runtime.supervisor.machine import (
     ENGINE,
     LONGEST_BACKOFF,
+    SILENT_SECONDS,
     SLOW_BACKOFF,
     SPARE,
     STOPPED_SECONDS,
@@ -59,6 +60,7 @@ def test_one_that_never_gets_loaded_waits_longer_and_longer() -> None:
         if machine.exited(1, healthy=False, now=now) == [Spawn(1)]:
             waits.append(0.0)
             continue
+        machine.heard(now)  # the engine lives
         due = machine.next_deadline()
         assert due is not None
         waits.append(due - now)
@@ -201,6 +203,35 @@ def test_an_end_that_is_asked_for_meanwhile_waits_for_no_process_that_never_came
     machine.exited(SPARE, healthy=True, now=1.2)
     machine.exited(3, healthy=True, now=1.2)
     assert machine.spawn_failed(2, "no answer", 1.3, spare_is_lost=True) == [Finish(0, "no engine needs this pod")]
+
+
+def test_an_engine_that_gives_no_sign_of_life_is_killed() -> None:
+    machine = leader()
+    machine.heard(50.0)
+    due = machine.next_deadline()
+    assert due == 50.0 + SILENT_SECONDS
+    assert machine.tick(due - 0.1) == []
+    assert signalled(machine.tick(due)) == [ENGINE]
+    assert machine.exited(ENGINE, healthy=True, now=due + 0.1) == [Spawn(ENGINE)]
+    assert machine.next_deadline() == due + 0.1 + SILENT_SECONDS  # also one that never gets to its first
+
+
+def test_a_supervisor_that_was_itself_away_waits_for_a_sign_of_life() -> None:
+    machine = leader()
+    machine.heard(50.0)
+    back = 50.0 + SILENT_SECONDS + 3600
+    assert machine.tick(back) == []
+    due = machine.next_deadline()
+    assert due is not None
+    assert due - back < SILENT_SECONDS
+    assert signalled(machine.tick(due)) == [ENGINE]
+
+
+def test_an_engine_that_drains_is_not_hung_but_for_its_grace() -> None:
+    machine = leader()
+    machine.asked_to_end(1.0, connected=True)
+    machine.heard(2.0)
+    assert machine.next_deadline() == 1.0 + 30.0 + 5.0
 
 
 def test_a_leader_whose_engine_can_not_be_started_drains_nothing() -> None:

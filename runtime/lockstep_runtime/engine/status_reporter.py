@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Final
@@ -15,6 +17,7 @@ from lockstep_runtime.recovery.driver import GroupDriver
 from lockstep_runtime.recovery.group_state import group_state, is_accepting
 from lockstep_runtime.recovery.latency import LatencyWindow
 
+HEARTBEAT_SECONDS: Final = 4.0  # the supervisor believes a status for a few times as long
 QUIET_STATUS_SECONDS: Final = 1.0  # between reports that only bring latencies
 
 
@@ -85,8 +88,10 @@ class StatusReporter:
         )
 
     async def run(self, status: Callable[[], wire.GroupStatus]) -> None:
-        """Send it to the leader's supervisor whenever it changed, until cancelled."""
+        """Send it to the leader's supervisor whenever it changed, and otherwise as a sign of life, until cancelled."""
         while True:
-            await self._changes.next(QUIET_STATUS_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_SECONDS):
+                    await self._changes.next(QUIET_STATUS_SECONDS)
             if supervisor := self._group.supervisors.get(0):
                 supervisor.send(wire.StatusReport(status=status()))

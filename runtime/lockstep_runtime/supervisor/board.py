@@ -15,6 +15,7 @@ from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
 
 LEADER: Final = 0  # the pod's index
+BELIEVED_SECONDS: Final = 15.0  # without a word from the engine; it gives signs of life more often
 GIVE_UP_AFTER: Final = 6  # engines in a row that ended before they were of use
 FAULTS_KEPT: Final = 32
 _SEEN: Final = re.compile(r"(?:([0-9a-f]{1,32})/)?([0-9]{1,18})")
@@ -48,6 +49,8 @@ class StatusBoard:
     """Readers wait for the next revision; the engine's reports and its death are what changes it."""
 
     def __init__(self, config: ServeConfig) -> None:
+        self._heard_at = 0.0  # monotonic
+        self._is_overruled = False  # the status is not the engine's last word
         self.incarnation = secrets.token_hex(8)
         self.from_engine: wire.GroupStatus | None = None
         self._changed = asyncio.Event()
@@ -66,13 +69,23 @@ class StatusBoard:
         )
 
     def take(self, status: wire.GroupStatus) -> None:
-        """What the engine says now."""
-        self.from_engine = status
-        self._publish(status)
+        """What the engine says now; the same as before is a sign of life."""
+        self._heard_at = time.monotonic()
+        if status != self.from_engine or self._is_overruled:
+            self._is_overruled, self.from_engine = False, status
+            self._publish(status)
+
+    def check(self, now: float) -> None:
+        """A status that nobody stands by any more is not believed; `now` is monotonic."""
+        if self.status.accepting and now - self._heard_at > BELIEVED_SECONDS:
+            self._is_overruled = True
+            message = f"the engine has said nothing for {BELIEVED_SECONDS:.0f} s"
+            self._publish(msgspec.structs.replace(self.status, accepting=False, message=message))
 
     def engine_lost(self, how: str, failures: int = 0) -> None:
         """The engine's process has ended, or can't be started; what it knew of the ranks is void until the next one
         speaks. `failures`: how often in a row, before it was of use; then nothing in this pod helps it any more."""
+        self._is_overruled = True
         gave_up = failures >= GIVE_UP_AFTER
         message = f"the engine {how}, for the {failures}th time in a row" if gave_up else f"the engine {how}"
         if gave_up:

@@ -24,6 +24,9 @@ LONGEST_BACKOFF: Final = 30.0
 SLOW_BACKOFF: Final = 10.0
 STOPPED_SECONDS: Final = 0.5  # a process that was stopped for so long does not go on by itself
 STOPPED_AGAIN_SECONDS: Final = 5.0  # the engine may not have been there to hear it
+SILENT_SECONDS: Final = 120.0  # of the engine, from its start on: it gives a sign of life every few seconds
+LATE_SECONDS: Final = 5.0  # the supervisor itself was not there to hear it
+GRACE_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 3.0  # between SIGTERM and SIGKILL
 DRAIN_MARGIN_SECONDS: Final = 5.0  # for the engine beyond its own grace
 
@@ -80,6 +83,7 @@ class _Child:
     spawn_at: float | None = None
     stopped_at: float | None = None
     stopped_by: int = 0
+    silent_at: float | None = None  # the engine's: when it counts as hung
 
 
 @dataclass(slots=True)
@@ -111,7 +115,7 @@ class Machine:
         `spare_is_lost`: it does not answer; a rank waits for another spare then.
         """
         child = self._children[name]
-        child.alive, child.stopped_at = False, None
+        child.alive, child.stopped_at, child.silent_at = False, None, None
         if self.phase is Phase.LEAVING and name == ENGINE:
             return self._stop(now, "the engine has gone")
         if self.phase not in (Phase.RUNNING, Phase.LEAVING):
@@ -125,6 +129,11 @@ class Machine:
         child.failures += 1
         child.spawn_at = now + backoff(child.failures)
         return self.tick(now)
+
+    def heard(self, now: float) -> None:
+        """The engine has given a sign of life."""
+        if self._children[ENGINE].alive:
+            self._children[ENGINE].silent_at = now + SILENT_SECONDS
 
     def stopped(self, name: Name, number: int, now: float) -> None:
         """A child was stopped by a signal."""
@@ -140,7 +149,7 @@ class Machine:
         """A child has ended. `healthy`: it had been of use before; `hopeless`: starting it again can't help; `slowly`:
         it can't until something is mended, which is no matter of seconds."""
         child = self._children[name]
-        child.alive, child.stopped_at = False, None
+        child.alive, child.stopped_at, child.silent_at = False, None, None
         if name == SPARE:
             self._is_warm = False
         if self.phase is Phase.LEAVING and name == ENGINE:
@@ -199,10 +208,19 @@ class Machine:
             if child.stopped_at is not None and now >= child.stopped_at:
                 child.stopped_at = now + STOPPED_AGAIN_SECONDS
                 actions.append(self._unstick(name, child))
+            if child.alive and child.silent_at is not None and now >= child.silent_at:
+                actions += self._judge_silence(name, child, now)
             if child.spawn_at is not None and now >= child.spawn_at and self._can_start(name):
                 child.alive, child.spawn_at = True, None
+                child.silent_at = now + SILENT_SECONDS if name == ENGINE else None
                 actions.append(Spawn(name))
         return actions
+
+    def _judge_silence(self, name: Name, child: _Child, now: float) -> list[Action]:
+        """Where this process was itself kept from running, the other may have been, too."""
+        was_late = child.silent_at is not None and now - child.silent_at > LATE_SECONDS
+        child.silent_at = now + (GRACE_SECONDS if was_late else SILENT_SECONDS)
+        return [] if was_late else [Signal(name, SIGKILL, f"it has given no sign of life for {SILENT_SECONDS:.0f} s")]
 
     def _can_start(self, name: Name) -> bool:
         return self._is_warm or not isinstance(name, int)
@@ -217,6 +235,7 @@ class Machine:
         """When `tick` has something to do next; None: never, by itself."""
         children = self._children.items()
         times = [child.stopped_at for _, child in children if child.stopped_at is not None]
+        times += [child.silent_at for _, child in children if child.alive and child.silent_at is not None]
         times += [child.spawn_at for name, child in children if child.spawn_at is not None and self._can_start(name)]
         return min([*times, *([self.deadline] if self.deadline is not None else [])], default=None)
 
@@ -224,7 +243,7 @@ class Machine:
         self.phase, self.deadline = Phase.STOPPING, now + STOP_SECONDS
         self._code, self._reason = code, reason
         for child in self._children.values():
-            child.spawn_at = child.stopped_at = None
+            child.spawn_at = child.stopped_at = child.silent_at = None
         alive = [name for name, child in self._children.items() if child.alive]
         return [Signal(name, SIGTERM, reason) for name in alive] or self._finish_if_alone()
 

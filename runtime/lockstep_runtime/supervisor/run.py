@@ -123,6 +123,8 @@ class Supervisor:
     async def _watch_records(self) -> None:
         while True:
             self._processes.look_at_records()
+            if self._board is not None:
+                self._board.check(time.monotonic())
             if self._problems.forget_old(time.time()):
                 self._tell_problems()
             await asyncio.sleep(starvation.LOOK_SECONDS)
@@ -190,6 +192,7 @@ class Supervisor:
         match message:
             case wire.StatusReport() if self._board is not None:
                 self._board.take(message.status)
+                self._machine.heard(time.monotonic())
             case wire.KillWorker():
                 if self._processes.incarnation(message.rank) == message.incarnation:
                     self._do(self._machine.kill(message.rank, message.reason))  # first: it must not join once more
