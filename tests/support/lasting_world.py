@@ -95,7 +95,7 @@ class LastingWorld(World):
         """While the causes last."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            await asyncio.sleep(1.0 if seconds < 10_000 else 10.0)
+            await asyncio.sleep(3.0 if seconds < 10_000 else 10.0)
             self._look()
 
     def _look(self) -> None:

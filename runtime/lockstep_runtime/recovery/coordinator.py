@@ -386,6 +386,9 @@ class Coordinator:
     def _on_done(self, answers: Mapping[int, Answer], now: float) -> None:
         if self.stage is not Stage.ASSEMBLING:
             return
+        if gone := next((one for one in self.handles if one.hello is None), None):  # since it answered
+            self._fault(Evidence(Fault.RANK_LOST, gone.rank, gone.message), now)
+            return
         self._actions += self._assembly.answered(answers, now)
         self._due = self._assembly.retry_at
         if self._assembly.step is Step.WRONG:
