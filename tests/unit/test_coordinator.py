@@ -21,6 +21,10 @@ HUNG = Evidence(Fault.HANG, 1, "rank 1 stopped", stragglers=(1,))
 FAILED = Evidence(Fault.STEP_FAILED, 1, "rank 1: out of memory")
 
 
+def stage(life: GroupLife) -> Stage:
+    return life.group.stage
+
+
 def state(life: GroupLife) -> tuple[GroupState, str]:
     return group_state(life.group, life.now, draining=False, blocker="")
 
@@ -36,7 +40,7 @@ def broken(cause: Evidence = FAILED, **settings: object) -> GroupLife:
 
 def test_a_group_is_formed_step_by_step_and_then_serves() -> None:
     life = GroupLife()
-    assert (life.group.stage, state(life)[0]) == (Stage.GATHERING, GroupState.STARTING)
+    assert (stage(life), state(life)[0]) == (Stage.GATHERING, GroupState.STARTING)
     life.gather()
     assert state(life) == (GroupState.LOADING, "every rank is loaded; they are joining")
     life.proceed()
@@ -52,7 +56,7 @@ def test_a_fault_is_reported_in_its_epoch_and_every_rank_aborted_in_the_next() -
     [report] = life.of(actions.ReportFault)
     assert (report.cause, report.decision.rung, report.epoch, report.recorded) == (FAILED, "Rebuild", 1, True)
     assert [(one.rank, one.epoch) for one in life.of(actions.SendAbort)] == [(0, 2), (1, 2)]
-    assert life.group.stage is Stage.GATHERING
+    assert stage(life) is Stage.GATHERING
     life.left(0)
     life.left(1)
     life.proceed()
@@ -66,7 +70,7 @@ def test_without_a_step_in_between_the_next_attempt_waits_a_little_longer_each_t
     waits = []
     for _ in range(8):
         life.fails(Evidence(Fault.STEP_FAILED, None, "again"), steps=0)
-        if life.group.stage is not Stage.PAUSING:
+        if stage(life) is not Stage.PAUSING:
             break
         due = life.group.next_deadline()
         assert due is not None
@@ -111,13 +115,13 @@ def test_a_process_that_outlives_its_kill_is_killed_again() -> None:
     assert [one.rank for one in life.of(actions.Kill)] == [1]
     life.left(0)
     life.left(1)  # from the grave: it is not waited for
-    assert life.group.stage is Stage.GATHERING
+    assert stage(life) is Stage.GATHERING
     life.wait(timing.DEATH_SECONDS)
     assert [one.rank for one in life.of(actions.Kill)] == [1, 1]
     life.exit(1)
     life.connect(1)
     life.loaded(1)
-    assert life.group.stage is Stage.ASSEMBLING
+    assert stage(life) is Stage.ASSEMBLING
 
 
 def test_nccl_is_given_the_time_that_it_needs() -> None:
@@ -185,7 +189,7 @@ def test_ranks_of_a_pod_wait_for_the_one_that_downloads_for_all() -> None:
         life.wait(100.0)
         life.tell(events.RankReported(0, wire.LoadProgress(bytes_done=0, bytes_total=0, bytes_moved=moved * 10**6)))
     assert life.of(actions.Kill) == []
-    assert life.group.stage is Stage.GATHERING
+    assert stage(life) is Stage.GATHERING
 
 
 # --- and those that never come
@@ -197,7 +201,7 @@ def test_a_rank_that_stays_away_poisons_the_group_with_its_name() -> None:
     life.tell(events.RankDisconnected(1))
     life.left(0)
     life.wait(timing.ABSENT_SECONDS)
-    assert life.group.stage is Stage.POISONED
+    assert stage(life) is Stage.POISONED
     cause = life.of(actions.ReportFault)[-1].cause
     assert (cause.fault, cause.rank) == (Fault.RANK_LOST, 1)
     assert state(life) == (GroupState.POISONED, "rank 1 (pod 1) has been out of reach for 60 s")
@@ -209,9 +213,9 @@ def test_a_first_start_waits_longer() -> None:
     life.connect(0)
     life.loaded(0)
     life.wait(timing.FIRST_SECONDS - 1)
-    assert life.group.stage is Stage.GATHERING
+    assert stage(life) is Stage.GATHERING
     life.wait(2.0)
-    assert life.group.stage is Stage.POISONED
+    assert stage(life) is Stage.POISONED
     assert "rank 1 (pod 1) has been out of reach for 300 s" in life.group.poison
 
 
@@ -220,12 +224,12 @@ def test_a_reload_that_hangs_for_good_poisons_within_three_minutes_and_every_kil
     life.exit(1)
     life.left(0)
     begun = life.now
-    while life.group.stage is not Stage.POISONED:
+    while stage(life) is not Stage.POISONED:
         life.connect(1)
         kills = len(life.of(actions.Kill))
         for _ in range(1000):
             life.wait(1.0)
-            if len(life.of(actions.Kill)) > kills or life.group.stage is Stage.POISONED:
+            if len(life.of(actions.Kill)) > kills or stage(life) is Stage.POISONED:
                 break
         life.exit(1)
         assert life.now - begun < 180
@@ -238,7 +242,7 @@ def test_a_rank_whose_supervisor_is_out_of_reach_and_that_leaves_nothing_is_give
     life.left(0)
     life.tell(events.PodDisconnected(1))
     life.wait(timing.ABSENT_SECONDS)
-    assert life.group.stage is Stage.POISONED
+    assert stage(life) is Stage.POISONED
     assert "its supervisor is out of reach" in life.group.poison
     assert life.of(actions.Kill) == []
 
@@ -266,7 +270,7 @@ def test_a_load_that_can_not_succeed_is_not_waited_for(kind: LoadFailure, served
         assert state(life) == (GroupState.FAILED, "no such kernel")
     else:
         cause = life.of(actions.ReportFault)[-1].cause
-        assert (cause.fault, cause.rank, life.group.stage) == (fault, 1, Stage.POISONED)
+        assert (cause.fault, cause.rank, stage(life)) == (fault, 1, Stage.POISONED)
         assert state(life) == (GroupState.POISONED, "rank 1 can't load: no such kernel")
 
 
@@ -283,10 +287,10 @@ def test_a_first_load_may_fail_with_words_any_number_of_times_and_without_words_
     for _ in range(RESPAWNS):
         other.connect(1)
         other.exit(1)
-    assert other.group.stage is Stage.GATHERING
+    assert stage(other) is Stage.GATHERING
     other.connect(1)
     other.exit(1)
-    assert other.group.stage is Stage.POISONED
+    assert stage(other) is Stage.POISONED
     assert "rank 1 (pid 11) was killed by SIGKILL before it was loaded, again and again" in other.group.poison
 
 
@@ -295,7 +299,7 @@ def test_a_first_load_may_fail_with_words_any_number_of_times_and_without_words_
 
 def poisoned(**settings: object) -> GroupLife:
     life = broken(Evidence(Fault.RANK_LOST, 1, "for good", final=True), **settings)
-    assert life.group.stage is Stage.POISONED
+    assert stage(life) is Stage.POISONED
     return life
 
 
@@ -309,8 +313,8 @@ def test_a_poisoned_group_tries_again_by_itself_ever_more_seldom() -> None:
         life.done.clear()
         life.wait(due - life.now)
         assert {one.rank for one in life.of(actions.Kill)} == {0, 1}
-        assert life.group.stage is Stage.GATHERING
-        while life.group.stage is not Stage.POISONED:
+        assert stage(life) is Stage.GATHERING
+        while stage(life) is not Stage.POISONED:
             life.wait(1.0)  # no process ends, none comes
         life.group.policy.credit_healthy_time(1000.0, steps=False)
     assert [round(one) for one in waits] == [30, 60, 120, 240, 300, 300, 300]
@@ -323,21 +327,21 @@ def test_a_new_pod_or_one_that_was_away_is_reason_enough_to_try_again_and_nobody
             life.tell(events.PodDisconnected(1))
         life.done.clear()
         life.pod(1, incarnation)
-        assert life.group.stage is Stage.GATHERING
+        assert stage(life) is Stage.GATHERING
         assert life.of(actions.Kill) == []
         assert life.group.poison == ""
     same = poisoned()
     same.pod(1, "s")
-    assert same.group.stage is Stage.POISONED
+    assert stage(same) is Stage.POISONED
 
 
 def test_by_the_strategy_recycle_pods_only_a_new_pod_ends_it() -> None:
     life = broken(recovery_strategy="RecyclePods")
-    assert life.group.stage is Stage.POISONED
+    assert stage(life) is Stage.POISONED
     life.wait(10_000.0)
-    assert life.group.stage is Stage.POISONED
+    assert stage(life) is Stage.POISONED
     life.pod(1, "another")
-    assert life.group.stage is Stage.GATHERING
+    assert stage(life) is Stage.GATHERING
 
 
 def test_requests_are_taken_for_two_minutes_of_a_recovery() -> None:
@@ -374,12 +378,12 @@ def test_a_probe_that_differs_every_time_on_ranks_whose_weights_are_right_is_acc
     life.serve()
     life.fingerprint = 8
     reformed(life).proceed()
-    assert life.group.stage is Stage.SERVING
+    assert stage(life) is Stage.SERVING
     assert any("accepted" in one.words for one in life.of(actions.Log))
     reformed(life)
     asked = len(life.of(actions.Ask))
     life.proceed()
-    assert life.group.stage is Stage.SERVING
+    assert stage(life) is Stage.SERVING
     assert asked <= 1  # no scrub
 
 
@@ -400,7 +404,7 @@ def test_it_is_corruption_where_the_probe_gives_something_else_every_time() -> N
     reformed(life)
     for _ in range(8):
         call = life.call()
-        if life.group.stage is not Stage.ASSEMBLING or call is None:
+        if stage(life) is not Stage.ASSEMBLING or call is None:
             break
         if isinstance(call, actions.RunStep):
             life.fingerprint = next(prints)
@@ -425,7 +429,7 @@ def test_a_rank_that_has_no_room_yet_is_asked_again_and_nobody_shrinks() -> None
         assert life.of(actions.AllocateCaches)[-1].blocks == 40
     life.offers[1] = 40
     life.proceed()
-    assert life.group.stage is Stage.SERVING
+    assert stage(life) is Stage.SERVING
     assert life.of(actions.Resume)[-1].blocks == 39
 
 
@@ -472,7 +476,7 @@ def test_the_model_s_configuration_is_waited_for_and_its_absence_told() -> None:
     life = GroupLife(model_known=False)
     life.gather()
     life.proceed()
-    assert life.group.stage is Stage.WAITING
+    assert stage(life) is Stage.WAITING
     life.wait(timing.MODEL_SECONDS - 1)
     assert state(life)[0] is GroupState.LOADING
     life.wait(2.0)
@@ -493,7 +497,7 @@ def test_a_rank_lost_while_the_model_is_read_is_not_overlooked() -> None:
     life.loaded(1)
     life.left(0)
     life.proceed()
-    assert life.group.stage is Stage.WAITING
+    assert stage(life) is Stage.WAITING
 
 
 def test_a_rank_that_is_lost_after_it_has_answered_is_not_overlooked() -> None:
@@ -512,7 +516,7 @@ def test_attempts_that_fail_one_after_the_other_end() -> None:
     life.serve()
     begun = life.now
     life.fails(Evidence(Fault.STEP_FAILED, None, "by a request"), steps=0, by_request=True)
-    while life.group.stage is not Stage.POISONED:
+    while stage(life) is not Stage.POISONED:
         life.wait(10.0)
         for kill in life.of(actions.Kill):
             life.exit(kill.rank)
@@ -521,7 +525,7 @@ def test_attempts_that_fail_one_after_the_other_end() -> None:
         life.done.clear()
         life.left(0)
         life.left(1)
-        if life.group.stage is Stage.ASSEMBLING:
+        if stage(life) is Stage.ASSEMBLING:
             life.fails(Evidence(Fault.RANK_LOST, None, "the collective broke"), steps=0, by_request=True)
         assert life.now - begun < HOST.attempts + 60
     assert life.now - begun > HOST.attempts / 2
@@ -556,7 +560,7 @@ def _event(life: GroupLife, chance: random.Random) -> None:
             life.tell(events.RankReported(rank, wire.LoadFailed(message="no", kind=kind)))
         case 9 if known:
             life.tell(events.RankStopped(rank, life.name(rank, life.processes[rank]), 1, "SIGSTOP"))
-        case 10 if life.group.stage in (Stage.ASSEMBLING, Stage.SERVING):
+        case 10 if stage(life) in (Stage.ASSEMBLING, Stage.SERVING):
             life.fails(
                 Evidence(chance.choice(list(Fault)), chance.choice([None, rank]), "words"), steps=chance.randrange(2)
             )
@@ -582,18 +586,18 @@ def test_whatever_happens_every_state_ends_by_itself(first: int) -> None:
             life.wait(chance.choice([0.0, 0.0, 0.1, 1.0, 20.0, 200.0]))
             assert life.group.epoch >= epochs[-1]
             epochs.append(life.group.epoch)
-            if life.group.stage is Stage.GATHERING:
+            if stage(life) is Stage.GATHERING:
                 failed = not life.group.has_served and any(
                     one.state is wire.RankState.FAILED for one in life.group.handles
                 )
                 assert failed or life.group.next_deadline() is not None, f"seed {seed}"
             assert 0 <= life.group.policy.respawns.left <= RESPAWNS
-        if life.group.stage is Stage.ASSEMBLING and life.group.next_deadline() is None:
+        if stage(life) is Stage.ASSEMBLING and life.group.next_deadline() is None:
             life.fails(Evidence(Fault.HANG, None, "no answer"), steps=0)  # a call's own deadline
         life.wait(0.0)
         patience = 0
-        while life.group.stage in (Stage.PAUSING, Stage.GATHERING) and patience < 20:
+        while stage(life) in (Stage.PAUSING, Stage.GATHERING) and patience < 20:
             life.wait(50.0)
             patience += 1
         explained = not life.group.has_served and any(one.state is wire.RankState.FAILED for one in life.group.handles)
-        assert patience < 20 or explained, f"seed {seed}: {life.group.stage}"
+        assert patience < 20 or explained, f"seed {seed}: {stage(life)}"
