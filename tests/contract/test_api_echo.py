@@ -13,6 +13,8 @@ from tests.support.engine import FakeEngine
 from tests.support.http import async_http
 from tokenizers import Tokenizer
 
+from lockstep_runtime.api.limits import Limits
+
 TOKENIZER: Tokenizer = Tokenizer.from_file(str(TINY_CHAT / "tokenizer.json"))
 END = TOKENIZER.token_to_id("<|im_end|>") or 0
 ANSWER = "yes 🎉"
@@ -143,3 +145,23 @@ async def test_tokens_that_are_parts_of_a_character_are_told_apart(client: httpx
     cut = [entry for entry in entries if "\\x" in entry["token"]]
     assert len(cut) == len(parts)
     assert "".join(entry["token"] for entry in cut) == raw
+
+
+async def test_more_log_probabilities_than_can_be_held_are_refused() -> None:
+    limits = Limits(max_logprobs=100)
+    fake = FakeEngine(lambda _: ids(ANSWER), END)
+    async with serving(fake, limits=limits) as url, async_http(base_url=url) as client:
+        for fields, status in (
+            ({"prompt": [5] * 50, "logprobs": 1, "max_tokens": 0}, 400),  # 51 times two
+            ({"prompt": [5] * 49, "logprobs": 1, "max_tokens": 0}, 200),
+            ({"prompt": [5] * 50, "logprobs": 1, "max_tokens": 1, "echo": False}, 200),
+            ({"prompt": "Hi", "logprobs": 4, "n": 3, "max_tokens": 7, "echo": False}, 400),
+            ({"prompt": "Hi", "logprobs": 4, "n": 3, "max_tokens": 7, "echo": False, "stream": True}, 200),
+            ({"prompt": [5] * 60, "logprobs": 1, "max_tokens": 1, "stream": True}, 400),
+            ({"prompt": "Hi", "n": 3, "logprobs": None, "max_tokens": 700}, 200),
+        ):
+            response = await client.post("/v1/completions", json={"model": SERVED, "echo": True, **fields})
+            assert response.status_code == status, fields
+            if status == 400:
+                assert response.json()["error"]["param"] == "logprobs"
+                assert "stream the answer" in response.json()["error"]["message"]

@@ -13,6 +13,7 @@ from openai.types.chat import ChatCompletionChunk
 from tests.support.api_server import SERVED, TINY_CHAT, serving
 from tests.support.engine import FakeEngine, Part, eventually
 from tests.support.http import async_http
+from tokenizers import Tokenizer
 
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.engine.interface import (
@@ -22,7 +23,6 @@ from lockstep_runtime.engine.interface import (
     RequestTooLongError,
 )
 from lockstep_runtime.wire import SamplingParams
-from tokenizers import Tokenizer
 
 TOKENIZER: Tokenizer = Tokenizer.from_file(str(TINY_CHAT / "tokenizer.json"))
 END = TOKENIZER.token_to_id("<|im_end|>") or 0

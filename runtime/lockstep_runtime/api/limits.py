@@ -28,6 +28,7 @@ class Limits:
     max_json_containers: int = 20_000  # lists and objects
     max_json_strings: int = 100_000  # keys included
     max_json_items: int = 300_000  # of all lists and objects together
+    max_logprobs: int = 2_000_000  # that one answer may hold of the memory: about 100 bytes each
     large_body_bytes: int = 64 * 1024  # above it a body has a thread to itself
     body_seconds: float = 30.0  # for the whole body to arrive
     write_seconds: float = 60.0  # for a client to take what was sent before its connection is given up

@@ -142,6 +142,7 @@ class Preparation:
         prompt_only: bool = False,
         scores_prompt: bool = False,
     ) -> Job:
+        self._check_logprobs(request, requests, scores_prompt)
         return Job(
             id=requests[0].request_id.rpartition("-")[0],
             created=int(time.time()),
@@ -166,6 +167,22 @@ class Preparation:
         if rows is not None and greatest >= rows:
             token = self.model.tokenizer.token_of(greatest)
             raise invalid(f"{param}: the model knows no token {greatest} ({token!r}): it has {rows}", param)
+
+    def _check_logprobs(
+        self, request: ChatRequest | CompletionRequest, requests: Sequence[GenerationRequest], scores_prompt: bool
+    ) -> None:
+        """A whole answer is held until it is complete, and a prompt's log probabilities come at once.
+
+        Raises:
+            ApiError: 400, they would be too many.
+        """
+        held = sum(
+            (len(one.prompt) if scores_prompt else 0) + (0 if request.stream else one.max_tokens) for one in requests
+        )
+        asked, most = held * (request.asked_logprobs + 1), self.limits.max_logprobs
+        if asked > most:
+            message = f"The answer could hold {asked} log probabilities; at most {most} are given at once"
+            raise invalid(f"{message}: ask for fewer tokens, choices or `logprobs`, or stream the answer", "logprobs")
 
     def _room(self, prompt: int, asked: int | None, param: str) -> int:
         """How many tokens may be drawn after a prompt of so many.
