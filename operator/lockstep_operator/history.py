@@ -17,6 +17,7 @@ from lockstep_operator.triggers import answers
 from lockstep_operator.voices import block_of
 from lockstep_runtime.wire import FaultRecord, GroupStatus
 
+DROPPED: Final = "Drop"
 FIRST_TOKEN_SECONDS: Final = 10.0  # a repair is told without its first token when that hasn't come by then
 
 
@@ -59,6 +60,8 @@ def ended(
     for status in said:
         known, plan = _told(old, status, "lastRepairID"), memories.get(status.group, Memory()).plan
         for fault in _repaired(status, now):
+            if fault.rung == DROPPED:  # a request was refused: nobody was ill
+                continue
             if fault.id > known and not (plan and answers(plan.trigger, status, fault) and not plan.only_said):
                 yield status, fault
 
@@ -115,7 +118,7 @@ def last_recovery(
     """As `status.lastRecovery`: the newest of all. A known one is told anew, for its first token; but a step of the
     operator stays what helped, though the group tells of the same repair."""
     known: dict[str, Any] | None = old.get("lastRecovery")
-    own = [repair_of(status.group, fault) for status in said for fault in _closed(status)]
+    own = [repair_of(status.group, fault) for status in said for fault in _closed(status) if fault.rung != DROPPED]
     newest = max([*by_operator, *own], key=lambda repair: repair.finished, default=None)
     if newest is None:
         return known

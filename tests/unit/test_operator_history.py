@@ -166,3 +166,11 @@ def test_repairs_are_counted_by_fault_and_rung_and_timed_by_phase() -> None:
     assert 'since_last_step{group="0",model="chat",namespace="team"} 12.0' in generate_latest(metrics.registry).decode()
     metrics.forget(KEY)
     assert 'model="chat"' not in generate_latest(metrics.registry).decode()
+
+
+def test_a_request_that_was_dropped_is_a_fault_and_no_repair() -> None:
+    dropped = fault(1, at=NOW, recovered_at=NOW + 0.1, rung="Drop")
+    seen, new = look({}, Report(status=said([dropped])))
+    assert [item.reason for item in occurrences(seen) if item.at] == ["Hang"]
+    assert (seen.repairs, new.get("lastRecovery")) == ([], None)
+    assert new["groups"][0]["lastRepairID"] == 1, "and it is not looked at again"
