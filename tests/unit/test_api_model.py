@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
+import msgspec
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from tests.support.api_server import TINY_CHAT
 
 from lockstep_runtime.api.chat_template import Chat
 from lockstep_runtime.api.model import ModelUnavailableError, SamplingDefaults, ServedModel, load, sampling_defaults
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.wire import SamplingParams
 
 
 @pytest.fixture
@@ -159,3 +164,53 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 )
 def test_sampling_that_the_models_authors_advise(generation: dict[str, object], expected: SamplingDefaults) -> None:
     assert sampling_defaults(generation) == expected
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec="utf-8"), max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["content", "name", "template", "default"]), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+SETTINGS = st.dictionaries(
+    st.sampled_from(
+        [
+            "eos_token_id",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "do_sample",
+            "eos_token",
+            "chat_template",
+            "vocab_size",
+        ]
+    ),
+    JSON,
+    max_size=4,
+)
+
+
+@given(SETTINGS, SETTINGS, SETTINGS)
+@settings(max_examples=100)
+@example({"top_k": 10**30, "eos_token_id": True}, {"eos_token": {"content": ["x"]}}, {"text_config": 3})
+def test_whatever_the_settings_hold_a_request_can_be_made_with_them(
+    generation: dict[str, object], tokenizer: dict[str, object], model: dict[str, object]
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copy(TINY_CHAT / "tokenizer.json", folder)
+        write(folder, "generation_config.json", generation)
+        write(folder, "tokenizer_config.json", tokenizer)
+        write(folder, "config.json", model)
+        served = read(folder)
+    defaults = served.defaults
+    params = SamplingParams(
+        temperature=defaults.temperature, top_p=defaults.top_p, top_k=defaults.top_k, min_p=defaults.min_p
+    )
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
+    assert 0 <= defaults.temperature <= 2
+    assert 0 < defaults.top_p <= 1
+    assert all(type(id) is int and id >= 0 for id in served.stop_ids)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import jinja2
 
@@ -20,6 +20,7 @@ from lockstep_runtime.weights.files import read_bytes, read_object
 from lockstep_runtime.weights.model_config import text_config
 from lockstep_runtime.weights.source import find_model
 
+_EVERY_TOKEN: Final = 2**31 - 1  # and a whole number that every process takes
 _TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -88,7 +89,7 @@ def _load(config: ServeConfig) -> ServedModel:
         names = ("tokenizer_config.json", "generation_config.json", "config.json")
         settings, generation, model = (read_object(folder / name) or {} for name in names)
     named = text_config(model).get("vocab_size")
-    rows = named if isinstance(named, int) else None
+    rows = named if _is_count(named) else None
     tokenizer = _tokenizer(folder / "tokenizer.json", rows)
     with _told_as(Problem.TEMPLATE_UNREADABLE):
         templates = find_templates(folder, settings)
@@ -147,9 +148,14 @@ def _stop_ids(
 ) -> frozenset[int]:
     """Every file's say counts: a chat model's config.json often names only the base model's end of text."""
     places = [generation, config, text_config(config)]
-    ids = {id for place in places for id in _as_list(place.get("eos_token_id")) if isinstance(id, int)}
+    ids = {id for place in places for id in _as_list(place.get("eos_token_id")) if _is_count(id)}
     named = tokenizer.id_of(_token_text(settings.get("eos_token")) or "")
     return frozenset(ids | ({named} if named is not None else set()))
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    """A bool is an int to Python, and not to JSON."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _as_list(value: object) -> list[object]:
@@ -165,10 +171,11 @@ def sampling_defaults(generation: Mapping[str, Any]) -> SamplingDefaults:
         temperature=_number(generation, "temperature", 0.0, 2.0, otherwise=1.0),
         top_p=_number(generation, "top_p", 1e-9, 1.0, otherwise=1.0),
         min_p=_number(generation, "min_p", 0.0, 1.0, otherwise=0.0),
-        top_k=max(0, top_k) if isinstance(top_k, int) else 0,
+        top_k=min(top_k, _EVERY_TOKEN) if _is_count(top_k) else 0,
     )
 
 
 def _number(values: Mapping[str, Any], name: str, least: float, most: float, *, otherwise: float) -> float:
     value = values.get(name)
-    return float(value) if isinstance(value, int | float) and least <= value <= most else otherwise
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if known and least <= value <= most else otherwise
