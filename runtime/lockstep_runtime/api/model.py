@@ -177,5 +177,6 @@ def sampling_defaults(generation: Mapping[str, Any]) -> SamplingDefaults:
 
 def _number(values: Mapping[str, Any], name: str, least: float, most: float, *, otherwise: float) -> float:
     value = values.get(name)
-    known = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if known and least <= value <= most else otherwise
+    if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most:
+        return float(value)
+    return otherwise
