@@ -1,5 +1,5 @@
-.PHONY: bench bench-all-reduce bench-decode bench-load
-bench: bench-all-reduce bench-decode bench-load ## all measurements, into build/bench (those of the cluster apart: see bench-startup)
+.PHONY: bench bench-all-reduce bench-decode bench-load bench-same-answer
+bench: bench-all-reduce bench-decode bench-load bench-same-answer ## all measurements, into build/bench (those of the cluster apart: see bench-startup)
 
 bench-all-reduce: venv ## microseconds of an all-reduce between CPU ranks, beside gloo
 	$(PY) -m bench.all_reduce
@@ -9,3 +9,6 @@ bench-decode: venv ## tokens per second of a 0.6B shape on CPUs, beside transfor
 
 bench-load: venv ## bytes read, peak memory and rate of loading that shape
 	$(PY) -m bench.load
+
+bench-same-answer: venv ## how often a draw is another because its logits were rounded otherwise
+	$(PY) -m bench.same_answer
