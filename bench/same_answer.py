@@ -132,7 +132,9 @@ def in_company(model: Model, prompts: list[list[int]], drawn: list[int]) -> list
 
 
 def compare(case: str, first: list[Tensor], second: list[Tensor]) -> list[Row]:
-    pairs = list(zip(first, second, strict=True))[1:]  # the first token's context was not decoded
+    pairs = list(zip(first, second, strict=True))[
+        RECOMPUTED_EVERY:
+    ]  # before, nothing that was decoded is computed again
     apart = max(float((one - other).abs().max()) for one, other in pairs)
     greedy = sum(int(one.argmax() != other.argmax()) for one, other in pairs) / len(pairs)
     return [
