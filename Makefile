@@ -64,7 +64,7 @@ test: ## every test that needs no GPU, on a real cluster that is brought up for 
 
 .PHONY: test-e2e
 test-e2e: venv ## the tests on the cluster (make cluster-up images deploy)
-	$(PY) -m pytest tests/e2e -m "not outage" --durations=12
+	$(PY) -m pytest tests/e2e -m "not outage and not lasting" --durations=12
 
 include $(wildcard bench/*.mk tests/*.mk)
 include dev/cluster.mk

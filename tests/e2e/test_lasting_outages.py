@@ -15,7 +15,7 @@ from tests.support.cluster_model import Model, Object
 from tests.support.cluster_processes import container_processes, kill, one_process
 from tests.support.stream import Answer, answers
 
-pytestmark = pytest.mark.outage
+pytestmark = pytest.mark.lasting
 
 RECYCLED_SECONDS: Final = 180.0  # from the cut to another pod in the place of the one that was cut off
 SERVING_SECONDS: Final = 120.0
