@@ -1,0 +1,98 @@
+"""Does a test notice it when the pure modules are changed? Every small change of them is tried, in a copy of the tree.
+
+`python -m dev.mutants [WORDS]` tries the modules whose names hold one of the words, or all. It prints what no test
+noticed, and fails if that is anything but what `dev/mutants_equal.txt` lists: changes that change nothing, with why.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+COPY: Final = ROOT / "build" / "mutants"
+EQUAL: Final = ROOT / "dev" / "mutants_equal.txt"
+SECONDS: Final = 60.0  # for a mutant's tests; one that takes longer is noticed
+
+RECOVERY: Final = "runtime/lockstep_runtime/recovery"
+ENGINE: Final = "runtime/lockstep_runtime/engine"
+TESTS: Final = {
+    f"{RECOVERY}/bounded.py": "tests/unit/test_engine_recovery.py",
+    f"{RECOVERY}/diagnosis.py": "tests/unit/test_engine_recovery.py",
+    f"{RECOVERY}/policy.py": "tests/unit/test_engine_recovery.py tests/unit/test_coordinator.py",
+    f"{RECOVERY}/fault_log.py": "tests/unit/test_engine_recovery.py",
+    f"{RECOVERY}/watchdog.py": "tests/unit/test_engine_deadline.py",
+    f"{RECOVERY}/hang_attribution.py": "tests/unit/test_engine_suspect.py",
+    f"{RECOVERY}/timing.py": "tests/unit/test_coordinator.py",
+    f"{RECOVERY}/cache_plan.py": "tests/unit/test_coordinator.py",
+    f"{RECOVERY}/verification.py": "tests/unit/test_coordinator.py tests/unit/test_engine_suspect.py",
+    f"{RECOVERY}/gathering.py": "tests/unit/test_coordinator.py",
+    f"{RECOVERY}/assembly.py": "tests/unit/test_coordinator.py",
+    f"{RECOVERY}/rank_handle.py": "tests/unit/test_coordinator.py",
+    f"{RECOVERY}/membership.py": "tests/unit/test_coordinator.py",
+    f"{RECOVERY}/coordinator.py": "tests/unit/test_coordinator.py",
+    f"{ENGINE}/blocks.py": "tests/unit/test_blocks.py",
+    f"{ENGINE}/sequence.py": "tests/unit/test_scheduler.py",
+    f"{ENGINE}/shares.py": "tests/unit/test_scheduler.py",
+    f"{ENGINE}/scheduler.py": "tests/unit/test_scheduler.py",
+    "runtime/lockstep_runtime/supervisor/machine.py": "tests/unit/test_supervisor_machine.py",
+    "operator/lockstep_operator/rollout.py": "tests/unit/test_operator_rollout.py",
+}
+
+
+def main(words: list[str]) -> int:
+    chosen = [module for module in TESTS if not words or any(word in module for word in words)]
+    if COPY.exists():
+        shutil.rmtree(COPY)
+    for name in ("runtime", "operator", "tests", "examples", "pyproject.toml"):
+        source = ROOT / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        COPY.mkdir(parents=True, exist_ok=True)
+        copy(source, COPY / name)
+    alive = [line for module in chosen for line in survivors(module)]
+    known = {line.split("  # ")[0].strip() for line in EQUAL.read_text().splitlines() if line.strip()}
+    for line in alive:
+        print(("equal: " if line in known else "ALIVE: ") + line)
+    return int(any(line not in known for line in alive))
+
+
+def survivors(module: str) -> Iterator[str]:
+    """`file: operator of the mutation: the line as it is => as it became`, of each change that no test noticed."""
+    session = COPY / "session.sqlite"
+    session.unlink(missing_ok=True)
+    command = f"{sys.executable} -m pytest -q -x -p no:cacheprovider {TESTS[module]}"
+    (COPY / "mutants.toml").write_text(
+        f'[cosmic-ray]\nmodule-path = "{module}"\ntimeout = {SECONDS}\nexcluded-modules = []\n'
+        f'test-command = "{command}"\n[cosmic-ray.distributor]\nname = "local"\n'
+    )
+    environment = {**os.environ, "PYTHONPATH": "runtime:operator:."}
+    tool = Path(sys.executable).with_name("cosmic-ray")
+    for arguments in (["init", "mutants.toml", session.name], ["exec", "mutants.toml", session.name]):
+        subprocess.run([tool, *arguments], cwd=COPY, env=environment, check=True)
+    with sqlite3.connect(session) as database:
+        rows = database.execute(
+            "select m.operator_name, m.start_pos_row, r.diff from mutation_specs m join work_results r "
+            "on m.job_id = r.job_id where upper(r.test_outcome) like '%SURVIVED' order by m.start_pos_row"
+        ).fetchall()
+        (tried,) = database.execute("select count(*) from work_results").fetchone()
+    print(f"{module}: {tried} mutants, {len(rows)} alive", flush=True)
+    for operator, _, diff in rows:
+        yield f"{module}: {operator.removeprefix('core/')}: {_change(diff)}"
+
+
+def _change(diff: str) -> str:
+    """The changed line, before and after."""
+    lines = [line for line in diff.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+    before = " ".join(line[1:].strip() for line in lines if line[0] == "-")
+    after = " ".join(line[1:].strip() for line in lines if line[0] == "+")
+    return f"{before} => {after}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
