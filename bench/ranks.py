@@ -14,7 +14,8 @@ from tests.support.models import QWEN3_0_6B, write_model
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import DType, EngineLimits, ServeConfig
-from lockstep_runtime.parallel.group import Group, join, open_rendezvous
+from lockstep_runtime.parallel.communicator import Group
+from lockstep_runtime.parallel.group import join, open_rendezvous
 from lockstep_runtime.worker.runner import LoadReport, Runner, StepOutput
 
 RANKS: Final = 2

@@ -23,7 +23,7 @@ from tests.support.serve import TINY_CHAT
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import DType, ServeConfig, Watchdog
-from lockstep_runtime.parallel.group import Group
+from lockstep_runtime.parallel.communicator import Group
 from lockstep_runtime.parallel.watched import WatchedGroup
 from lockstep_runtime.progress import Progress, new_memory
 from lockstep_runtime.recovery.watchdog import DeadlineModel, work_of

@@ -15,8 +15,9 @@ from tests.support.gpu import MIB, in_child, in_children
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.parallel.communicator import Group
 from lockstep_runtime.parallel.errors import GroupAborted
-from lockstep_runtime.parallel.group import Group, join, open_rendezvous
+from lockstep_runtime.parallel.group import join, open_rendezvous
 from lockstep_runtime.parallel.meeting import Meeting, MeetingPlace
 from lockstep_runtime.parallel.nccl import NcclGroup
 from lockstep_runtime.parallel.store import MeetingStore

@@ -8,7 +8,8 @@ from types import TracebackType
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import DType, EngineLimits, ServeConfig
-from lockstep_runtime.parallel.group import Group, join, open_rendezvous
+from lockstep_runtime.parallel.communicator import Group
+from lockstep_runtime.parallel.group import join, open_rendezvous
 from lockstep_runtime.worker.runner import LoadReport, Runner, StepOutput
 
 

@@ -20,12 +20,13 @@ from lockstep_runtime.layers.batch import build_batch
 from lockstep_runtime.layers.cache import KVCache
 from lockstep_runtime.layers.placement import Placement, choose_placement
 from lockstep_runtime.layers.prefill import candidate
-from lockstep_runtime.layers.weight import PlainWeight, stacked_rows
+from lockstep_runtime.layers.weight import PlainWeight
 from lockstep_runtime.models.qwen3 import Qwen3
 from lockstep_runtime.parallel.embedding import VocabularyEmbedding
 from lockstep_runtime.parallel.group import SingleGroup, choose_backend
 from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.weights.plan import Shard
+from lockstep_runtime.weights.weight import stacked_rows
 from lockstep_runtime.wire import LoadFailure
 from lockstep_runtime.worker.classify import load_failure
 from lockstep_runtime.worker.device import choose_device, sharers

@@ -23,8 +23,9 @@ from lockstep_runtime.child import PARENT_VARIABLE
 from lockstep_runtime.cli import UsageError, check_faults, main
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.owned_files import FOLDER_VARIABLE, remove
+from lockstep_runtime.parallel.communicator import Group
 from lockstep_runtime.parallel.errors import GroupAborted
-from lockstep_runtime.parallel.group import Group, SingleGroup
+from lockstep_runtime.parallel.group import SingleGroup
 from lockstep_runtime.parallel.watched import WatchedGroup
 from lockstep_runtime.progress import Progress, new_memory
 from lockstep_runtime.supervisor.server import create_app

@@ -17,8 +17,9 @@ import torch
 from tests.support.wait import until
 
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.parallel.communicator import Group
 from lockstep_runtime.parallel.exchange import PIECE_BYTES, ExchangeGroup
-from lockstep_runtime.parallel.group import Group, GroupAborted, GroupError, join, open_rendezvous
+from lockstep_runtime.parallel.group import GroupAborted, GroupError, join, open_rendezvous
 from lockstep_runtime.parallel.shared_memory import SharedFile, SharedMemoryGroup
 
 KINDS = ["shared memory", "TCP"]

@@ -1,10 +1,9 @@
-"""A rank's tensors, and how they take over what the loader reads."""
+"""A rank's tensors as plain memory of its device."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator
-from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -12,29 +11,7 @@ from torch import Tensor
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.weights.checksum import checksum_in_parts
 from lockstep_runtime.weights.plan import Cut
-from lockstep_runtime.weights.read import StoredRows
-
-WINDOW_BYTES: Final = 16 * 1024 * 1024  # what is staged at once, so that loading needs little more than the weights
-
-
-class Weight(Protocol):
-    """One tensor of a rank: a stack of cuts. Nothing changes it once it has been filled: a scrub compares it."""
-
-    @property
-    def cuts(self) -> tuple[Cut, ...]: ...
-
-    @property
-    def cached_dtype(self) -> torch.dtype | None:
-        """The type in which the weight cache keeps the stack for `adopt`; None: the checkpoint's own."""
-
-    def receive(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield (start, stop, buffer): the caller fills the buffer with those rows, then asks for the next."""
-
-    def adopt(self, stored: Tensor) -> None:
-        """Take the whole stack over from the weight cache, instead of `receive`."""
-
-    def checksum_in_parts(self) -> Generator[None, None, str]:
-        """What tells that nothing has changed; a pause after every few milliseconds."""
+from lockstep_runtime.weights.weight import stacked_rows, windows
 
 
 class PlainWeight:
@@ -71,45 +48,3 @@ class PlainWeight:
     def lookup(self, indices: Tensor) -> Tensor:
         """indices: [n] -> those rows."""
         return self.data.index_select(0, indices)
-
-
-class StoredTable:
-    """A table of which few rows are used at a time, left in the checkpoint's file, or in the cache's, and read there.
-
-    For an embedding that is tied to a packed output head: the packed form can't be looked up, and both forms in memory
-    would be a quarter more than the whole slice of a small model. A row is read in two microseconds from the page
-    cache, which loading has just filled.
-    """
-
-    cached_dtype: Final = None  # the head's own stack in the cache serves as the table too
-
-    def __init__(self, cut: Cut) -> None:
-        self.cut = cut
-        self.rows: StoredRows | None = None
-        self._adopted: Tensor
-
-    @property
-    def cuts(self) -> tuple[Cut, ...]:
-        return (self.cut,)
-
-    def adopt(self, stored: Tensor) -> None:
-        self._adopted = stored
-
-    def checksum_in_parts(self) -> Generator[None, None, str]:
-        """Of an adopted table; a checkpoint's file is not ours to watch."""
-        return checksum_in_parts(torch.empty(0) if self.rows else self._adopted)
-
-    def lookup(self, indices: Tensor) -> Tensor:
-        """indices: [n] -> [n, columns], in the file's type."""
-        return self._adopted.index_select(0, indices) if self.rows is None else self.rows.read(indices.tolist())
-
-
-def stacked_rows(cuts: tuple[Cut, ...]) -> int:
-    return sum(cut.rows for cut in cuts)
-
-
-def windows(rows: int, row_bytes: int, at_most: int = WINDOW_BYTES, multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """Cut `rows` into ranges of at most so many bytes (one `multiple` of rows at least)."""
-    step = max(1, at_most // (row_bytes * multiple)) * multiple
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)

@@ -20,13 +20,14 @@ from lockstep_runtime.layers.cache import CacheShape, KVCache, LayerCache
 from lockstep_runtime.layers.norm import RMSNorm, rms_normalize
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.layers.rotary import build_rotary, rotate_
-from lockstep_runtime.layers.weight import PlainWeight, StoredTable, Weight
+from lockstep_runtime.layers.weight import PlainWeight
+from lockstep_runtime.parallel.communicator import Group
 from lockstep_runtime.parallel.embedding import VocabularyEmbedding, VocabularyHead
-from lockstep_runtime.parallel.group import Group
 from lockstep_runtime.parallel.linear import ColumnLinear, RowLinear
 from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.weights.model_config import max_length, rope_parameters
 from lockstep_runtime.weights.plan import Shard, head_range, heads, split, tensor_parallel_sizes, whole
+from lockstep_runtime.weights.weight import StoredTable, Weight
 from lockstep_runtime.wire import LoadFailure
 
 Count = Annotated[int, msgspec.Meta(ge=1)]

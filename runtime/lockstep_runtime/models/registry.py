@@ -10,11 +10,11 @@ from torch import Tensor
 from lockstep_runtime.layers.batch import Batch
 from lockstep_runtime.layers.cache import CacheShape, KVCache
 from lockstep_runtime.layers.placement import Placement
-from lockstep_runtime.layers.weight import StoredTable, Weight
 from lockstep_runtime.models.qwen3 import Qwen3
-from lockstep_runtime.parallel.group import Group
+from lockstep_runtime.parallel.communicator import Group
 from lockstep_runtime.weights.model_config import check_supported
 from lockstep_runtime.weights.plan import Shard
+from lockstep_runtime.weights.weight import StoredTable, Weight
 
 
 class Model(Protocol):

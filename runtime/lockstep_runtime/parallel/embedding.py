@@ -8,10 +8,11 @@ from torch import Tensor
 
 from lockstep_runtime.layers.matrix import PlainMatrix, matrix
 from lockstep_runtime.layers.placement import Placement
-from lockstep_runtime.layers.weight import PlainWeight, StoredTable, Weight
-from lockstep_runtime.parallel.group import Group
+from lockstep_runtime.layers.weight import PlainWeight
+from lockstep_runtime.parallel.communicator import Group
 from lockstep_runtime.parallel.places import place_of
 from lockstep_runtime.weights.plan import Shard, padded_vocabulary, vocabulary
+from lockstep_runtime.weights.weight import StoredTable, Weight
 
 
 class VocabularyEmbedding:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lockstep_runtime.parallel.group import Group
+    from lockstep_runtime.parallel.communicator import Group
 
 
 class HostGroup:

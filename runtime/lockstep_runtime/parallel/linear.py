@@ -6,10 +6,11 @@ from torch import Tensor
 
 from lockstep_runtime.layers.matrix import matrix
 from lockstep_runtime.layers.placement import Placement
-from lockstep_runtime.layers.weight import PlainWeight, Weight
-from lockstep_runtime.parallel.group import Group
+from lockstep_runtime.layers.weight import PlainWeight
+from lockstep_runtime.parallel.communicator import Group
 from lockstep_runtime.parallel.places import place_of
 from lockstep_runtime.weights.plan import Cut
+from lockstep_runtime.weights.weight import Weight
 
 
 class ColumnLinear:

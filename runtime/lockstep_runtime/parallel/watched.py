@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lockstep_runtime.parallel.communicator import Group
 from lockstep_runtime.parallel.exchange import ExchangeGroup
-from lockstep_runtime.parallel.group import Group
 from lockstep_runtime.progress import Progress
 
 

@@ -22,7 +22,7 @@ from lockstep_runtime.wire import Injection, Moment, Phase
 if TYPE_CHECKING:  # the control thread connects before torch is imported
     from torch import Tensor
 
-    from lockstep_runtime.parallel.group import Group
+    from lockstep_runtime.parallel.communicator import Group
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,9 @@ from lockstep_runtime import child, fault_box, wire
 from lockstep_runtime.config import TOKEN_VARIABLE, ServeConfig
 from lockstep_runtime.layers.cache import CacheMemory
 from lockstep_runtime.parallel import group as collectives
+from lockstep_runtime.parallel.communicator import Group
 from lockstep_runtime.parallel.errors import GroupStuckError
-from lockstep_runtime.parallel.group import Group, Rendezvous, join_seconds
+from lockstep_runtime.parallel.group import Rendezvous, join_seconds
 from lockstep_runtime.parallel.watched import WatchedGroup
 from lockstep_runtime.progress import Progress, Stage
 from lockstep_runtime.weights.errors import ModelError

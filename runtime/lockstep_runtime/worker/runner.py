@@ -23,10 +23,11 @@ from lockstep_runtime.layers.batch import Batch, build_batch
 from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheMemory, Footprint, KVCache
 from lockstep_runtime.layers.placement import choose_placement
 from lockstep_runtime.layers.prefill import Prefill, choose_prefill
-from lockstep_runtime.layers.weight import PlainWeight, StoredTable, Weight
+from lockstep_runtime.layers.weight import PlainWeight
 from lockstep_runtime.models.registry import Model, build_model
 from lockstep_runtime.owned_files import cache_file
-from lockstep_runtime.parallel.group import Group, choose_backend, exchange_reserve
+from lockstep_runtime.parallel.communicator import Group
+from lockstep_runtime.parallel.group import choose_backend, exchange_reserve
 from lockstep_runtime.weights.cache import CacheError, Identity, WeightCache, open_cache
 from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.weights.load import Loaded, adopt_weights, fill_cache, load_weights
@@ -35,6 +36,7 @@ from lockstep_runtime.weights.plan import Shard
 from lockstep_runtime.weights.read import with_dtype
 from lockstep_runtime.weights.source import find_model, read_config
 from lockstep_runtime.weights.threads import in_own_thread
+from lockstep_runtime.weights.weight import StoredTable, Weight
 from lockstep_runtime.worker.device import choose_device, prepare, sharers, wait_for_memory
 from lockstep_runtime.worker.memory import (
     blocks_as_before,

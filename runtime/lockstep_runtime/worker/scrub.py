@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from lockstep_runtime.layers.weight import StoredTable, Weight
+from lockstep_runtime.weights.weight import StoredTable, Weight
 
 INTERVAL_VARIABLE: Final = "LOCKSTEP_SCRUB_SECONDS"  # for all weights once; 0 switches it off
 INTERVAL_SECONDS: Final = 300.0
