@@ -84,6 +84,18 @@ async def test_what_can_not_be_started_is_told_and_tried_again(crowded: list[str
     await holds(lambda: {ENGINE, SPARE} <= supervisor._processes.pids().keys())
 
 
+async def test_a_spare_that_answers_no_more_is_replaced(supervisor: Supervisor) -> None:
+    processes = supervisor._processes
+    await holds(lambda: supervisor._machine._is_warm and not processes._awaited)
+    spare = processes._spare
+    assert spare is not None
+    spare._lose()  # as after an order that it did not answer
+    before = processes.pids()[SPARE]
+    os.kill(before, signal.SIGKILL)
+    await holds(lambda: processes.pids().get(SPARE, before) != before)
+    await holds(lambda: supervisor._machine._is_warm)
+
+
 async def test_an_engine_gets_a_history_of_any_length() -> None:
     settings = config()
     faults = [

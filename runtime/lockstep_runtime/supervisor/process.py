@@ -118,8 +118,8 @@ class Processes:
         return pid
 
     def spare_socket(self) -> int | None:
-        """Readable once there is something for `hear_spare`."""
-        return self._spare.fileno() if self._spare is not None else None
+        """Readable once there is something for `hear_spare`; None where there is no spare, or none that answers."""
+        return self._spare.fileno() if self._spare is not None and self._spare.fileno() >= 0 else None
 
     def hear_spare(self) -> bool:
         """Whether the spare says that it is warm; it may also have ended."""

@@ -132,6 +132,13 @@ class Supervisor:
     # --- what happens
 
     def _on_child(self) -> None:
+        try:
+            self._reap()
+        except Exception as error:
+            self._fail(error)
+        self._due.set()
+
+    def _reap(self) -> None:
         for news in self._processes.reap():
             if isinstance(news, Exit):
                 self._on_exit(news)
@@ -143,7 +150,6 @@ class Supervisor:
                 self._machine.stopped(news.name, news.signal, time.monotonic())
             else:
                 self._machine.continued(news.name)
-        self._due.set()
 
     def _on_exit(self, gone: Exit) -> None:
         oom = self._out_of_memory.explain(gone.signal, gone.used)
@@ -182,7 +188,7 @@ class Supervisor:
     def _end_spare_talk(self) -> None:
         if (descriptor := self._processes.spare_socket()) is not None:
             asyncio.get_running_loop().remove_reader(descriptor)
-            self._processes.dismiss_spare()
+        self._processes.dismiss_spare()
 
     def _on_end_signal(self, number: int) -> None:
         logger.info("asked to end by %s", signal.Signals(number).name)
@@ -222,11 +228,15 @@ class Supervisor:
         try:
             for action in actions:
                 self._act(action)
-        except Exception as error:  # a callback's would only be logged, and the machine believe that it was done
-            logger.exception("the supervisor ends, since it could not do what was due")
-            if not self._finished.done():
-                self._finished.set_exception(error)
+        except Exception as error:
+            self._fail(error)
         self._due.set()
+
+    def _fail(self, error: Exception) -> None:
+        """Of a callback it would only be logged, and the machine believe what is not so."""
+        logger.error("the supervisor ends, since it could not do what was due", exc_info=error)
+        if not self._finished.done():
+            self._finished.set_exception(error)
 
     def _act(self, action: Action) -> None:
         match action:
