@@ -197,7 +197,7 @@ class Reconciler:
             await self._kube.create("Event", event)
             self._metrics.writes.labels("Event", "Create").inc()
         except KubeError as error:
-            if not error.already_exists:
+            if not (error.already_exists or error.namespace_ending):
                 log.warning("an Event could not be written: %s", error)
 
 

@@ -247,6 +247,9 @@ async def test_a_namespace_that_is_being_deleted_causes_no_warnings(caplog: pyte
     world, key = await serving()
     told = world.events()
     world.kube.ending.add("team")
+    for pod in world.kube.of_kind("Pod"):  # whose StatefulSets go a moment later
+        world.kube.objects.pop(("Pod", "team", pod["metadata"]["name"]))
+    await world.reconcile(key)
     for index in (0, 1):
         world.kube.remove("StatefulSet", "team", f"chat-{index}")
     await live(world, key, 60.0)
