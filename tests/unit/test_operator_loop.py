@@ -199,3 +199,18 @@ def test_settings_that_make_no_sense_end_with_a_sentence(
     with pytest.raises(SystemExit) as ended:
         read_settings(arguments, environment)
     assert words in f"{ended.value} {capsys.readouterr().err}"
+
+
+async def test_a_model_that_can_not_be_made_as_asked_is_counted_and_no_longer_when_it_is() -> None:
+    metrics = Metrics()
+    ends = Scripted(Outcome(again=9.0, failing=True), Outcome(again=9.0), KubeError(503, "", "later"))
+    steps = Controller(WorkQueue(lambda: 0.0), ends, metrics)
+    found: list[float | None] = []
+    for _ in range(3):
+        await steps.step(KEY)
+        found.append(
+            metrics.registry.get_sample_value(
+                "lockstep_operator_reconcile_failing", {"namespace": "team", "model": "chat"}
+            )
+        )
+    assert found == [1.0, 0.0, 1.0]

@@ -23,7 +23,16 @@ from lockstep_operator.recovery import Verdict
 from lockstep_operator.rollout import plan
 from lockstep_operator.status import build, halted, worth_writing
 from lockstep_operator.troubles import trouble, unexplained
-from lockstep_runtime.wire import Fault, FaultRecord, GroupState, GroupStatus, Latency, RankState
+from lockstep_runtime.wire import (
+    Fault,
+    FaultRecord,
+    GroupState,
+    GroupStatus,
+    Latency,
+    PodProblem,
+    PodProblemReason,
+    RankState,
+)
 
 KEY = ModelKey("team", "chat")
 
@@ -405,3 +414,25 @@ def test_a_group_that_reads_its_text_files_still_says_so() -> None:
     words = "all 2 ranks are in step; the tokenizer and the chat template are being read"
     written = status_of(decided(group(ready=False)), seen(said(state=GroupState.LOADING, message=words)))
     assert condition(written, "Ready") == ("False", "Loading", words)
+
+
+@pytest.mark.parametrize(("accepting", "expected"), [(True, "True"), (False, "False"), (None, "True")])
+def test_available_goes_by_the_groups_own_word(accepting: bool | None, expected: str) -> None:
+    recovers = said(state=GroupState.RECOVERING, accepting=accepting)
+    assert condition(status_of(decided(group()), seen(recovers)), "Available")[0] == expected
+
+
+def test_what_pods_complain_of_is_why_a_group_does_not_come_up() -> None:
+    problem = PodProblem(pod_index=1, reason=PodProblemReason.OUT_OF_MEMORY, at=NOW, message="the spare was killed")
+    waits = said(state=GroupState.STARTING, message="waiting for ranks 0, 1 to connect", pod_problems=[problem])
+    observed = seen(waits)
+    status = status_of(decided(group(ready=False)), observed)
+    assert condition(status, "Ready") == (
+        "False",
+        "OutOfMemory",
+        "pod chat-0-1: the spare was killed; group 0 waits for its 2 ranks: waiting for ranks 0, 1 to connect",
+    )
+    assert [(item.reason, item.warning) for item in happened(observed, status)][-1] == ("OutOfMemory", True)
+    assert happened(replace(observed, status=status), status) == []
+    serves = status_of(decided(group()), seen(said(pod_problems=[problem])))
+    assert condition(serves, "Ready")[0] == "True", "a spare that is killed takes no service away"
