@@ -26,7 +26,8 @@ from lockstep_operator.metrics import Metrics as OperatorMetrics
 from lockstep_runtime import cli
 from lockstep_runtime.api.metrics import Metrics as EngineMetrics
 from lockstep_runtime.engine.interface import EngineStats
-from lockstep_runtime.recovery import policy, watchdog
+from lockstep_runtime.recovery import policy, timing, watchdog
+from lockstep_runtime.supervisor import machine
 from lockstep_runtime.wire import Fault, Injection
 from lockstep_runtime.worker import scrub
 
@@ -242,6 +243,22 @@ def test_every_fault_and_rung_has_its_place() -> None:
         f"A step has {operator_recovery.PATIENCE_SECONDS:g} s",
         f"within {operator_recovery.UNPLACED_SECONDS:g} s, the node is used again",
         f"has served for {operator_recovery.PROVED_SECONDS:g} s",
+        f"a rank leaves its collective | {timing.HOST.abort:g} s, or as long as its step takes; "
+        f"{timing.NCCL.abort:g} s on NCCL. {timing.HOST.abort_joining:g} s if it was joining; "
+        f"{timing.NCCL.abort_joining:g} s on NCCL |",
+        f"a rank whose connection is lost comes back | {timing.RECONNECT_SECONDS:g} s |",
+        f"a process that was killed ends | {timing.DEATH_SECONDS:g} s |",
+        f"| {timing.LOADING_SECONDS:g} s at first; later twice as long as loading took, "
+        f"{timing.RELOADING_SECONDS[0]:g} s at least, {timing.RELOADING_SECONDS[1]:g} s at most |",
+        f"| {timing.FIRST_SECONDS:g} s at first; later two and a half times that, {timing.STUCK_SECONDS[0]:g} s at "
+        f"least, {timing.STUCK_SECONDS[1]:g} s at most |",
+        f"a rank that is out of reach | {timing.FIRST_SECONDS:g} s at first, {timing.ABSENT_SECONDS:g} s later |",
+        f"{timing.HOST.attempts:g} s of failed attempts in a row, {timing.NCCL.attempts:g} s on NCCL |",
+        f"config.json | that | {timing.MODEL_SECONDS:g} s |",
+        f"| {timing.POISONED_SECONDS[0]:g} s, doubling up to {timing.POISONED_SECONDS[1]:g} s |",
+        f"{machine.SLOW_BACKOFF:g} s at least where only a change",
+        f"for the first {timing.ACCEPTING_SECONDS:g} s of a recovery",
+        f"is asked again for {timing.ROOM_SECONDS:g} s",
     ],
 )
 def test_bounds_of_recovery_are_those_of_the_code(words: str) -> None:
@@ -252,7 +269,7 @@ def _recovery_lines() -> set[str]:
     """The phases that the group's log trail has, as the code writes them."""
     package = (ROOT / "runtime" / "lockstep_runtime" / "recovery").glob("*.py")
     texts = "".join(path.read_text() for path in package)
-    return set(re.findall(r"_(?:log_)?phase\(\s*\"(\w+)\"", texts)) | set(re.findall(r"\"(\w+): fault %d epoch", texts))
+    return set(re.findall(r"(?:_(?:log_)?phase|PhaseOver)\(\s*\"(\w+)\"", texts)) | set(re.findall(r"\"(\w+): fault %d epoch", texts))
 
 
 def test_every_line_of_the_log_trail_is_explained() -> None:
