@@ -58,6 +58,7 @@ class Service:
         finally:
             loading.cancel()
             await asyncio.wait((loading,))
+            gc.unfreeze()
             for threads in (self._threads, self._large):
                 threads.shutdown(wait=False, cancel_futures=True)
 
