@@ -83,8 +83,8 @@ def serve_rank(pipe: Connection, config: ServeConfig, rank: int, address: str) -
 def run_transformers(child: Child, prompts: list[list[int]], tokens: int) -> tuple[float, float]:
     """The same of `generate`."""
     child.pipe.send((prompts, tokens))
-    first, both = child.receive()
-    return first, both - first
+    first, rest = child.receive()
+    return first, rest
 
 
 def serve_transformers(pipe: Connection, model: Path) -> None:
@@ -99,16 +99,36 @@ def serve_transformers(pipe: Connection, model: Path) -> None:
             prompts, tokens = pipe.recv()
         except EOFError:
             return
-        inputs = torch.tensor(prompts)
-        pipe.send((_timed_generate(oracle, inputs, 1), _timed_generate(oracle, inputs, 1 + tokens)))
+        pipe.send(_timed_generate(oracle, torch.tensor(prompts), 1 + tokens))
 
 
-def _timed_generate(oracle: Any, inputs: torch.Tensor, tokens: int) -> float:
-    mask = torch.ones_like(inputs)
+def _timed_generate(oracle: Any, inputs: torch.Tensor, tokens: int) -> tuple[float, float]:
+    """Seconds to the first token and for the others."""
+    mask, times = torch.ones_like(inputs), Times()
     started = time.perf_counter()
     with torch.inference_mode():
-        oracle.generate(inputs, attention_mask=mask, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
-    return time.perf_counter() - started
+        oracle.generate(
+            inputs,
+            attention_mask=mask,
+            do_sample=False,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            streamer=times,
+        )
+    _, first, *_, last = times.put_at  # the prompt is put, too
+    return first - started, last - first
+
+
+class Times:
+    """A streamer, as `generate` calls it: when each token was put."""
+
+    def __init__(self) -> None:
+        self.put_at: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.put_at.append(time.perf_counter())
+
+    def end(self) -> None: ...
 
 
 if __name__ == "__main__":
