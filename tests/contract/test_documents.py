@@ -269,7 +269,9 @@ def _recovery_lines() -> set[str]:
     """The phases that the group's log trail has, as the code writes them."""
     package = (ROOT / "runtime" / "lockstep_runtime" / "recovery").glob("*.py")
     texts = "".join(path.read_text() for path in package)
-    return set(re.findall(r"(?:_(?:log_)?phase|PhaseOver)\(\s*\"(\w+)\"", texts)) | set(re.findall(r"\"(\w+): fault %d epoch", texts))
+    return set(re.findall(r"(?:_(?:log_)?phase|PhaseOver)\(\s*\"(\w+)\"", texts)) | set(
+        re.findall(r"\"(\w+): fault %d epoch", texts)
+    )
 
 
 def test_every_line_of_the_log_trail_is_explained() -> None:

@@ -11,6 +11,7 @@ from typing import Final
 
 import pytest
 from tests.support.lasting_world import LastingWorld
+from tests.support.sim_world import LASTING
 from tests.support.virtual_loop import run_virtually
 
 from lockstep_runtime.wire import GroupState
@@ -20,8 +21,8 @@ FIRST: Final = int(os.environ.get("LOCKSTEP_SIM_FIRST", "0"))
 CHUNK: Final = 50
 
 
-def play(seed: int, hours: float = 0.25) -> LastingWorld:
-    world = LastingWorld(seed, hours)
+def play(seed: int, hours: float = 0.25, kinds: tuple[str, ...] = LASTING) -> LastingWorld:
+    world = LastingWorld(seed, hours, kinds)
     try:
         run_virtually(world.run())
     except Exception as error:
@@ -40,3 +41,9 @@ def quiet() -> object:
 def test_what_stays_broken_is_said_in_time_and_heals_when_it_is_mended(first: int) -> None:
     worlds = [play(seed) for seed in range(first, min(first + CHUNK, FIRST + SCHEDULES))]
     assert {GroupState.POISONED, GroupState.FAILED} <= {state for world in worlds for state in world.states}
+
+
+@pytest.mark.parametrize("kind", ["hang in loading", "die in loading", "cut off"])
+def test_a_month_of_it_leaves_texts_and_lists_as_they_were_after_a_day(kind: str) -> None:
+    world = play(3, hours=30 * 24.0, kinds=(kind,))
+    assert world.engine.status().faults[-1].id > 500, "it was hardly tried"

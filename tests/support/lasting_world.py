@@ -23,16 +23,18 @@ FIRST_SECONDS: Final = 450.0  # until a group that has never served has settled:
 SERVED_SECONDS: Final = 180.0  # and one that has
 MENDED_SECONDS: Final = 700.0  # until it serves again: the longest wait of a poisoned group, and the time to form
 STATUS_BYTES: Final = 128 * 1024
+THINGS: Final = 400
 MESSAGE_CHARACTERS: Final = 1100
-MOMENTS: Final = ("before it serves", "at rest", "at work", "in recovery", "poisoned")
+MOMENTS: Final = ("before it serves", "at rest", "at work", "in recovery", "poisoned", "engine restarted")
 
 
 class LastingWorld(World):
     """`hours`: how long the causes last."""
 
-    def __init__(self, seed: int, hours: float = 1.0) -> None:
+    def __init__(self, seed: int, hours: float = 1.0, kinds: tuple[str, ...] = LASTING) -> None:
         super().__init__(seed)
-        self.hours = hours
+        self.hours, self.kinds = hours, kinds
+        self.serving: asyncio.Task[None]
         self.moment = self.chance.choice(MOMENTS)
         self.struck: list[tuple[int, str]] = []
         self.unsettled_since: float | None = None
@@ -41,12 +43,12 @@ class LastingWorld(World):
 
     def strike(self) -> None:
         rank = self.chance.choice(self.ranks)
-        kind = self.chance.choice(LASTING)
+        kind = self.chance.choice(self.kinds)
         self.struck.append((rank.rank, kind))
         rank.fall_ill(kind)
 
     async def run(self) -> None:
-        serving = asyncio.create_task(self.engine.run())
+        self.serving = asyncio.create_task(self.engine.run())
         client = asyncio.create_task(self._ask_on())
         try:
             self.ranks += [SimRank(self, rank) for rank in range(self.size)]
@@ -60,10 +62,10 @@ class LastingWorld(World):
                 rank.mend()
             await self._serves_again()
         finally:
-            died = [task.exception() for task in (serving, client) if task.done()]
-            for task in (serving, client):
+            died = [task.exception() for task in (self.serving, client) if task.done()]
+            for task in (self.serving, client):
                 task.cancel()
-            await asyncio.gather(serving, client, return_exceptions=True)
+            await asyncio.gather(self.serving, client, return_exceptions=True)
             assert not any(died), died
 
     async def _come_to(self, moment: str) -> None:
@@ -82,20 +84,37 @@ class LastingWorld(World):
                 first.fall_ill("die in loading")
                 await self._until(lambda: self.engine.status().state is GroupState.POISONED, "it is poisoned")
                 first.mend()
+            case "engine restarted":
+                self.serving.cancel()
+                await asyncio.gather(self.serving, return_exceptions=True)
+                self.restart_engine()
+                self.serving = asyncio.create_task(self.engine.run())
+                await asyncio.sleep(self.chance.uniform(0.0, 0.6))
             case _:
                 await asyncio.sleep(self.chance.uniform(0.0, 5.0))
+
+    def held(self) -> int:
+        """Things that the group keeps of its past, in lists and tables."""
+        group = self.engine.group
+        log = group.faults
+        return (
+            len(log.records)
+            + len(log._added)
+            + len(log._open)
+            + sum(len(handle.past_incarnations) for handle in group.coordinator.handles)
+        )
 
     async def _ask_on(self) -> None:
         """One request after the other; what is turned away or given up is asked again later."""
         while True:
             await self._request()
-            await asyncio.sleep(self.chance.uniform(0.0, 20.0))
+            await asyncio.sleep(self.chance.uniform(0.0, 20.0 if self.hours < 24 else 2000.0))
 
     async def _watch(self, seconds: float) -> None:
         """While the causes last."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            await asyncio.sleep(3.0 if seconds < 10_000 else 10.0)
+            await asyncio.sleep(3.0 if self.hours < 24 else 60.0)
             self._look()
 
     def _look(self) -> None:
@@ -110,6 +129,7 @@ class LastingWorld(World):
         served = self.engine.stats().steps_total > 0
         assert waited < (SERVED_SECONDS if served else FIRST_SECONDS), f"{status.state} for {waited:.0f} s: {status}"
         assert len(msgspec.json.encode(status)) < STATUS_BYTES
+        assert self.held() < THINGS
         texts = [status.message, *(one.message for one in status.ranks), *(one.message for one in status.faults)]
         assert max(map(len, texts)) < MESSAGE_CHARACTERS
         if status.state in (GroupState.FAILED, GroupState.POISONED):

@@ -193,6 +193,17 @@ class SimRank:
         if not self.ill & {"cut off", "orphaned"}:
             self._connect_supervisor()
 
+    def find_engine(self) -> None:
+        """The one that it knew has ended."""
+        self.supervisor.is_open = False
+        if self.link is not None:
+            self.link.is_open = False
+            self.link, self.joined = None, -1
+        if not self.ill & {"cut off", "orphaned"}:
+            self._connect_supervisor()
+        if self.alive:
+            self.world.later(0.05, self._connect, self.incarnation)
+
     def stop(self) -> None:
         """As by SIGSTOP."""
         if self.alive:
@@ -253,7 +264,10 @@ class SimRank:
     def _join(self, join: wire.Join) -> None:
         self.toy.at_step, self.toy.moved_at = (join.epoch, -1, True), time.monotonic()
         self.place = (0, False)
-        match self._takes("die in join", "hang in join", "raise in join"):
+        match self._takes("die in join", "hang in join", "raise in join", "slow in join"):
+            case "slow in join":
+                self.place, self.joined = (1, True), join.epoch
+                self.world.later(20.0, self.world.join, self, join)
             case "die in join":
                 self.die()
             case "hang in join":
@@ -355,11 +369,21 @@ class World:
             model="toy", served_name="toy", tensor_parallel_size=self.size, watchdog=Watchdog(floor=1.0),
             limits=EngineLimits(max_batch_tokens=self.chance.choice([4, 16, 64])),
         )  # fmt: skip
-        self.engine = Engine(self.config)
-        self.engine.group.__class__ = SpoilingDriver
-        self.engine.group.world = self  # type: ignore[attr-defined] # it is one
-        self.engine.set_model(None)
+        self.engine = self._new_engine(None)
         self._joining: dict[int, dict[int, SimRank]] = {}
+
+    def _new_engine(self, history: wire.GroupStatus | None) -> Engine:
+        engine = Engine(self.config, history)
+        engine.group.__class__ = SpoilingDriver
+        engine.group.world = self  # type: ignore[attr-defined] # it is one
+        engine.set_model(None)
+        return engine
+
+    def restart_engine(self) -> None:
+        """As its supervisor does: another process, which knows what the one before said last."""
+        self.engine = self._new_engine(self.engine.status())
+        for rank in self.ranks:
+            rank.find_engine()
 
     def later(self, seconds: float, call: Callable[..., object], *arguments: object) -> None:
         asyncio.get_running_loop().call_later(seconds, call, *arguments)

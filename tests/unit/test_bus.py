@@ -173,3 +173,21 @@ class TestFramer:
         decoder = msgspec.msgpack.Decoder(wire.FromWorker)
         with pytest.raises(FrameError):
             decode(decoder, b"\x82\xa4type\xa6Joined\xa1x" + b"\x91" * 1_000_000)
+
+
+async def test_a_peer_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bus_module, "MAX_UNSENT_BYTES", 1 << 20)
+    async with live_engine(supervisors=False) as live:
+        hello = msgspec.structs.replace(live.ranks[1].hello(), role=wire.Role.SUPERVISOR, incarnation="s", rank=-1)
+        reader, writer = await asyncio.open_connection("127.0.0.1", live.config.bus_port, limit=1024)
+        writer.write(encode(hello))
+        await live.until(lambda: 1 in live.engine.group.supervisors, "it is connected")
+        peer = live.engine.group.supervisors[1]
+        for _ in range(1000):
+            peer.send_frame(bytes(1 << 16))
+            await asyncio.sleep(0)
+            if 1 not in live.engine.group.supervisors:
+                break
+        await live.until(lambda: 1 not in live.engine.group.supervisors, "it is cut off")
+        writer.close()
+        del reader

@@ -279,3 +279,21 @@ def test_a_bounded_text_keeps_its_beginning_and_its_end() -> None:
     assert len(text) <= 200
     assert (text[:150], text[-3:]) == ("a" * 150, "end")
     assert "(2843 characters left out)" in text
+
+
+@pytest.mark.parametrize(
+    ("graver", "lighter"),
+    [
+        (Fault.RANK_LOST, Fault.CONTEXT_FAULT),
+        (Fault.CONTEXT_FAULT, Fault.CORRUPTION),
+        (Fault.CONTEXT_FAULT, Fault.NON_FINITE),
+        (Fault.CORRUPTION, Fault.STEP_FAILED),
+        (Fault.NON_FINITE, Fault.STEP_FAILED),
+        (Fault.CORRUPTION, Fault.DESYNC),
+        (Fault.STEP_FAILED, Fault.HANG),
+        (Fault.DESYNC, Fault.HANG),
+    ],
+)
+def test_the_graver_of_two_faults_is_the_cause_whichever_came_first(graver: Fault, lighter: Fault) -> None:
+    evidence = [Evidence(graver, 1, "the one"), Evidence(lighter, 0, "the other")]
+    assert diagnose(evidence).fault is diagnose(evidence[::-1]).fault is graver

@@ -225,3 +225,12 @@ def test_a_suspect_takes_blocks_from_the_others_when_it_must() -> None:
     planner.start_over(max_model_len=1000, blocks=4, block_size=4)
     assert shape(step(planner)[0]) == [(0, 0, 4, True)]
     assert shape(step(planner)[0]) == [(2, 0, 12, True)]
+
+
+def test_no_sequence_is_admitted_into_the_room_that_a_running_prefill_still_needs() -> None:
+    planner = scheduler(blocks=16)
+    planner.add(sequence(1, prompt=40))  # ten blocks, of which the first step takes four
+    step(planner)
+    planner.add(sequence(2, prompt=32))  # eight: twelve are free, and six of them promised
+    assert {part.sequence_id for part in step(planner)[0]} == {1}
+    assert planner.preemptions == 0
