@@ -51,6 +51,7 @@ class _Known:
 
     failures: Failures
     tolerated: dict[Target, frozenset[str]] = field(default_factory=dict)
+    unwritten: Mapping[str, Any] | None = None  # a status that the API server takes in no form: recovery goes by it
 
 
 class Reconciler:
@@ -105,7 +106,7 @@ class Reconciler:
         if applied.ending:
             return Outcome(again=self._settings.resync_seconds)
         known.tolerated.update(applied.tolerated)
-        return await self._report(model, resource, observed, decision, applied, known.failures)
+        return await self._report(model, resource, observed, decision, applied, known)
 
     def forget(self, key: ModelKey) -> None:
         self._groups.watch(key, {})
@@ -115,7 +116,7 @@ class Reconciler:
     async def _observe(self, model: spec.Model, resource: Object, known: _Known) -> Observed:
         children = await read_children(self._kube, model)
         observed = Observed(
-            status=resource.get("status") or {},
+            status=known.unwritten or resource.get("status") or {},
             resource_version=resource["metadata"].get("resourceVersion", ""),
             token=token_of(children.get(("Secret", token_name(model.name)))),
             children=children,
@@ -137,28 +138,29 @@ class Reconciler:
         observed: Observed,
         decision: Decision,
         applied: Applied,
-        failures: Failures,
+        known: _Known,
     ) -> Outcome:
-        now = self._now()
+        now, failures = self._now(), known.failures
         obstacle = obstacle_of(model, decision, failures, observed, now)
         built = self._schema.fitting(status.build(model, observed, decision, obstacle, now))
         memories = status.memories_of(decision, observed)
         seen = events.Pass(observed=observed, new=built, done=applied.effective, memories=memories, now=now)
         for occurrence in events.occurrences(seen):
             await self._record(events.manifest(model.key, model.uid, occurrence, now))
-        if status.worth_writing(observed.status, built):
-            await self._write_status(resource, built)
+        if known.unwritten is not None or status.worth_writing(observed.status, built):
+            known.unwritten = None if await self._written(resource, built) else built
+        failing = obstacle is not None or known.unwritten is not None
         self._metrics.model(model.key, built)
         self._metrics.repaired(model.key, seen.repairs)
         self._metrics.stepped(model.key, observed.reports)
         if applied.done:
-            return Outcome(again=0.0, wrote=True, failing=obstacle is not None)
+            return Outcome(again=0.0, wrote=True, failing=failing)
         settled = (
             self._settings.resync_seconds if _ready(built) else min(UNSETTLED_SECONDS, self._settings.resync_seconds)
         )
         again = min(seconds for seconds in (settled, failures.due, decision.again) if seconds is not None)
         planned = decision.again == 0.0  # a step is written now, and taken in the next pass
-        return Outcome(again=again, wrote=planned, failing=obstacle is not None)
+        return Outcome(again=again, wrote=planned, failing=failing)
 
     async def _halt(self, key: ModelKey, resource: Object, reason: str, message: str) -> Outcome:
         """What is known stays, and the conditions say why nothing is done."""
@@ -167,29 +169,40 @@ class Reconciler:
         if status.worth_writing(old, built):
             for occurrence in events.turns(old, built):
                 await self._record(events.manifest(key, resource["metadata"]["uid"], occurrence, now))
-            await self._write_status(resource, self._schema.fitting(built))
+            await self._written(resource, self._schema.fitting(built))
         self._metrics.model(key, built)
         return Outcome(again=self._settings.resync_seconds, failing=True)
 
-    async def _write_status(self, resource: Object, document: Mapping[str, Any]) -> None:
-        """Counts and budgets are made from what was read: what someone else wrote since is never overwritten."""
-        identity = ("name", "namespace", "uid", "resourceVersion")
-        metadata = {name: resource["metadata"][name] for name in identity}
-        manifest = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "status": document}
+    async def _written(self, resource: Object, document: Mapping[str, Any]) -> bool:
+        """Whether the API server has taken the status, or what recovery needs of it. Counts and budgets are made from
+        what was read: what someone else wrote since is never overwritten. Raises KubeError for what may pass soon."""
         try:
-            await self._kube.apply_status(KIND, manifest)
+            await self._write_status(resource, document)
         except KubeError as error:
             if error.transient:
                 raise
-            await self._kube.apply_status(KIND, {**manifest, "status": self._accepted(document, error)})
-        self._metrics.writes.labels(KIND, "Status").inc()
+            lacking = error.unknown_fields and self._schema.lacks(error.unknown_fields)
+            less = self._schema.fitting(document) if lacking else status.essential(document)
+            return await self._less_written(resource, less)
+        return True
 
-    def _accepted(self, document: Mapping[str, Any], error: KubeError) -> Mapping[str, Any]:
-        """What the API server may take instead: recovery acts only upon what is written, so something must be."""
-        if error.unknown_fields and self._schema.lacks(error.unknown_fields):
-            return self._schema.fitting(document)
-        log.error("the status is refused, so only what recovery needs is written: %s", error)
-        return status.essential(document)
+    async def _less_written(self, resource: Object, document: Mapping[str, Any]) -> bool:
+        try:
+            await self._write_status(resource, document)
+        except KubeError as error:
+            if error.transient:
+                raise
+            log.error("a status is refused in every form, so it is kept in mind alone: %s", error)
+            return False
+        return True
+
+    async def _write_status(self, resource: Object, document: Mapping[str, Any]) -> None:
+        identity = ("name", "namespace", "uid", "resourceVersion")
+        metadata = {name: resource["metadata"][name] for name in identity}
+        await self._kube.apply_status(
+            KIND, {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "status": document}
+        )
+        self._metrics.writes.labels(KIND, "Status").inc()
 
     async def _record(self, event: Mapping[str, Any]) -> None:
         """Events are a courtesy: one that can't be written stops nothing."""

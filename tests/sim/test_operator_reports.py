@@ -163,6 +163,26 @@ async def test_a_status_that_is_refused_for_another_reason_keeps_what_recovery_n
     assert mend_when_recycled(world, key, 0, before)
 
 
+async def test_with_a_status_that_is_refused_in_every_form_recovery_still_goes_on() -> None:
+    world, key = await serving()
+
+    def refuse(verb: str, kind: str, name: str) -> None:
+        if verb == "status":
+            raise KubeError(422, "Invalid", "status: Invalid value: no status will do")
+
+    world.kube.before_write = refuse
+    before = poison(world, key, 0)
+    await live(world, key, 30.0)
+    assert mend_when_recycled(world, key, 0, before)
+    await live(world, key, 30.0)
+    assert world.serving(key) == 2
+    world.kube.before_write = lambda verb, kind, name: None
+    await live(world, key, 120.0)
+    assert world.status(key)["recoveries"] == 1, "and it is written as soon as it can be"
+    await world.settle(key)
+    assert world.condition(key, "Ready")["status"] == "True"
+
+
 @pytest.mark.parametrize("where", ["_group", "recover", "_shared"])
 async def test_a_bug_is_told_and_holds_up_no_other_decision(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     world, key = await serving()
