@@ -6,60 +6,29 @@ import asyncio
 import json
 import random
 import shutil
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from tests.support.api_bodies import CHAT, END, JSON, TEXT, chat, engine, error_of, text
 from tests.support.api_server import SERVED, TINY_CHAT, serving
-from tests.support.engine import FakeEngine, Part, eventually
+from tests.support.engine import FakeEngine, eventually
 from tests.support.http import async_http
 
 from lockstep_runtime.api.limits import Limits
-from lockstep_runtime.api.tokenizer import TextTokenizer
 from lockstep_runtime.config import EngineLimits
-from lockstep_runtime.engine.interface import EngineBusyError, GenerationRequest, Readiness
+from lockstep_runtime.engine.interface import EngineBusyError, Readiness
 
-TOKENIZER = TextTokenizer.from_file(TINY_CHAT / "tokenizer.json")
-END = TOKENIZER.id_of("<|im_end|>") or 0
-CHAT = "/v1/chat/completions"
-TEXT = "/v1/completions"
-JSON = {"Content-Type": "application/json"}
 MALFORMED_BODIES = 1000
 SEED = 20261121
-
-
-def engine(parts: Iterable[Part] = (70, 71, 72)) -> FakeEngine:
-    kept = list(parts)
-
-    def script(_: GenerationRequest) -> Iterable[Part]:
-        return kept
-
-    return FakeEngine(script, END)
-
-
-def chat(**extra: Any) -> dict[str, Any]:
-    return {"model": SERVED, "messages": [{"role": "user", "content": "Hi"}]} | extra
-
-
-def text(**extra: Any) -> dict[str, Any]:
-    return {"model": SERVED, "prompt": "Hi"} | extra
 
 
 @pytest.fixture
 async def client() -> AsyncIterator[httpx.AsyncClient]:
     async with serving(engine()) as url, async_http(base_url=url) as client:
         yield client
-
-
-def error_of(response: httpx.Response) -> dict[str, Any]:
-    assert response.headers["content-type"] == "application/json"
-    error: dict[str, Any] = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["message"]
-    return error
 
 
 async def test_health_ready_and_nothing_else(client: httpx.AsyncClient) -> None:
@@ -75,121 +44,6 @@ async def test_another_method_is_405_and_says_which(client: httpx.AsyncClient) -
     response = await client.get(CHAT)
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
     error_of(response)
-
-
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        (chat(temperature=-1), "temperature"),
-        (chat(temperature=2.5), "temperature"),
-        (chat(temperature="hot"), "temperature"),
-        (chat(temperature=True), "temperature"),
-        (chat(top_p=-0.1), "top_p"),
-        (chat(top_p=1.1), "top_p"),
-        (chat(top_k=-2), "top_k"),
-        (chat(min_p=1.5), "min_p"),
-        (chat(n=0), "n"),
-        (chat(n=17), "n"),
-        (chat(n=10**40), "n"),
-        (chat(max_tokens=0), "max_tokens"),
-        (chat(max_completion_tokens=1.5), "max_completion_tokens"),
-        (chat(seed=2**64), "seed"),
-        (chat(stop=["a"] * 17), "stop"),
-        (chat(stop=5), "stop"),
-        (chat(stop=[None]), "stop[0]"),
-        (chat(stop_token_ids=[1] * 65), "stop_token_ids"),
-        (chat(ignore_eos=2), "ignore_eos"),
-        (chat(stop=["x" * 300]), "stop[0]"),
-        (chat(stop_token_ids=["a"]), "stop_token_ids[0]"),
-        (chat(logprobs=5), "logprobs"),
-        (chat(top_logprobs=5), "top_logprobs"),
-        (chat(logprobs=True, top_logprobs=21), "top_logprobs"),
-        (chat(stream="yes"), "stream"),
-        (chat(stream_options={"include_usage": True}), "stream_options"),
-        (chat(messages=[]), "messages"),
-        (chat(messages="Hi"), "messages"),
-        (chat(messages=[{"role": "king", "content": "Hi"}]), "messages[0].role"),
-        (chat(messages=[{"content": "Hi"}]), "messages[0].role"),
-        (chat(messages=[{"role": "user", "content": 5}]), "messages[0].content"),
-        (chat(messages=[{"role": "user", "content": [5]}]), "messages[0].content"),
-        (chat(messages=[{"role": "user", "content": [{"type": "text"}]}]), "messages[0].content"),
-        (chat(chat_template_kwargs={"messages": []}), "chat_template_kwargs"),
-        ({"model": SERVED}, "messages"),
-        ({"messages": []}, "model"),
-        (chat(model=None), "model"),
-        (text(prompt=[]), "prompt"),
-        (text(prompt=""), "prompt"),
-        (text(prompt=None), "prompt"),
-        (text(prompt=[-1]), "prompt"),
-        (text(prompt=[TOKENIZER.size]), "prompt"),
-        (text(prompt=[True]), "prompt"),
-        (text(prompt=["a", 5]), "prompt"),
-        (text(prompt=[[]]), "prompt"),
-        (text(prompt=["a"] * 129), "prompt"),
-        (text(prompt=["a"] * 100, n=2), "n"),
-        (text(logprobs=21), "logprobs"),
-        (text(logprobs=True), "logprobs"),
-        (text(logprobs=-1), "logprobs"),
-        (text(max_tokens=-1), "max_tokens"),
-    ],
-)
-async def test_a_wrong_field_is_named(client: httpx.AsyncClient, body: dict[str, Any], param: str) -> None:
-    response = await client.post(TEXT if "prompt" in body else CHAT, json=body)
-    assert response.status_code == 400
-    assert error_of(response)["param"] == param
-
-
-@pytest.mark.parametrize(
-    ("field", "neutral", "asking"),
-    [
-        ("frequency_penalty", 0, 0.5),
-        ("presence_penalty", 0.0, 1),
-        ("repetition_penalty", 1.0, 1.1),
-        ("logit_bias", {}, {"5": 10}),
-        ("response_format", {"type": "text"}, {"type": "json_object"}),
-        ("tools", [], [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "none", "required"),
-        ("best_of", 1, 2),
-        ("min_tokens", 0, 5),
-        ("guided_json", None, {}),
-    ],
-)
-async def test_what_is_not_built_is_taken_only_when_it_asks_for_nothing(
-    client: httpx.AsyncClient, field: str, neutral: object, asking: object
-) -> None:
-    assert (await client.post(CHAT, json=chat(**{field: neutral}))).status_code == 200
-    response = await client.post(CHAT, json=chat(**{field: asking}))
-    assert response.status_code == 400
-    assert (error_of(response)["param"], error_of(response)["code"]) == (field, "unsupported_parameter")
-
-
-async def test_unknown_fields_are_ignored(client: httpx.AsyncClient) -> None:
-    response = await client.post(CHAT, json=chat(user="me", metadata={"a": "b"}, brand_new=[1]))
-    assert response.status_code == 200
-
-
-async def test_parts_of_text_are_joined_and_others_refused(client: httpx.AsyncClient) -> None:
-    parts: list[dict[str, Any]] = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    joined = await client.post(CHAT, json=chat(messages=[{"role": "user", "content": parts}]))
-    plain = await client.post(CHAT, json=chat(messages=[{"role": "user", "content": "one\ntwo"}]))
-    assert joined.json()["usage"] == plain.json()["usage"]
-    parts.append({"type": "image_url", "image_url": {"url": "data:image/png;base64,"}})
-    response = await client.post(CHAT, json=chat(messages=[{"role": "user", "content": parts}]))
-    assert response.status_code == 400
-    assert "image_url" in error_of(response)["message"]
-
-
-async def test_tool_messages_are_refused(client: httpx.AsyncClient) -> None:
-    for message in ({"role": "tool", "content": "5"}, {"role": "assistant", "tool_calls": [{"id": "a"}]}):
-        response = await client.post(CHAT, json=chat(messages=[message]))
-        assert response.status_code == 400
-        assert "tool calling" in error_of(response)["message"]
-
-
-async def test_a_developer_is_the_system(client: httpx.AsyncClient) -> None:
-    developer = await client.post(CHAT, json=chat(messages=[{"role": "developer", "content": "Hi"}]))
-    system = await client.post(CHAT, json=chat(messages=[{"role": "system", "content": "Hi"}]))
-    assert developer.json()["usage"] == system.json()["usage"]
 
 
 @pytest.mark.parametrize(
