@@ -11,7 +11,7 @@ from lockstep_operator.moment import unix
 from lockstep_operator.observe import Pod
 
 LOST_SECONDS: Final = 60.0  # past its grace, a pod whose node isn't heard from is taken for lost
-PENDING_SECONDS: Final = 10.0  # a pod that isn't made by then is asked about
+PENDING_SECONDS: Final = 5.0  # a pod that isn't made by then is asked about
 OVERDUE_SECONDS: Final = 30.0  # past its grace, a pod that ends is stuck
 _IMAGE: Final = frozenset({"ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull"})
 _CONFIG: Final = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
