@@ -43,7 +43,9 @@ def test_what_stays_broken_is_said_in_time_and_heals_when_it_is_mended(first: in
     assert {GroupState.POISONED, GroupState.FAILED} <= {state for world in worlds for state in world.states}
 
 
-@pytest.mark.parametrize("kind", ["hang in loading", "die in loading", "cut off"])
+@pytest.mark.parametrize(
+    "kind", ["hang in loading", "cut off", *(["die in loading", "raise"] if SCHEDULES > 1000 else [])]
+)
 def test_a_month_of_it_leaves_texts_and_lists_as_they_were_after_a_day(kind: str) -> None:
     world = play(3, hours=30 * 24.0, kinds=(kind,))
-    assert world.engine.status().faults[-1].id > 500, "it was hardly tried"
+    assert world.poisonings > 1000, "it was hardly tried"

@@ -12,8 +12,9 @@ from lockstep_runtime.recovery import actions, events
 from lockstep_runtime.recovery.actions import Action
 from lockstep_runtime.recovery.coordinator import Coordinator, Stage
 from lockstep_runtime.recovery.diagnosis import Evidence
+from lockstep_runtime.recovery.group_state import group_state
 from lockstep_runtime.recovery.timing import HOST, Backend, Timing
-from lockstep_runtime.wire import Fault
+from lockstep_runtime.wire import Fault, GroupState
 
 _T = TypeVar("_T")
 
@@ -156,3 +157,24 @@ class GroupLife:
 
 def lost(rank: int) -> Evidence:
     return Evidence(Fault.RANK_LOST, rank, f"rank {rank} is gone")
+
+
+HUNG = Evidence(Fault.HANG, 1, "rank 1 stopped", stragglers=(1,))
+FAILED = Evidence(Fault.STEP_FAILED, 1, "rank 1: out of memory")
+
+
+def stage(life: GroupLife) -> Stage:
+    return life.group.stage
+
+
+def state(life: GroupLife) -> tuple[GroupState, str]:
+    return group_state(life.group, life.now, draining=False, blocker="")
+
+
+def broken(cause: Evidence = FAILED, **settings: object) -> GroupLife:
+    """One that served, and whose ranks are to leave their collectives now."""
+    life = GroupLife(**settings)  # type: ignore[arg-type] # a test's own settings
+    life.serve()
+    life.done.clear()
+    life.fails(cause)
+    return life

@@ -40,6 +40,8 @@ class LastingWorld(World):
         self.unsettled_since: float | None = None
         self.longest = 0.0
         self.states: set[GroupState] = set()
+        self.last_state = GroupState.STARTING
+        self.poisonings = 0
 
     def strike(self) -> None:
         rank = self.chance.choice(self.ranks)
@@ -119,6 +121,8 @@ class LastingWorld(World):
 
     def _look(self) -> None:
         status, now = self.engine.status(), time.monotonic()
+        self.poisonings += status.state is GroupState.POISONED is not self.last_state
+        self.last_state = status.state
         self.states.add(status.state)
         if status.state in SETTLED:
             self.unsettled_since = None

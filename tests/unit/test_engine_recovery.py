@@ -9,7 +9,20 @@ from lockstep_runtime.recovery.diagnosis import Evidence, compare, diagnose, no_
 from lockstep_runtime.recovery.fault_log import KEPT, FaultLog
 from lockstep_runtime.recovery.hang_attribution import HangReport
 from lockstep_runtime.recovery.latency import LatencyWindow
-from lockstep_runtime.recovery.policy import REBUILDS, RESPAWNS, Budget, RecoveryPolicy, Rung, blame_points, cheapest
+from lockstep_runtime.recovery.policy import (
+    PROVEN_SECONDS,
+    REBUILD_REFILL_SECONDS,
+    REBUILDS,
+    RESPAWN_REFILL_SECONDS,
+    RESPAWNS,
+    Budget,
+    RecoveryPolicy,
+    Rung,
+    blame_points,
+    cheapest,
+    invalidates_caches,
+    requires_cache_check,
+)
 from lockstep_runtime.wire import Fault, Latency, StepDone
 
 LOST = Evidence(Fault.RANK_LOST, 1, "rank 1 was killed by SIGKILL")
@@ -297,3 +310,51 @@ def test_a_bounded_text_keeps_its_beginning_and_its_end() -> None:
 def test_the_graver_of_two_faults_is_the_cause_whichever_came_first(graver: Fault, lighter: Fault) -> None:
     evidence = [Evidence(graver, 1, "the one"), Evidence(lighter, 0, "the other")]
     assert diagnose(evidence).fault is diagnose(evidence[::-1]).fault is graver
+
+
+@pytest.mark.parametrize("fault", list(Fault))
+def test_which_faults_leave_the_caches_in_doubt(fault: Fault) -> None:
+    evidence = [Evidence(fault, 1, "words")]
+    assert invalidates_caches(evidence) == (fault in (Fault.CONTEXT_FAULT, Fault.CORRUPTION))
+    assert requires_cache_check(evidence) == (fault is Fault.NON_FINITE)
+    assert invalidates_caches([LOST, *evidence]) == invalidates_caches(evidence)
+
+
+@pytest.mark.parametrize(
+    ("cause", "reason"),
+    [
+        (Evidence(Fault.HANG, 1, "m", stragglers=(1,)), "Hang: the process of rank 1 holds up the others"),
+        (Evidence(Fault.HANG, None, "m", stragglers=(0, 2)), "Hang: the processes of ranks 0,2 holds up the others"),
+        (Evidence(Fault.CORRUPTION, None, "m"), "Corruption: the processes of ranks 0,1,2 can't be used further"),
+        (Evidence(Fault.CONTEXT_FAULT, 2, "m"), "ContextFault: the process of rank 2 can't be used further"),
+        (LOST, "rank 1 is gone; its supervisor starts it again"),
+        (HUNG, "Hang: every rank is aborted; one that does not answer that either is killed"),
+        (FAILED, "StepFailed: every process lives; a new communicator is made"),
+    ],
+)
+def test_every_decision_says_why(cause: Evidence, reason: str) -> None:
+    assert cheapest(cause, [cause], 3).reason == reason
+
+
+def test_every_rank_that_the_evidence_names_goes_and_no_other() -> None:
+    evidence = [Evidence(Fault.CONTEXT_FAULT, rank, "m") for rank in (2, 0)]
+    assert cheapest(evidence[0], [*evidence, FAILED, LOST], 4).kill == (0, 2)
+
+
+def test_a_rebuild_that_held_for_long_has_helped_though_nobody_asked_for_a_step() -> None:
+    for seconds, rung in ((PROVEN_SECONDS, Rung.RESPAWN), (PROVEN_SECONDS + 0.1, Rung.REBUILD)):
+        policy = RecoveryPolicy(3, "Ladder")
+        policy.decide(FAILED, [FAILED])
+        policy.credit_healthy_time(seconds, steps=False)
+        assert policy.decide(FAILED, [FAILED]).rung is rung
+
+
+def test_one_attempt_of_each_comes_back_in_its_time() -> None:
+    policy = RecoveryPolicy(3, "Ladder")
+    policy.rebuilds.left = policy.respawns.left = 0.0
+    policy.credit_healthy_time(5.0, steps=True)
+    assert (policy.rebuilds.left, policy.respawns.left) == (5.0 / REBUILD_REFILL_SECONDS, 5.0 / RESPAWN_REFILL_SECONDS)
+    assert (REBUILD_REFILL_SECONDS, RESPAWN_REFILL_SECONDS, PROVEN_SECONDS, REBUILDS) == (5.0, 5.0, 30.0, 5)
+    policy.rebuilds.left = 1.0
+    policy.rebuilds.give_back()
+    assert policy.rebuilds.left == 2.0
