@@ -9,9 +9,9 @@ from tests.support.group_life import GroupLife, stage
 
 from lockstep_runtime import wire
 from lockstep_runtime.recovery import events
-from lockstep_runtime.recovery.coordinator import Stage
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.policy import RESPAWNS
+from lockstep_runtime.recovery.stage import Stage
 from lockstep_runtime.wire import Fault, LoadFailure
 
 

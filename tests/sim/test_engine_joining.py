@@ -15,7 +15,7 @@ from tests.support.virtual_loop import run_virtually
 
 from lockstep_runtime import wire
 from lockstep_runtime.engine.interface import GenerationRequest
-from lockstep_runtime.recovery.coordinator import Stage
+from lockstep_runtime.recovery.stage import Stage
 from lockstep_runtime.wire import GroupState
 
 

@@ -10,9 +10,10 @@ from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.recovery import actions, events
 from lockstep_runtime.recovery.actions import Action
-from lockstep_runtime.recovery.coordinator import Coordinator, Stage
+from lockstep_runtime.recovery.coordinator import Coordinator
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.group_state import group_state
+from lockstep_runtime.recovery.stage import Stage
 from lockstep_runtime.recovery.timing import HOST, Backend, Timing
 from lockstep_runtime.wire import Fault, GroupState
 

@@ -8,9 +8,9 @@ from tests.support.group_life import FAILED, HUNG, GroupLife, broken, lost, stag
 
 from lockstep_runtime import wire
 from lockstep_runtime.recovery import actions, events, timing
-from lockstep_runtime.recovery.coordinator import Stage
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.policy import RESPAWNS
+from lockstep_runtime.recovery.stage import Stage
 from lockstep_runtime.recovery.timing import HOST, NCCL, timing_of
 from lockstep_runtime.wire import Fault, GroupState, LoadFailure
 

@@ -6,9 +6,9 @@ from tests.support.group_life import GroupLife, broken, lost, stage, state
 
 from lockstep_runtime import wire
 from lockstep_runtime.recovery import actions, events
-from lockstep_runtime.recovery.coordinator import Stage
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.group_state import is_accepting
+from lockstep_runtime.recovery.stage import Stage
 from lockstep_runtime.wire import Fault, GroupState
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from tests.support.group_life import FAILED, GroupLife, stage, state
 
 from lockstep_runtime.recovery import actions, events, timing
-from lockstep_runtime.recovery.coordinator import Stage
 from lockstep_runtime.recovery.diagnosis import Evidence
+from lockstep_runtime.recovery.stage import Stage
 from lockstep_runtime.recovery.timing import HOST
 from lockstep_runtime.wire import Fault, GroupState
 

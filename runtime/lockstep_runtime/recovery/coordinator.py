@@ -1,29 +1,12 @@
 """The group's life. Pure: events and `now` in, actions out; nothing here waits, sends or reads a clock.
 
-    PAUSING → GATHERING → ASSEMBLING → WAITING → SERVING
-       ↑______________________ a fault ____________|
-                                  ↓ no rung of the ladder is left
-                              POISONED
-
-Every stage ends: by what it waits for, or by a deadline, which leads to a fault, and that to the ladder, whose budgets
-end in POISONED, which tries again by itself ever more seldom. What the stages wait for, and what follows:
-
-| stage | until | its deadline, and what follows it |
-|---|---|---|
-| PAUSING | |  `RETRY_SECONDS`: GATHERING |
-| GATHERING | every rank is loaded and idle | each rank's own: it is killed, which is charged; then POISONED |
-| ASSEMBLING | the group is joined and proved | each call's: a fault; `Backend.attempts` of them: POISONED |
-| WAITING | the model's configuration | `MODEL_SECONDS`: still waits, and the group says `Failed` |
-| SERVING | a fault | that of each step |
-| POISONED | a new pod | `POISONED_SECONDS`: PAUSING, with new processes; by strategy RecyclePods the operator's |
+Where a life stands, for how long it may, and what follows: see `stage`.
 """
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Final
 
 from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
@@ -37,26 +20,9 @@ from lockstep_runtime.recovery.gathering import Gathering
 from lockstep_runtime.recovery.membership import Membership
 from lockstep_runtime.recovery.policy import RecoveryPolicy, invalidates_caches, requires_cache_check
 from lockstep_runtime.recovery.rank_handle import RankHandle
-from lockstep_runtime.recovery.timing import (
-    ACCEPTING_SECONDS,
-    MODEL_SECONDS,
-    Timing,
-)
+from lockstep_runtime.recovery.stage import APART, Stage
+from lockstep_runtime.recovery.timing import ACCEPTING_SECONDS, MODEL_SECONDS, Timing
 from lockstep_runtime.wire import Fault, RankState
-
-
-class Stage(enum.StrEnum):
-    """Where the group's life stands."""
-
-    PAUSING = "pausing"  # between two attempts
-    GATHERING = "gathering"  # ranks leave their collectives, come back and load
-    ASSEMBLING = "assembling"  # they join, lay out caches and are proved: see `Assembly`
-    WAITING = "waiting"  # for the model's configuration
-    SERVING = "serving"
-    POISONED = "poisoned"
-
-
-_APART: Final = (Stage.PAUSING, Stage.GATHERING, Stage.POISONED)  # ranks come and go without being missed
 
 
 class Coordinator:
@@ -96,7 +62,7 @@ class Coordinator:
     @property
     def is_apart(self) -> bool:
         """Whether ranks may come and go without being missed."""
-        return self.stage in _APART
+        return self.stage in APART
 
     def admit(self, hello: wire.Hello) -> wire.Welcome | wire.Refused:
         """Whether this peer belongs here."""
@@ -306,7 +272,7 @@ class Coordinator:
         self._enter(Stage.POISONED, now, patience)
         self.poison = bounded(reason)
         self._begin_epoch()
-        self._send_aborts(now)
+        self._actions += self._members.send_aborts(self.epoch, now)
         self._do(actions.DeclarePoisoned(self.poison))
 
     def _renew(self, now: float) -> None:
@@ -350,10 +316,10 @@ class Coordinator:
 
     def _gather_on(self, now: float) -> None:
         """Level-triggered: whoever has not been told of this epoch is told, whoever is late is killed."""
-        self._send_aborts(now)
+        self._actions += self._members.send_aborts(self.epoch, now)
         if self._aborted_at is None and all(handle.abort_sent_at is None for handle in self.handles):
             self._aborted_at = now
-            self._phase("abort", now - self.since, "the ranks that live have left their collectives")
+            self._do(actions.PhaseOver("abort", now - self.since, "the ranks that live have left their collectives"))
         if all(handle.idle_epoch >= self.epoch for handle in self.handles):
             self._assemble(now)
             return
@@ -364,14 +330,6 @@ class Coordinator:
         if final := self._gathering.hopeless(now):
             self._fault(final, now)
 
-    def _send_aborts(self, now: float) -> None:
-        for handle in self.handles:
-            if handle.hello is not None and handle.welcome_epoch < self.epoch:
-                handle.welcome_epoch = self.epoch
-                self._do(actions.SendAbort(handle.rank, self.epoch))
-                if handle.loaded is not None:
-                    handle.abort_sent_at = now
-
     # --- from loaded ranks to a group that serves
 
     def _assemble(self, now: float) -> None:
@@ -379,7 +337,7 @@ class Coordinator:
         self._phases = {"abort": aborted - self.since, "respawn": now - aborted}
         loads = [one.loaded.seconds for one in self.handles if one.loaded is not None]
         self._longest_load = max([self._longest_load, *loads])
-        self._phase("respawn", now - aborted, f"all {len(self.handles)} ranks have their weights")
+        self._do(actions.PhaseOver("respawn", now - aborted, f"all {len(self.handles)} ranks have their weights"))
         self._enter(Stage.ASSEMBLING, now)
         self._actions += self._assembly.begin(self.epoch, now, processes=self._processes, is_first=not self.has_served)
 
@@ -420,6 +378,3 @@ class Coordinator:
             )
         )
         self.has_served = True
-
-    def _phase(self, phase: str, seconds: float, words: str) -> None:
-        self._do(actions.PhaseOver(phase, seconds, words))

@@ -37,7 +37,7 @@ from lockstep_runtime.recovery.actions import (
 )
 from lockstep_runtime.recovery.bus import FromPeer, Peer
 from lockstep_runtime.recovery.changes import Changes
-from lockstep_runtime.recovery.coordinator import Coordinator, Stage
+from lockstep_runtime.recovery.coordinator import Coordinator
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.events import (
     Answer,
@@ -58,6 +58,7 @@ from lockstep_runtime.recovery.fault_log import FaultLog
 from lockstep_runtime.recovery.policy import Rung
 from lockstep_runtime.recovery.progress_query import ProgressQuery
 from lockstep_runtime.recovery.rank_rpc import GroupFaultError, RankRpc, StepRefusedError
+from lockstep_runtime.recovery.stage import Stage
 from lockstep_runtime.recovery.timing import LONGEST_ABORT_SECONDS, timing_of
 from lockstep_runtime.recovery.watchdog import DeadlineModel, Work, work_of
 

@@ -105,6 +105,15 @@ class Membership:
             if handle.pod_index == mover.pod_index and handle.state is RankState.STARTING:
                 handle.heard_at = handle.furthest_at = now
 
+    def send_aborts(self, epoch: int, now: float) -> list[actions.SendAbort]:
+        """Level-triggered: whoever has not been told of this epoch is told."""
+        untold = [one for one in self.handles if one.hello is not None and one.welcome_epoch < epoch]
+        for handle in untold:
+            handle.welcome_epoch = epoch
+            if handle.loaded is not None:
+                handle.abort_sent_at = now
+        return [actions.SendAbort(handle.rank, epoch) for handle in untold]
+
     def can_kill(self, handle: RankHandle) -> bool:
         """Whether the rank's supervisor can be told, and whom to kill."""
         return handle.pod_index in self._pods and bool(handle.last_incarnation)
