@@ -358,3 +358,29 @@ def test_one_attempt_of_each_comes_back_in_its_time() -> None:
     policy.rebuilds.left = 1.0
     policy.rebuilds.give_back()
     assert policy.rebuilds.left == 2.0
+
+
+def test_a_fault_that_comes_again_before_it_is_repaired_says_what_is_new_about_it() -> None:
+    book = FaultLog([], 0)
+    book.begin(LOST, "Respawn", at=1.0, epoch=1, detect=0.0)
+    assert book.begin(LOST, "Respawn", at=2.0, epoch=2, detect=0.0).message == LOST.message
+    away = Evidence(Fault.RANK_LOST, 1, "rank 1 (pod 1) has been out of reach for 60 s", final=True)
+    for _ in range(3):
+        found = book.begin(away, "", at=3.0, epoch=3, detect=0.0)
+    assert found.message == f"{LOST.message}; {away.message}"
+    assert (found.id, found.rank, found.rung) == (1, 1, "Respawn")
+    for number in range(100):
+        book.begin(Evidence(Fault.RANK_LOST, 1, f"rank 1 (pid {number}) went"), "", at=4.0, epoch=4, detect=0.0)
+    assert len(book._added) <= KEPT
+    assert len(book.records) == 1
+
+
+def test_what_is_open_is_bounded_and_a_dropped_request_is_nobody_s_cause() -> None:
+    book = FaultLog([], 0)
+    for number in range(3 * KEPT):
+        book.begin(Evidence(Fault.RANK_LOST, number % 2, f"{number}"), "Respawn", at=1.0, epoch=1, detect=0.0)
+    assert len(book._open) <= KEPT
+    newest = book.open_id
+    book.drop(FAILED, at=2.0, epoch=2)
+    book.set_cause(0, "rank 0 did not leave and was killed", Rung.RESPAWN)
+    assert [one.id for one in book.records if "did not leave" in one.message] == [newest]

@@ -37,7 +37,9 @@ class FaultLog:
         """Open a record, unless the last one is open and says the same. `detect`: seconds that it took to notice."""
         last = self._records[-1] if self._records else None
         if last is not None and last.id in self._open and (last.fault, last.rank) == (cause.fault, cause.rank):
-            return last
+            if bounded(cause.message) not in last.message:
+                self._add(last, cause.message, last.rank, rung or last.rung)
+            return self._records[-1]
         record = FaultRecord(
             id=last.id + 1 if last else 1,
             fault=cause.fault,
@@ -49,14 +51,18 @@ class FaultLog:
             phases={"detect": round(detect, 4)},
         )
         self._records = [*self._records, record][-KEPT:]
-        self._open.add(record.id)
+        self._open = {one.id for one in self._records if one.id in self._open} | {record.id}
         return record
 
     def set_cause(self, rank: int, message: str, rung: Rung) -> None:
         """The culprit of the newest open fault turned out to be this rank; what is said again is only counted."""
-        if not self._open:
-            return
-        record = self._records[-1]
+        newest = next((one for one in reversed(self._records) if one.id in self._open), None)
+        if newest is not None:
+            self._add(newest, message, rank, rung)
+
+    def _add(self, record: FaultRecord, message: str, rank: int | None, rung: str) -> None:
+        if len(self._added) >= KEPT:
+            self._added.clear()
         self._added[record.id, message] = times = self._added.get((record.id, message), 0) + 1
         text = record.message if times > 1 else f"{record.message}; {message}"
         if times > 1:
