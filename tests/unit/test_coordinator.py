@@ -7,6 +7,7 @@ import pytest
 from tests.support.group_life import FAILED, HUNG, GroupLife, broken, lost, stage, state
 
 from lockstep_runtime import wire
+from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.recovery import actions, events, timing
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.policy import RESPAWNS
@@ -105,11 +106,26 @@ def test_nccl_is_given_the_time_that_it_needs() -> None:
     life = broken(backend=NCCL)
     assert life.wait(9.9) == []
     life.wait(0.2)
-    assert {one.rank for one in life.of(actions.Kill)} == {0, 1} or len(life.of(actions.Kill)) == 1
-    config = GroupLife().group
-    assert config is not None
-    from lockstep_runtime.config import ServeConfig
+    assert [one.rank for one in life.of(actions.Kill)] == [1]
+    life.exit(1)
+    life.wait(NCCL.abort)
+    assert [one.rank for one in life.of(actions.Kill)] == [1, 0]
 
+
+def test_a_survivor_of_a_join_is_given_the_time_of_nccl_s_initialisation() -> None:
+    life = GroupLife(backend=NCCL)
+    life.gather()
+    life.proceed(limit=1)
+    life.exit(1)
+    life.wait(1.0)
+    life.connect(1)
+    life.loaded(1)
+    life.wait(NCCL.abort_joining - 5.0)
+    assert life.of(actions.Kill) == []
+    assert NCCL.join.ceiling >= 130.0  # 120 s of initialisation, and 10 of its proof
+
+
+def test_which_backend_a_group_has_is_in_its_settings() -> None:
     plain = ServeConfig(model="m", served_name="m")
     assert timing_of(msgspec.structs.replace(plain, backend="nccl")).backend is NCCL
     assert timing_of(msgspec.structs.replace(plain, device="cuda")).backend is NCCL

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from lockstep_runtime.recovery.bounded import MESSAGE_CHARACTERS, bounded
@@ -288,6 +290,11 @@ def test_no_text_of_a_fault_grows_without_end() -> None:
 
 def test_a_bounded_text_keeps_its_beginning_and_its_end() -> None:
     assert bounded("short") == "short"
+    assert bounded("x" * 200, 200) == "x" * 200
+    marked = bounded("".join(chr(0x4E00 + number) for number in range(500)), 200)
+    kept = [one for one in marked if one >= chr(0x4E00)]
+    assert len(kept) + int(re.findall(r"\d+", marked)[0]) == 500
+    assert len(set(kept)) == len(kept)
     text = bounded("a" * 3000 + "end", 200)
     assert len(text) <= 200
     assert (text[:150], text[-3:]) == ("a" * 150, "end")
