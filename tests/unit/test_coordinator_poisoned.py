@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.support.group_life import GroupLife, broken, lost, stage, state
 
 from lockstep_runtime import wire
-from lockstep_runtime.recovery import actions, events
+from lockstep_runtime.recovery import actions, events, timing
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.group_state import is_accepting
 from lockstep_runtime.recovery.stage import Stage
@@ -74,3 +74,36 @@ def test_requests_are_taken_for_two_minutes_of_a_recovery() -> None:
     assert actions.StatusChanged() in life.wait(14.0)
     assert not is_accepting(life.group, GroupState.RECOVERING)
     assert is_accepting(life.group, GroupState.READY)
+
+
+def test_a_first_download_goes_on_while_the_group_is_poisoned() -> None:
+    life = GroupLife(ranks=3)
+    for rank in (0, 1):
+        life.pod(rank)
+        life.connect(rank)
+    while stage(life) is not Stage.POISONED:  # rank 2 never comes
+        life.wait(10.0)
+        moved = wire.LoadProgress(bytes_done=0, bytes_total=0, bytes_moved=int(life.now) * 10**6)
+        life.tell(events.RankReported(0, moved))
+        if life.of(actions.Kill) and life.group.handles[1].hello is not None:
+            life.exit(1)
+            life.connect(1)
+    life.done.clear()
+    while stage(life) is Stage.POISONED:
+        life.wait(10.0)
+        moved = wire.LoadProgress(bytes_done=0, bytes_total=0, bytes_moved=int(life.now) * 10**6)
+        life.tell(events.RankReported(0, moved))
+    assert 0 not in [one.rank for one in life.of(actions.Kill)]
+
+
+def test_the_next_try_of_a_first_start_ends_every_load_that_hangs() -> None:
+    life = GroupLife()
+    for rank in (0, 1):
+        life.pod(rank)
+        life.connect(rank)
+    life.group.policy.respawns.left = 0.0
+    life.wait(timing.LOADING_SECONDS)
+    assert [one.rank for one in life.of(actions.Kill)] == [0]
+    assert stage(life) is Stage.POISONED
+    life.wait(timing.POISONED_SECONDS[0])
+    assert 1 in [one.rank for one in life.of(actions.Kill)]

@@ -279,7 +279,8 @@ class Coordinator:
         """Time is up: try again, with new processes. A first download goes on."""
         seconds = now - self.since
         for handle in self.handles:
-            if self.has_served or handle.stall_due(self._timing.loading(0.0, has_served=False)) is None:
+            due = handle.stall_due(self._timing.loading(0.0, has_served=False))
+            if self.has_served or due is None or due <= now:
                 self._kill(handle, f"the group was poisoned for {seconds:g} s and tries again", now)
         self._try_again(now)
 
