@@ -54,7 +54,14 @@ def test_the_gravest_is_the_cause_and_all_messages_are_kept() -> None:
 
 @pytest.mark.parametrize(
     ("prints", "rank"),
-    [([1, 1, 2], 2), ([2, 1, 1, 1], 0), ([1, 2], None), ([1, 1, 2, 2], None), ([1, 2, 3], None)],
+    [
+        ([1, 1, 2], 2),
+        ([2, 1, 1, 1], 0),
+        ([5, 5, 3], 2),
+        ([1, 2], None),
+        ([1, 1, 2, 2], None),
+        ([1, 2, 3], None),
+    ],
 )
 def test_the_odd_rank_is_named_where_a_majority_shows_it(prints: list[int], rank: int | None) -> None:
     odd = compare({number: done(value) for number, value in enumerate(prints)})
@@ -391,3 +398,20 @@ def test_what_is_open_is_bounded_and_a_dropped_request_is_nobody_s_cause() -> No
     book.drop(FAILED, at=2.0, epoch=2)
     book.set_cause(0, "rank 0 did not leave and was killed", Rung.RESPAWN)
     assert [one.id for one in book.records if "did not leave" in one.message] == [newest]
+
+
+def test_of_what_is_known_only_by_its_effects_the_first_word_counts() -> None:
+    second = Evidence(Fault.RANK_LOST, 2, "rank 2: the collective broke", secondary=True)
+    assert diagnose([HEARD, second]).message == HEARD.message
+
+
+def test_the_cause_is_told_once_and_what_others_say_once_each() -> None:
+    again = Evidence(Fault.STEP_FAILED, 0, "rank 2: out of memory")
+    assert diagnose([FAILED, again]).message == "rank 2: out of memory"
+    assert diagnose([FAILED, HUNG]).message == "rank 2: out of memory; ranks 0,1: no StepDone"
+
+
+def test_of_several_that_hold_up_the_others_none_is_named() -> None:
+    found = no_answer([0, 1, 2], "StepDone", 2.0, HangReport((0, 2), "ranks 0,2 stopped", 2.0))
+    assert (found.rank, found.stragglers) == (None, (0, 2))
+    assert LOST.waited == 0.0
