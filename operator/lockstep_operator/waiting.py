@@ -39,6 +39,8 @@ def waiting_for(reason: str, group: Group, before: Waiting | None, deadline: flo
         return fresh
     if reason == before.reason or (before.reason == RECOVERING and reason in COMING_BACK):
         return before
+    if before.reason in PLACEMENT and _is_placed(group):
+        return fresh
     if reason in VAGUE and not _has_run(group, deadline, now):
         return before
     return fresh
@@ -66,6 +68,11 @@ def from_status(block: Mapping[str, Any] | None) -> Waiting | None:
     if not block or "since" not in block:
         return None
     return Waiting(block.get("reason", ""), unix(block["since"]), block.get("revision", ""))
+
+
+def _is_placed(group: Group) -> bool:
+    """Whether every pod has its node."""
+    return len(group.pods) == group.wanted and all(pod.raw["spec"].get("nodeName") for pod in group.pods)
 
 
 def _has_run(group: Group, seconds: float, now: float) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Final
 from tests.support import kubectl
 from tests.support.cluster_api import ClusterApi
 from tests.support.cluster_faults import events
-from tests.support.cluster_lifecycle import change_spec, uids, until_groups
+from tests.support.cluster_lifecycle import change_spec, uids
 from tests.support.cluster_model import RESOURCES, Model, Object, tiny_chat
 from tests.support.cluster_processes import kill, one_process
 from tests.support.status_watch import StatusWatch, watched
@@ -28,7 +28,7 @@ def healed_meanwhile(model: Model, group: int) -> None:
     """Kill a rank of the group, which then gives up by its strategy: the operator replaces its pod and it serves."""
     before = model.pod(group, 0)
     recoveries = model.status().get("recoveries", 0)
-    kill(one_process(before, "lockstep: worker"))
+    kill(one_process(before, f"lockstep: worker model={model.name} group={group} rank=0"))
     model.until("the repair", lambda: model.status().get("recoveries", 0) > recoveries, HEALED_SECONDS)
     assert model.pod(group, 0)["metadata"]["uid"] != before["metadata"]["uid"]
 
@@ -110,18 +110,18 @@ def test_a_group_without_room_stops_neither_service_nor_changes(api: ClusterApi,
     assert model.is_true("Available")
     healed_meanwhile(model, 0)
     kubectl.kubectl("-n", namespace, "delete", "quota", "one")
-    until_groups(model, 2)
+    model.until_serving(2)
 
 
 def test_a_scheduling_gate_is_waited_for_and_never_stalls(api: ClusterApi, namespace: str) -> None:
     model = Model(api, namespace, "gated")
     container = {"name": "lockstep", "resources": RESOURCES}
     gated = {"schedulingGates": [{"name": "lockstep.dev/e2e"}], "containers": [container]}
-    model.apply(small(progressDeadline="5s", template={"spec": gated}))
+    model.apply(small(progressDeadline="20s", template={"spec": gated}))
     with watched(model) as seen:
         told(model, "Reconciling", "SchedulingGated", "lockstep.dev/e2e")
         before = len(seen.models())
-        model.until("the deadline to have passed", lambda: _waited(model, 12), 40)
+        model.until("the deadline to have passed", lambda: _waited(model, 22), 60)
         assert before, "the watch works"
         assert seen.never_stalled()
         model.kubectl("patch", "pod", f"{model.name}-0-0", "--type=json", "-p",
@@ -183,7 +183,7 @@ def test_models_whose_names_collide_do_each_other_no_harm(api: ClusterApi, names
     assert first.is_true("Ready")
     healed_meanwhile(second, 0)
     first.delete()
-    until_groups(second, 2)
+    second.until_serving(2)
 
 
 def test_a_namespace_that_is_deleted_causes_no_warnings(api: ClusterApi, namespace: str) -> None:

@@ -49,6 +49,15 @@ def test_what_moves_restarts_the_clock(reason: str, found: Group, expected: Wait
     assert (to_status(None), from_status(None)) == (None, None)
 
 
+@pytest.mark.parametrize("reason", ["Unschedulable", "SchedulingGated", "PodsRefused"])
+def test_pods_that_found_their_nodes_have_the_whole_deadline_to_start(reason: str) -> None:
+    raw = {"metadata": {}, "spec": {"nodeName": "node-1"}, "status": {}}
+    placed = replace(group(), pods=tuple(pod(0, index, raw=raw, ready=False) for index in range(2)))
+    before = replace(BEFORE, reason=reason)
+    assert waiting_for("Starting", placed, before, 600.0, NOW) == Waiting("Starting", NOW, "new")
+    assert waiting_for("Starting", replace(placed, pods=placed.pods[:1]), before, 600.0, NOW) == before
+
+
 def test_a_rollout_does_not_wait_for_a_group_that_never_found_a_place() -> None:
     block = {"waiting": to_status(Waiting("Unschedulable", NOW - 300, "old"))}
     assert unplaced(block, "new")
