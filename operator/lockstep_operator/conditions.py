@@ -153,7 +153,7 @@ def _explained(view: View, size: int) -> Finding:
         words = "; ".join(part for part in (words, view.remedy) if part)
         return Finding("False", "Unreachable" if view.voice.silence else "Starting", words, view.given_up)
     if voices.failed_ranks(status) or status.state is GroupState.FAILED:
-        return Finding("False", "ModelLoadFailed", f"{name}: {_load_failure(status)}", stalled=True)
+        return Finding("False", "ModelLoadFailed", f"{name}: {_load_failure(status)}", stalled=not status.may_pass)
     if status.state is GroupState.POISONED:
         return _unhealed(view, status, name)
     if view.remedy and status.state in (GroupState.READY, GroupState.RECOVERING):  # for too long, by its own words
@@ -248,7 +248,8 @@ def _sticky(model: Model, old: Mapping[str, Any]) -> Finding | None:
     """A worker that failed to load tries again and again: the finding stays until it succeeds or the spec changes."""
     loaded = _condition(old, "ModelLoaded")
     if loaded.get("reason") == "LoadFailed" and loaded.get("observedGeneration") == model.generation:
-        return Finding("False", "ModelLoadFailed", loaded["message"], stalled=True)
+        stalled = _condition(old, "Stalled").get("status") == "True"
+        return Finding("False", "ModelLoadFailed", loaded["message"], stalled)
     return None
 
 

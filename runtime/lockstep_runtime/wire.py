@@ -506,6 +506,9 @@ class GroupStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     # Whether requests are taken: while the group serves, and for a bounded time while it recovers (they wait). The
     # readiness of the leader pod. None: a runtime older than this field.
     accepting: bool | None = None
+    # Of a group that is `Failed`: whether it may pass by itself (a hub that is away, memory, a disk). None: a runtime
+    # older than this field.
+    may_pass: bool | None = None
     ranks: list[RankStatus] = []
     step_latency: Latency = Latency()
     last_step_at: float | None = None

@@ -317,6 +317,7 @@ async def test_a_load_failure_is_told_in_the_workers_own_words_until_it_is_mende
             rank.start()
         await live.until(lambda: live.engine.status().state is GroupState.FAILED, "the failure is told")
         assert live.engine.status().message == "model.safetensors lacks the tensor norm.weight"
+        assert live.engine.status().may_pass, "the fake rank calls its failure transient"
         assert not live.engine.readiness().ready
         await live.ranks[1].die()
         assert live.engine.status().state is GroupState.FAILED
@@ -438,6 +439,9 @@ async def test_what_keeps_the_api_from_answering_is_the_groups_state_until_it_is
         assert not live.engine.readiness().ready
         with pytest.raises(EngineBusyError, match="not JSON"):
             await live.generate((1,), 1)
+        assert status.may_pass is False
+        live.engine.set_serving_blocker("the hub does not answer", may_pass=True)
+        assert live.engine.status().may_pass
         live.engine.set_serving_blocker("")
         await live.ready()
         assert await live.generate((1,), 5) == continuation((1,), 5)

@@ -37,7 +37,7 @@ class FakeEngine:
     def readiness(self) -> Readiness:
         return self.state
 
-    def set_serving_blocker(self, reason: str, *, loading: bool = False) -> None:
+    def set_serving_blocker(self, reason: str, *, loading: bool = False, may_pass: bool = False) -> None:
         self.blocker = "" if loading else reason
 
     def stats(self) -> EngineStats:

@@ -109,6 +109,20 @@ def test_the_workers_own_words_are_in_model_loaded() -> None:
     assert condition(status, "Reconciling")[:2] == ("False", "Stalled")
 
 
+def test_what_may_pass_by_itself_calls_nobody_before_the_progress_deadline() -> None:
+    away = replace_struct(failed("the hub does not answer"), may_pass=True)
+    status = status_of(decided(group(ready=False)), seen(away))
+    assert condition(status, "Ready")[1] == "ModelLoadFailed"
+    assert condition(status, "Stalled")[0] == "False"
+    assert condition(status, "Reconciling")[0] == "True"
+    trying = replace_struct(said(state=GroupState.LOADING), ranks=[])
+    between = status_of(decided(group(ready=False)), seen(trying, status=status))
+    assert condition(between, "Stalled")[0] == "False"
+    late = status_of(decided(group(ready=False)), seen(away, status=status), now=NOW + 601)
+    assert condition(late, "Stalled")[:2] == ("True", "ProgressDeadlineExceeded")
+    assert "the hub does not answer" in condition(late, "Stalled")[2]
+
+
 def test_a_worker_that_tries_again_does_not_hide_why_it_failed() -> None:
     before = status_of(decided(group(ready=False)), seen(failed("no config.json in /model")))
     trying = replace_struct(said(state=GroupState.LOADING), ranks=[])

@@ -31,7 +31,7 @@ class ModelLoader:
             try:
                 loaded = await asyncio.to_thread(model.load, self._config)
             except ModelUnavailableError as error:
-                self._tell(str(error))
+                self._tell(str(error), may_pass=error.may_pass)
                 await asyncio.sleep(max(RETRY_SECONDS, error.retry_after))
                 continue
             self.why_not = ""
@@ -39,8 +39,8 @@ class ModelLoader:
             log.info("the tokenizer is loaded")
             return loaded
 
-    def _tell(self, why_not: str) -> None:
+    def _tell(self, why_not: str, *, may_pass: bool) -> None:
         if self.why_not != why_not:
             log.warning("the tokenizer can't be loaded: %s", why_not)
             self.why_not = why_not
-            self._engine.set_serving_blocker(why_not)
+            self._engine.set_serving_blocker(why_not, may_pass=may_pass)

@@ -19,6 +19,7 @@ from lockstep_runtime.weights.errors import ModelError
 from lockstep_runtime.weights.files import read_bytes, read_object
 from lockstep_runtime.weights.model_config import text_config
 from lockstep_runtime.weights.source import find_model
+from lockstep_runtime.wire import LoadFailure
 
 _EVERY_TOKEN: Final = 2**31 - 1  # and a whole number that every process takes
 _TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -39,12 +40,13 @@ class Problem(enum.StrEnum):
 
 class ModelUnavailableError(Exception):
     """The model's text files can't be used now. The message is a sentence. It may be mended: try again, but not before
-    `retry_after` seconds."""
+    `retry_after` seconds. `may_pass`: nobody need mend it."""
 
-    def __init__(self, problem: Problem, message: str, retry_after: float = 0.0) -> None:
+    def __init__(self, problem: Problem, message: str, retry_after: float = 0.0, *, may_pass: bool = False) -> None:
         super().__init__(message)
         self.problem = problem
         self.retry_after = retry_after
+        self.may_pass = may_pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +110,8 @@ def _told_as(problem: Problem) -> Iterator[None]:
     try:
         yield
     except ModelError as error:
-        raise ModelUnavailableError(problem, str(error), error.retry_after) from error
+        may_pass = error.kind is LoadFailure.TRANSIENT
+        raise ModelUnavailableError(problem, str(error), error.retry_after, may_pass=may_pass) from error
 
 
 def _tokenizer(path: Path, rows: int | None) -> TextTokenizer:

@@ -24,7 +24,7 @@ from lockstep_runtime.engine.interface import (
 )
 from lockstep_runtime.engine.scheduler import Scheduler
 from lockstep_runtime.engine.sequence import Sequence
-from lockstep_runtime.engine.status_reporter import StatusReporter
+from lockstep_runtime.engine.status_reporter import Blocker, StatusReporter
 from lockstep_runtime.engine.stream import TokenStream
 from lockstep_runtime.recovery.actions import Resume
 from lockstep_runtime.recovery.bounded import bounded
@@ -144,17 +144,17 @@ class Engine:
     def set_model(self, max_position_embeddings: int | None) -> None:
         """The model's configuration has been read."""
         self._model_len = max_position_embeddings
-        self._reporter.model_error = ""
+        self._reporter.model_error = Blocker()
         self.group.model_read()
 
-    def set_model_error(self, message: str) -> None:
-        """It could not be read; the sentence says why."""
-        self._reporter.model_error = bounded(message)
+    def set_model_error(self, message: str, *, may_pass: bool = False) -> None:
+        """It could not be read; the sentence says why. `may_pass`: by itself."""
+        self._reporter.model_error = Blocker(bounded(message), may_pass)
         self._changes.tell()
 
-    def set_serving_blocker(self, reason: str, *, loading: bool = False) -> None:
+    def set_serving_blocker(self, reason: str, *, loading: bool = False, may_pass: bool = False) -> None:
         """The api can't answer, whatever the ranks can: the sentence says why, until an empty one takes it back."""
-        self._reporter.set_api(bounded(reason), loading=loading)
+        self._reporter.set_api(Blocker(bounded(reason), may_pass), loading=loading)
 
     def await_api(self) -> None:
         """Until the api's first word no request is accepted: it is being imported, or loads its tokenizer."""

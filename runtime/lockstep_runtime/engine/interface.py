@@ -89,11 +89,11 @@ class EngineClient(Protocol):
 
     def stats(self) -> EngineStats: ...
 
-    def set_serving_blocker(self, reason: str, *, loading: bool = False) -> None:
+    def set_serving_blocker(self, reason: str, *, loading: bool = False, may_pass: bool = False) -> None:
         """The api can't answer with this model; the sentence says why, an empty one takes it back.
 
         Meanwhile the group's state is `Failed` with these words, or where nothing is wrong (`loading`) at most
-        `Loading`, and requests are turned away.
+        `Loading`, and requests are turned away. `may_pass`: by itself, so that nobody is called.
         """
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:

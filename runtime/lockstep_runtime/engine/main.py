@@ -112,7 +112,7 @@ async def _read_model(config: ServeConfig, engine: Engine) -> None:
             return
         except Exception as error:  # whatever is in the files: the engine goes on, and says so
             known = error if isinstance(error, ModelError) else ModelError(f"{type(error).__name__}: {error}")
-            engine.set_model_error(str(known))
+            engine.set_model_error(str(known), may_pass=known.kind is wire.LoadFailure.TRANSIENT)
             retry_after = known.retry_after
         await asyncio.sleep(max(retry_after, MODEL_RETRY_SECONDS[min(attempt, len(MODEL_RETRY_SECONDS) - 1)]))
         attempt += 1

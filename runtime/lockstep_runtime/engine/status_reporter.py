@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from lockstep_runtime import wire
@@ -14,11 +15,19 @@ from lockstep_runtime.engine.interface import Readiness
 from lockstep_runtime.engine.scheduler import Scheduler
 from lockstep_runtime.recovery.changes import Changes
 from lockstep_runtime.recovery.driver import GroupDriver
-from lockstep_runtime.recovery.group_state import group_state, is_accepting
+from lockstep_runtime.recovery.group_state import group_state, is_accepting, may_pass
 from lockstep_runtime.recovery.latency import LatencyWindow
 
 HEARTBEAT_SECONDS: Final = 4.0  # the supervisor believes a status for a few times as long
 QUIET_STATUS_SECONDS: Final = 1.0  # between reports that only bring latencies
+
+
+@dataclass(frozen=True, slots=True)
+class Blocker:
+    """What keeps the leader from serving, in a sentence; empty: nothing does. `may_pass`: by itself."""
+
+    reason: str = ""
+    may_pass: bool = False
 
 
 class StatusReporter:
@@ -26,9 +35,9 @@ class StatusReporter:
 
     def __init__(self, config: ServeConfig, group: GroupDriver, changes: Changes) -> None:
         self._config, self._group, self._changes = config, group, changes
-        self.model_error = ""
+        self.model_error = Blocker()
         self.api_is_awaited = False
-        self._blocker = ""  # why the api can't answer
+        self._blocker = Blocker()  # why the api can't answer
         self._loading = ""  # what it still reads
         self.last_step_at: float | None = None  # unix seconds
         self._latency = LatencyWindow()
@@ -39,9 +48,9 @@ class StatusReporter:
         self._latency.add(seconds)
         self.last_step_at = time.time()
 
-    def set_api(self, reason: str, *, loading: bool) -> None:
+    def set_api(self, blocker: Blocker, *, loading: bool) -> None:
         """See `EngineClient.set_serving_blocker`."""
-        self._blocker, self._loading = ("", reason) if loading else (reason, "")
+        self._blocker, self._loading = (Blocker(), blocker.reason) if loading else (blocker, "")
         self.api_is_awaited = False
         self._changes.tell()
 
@@ -52,10 +61,14 @@ class StatusReporter:
             self._group.coordinator,
             time.monotonic(),
             draining=self._group.draining,
-            blocker=self.model_error or self._blocker,
+            blocker=self._worst.reason,
             loading=self._loading or ("the api is being started" if self.api_is_awaited else ""),
             problem=max(problems, key=lambda one: one.at).message if problems else "",
         )
+
+    @property
+    def _worst(self) -> Blocker:
+        return self.model_error if self.model_error.reason else self._blocker
 
     def readiness(self) -> Readiness:
         state, reason = self.state()
@@ -77,6 +90,7 @@ class StatusReporter:
             message=message,
             since=self._since,
             accepting=is_accepting(group, state) and not self.api_is_awaited,
+            may_pass=self._worst.may_pass if self._worst.reason else may_pass(group.handles),
             ranks=[handle.status() for handle in group.handles],
             step_latency=self._latency.latency(),
             last_step_at=self.last_step_at,

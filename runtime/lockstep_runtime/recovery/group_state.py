@@ -8,7 +8,7 @@ from lockstep_runtime.recovery.coordinator import Coordinator
 from lockstep_runtime.recovery.rank_handle import RankHandle
 from lockstep_runtime.recovery.stage import Stage
 from lockstep_runtime.recovery.timing import MODEL_SECONDS
-from lockstep_runtime.wire import GroupState, RankState
+from lockstep_runtime.wire import GroupState, LoadFailure, RankState
 
 
 def group_state(
@@ -46,6 +46,12 @@ def group_state(
 def is_accepting(group: Coordinator, state: GroupState) -> bool:
     """Whether requests are taken: a short pause must not empty the Service, and a long one must."""
     return state is GroupState.READY or (state is GroupState.RECOVERING and group.accepting_until is not None)
+
+
+def may_pass(handles: Sequence[RankHandle]) -> bool:
+    """Whether what keeps the ranks from loading may pass by itself: none of them says otherwise."""
+    failed = [one.load_failure for one in handles if one.state is RankState.FAILED]
+    return bool(failed) and all(one is LoadFailure.TRANSIENT for one in failed)
 
 
 def _loading(handles: Sequence[RankHandle]) -> str:
