@@ -158,6 +158,8 @@ def unknown(value: dict[str, Any], schema: dict[str, Any], at: str = "") -> Iter
     """What the API server would refuse or silently drop: fields without a schema, values outside an enum."""
     for key, child in value.items():
         here = schema.get("properties", {}).get(key)
+        if here is None and schema.get("x-kubernetes-preserve-unknown-fields"):
+            continue
         if here is None:
             yield f"{at}.{key} is not in the schema"
         elif "enum" in here and child not in here["enum"]:

@@ -203,8 +203,8 @@ def test_an_error_of_torchs_is_an_abort_only_when_there_was_one() -> None:
 def test_the_proofs_time_counts_from_when_it_begins() -> None:
     """An initialisation that took all of its time is not thrown away."""
     Edge.let_init_end.clear()
-    threading.Timer(0.2, Edge.let_init_end.set).start()
     begun = time.monotonic()
+    threading.Timer(0.2, Edge.let_init_end.set).start()
     group = NcclGroup(HashStore(), 0, 2, CPU, begun + 60.0)
     assert time.monotonic() - begun >= 0.2
     assert group.all_reduce(torch.ones(1)).item() == 2
