@@ -31,6 +31,8 @@ def write_large_vocabulary(folder: Path) -> Path:
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    for file in folder.iterdir():
+        file.chmod(0o644)  # pods read it as another user
     return folder
 
 

@@ -12,7 +12,9 @@ from typing import Final, TypeVar
 
 T = TypeVar("T")
 _CLONE_NEWNET: Final = 0x40000000
-WITHOUT_IPV4: Final = "ip addr del 127.0.0.1/8 dev lo; ip addr add fd00::1/128 dev lo nodad; ip addr add fd00::2/128 dev lo nodad"
+WITHOUT_IPV4: Final = "; ".join(
+    ["ip addr del 127.0.0.1/8 dev lo", *(f"ip addr add fd00::{host}/128 dev lo nodad" for host in (1, 2))]
+)
 WITHOUT_IPV6: Final = "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6"
 
 
