@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -215,8 +216,8 @@ def test_the_first_token_after_a_repair_is_timed_once() -> None:
 def test_better_words_for_a_loss_and_the_name_of_a_hanging_rank() -> None:
     book = FaultLog([], 0)
     book.begin(LOST, "Respawn", at=1.0, epoch=1, detect=0.0)
-    book.refine(0, "another rank")
-    book.refine(1, "rank 1 ended with exit code 1")
+    book.refine("another rank", "was something else")
+    book.refine(LOST.message, "rank 1 ended with exit code 1")
     assert book.records[0].message == "rank 1 ended with exit code 1"
     book.begin(HUNG, "Rebuild", at=2.0, epoch=1, detect=2.0)
     book.set_cause(1, "rank 1 was killed", Rung.RESPAWN)
@@ -226,10 +227,15 @@ def test_better_words_for_a_loss_and_the_name_of_a_hanging_rank() -> None:
 def test_the_end_of_a_later_process_does_not_rewrite_history() -> None:
     book = FaultLog([], 0)
     book.begin(LOST, "Respawn", at=1.0, epoch=1, detect=0.0)
-    book.refine(1, "rank 1 was killed by SIGSEGV")
+    book.refine(LOST.message, "rank 1 (pid 7) was killed by SIGSEGV")
+    again = replace(LOST, message="rank 1 (pid 8) closed its connection")
+    book.begin(again, "Respawn", at=1.5, epoch=2, detect=0.0)
+    assert book.records[0].message == "rank 1 (pid 7) was killed by SIGSEGV; rank 1 (pid 8) closed its connection"
+    book.refine(again.message, "rank 1 (pid 8) ended with exit code 1")
+    assert book.records[0].message == "rank 1 (pid 7) was killed by SIGSEGV; rank 1 (pid 8) ended with exit code 1"
     book.repaired({}, at=2.0, resumed=0)
-    book.refine(1, "rank 1 ended with exit code 1")  # which is heard of before its loss is recorded
-    assert book.records[0].message == "rank 1 was killed by SIGSEGV"
+    book.refine("rank 1 (pid 7) was killed by SIGSEGV", "something else")
+    assert book.records[0].message.startswith("rank 1 (pid 7) was killed by SIGSEGV")
 
 
 def test_a_dropped_request_is_a_record_that_is_closed_at_once() -> None:
@@ -291,7 +297,7 @@ def test_no_text_of_a_fault_grows_without_end() -> None:
     assert record.message.startswith("xxx")
     assert record.message.endswith("for the 999th time")
     book.begin(LOST, "Respawn", at=1.0, epoch=1, detect=0.0)
-    book.refine(1, "z" * 10_000)
+    book.refine(LOST.message, "z" * 10_000)
     assert len(book.records[-1].message) <= MESSAGE_CHARACTERS
 
 

@@ -118,9 +118,9 @@ class NameCulprit:
 
 @dataclass(frozen=True, slots=True)
 class RefineFault:
-    """What became of a lost rank's process."""
+    """What became of a lost rank's process: better words than those that its loss was first told with."""
 
-    rank: int
+    before: str
     message: str
 
 

@@ -169,7 +169,8 @@ class Coordinator:
         handle = self.handles[event.rank]
         if not (gone := self._members.exited(event, self.epoch)):
             return
-        self._do(actions.RefineFault(event.rank, gone.words))
+        if gone.loss:
+            self._do(actions.RefineFault(gone.loss, gone.words))
         if gone.was_connected:
             self._miss(handle, event.how, now)
             self._do(actions.CloseConnection(handle.rank))

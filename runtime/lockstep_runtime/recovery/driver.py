@@ -347,8 +347,8 @@ class GroupDriver:
             case NameCulprit():
                 self.faults.set_cause(action.rank, action.message, Rung.RESPAWN)
             case RefineFault():
-                self._rpc.refine(action.rank, action.message)
-                self.faults.refine(action.rank, action.message)
+                self._rpc.refine(action.before, action.message)
+                self.faults.refine(action.before, action.message)
             case AttributeNaN():
                 words = f"it stood in the KV cache of rank {action.rank}"
                 self.faults.attribute(wire.Fault.NON_FINITE, action.rank, words)

@@ -79,14 +79,12 @@ class FaultLog:
                 )
                 return
 
-    def refine(self, rank: int, message: str) -> None:
-        """What became of a lost rank's process: better words for its newest record, if it is still open."""
-        for record in reversed(self._records):
-            if record.id in self._open and record.rank == rank:
-                message = bounded(message)
-                if record.fault is Fault.RANK_LOST and record.message != message:
-                    self._replace(msgspec.structs.replace(record, message=message))
-                return
+    def refine(self, before: str, message: str) -> None:
+        """What became of a lost process, wherever an open record tells of its loss: better words."""
+        for record in self._records:
+            if record.id in self._open and before in record.message:
+                text = bounded(record.message.replace(before, message))
+                self._replace(msgspec.structs.replace(record, message=text))
 
     def drop(self, cause: Evidence, *, at: float, epoch: int) -> FaultRecord:
         """A request was given up, and nothing else happened."""

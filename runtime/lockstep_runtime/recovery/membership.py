@@ -15,9 +15,11 @@ from lockstep_runtime.wire import RankState
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """The current process of a rank has ended. `early`: before it was loaded, and nobody wanted it to."""
+    """The current process of a rank has ended. `early`: before it was loaded, and nobody wanted it to. `loss`: how its
+    connection was said to have closed; empty while it is open."""
 
     words: str
+    loss: str
     was_connected: bool
     early: bool
 
@@ -69,7 +71,8 @@ class Membership:
             return None
         early = handle.loaded is None and handle.arrived_epoch >= epoch and handle.being_killed != event.incarnation
         words = f"rank {event.rank} (pid {event.pid}) {event.how}"
-        return Exit(words, was_connected=handle.hello is not None, early=early)
+        connected = handle.hello is not None
+        return Exit(words, loss="" if connected else handle.loss, was_connected=connected, early=early)
 
     def stopped(self, event: RankStopped) -> str:
         """A sentence; empty: it is no process that is waited for. A new one may be unknown."""

@@ -44,6 +44,7 @@ class RankHandle:
     killed_at: float = 0.0
     ended: str = ""  # the incarnation whose end is known
     left_at: float | None = None  # when its connection was lost
+    loss: str = ""  # what was said then
     arrived_epoch: int = -1
     heard_at: float = 0.0  # when its process last got further in loading
     furthest: int = 0  # the most that a process of it has loaded since the group waits for it, in bytes
@@ -78,7 +79,7 @@ class RankHandle:
     def leave(self, message: str, now: float) -> None:
         """Its connection is closed."""
         self.hello = None
-        self.left_at = now
+        self.left_at, self.loss = now, message
         self.loaded = None
         self.idle_epoch = -1
         self.abort_sent_at = None

@@ -118,10 +118,10 @@ class RankRpc:
             self._call.settle()
         self._wake.set()
 
-    def refine(self, rank: int, words: str) -> None:
+    def refine(self, before: str, words: str) -> None:
         """Better words for a loss that has not been raised yet."""
         for index, one in enumerate(self._evidence):
-            if one.rank == rank and one.fault is Fault.RANK_LOST and not one.secondary:
+            if one.message == before:
                 self._evidence[index] = replace(one, message=words)
 
     def answered(self, rank: int, answer: Answer) -> None:
