@@ -53,7 +53,7 @@ TESTS: Final = {
     f"{ENGINE}/shares.py": "tests/unit/test_scheduler.py",
     f"{ENGINE}/scheduler.py": "tests/unit/test_scheduler.py",
     "runtime/lockstep_runtime/supervisor/machine.py": "tests/unit/test_supervisor_machine.py",
-    "operator/lockstep_operator/rollout.py": "tests/unit/test_operator_rollout.py",
+    "operator/lockstep_operator/decisions/rollout.py": "tests/unit/test_operator_rollout.py",
 }
 
 

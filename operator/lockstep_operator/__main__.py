@@ -13,17 +13,18 @@ from typing import Any, Final
 import kopf
 from kopf._core.engines.peering import Identity
 
-from lockstep_operator import handlers, served_schema, server
+from lockstep_operator import handlers, server
 from lockstep_operator import log as logs
+from lockstep_operator.cluster import served_schema
+from lockstep_operator.cluster.client import ApiServer, KubeError, connect
+from lockstep_operator.cluster.namespaces import Namespaces
+from lockstep_operator.cluster.served_schema import ServedSchema
 from lockstep_operator.controller import Controller
-from lockstep_operator.group_client import GroupClient
-from lockstep_operator.kube import ApiServer, KubeError, connect
-from lockstep_operator.metrics import Metrics
-from lockstep_operator.names import KIND, ModelKey
-from lockstep_operator.namespaces import Namespaces
-from lockstep_operator.reconcile import Outcome, Reconciler
-from lockstep_operator.served_schema import ServedSchema
+from lockstep_operator.groups.status_poller import StatusPoller
+from lockstep_operator.reconcile import ReconcileOutcome, Reconciler
+from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.settings import Settings, read_settings
+from lockstep_operator.types.names import KIND, ModelKey
 from lockstep_operator.workqueue import WorkQueue
 
 log = logging.getLogger("lockstep_operator")
@@ -45,7 +46,7 @@ async def run(settings: Settings) -> None:
     watching = asyncio.Event()
     api_client = await connect()
     schema = ServedSchema()
-    groups = GroupClient(queue.add_after, time.time, metrics.heard)
+    groups = StatusPoller(queue.add_after, time.time, metrics.heard)
 
     def unready() -> str:
         return schema.problem if watching.is_set() else "models aren't watched yet"
@@ -57,11 +58,11 @@ async def run(settings: Settings) -> None:
         await _until_served(kube, namespaces, settings)
         reconciler = Reconciler(kube, groups, settings, metrics, time.time, schema)
 
-        async def reconcile(key: ModelKey) -> Outcome:
+        async def reconcile(key: ModelKey) -> ReconcileOutcome:
             if namespaces.serves(key.namespace):
                 return await reconciler.reconcile(key)
             reconciler.forget(key)  # it is heard of again when its namespace is back
-            return Outcome(again=None)
+            return ReconcileOutcome(requeue_after=None)
 
         await _until_first_ends(
             Controller(queue, reconcile, metrics).run(settings.concurrency),

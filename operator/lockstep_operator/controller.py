@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from lockstep_operator.backoff import backoff
-from lockstep_operator.kube import KubeError
-from lockstep_operator.metrics import Metrics
-from lockstep_operator.names import ModelKey
-from lockstep_operator.reconcile import Outcome
+from lockstep_operator.cluster.client import KubeError
+from lockstep_operator.reconcile import ReconcileOutcome
+from lockstep_operator.reporting.metrics import Metrics
+from lockstep_operator.types.names import ModelKey
 from lockstep_operator.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ BUSY_PASSES: Final = 20  # so many writing passes in a row are convergence; more
 
 class Controller:
     def __init__(
-        self, queue: WorkQueue[ModelKey], reconcile: Callable[[ModelKey], Awaitable[Outcome]], metrics: Metrics
+        self, queue: WorkQueue[ModelKey], reconcile: Callable[[ModelKey], Awaitable[ReconcileOutcome]], metrics: Metrics
     ) -> None:
         self._queue = queue
         self._reconcile = reconcile
@@ -65,7 +65,7 @@ class Controller:
         self._failures.pop(key, None)
         result = "failing" if outcome.failing else "wrote" if outcome.wrote else "quiet"
         self._metrics.reconciles.labels(result).inc()
-        if outcome.again is not None:  # else the model is gone, and so are its series
+        if outcome.requeue_after is not None:  # else the model is gone, and so are its series
             self._metrics.reconciled(key, failed=outcome.failing)
         return self._settle(key, outcome)
 
@@ -75,11 +75,11 @@ class Controller:
         self._failures[key] = self._failures.get(key, 0) + 1
         return backoff(self._failures[key], first, most)
 
-    def _settle(self, key: ModelKey, outcome: Outcome) -> float | None:
-        if outcome.again is None:
+    def _settle(self, key: ModelKey, outcome: ReconcileOutcome) -> float | None:
+        if outcome.requeue_after is None:
             self._busy.pop(key, None)
             return None
         self._busy[key] = self._busy.get(key, 0) + 1 if outcome.wrote else 0
         if self._busy[key] > BUSY_PASSES:
             return backoff(self._busy[key] - BUSY_PASSES, RETRY_FIRST, RETRY_MOST)
-        return outcome.again if outcome.wrote else outcome.again * random.uniform(0.8, 1.0)
+        return outcome.requeue_after if outcome.wrote else outcome.requeue_after * random.uniform(0.8, 1.0)

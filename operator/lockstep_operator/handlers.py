@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import kopf
 
-from lockstep_operator.names import GROUP, MODEL_LABEL, PLURAL, VERSION, ModelKey, key_of_child
+from lockstep_operator.types.names import GROUP, MODEL_LABEL, PLURAL, VERSION, ModelKey, key_of_child
 
 WATCHED: Final = (
     ("apps", "v1", "statefulsets"),

@@ -7,21 +7,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
-from lockstep_operator import events, spec, status
-from lockstep_operator.apply import Applied, carry_out
-from lockstep_operator.conditions import Obstacle
-from lockstep_operator.decide import Decision, decide
-from lockstep_operator.failures import Failures, Target
-from lockstep_operator.group_client import Target as Leader
-from lockstep_operator.groups import groups_of
-from lockstep_operator.kube import Kube, KubeError, Object
-from lockstep_operator.metrics import Metrics
-from lockstep_operator.moment import text
-from lockstep_operator.names import API_VERSION, KIND, ModelKey, token_name
-from lockstep_operator.observe import Observed, Report, read_children, read_limits, read_pods, read_warnings, token_of
-from lockstep_operator.served_schema import ServedSchema
+from lockstep_operator.cluster.client import Kube, KubeError
+from lockstep_operator.cluster.executor import Applied, execute
+from lockstep_operator.cluster.failures import Failures
+from lockstep_operator.cluster.observe import read_children, read_limits, read_pods, read_warnings, token_of
+from lockstep_operator.cluster.served_schema import ServedSchema
+from lockstep_operator.decisions.planner import Decision, decide
+from lockstep_operator.groups.group import groups_of
+from lockstep_operator.groups.pod_issues import needs_events
+from lockstep_operator.groups.status_poller import PollTarget as Leader
+from lockstep_operator.reporting import events, status
+from lockstep_operator.reporting.conditions import Obstacle
+from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.settings import Settings
-from lockstep_operator.troubles import unexplained
+from lockstep_operator.types import spec
+from lockstep_operator.types.names import API_VERSION, KIND, ModelKey, token_name
+from lockstep_operator.types.observed import GroupReport, Object, ObjectRef, Observed
+from lockstep_operator.types.timestamps import format_rfc3339
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +35,14 @@ class Groups(Protocol):
 
     def watch(self, key: ModelKey, targets: Mapping[int, Leader]) -> None: ...
 
-    def reports(self, key: ModelKey, leaders: Mapping[int, str]) -> dict[int, Report]: ...
+    def reports(self, key: ModelKey, leaders: Mapping[int, str]) -> dict[int, GroupReport]: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ReconcileOutcome:
     """`again` is in how many seconds to look once more at the latest; None when the model is gone."""
 
-    again: float | None
+    requeue_after: float | None
     wrote: bool = False
     failing: bool = False  # something keeps the operator from doing what the spec asks
 
@@ -50,7 +52,7 @@ class _Known:
     """What is remembered of a model. It saves writes, and makes what fails be told; no decision rests on it alone."""
 
     failures: Failures
-    tolerated: dict[Target, frozenset[str]] = field(default_factory=dict)
+    server_mutations: dict[ObjectRef, frozenset[str]] = field(default_factory=dict)
     unwritten: Mapping[str, Any] | None = None  # a status that the API server takes in no form: recovery goes by it
 
 
@@ -74,13 +76,13 @@ class Reconciler:
         self._schema = schema or ServedSchema()
         self._known: dict[ModelKey, _Known] = {}
 
-    async def reconcile(self, key: ModelKey) -> Outcome:
+    async def reconcile(self, key: ModelKey) -> ReconcileOutcome:
         """One pass, at the end of which the status is written whatever failed in it. Raises KubeError when the API
         server can't be asked or told anything now."""
         resource = await self._kube.get(KIND, key.namespace, key.name)
         if resource is None or "deletionTimestamp" in resource["metadata"]:
             self.forget(key)
-            return Outcome(again=None)
+            return ReconcileOutcome(requeue_after=None)
         try:
             return await self._pass(spec.parse(resource), resource)
         except spec.SpecError as error:
@@ -95,17 +97,17 @@ class Reconciler:
             words = f"the operator can't work on this model ({type(error).__name__}: {str(error)[:300]}): see its log"
             return await self._halt(key, resource, "OperatorError", words)
 
-    async def _pass(self, model: spec.Model, resource: Object) -> Outcome:
+    async def _pass(self, model: spec.Model, resource: Object) -> ReconcileOutcome:
         known = self._known.setdefault(model.key, _Known(Failures(self._now)))
         observed = await self._observe(model, resource, known)
         decision = decide(model, observed, self._now(), self._settings)
         for bug in decision.bugs:
             log.error("%s: deciding about %s failed", model.key, bug.where, exc_info=bug.error)
         self._groups.watch(model.key, targets(decision, observed))
-        applied = await carry_out(self._kube, model, decision.actions, known.failures, self._metrics)
+        applied = await execute(self._kube, model, decision.actions, known.failures, self._metrics)
         if applied.ending:
-            return Outcome(again=self._settings.resync_seconds)
-        known.tolerated.update(applied.tolerated)
+            return ReconcileOutcome(requeue_after=self._settings.resync_seconds)
+        known.server_mutations.update(applied.server_mutations)
         return await self._report(model, resource, observed, decision, applied, known)
 
     def forget(self, key: ModelKey) -> None:
@@ -121,13 +123,13 @@ class Reconciler:
             token=token_of(children.get(("Secret", token_name(model.name)))),
             children=children,
             pods=await read_pods(self._kube, model),
-            tolerated=known.tolerated,
+            server_mutations=known.server_mutations,
             failing=frozenset(known.failures.of),
             limits=await read_limits(self._kube, model.namespace),
         )
         groups = groups_of(model, observed)
         leaders = {group.index: group.leader.uid for group in groups if group.leader}
-        asked = unexplained(groups, self._now())
+        asked = needs_events(groups, self._now())
         warnings = await read_warnings(self._kube, model.namespace, asked) if asked else {}
         return replace(observed, warnings=warnings, reports=self._groups.reports(model.key, leaders))
 
@@ -139,13 +141,13 @@ class Reconciler:
         decision: Decision,
         applied: Applied,
         known: _Known,
-    ) -> Outcome:
+    ) -> ReconcileOutcome:
         now, failures = self._now(), known.failures
         obstacle = obstacle_of(model, decision, failures, observed, now)
         built = self._schema.fitting(status.build(model, observed, decision, obstacle, now))
         memories = status.memories_of(decision, observed)
-        seen = events.Pass(observed=observed, new=built, done=applied.effective, memories=memories, now=now)
-        for occurrence in events.occurrences(seen):
+        seen = events.ReconcileResult(observed=observed, new=built, done=applied.effective, memories=memories, now=now)
+        for occurrence in events.event_drafts(seen):
             await self._record(events.manifest(model.key, model.uid, occurrence, now))
         if known.unwritten is not None or status.worth_writing(observed.status, built):
             known.unwritten = None if await self._written(resource, built) else built
@@ -154,15 +156,17 @@ class Reconciler:
         self._metrics.repaired(model.key, seen.repairs)
         self._metrics.stepped(model.key, observed.reports)
         if applied.done:
-            return Outcome(again=0.0, wrote=True, failing=failing)
+            return ReconcileOutcome(requeue_after=0.0, wrote=True, failing=failing)
         settled = (
             self._settings.resync_seconds if _ready(built) else min(UNSETTLED_SECONDS, self._settings.resync_seconds)
         )
-        again = min(seconds for seconds in (settled, failures.due, decision.again) if seconds is not None)
-        planned = decision.again == 0.0  # a step is written now, and taken in the next pass
-        return Outcome(again=again, wrote=planned, failing=failing)
+        requeue_after = min(
+            seconds for seconds in (settled, failures.due, decision.requeue_after) if seconds is not None
+        )
+        planned = decision.requeue_after == 0.0  # a step is written now, and taken in the next pass
+        return ReconcileOutcome(requeue_after=requeue_after, wrote=planned, failing=failing)
 
-    async def _halt(self, key: ModelKey, resource: Object, reason: str, message: str) -> Outcome:
+    async def _halt(self, key: ModelKey, resource: Object, reason: str, message: str) -> ReconcileOutcome:
         """What is known stays, and the conditions say why nothing is done."""
         old, now = resource.get("status") or {}, self._now()
         built = status.halted(resource["metadata"].get("generation", 1), old, reason, message, now)
@@ -171,7 +175,7 @@ class Reconciler:
                 await self._record(events.manifest(key, resource["metadata"]["uid"], occurrence, now))
             await self._written(resource, self._schema.fitting(built))
         self._metrics.model(key, built)
-        return Outcome(again=self._settings.resync_seconds, failing=True)
+        return ReconcileOutcome(requeue_after=self._settings.resync_seconds, failing=True)
 
     async def _written(self, resource: Object, document: Mapping[str, Any]) -> bool:
         """Whether the API server has taken the status, or what recovery needs of it. Counts and budgets are made from
@@ -229,7 +233,7 @@ def obstacle_of(
         return None
     if now - retrying.since < model.progress_deadline:
         return Obstacle("Retrying", retrying.sentence, stalled=False)
-    words = f"{retrying.sentence}; nothing has moved since {text(retrying.since)}"
+    words = f"{retrying.sentence}; nothing has moved since {format_rfc3339(retrying.since)}"
     return Obstacle("ProgressDeadlineExceeded", words, stalled=True)
 
 

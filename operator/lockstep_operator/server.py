@@ -7,7 +7,7 @@ from collections.abc import Callable
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from lockstep_operator.metrics import Metrics
+from lockstep_operator.reporting.metrics import Metrics
 
 
 def application(metrics: Metrics, unready: Callable[[], str]) -> web.Application:

@@ -13,13 +13,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.chart import of_kind, one, render
 from tests.support.kube_world import well
 
-from lockstep_operator.history import Repair
-from lockstep_operator.metrics import Metrics
-from lockstep_operator.names import ModelKey
-from lockstep_operator.observe import Report
-from lockstep_operator.pod_template import pod_template
+from lockstep_operator.decisions.pod_template import pod_template
+from lockstep_operator.reporting.metrics import Metrics
+from lockstep_operator.reporting.recovery_log import Repair
 from lockstep_operator.settings import Settings
-from lockstep_operator.spec import parse
+from lockstep_operator.types.names import ModelKey
+from lockstep_operator.types.observed import GroupReport
+from lockstep_operator.types.spec import parse
 from lockstep_runtime.api.metrics import Metrics as EngineMetrics
 from lockstep_runtime.engine.interface import EngineStats
 
@@ -66,7 +66,11 @@ def series() -> dict[str, set[str]]:
     said = well(KEY, 0, "inc", "new")
     operator.stepped(
         KEY,
-        {0: Report(status=type(said)(**{n: getattr(said, n) for n in said.__struct_fields__} | {"last_step_at": 1.0}))},
+        {
+            0: GroupReport(
+                status=type(said)(**{n: getattr(said, n) for n in said.__struct_fields__} | {"last_step_at": 1.0})
+            )
+        },
     )
     engine = EngineMetrics("chat", lambda: STATS)
     relabelled = {rule["targetLabel"] for rule in monitor("PodMonitor")["endpoint"]["relabelings"]}

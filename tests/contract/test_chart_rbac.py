@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tests.support.chart import NAMESPACE, Manifest, of_kind, one, render
 
-from lockstep_operator.permissions import PERMISSIONS
+from lockstep_operator.cluster.permissions import PERMISSIONS
 
 ROLES = ("Role", "ClusterRole")
 Grants = set[tuple[str, str, str]]  # API group, resource, verb

@@ -11,8 +11,8 @@ import yaml
 from tests.support.chart import CHART, LEAST_VALUES, ROOT, Manifest, helm, of_kind, one, pod_specs, render, template
 
 import lockstep_runtime
-from lockstep_operator.names import OPERATOR_POD_LABELS
 from lockstep_operator.settings import Settings, read_settings
+from lockstep_operator.types.names import OPERATOR_POD_LABELS
 
 
 def container(values: Mapping[str, Any] | None = None) -> Manifest:

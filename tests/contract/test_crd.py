@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 from tests.support.kube_world import World, well
 
-from lockstep_operator import complaints, waiting
-from lockstep_operator.memory import Memory, Plan, Rung, to_status
-from lockstep_operator.names import GROUP, KIND, PLURAL, VERSION
-from lockstep_operator.observe import Report
-from lockstep_operator.served_schema import WRITTEN
+from lockstep_operator.cluster.served_schema import WRITTEN
+from lockstep_operator.groups import process_failures, waiting
+from lockstep_operator.types.names import GROUP, KIND, PLURAL, VERSION
+from lockstep_operator.types.observed import GroupReport
+from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung, to_status
 from lockstep_runtime.wire import Fault, FaultRecord, Latency
 
 CRD: dict[str, Any] = yaml.safe_load(
@@ -88,19 +88,21 @@ async def test_the_schema_keeps_every_field_of_the_status_that_the_operator_writ
         "step_latency": latency, "last_step_at": world.time, "message": "well"}) for rank in said.ranks]  # fmt: skip
     whole = type(said)(**{name: getattr(said, name) for name in said.__struct_fields__} | {
         "faults": [fault], "step_latency": latency, "last_step_at": world.time, "ranks": ranks})  # fmt: skip
-    world.groups.said[key, 0] = Report(status=whole)
+    world.groups.said[key, 0] = GroupReport(status=whole)
     await world.settle(key)
-    plan = Plan(
+    plan = RecoveryAction(
         rung=Rung.MOVE_AWAY, trigger="inc/2", fault="Hang", rank=1, reason="stopped", pods=("uid",), since=world.time,
         noticed=world.time,
     )  # fmt: skip
-    everything = Memory(
-        plan=plan, spent={Rung.MOVE_AWAY: 1}, failures=1, next_try=world.time, healthy_since=world.time,
-        suspects={"n1": 1}, avoided={"n1": world.time},
+    everything = RecoveryState(
+        plan=plan, attempts_used={Rung.MOVE_AWAY: 1}, failures=1, next_try=world.time, healthy_since=world.time,
+        node_fault_counts={"n1": 1}, avoided={"n1": world.time},
     )  # fmt: skip
     status: dict[str, Any] = dict(world.status(key))
     waits = waiting.to_status(waiting.Waiting("Unschedulable", world.time, "new"))
-    complains = complaints.to_status(complaints.Complaint("OutOfMemory", "pod chat-0-1 was killed", world.time))
+    complains = process_failures.to_status(
+        process_failures.ProcessFailure("OutOfMemory", "pod chat-0-1 was killed", world.time)
+    )
     more = {"recovery": to_status(everything), "waiting": waits, "podProblem": complains}
     status["groups"] = [status["groups"][0] | more]
     assert status["lastFault"]["rung"] == "Rebuild"

@@ -19,10 +19,11 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.support.chart import CHART, LEAST_VALUES, ROOT, helm
 
-from lockstep_operator import recovery as operator_recovery
-from lockstep_operator import spec, triggers
-from lockstep_operator.memory import Rung as OperatorRung
-from lockstep_operator.metrics import Metrics as OperatorMetrics
+from lockstep_operator.decisions import fault_detection
+from lockstep_operator.decisions import recovery_policy as operator_recovery
+from lockstep_operator.reporting.metrics import Metrics as OperatorMetrics
+from lockstep_operator.types import spec
+from lockstep_operator.types.recovery_state import Rung as OperatorRung
 from lockstep_runtime import cli
 from lockstep_runtime.api.metrics import Metrics as EngineMetrics
 from lockstep_runtime.engine.interface import EngineStats
@@ -147,9 +148,9 @@ def test_the_checker_of_models_can_say_no() -> None:
 
 def _reasons() -> set[str]:
     """What the operator may give as a condition's reason, read from where it makes them."""
-    position = {"Finding": 1, "Trouble": 0}
+    position = {"ConditionValue": 1, "PodIssue": 0}
     found: set[str] = set()
-    for path in sorted((ROOT / "operator" / "lockstep_operator").glob("*.py")):
+    for path in sorted((ROOT / "operator" / "lockstep_operator").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in position:
                 found |= set(_words(node.args[position[node.func.id]]))
@@ -239,7 +240,7 @@ def test_every_fault_and_rung_has_its_place() -> None:
         f"| `budget.window` | {spec.DEFAULT_WINDOW / 3600:g}h |",
         f"| `backoff.initial` | {spec.DEFAULT_INITIAL:g}s |",
         f"| `backoff.max` | {spec.DEFAULT_MAX / 60:g}m |",
-        f"not Ready for {triggers.HUNG_SECONDS:g} s",
+        f"not Ready for {fault_detection.HUNG_SECONDS:g} s",
         f"A step has {operator_recovery.PATIENCE_SECONDS:g} s",
         f"within {operator_recovery.UNPLACED_SECONDS:g} s, the node is used again",
         f"has served for {operator_recovery.PROVED_SECONDS:g} s",

@@ -19,12 +19,12 @@ from tests.support.kube_answers import openapi_schema
 from tests.support.kube_world import well
 
 from lockstep_operator import handlers
-from lockstep_operator.group_client import MAX_STATUS_BYTES, GroupClient, Target, lasting
-from lockstep_operator.kube import ApiServer, KubeError
-from lockstep_operator.metrics import Metrics
-from lockstep_operator.names import ModelKey
-from lockstep_operator.served_schema import ServedSchema
+from lockstep_operator.cluster.client import ApiServer, KubeError
+from lockstep_operator.cluster.served_schema import ServedSchema
+from lockstep_operator.groups.status_poller import MAX_STATUS_BYTES, PollTarget, StatusPoller, significant_part
+from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.server import application
+from lockstep_operator.types.names import ModelKey
 from lockstep_runtime.wire import GroupState, GroupStatus, Latency
 
 KEY = ModelKey("team", "chat")
@@ -228,9 +228,9 @@ class Changes:
             return await self.asked.get()
 
 
-def target(server: TestServer, uid: str = "uid-1") -> Target:
+def target(server: TestServer, uid: str = "uid-1") -> PollTarget:
     assert server.port is not None
-    return Target(pod_uid=uid, address="127.0.0.1", token="secret", port=server.port)
+    return PollTarget(pod_uid=uid, address="127.0.0.1", token="secret", port=server.port)
 
 
 async def test_a_status_is_asked_for_with_the_token_and_then_only_its_changes() -> None:
@@ -248,7 +248,7 @@ async def test_a_status_is_asked_for_with_the_token_and_then_only_its_changes() 
 
     changes, groups = Changes(), None
     async with serving(status) as server:
-        groups = GroupClient(changes, lambda: 0.0)
+        groups = StatusPoller(changes, lambda: 0.0)
         groups.watch(KEY, {0: target(server)})
         assert [await changes.next(), await changes.next(), await changes.next()] == [0.0, 0.0, 0.0], "first, measured"
         reports = groups.reports(KEY, {0: "uid-1"})
@@ -278,7 +278,7 @@ async def test_a_group_that_can_not_be_asked_is_tried_again(answer: web.Response
         return web.Response(status=answer.status, body=answer.body)
 
     changes = Changes()
-    groups = GroupClient(changes, lambda: 7.0)
+    groups = StatusPoller(changes, lambda: 7.0)
     async with serving(status) as server:
         groups.watch(KEY, {0: target(server)})
         assert await changes.next() == 31.0, "only a long silence is worth a look"
@@ -305,7 +305,7 @@ async def test_an_answer_without_end_is_cut_off_whatever_its_headers_say() -> No
         return answer
 
     changes = Changes()
-    groups = GroupClient(changes, lambda: 7.0)
+    groups = StatusPoller(changes, lambda: 7.0)
     async with serving(endless) as server:
         groups.watch(KEY, {0: target(server)})
         await changes.next()
@@ -329,7 +329,7 @@ async def test_an_older_runtime_is_asked_by_bare_revisions() -> None:
         return web.Response(body=msgspec.json.encode(well(KEY, 0, "inc", "new")))
 
     changes = Changes()
-    groups = GroupClient(changes, lambda: 7.0)
+    groups = StatusPoller(changes, lambda: 7.0)
     async with serving(old) as server:
         groups.watch(KEY, {0: target(server)})
         await changes.next()
@@ -354,7 +354,7 @@ async def test_a_bug_in_taking_a_status_is_told_and_the_group_is_asked_again(cap
             raise ZeroDivisionError("a bug")
 
     changes = Changes()
-    groups = GroupClient(changes, lambda: 7.0, heard)
+    groups = StatusPoller(changes, lambda: 7.0, heard)
     async with serving(status) as server:
         groups.watch(KEY, {0: target(server)})
         await changes.next()
@@ -369,8 +369,8 @@ async def test_a_bug_in_taking_a_status_is_told_and_the_group_is_asked_again(cap
 def test_measurements_are_not_lasting_and_states_are() -> None:
     status = well(KEY, 0, "inc", "new")
     measured = msgspec.structs.replace(status, revision=9, requests_running=3, last_step_at=5.0)
-    assert lasting(status) == lasting(measured)
-    assert lasting(status) != lasting(msgspec.structs.replace(status, epoch=2))
+    assert significant_part(status) == significant_part(measured)
+    assert significant_part(status) != significant_part(msgspec.structs.replace(status, epoch=2))
 
 
 # --- the operator's own port, and kopf ---

@@ -10,10 +10,10 @@ import yaml
 from tests.support.chart import ROOT
 from tests.support.pod_security import violations
 
-from lockstep_operator.moment import duration
-from lockstep_operator.pod_template import pod_template
+from lockstep_operator.decisions.pod_template import pod_template
 from lockstep_operator.settings import Settings
-from lockstep_operator.spec import Recovery, parse
+from lockstep_operator.types.spec import Recovery, parse
+from lockstep_operator.types.timestamps import duration
 from lockstep_runtime import wire
 from lockstep_runtime.cli import build_parser, config_from
 from lockstep_runtime.config import API_KEY_FILE_VARIABLE, TOKEN_VARIABLE, EngineLimits, ServeConfig, Watchdog

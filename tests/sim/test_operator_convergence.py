@@ -8,9 +8,9 @@ import pytest
 from tests.support.kube_fake import Killed, revision_of
 from tests.support.kube_world import World
 
-from lockstep_operator.kube import RESOURCES, KubeError
-from lockstep_operator.names import ModelKey
-from lockstep_operator.permissions import PERMISSIONS
+from lockstep_operator.cluster.client import RESOURCES, KubeError
+from lockstep_operator.cluster.permissions import PERMISSIONS
+from lockstep_operator.types.names import ModelKey
 
 CHILDREN = {
     ("Secret", "chat-token"), ("ServiceAccount", "chat-ranks"), ("Service", "chat"),

@@ -17,13 +17,13 @@ import pytest
 from tests.support.kube_world import well
 from tests.support.operator_models import NOW, group, pod
 
-from lockstep_operator.groups import Group
-from lockstep_operator.memory import Memory, Plan, Rung, from_status, to_status
-from lockstep_operator.names import ModelKey
-from lockstep_operator.observe import Pod, Report
-from lockstep_operator.recovery import PROVED_SECONDS, Situation, Verdict, recover
-from lockstep_operator.spec import Recovery
-from lockstep_operator.troubles import Trouble
+from lockstep_operator.decisions.recovery_policy import PROVED_SECONDS, RecoveryDecision, RecoveryInput, decide
+from lockstep_operator.groups.group import Group
+from lockstep_operator.groups.pod_issues import PodIssue
+from lockstep_operator.types.names import ModelKey
+from lockstep_operator.types.observed import GroupReport, Pod
+from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung, from_status, to_status
+from lockstep_operator.types.spec import Recovery
 from lockstep_runtime.wire import Fault, FaultRecord, GroupState
 
 SCHEDULES: Final = int(os.environ.get("LOCKSTEP_SIM_SCHEDULES", "1000"))
@@ -48,7 +48,7 @@ class Life:
     sick_node: str = ""
     sick_until: float = 0.0
     pods: list[Pod] = field(default_factory=list)
-    plans: list[tuple[Plan, Memory]] = field(default_factory=list)
+    plans: list[tuple[RecoveryAction, RecoveryState]] = field(default_factory=list)
     made: int = 0
     known: tuple[str, ...] = ()
 
@@ -79,7 +79,7 @@ class Life:
         pods = tuple(replace(one, ready=ready or one.index > 0) for one in self.pods)
         return replace(group(size=self.size), pods=pods)
 
-    def report(self) -> Report | None:
+    def report(self) -> GroupReport | None:
         if self.pods[0].phase != "Running" or self.pods[0].deleting is not None:
             return None
         said = well(KEY, 0, self.pods[0].uid, "new", self.size)
@@ -89,7 +89,7 @@ class Life:
                 self.known, self.faults = generation, self.faults + 1
             fault = FaultRecord(id=self.faults, fault=Fault.HANG, rank=self.size - 1, message="stopped", at=0, epoch=1)
             said = msgspec.structs.replace(said, state=GroupState.POISONED, faults=[fault])
-        return Report(status=said)
+        return GroupReport(status=said)
 
     def end_pods(self) -> None:
         """The kubelet ends what was deleted, and the StatefulSet makes it anew."""
@@ -108,19 +108,19 @@ class Life:
 
     # --- an operator ---
 
-    def look(self, *, seen: tuple[str, int] | None = None, lost: bool = False) -> Verdict:
+    def look(self, *, seen: tuple[str, int] | None = None, lost: bool = False) -> RecoveryDecision:
         """One pass. `seen` is a status read before others wrote; `lost` ends the operator before its writes."""
         status, version = seen or (self.status, self.version)
         pending = any(one.phase == "Pending" for one in self.pods)
-        trouble = Trouble("Unschedulable", "no node") if pending else None
-        situation = Situation(
+        trouble = PodIssue("Unschedulable", "no node") if pending else None
+        situation = RecoveryInput(
             seed="uid/0",
             group=self.group,
             memory=from_status(json.loads(status)),
             report=self.report(),
             trouble=trouble,
         )
-        verdict = recover(self.policy, situation, self.now)
+        verdict = decide(self.policy, situation, self.now)
         if lost:
             return verdict
         self._delete(verdict)
@@ -128,23 +128,23 @@ class Life:
             self._write(verdict.memory)
         return verdict
 
-    def _delete(self, verdict: Verdict) -> None:
+    def _delete(self, verdict: RecoveryDecision) -> None:
         going = {target.uid for target in verdict.targets}
         planned = {uid for plan, _ in self.plans for uid in plan.pods}
         assert going <= planned, "a pod went without a written plan"
         self.pods = [replace(one, deleting=self.now + 5) if one.uid in going else one for one in self.pods]
 
-    def _write(self, memory: Memory) -> None:
+    def _write(self, memory: RecoveryState) -> None:
         document = json.dumps(to_status(memory))
         if document == self.status:
             return
         self.status, self.version = document, self.version + 1
-        assert all(count <= self.policy.attempts for count in memory.spent.values()), "a budget is overdrawn"
+        assert all(count <= self.policy.attempts for count in memory.attempts_used.values()), "a budget is overdrawn"
         if memory.plan and memory.plan.pods and (not self.plans or memory.plan != self.plans[-1][0]):
             self._check_pace(memory, memory.plan)
             self.plans.append((memory.plan, memory))
 
-    def _check_pace(self, memory: Memory, plan: Plan) -> None:
+    def _check_pace(self, memory: RecoveryState, plan: RecoveryAction) -> None:
         if self.plans and memory.failures > 1 and "used again" not in plan.reason:
             next_try = self.plans[-1][1].next_try
             assert next_try is None or plan.since >= next_try, "a step came before its time"
@@ -159,7 +159,7 @@ class Life:
             self.end_pods()
             self.now += PROVED_SECONDS
             quiet = self.version == before and not self.ill
-            if quiet and from_status(json.loads(self.status)) == Memory():
+            if quiet and from_status(json.loads(self.status)) == RecoveryState():
                 return
         raise AssertionError(f"not recovered: {self.status}")
 

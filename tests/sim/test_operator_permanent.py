@@ -20,19 +20,19 @@ import pytest
 from tests.support.kube_world import well
 from tests.support.operator_models import NOW, group, model, pod
 
-from lockstep_operator.decide import Decision
-from lockstep_operator.groups import Group
-from lockstep_operator.memory import from_status
-from lockstep_operator.moment import text
-from lockstep_operator.names import ModelKey
-from lockstep_operator.observe import Observed, Pod, Report
-from lockstep_operator.recovery import Situation, Verdict, recover
-from lockstep_operator.rollout import plan
-from lockstep_operator.spec import Recovery
-from lockstep_operator.status import build
-from lockstep_operator.triggers import COMING_BACK_SECONDS, HUNG_SECONDS, RECOVERING_SECONDS
-from lockstep_operator.troubles import trouble
-from lockstep_operator.waiting import recovering_since
+from lockstep_operator.decisions.fault_detection import COMING_BACK_SECONDS, HUNG_SECONDS, RECOVERING_SECONDS
+from lockstep_operator.decisions.planner import Decision
+from lockstep_operator.decisions.recovery_policy import RecoveryDecision, RecoveryInput, decide
+from lockstep_operator.decisions.rollout import plan
+from lockstep_operator.groups.group import Group
+from lockstep_operator.groups.pod_issues import find_issue
+from lockstep_operator.groups.waiting import recovering_since
+from lockstep_operator.reporting.status import build
+from lockstep_operator.types.names import ModelKey
+from lockstep_operator.types.observed import GroupReport, Observed, Pod
+from lockstep_operator.types.recovery_state import from_status
+from lockstep_operator.types.spec import Recovery
+from lockstep_operator.types.timestamps import format_rfc3339
 from lockstep_runtime.wire import Fault, FaultRecord, GroupState, RankState
 
 SCHEDULES: Final = int(os.environ.get("LOCKSTEP_SIM_SCHEDULES", "1000"))
@@ -114,7 +114,10 @@ class Life:
     def held(self, one: Pod) -> Pod:
         """As its kubelet and the scheduler show it."""
         kinds = {fault.kind for fault in self.lasting if fault.holds(one)}
-        container: dict[str, Any] = {"name": "lockstep", "state": {"running": {"startedAt": text(one.created)}}}
+        container: dict[str, Any] = {
+            "name": "lockstep",
+            "state": {"running": {"startedAt": format_rfc3339(one.created)}},
+        }
         status: dict[str, Any] = {"containerStatuses": [container]}
         fields: dict[str, Any] = {}
         if kinds & {Kind.GATED, Kind.UNPLACED}:
@@ -152,17 +155,17 @@ class Life:
                 return index
         return None
 
-    def report(self) -> Report | None:
+    def report(self) -> GroupReport | None:
         leader = next((one for one in self.group.pods if one.index == 0), None)
         if leader is None or not leader.ip:
             return None
         kinds = {fault.kind for fault in self.lasting if fault.holds(leader)}
         if kinds & {Kind.SILENT, Kind.CRASH, Kind.CUT_OFF, Kind.IMAGE}:
             since = max(leader.created, *(fault.since for fault in self.lasting if fault.holds(leader)))
-            return Report(unreachable_since=since, error="refused")
+            return GroupReport(unreachable_since=since, error="refused")
         said, rank = well(KEY, 0, leader.uid, "new"), self.ill
         if rank is None:
-            return Report(status=said)
+            return GroupReport(status=said)
         generation = frozenset(one.uid for one in self.pods)
         if generation not in self.ill_since:
             self.faults += 1
@@ -175,7 +178,7 @@ class Life:
             self.flips += 1
             state, since = (GroupState.RECOVERING, GroupState.STARTING, GroupState.LOADING)[self.flips % 3], self.now
         gone = [msgspec.structs.replace(one, state=RankState.ABSENT) if one.rank == rank else one for one in said.ranks]
-        return Report(status=msgspec.structs.replace(said, state=state, since=since, faults=[fault], ranks=gone))
+        return GroupReport(status=msgspec.structs.replace(said, state=state, since=since, faults=[fault], ranks=gone))
 
     def strike(self) -> None:
         kind, index = self.random.choice([*Kind]), self.random.randrange(2)
@@ -190,15 +193,15 @@ class Life:
         groups = json.loads(self.status).get("groups") or [{}]
         return dict(groups[0])
 
-    def look(self) -> Verdict:
+    def look(self) -> RecoveryDecision:
         """A pass: what is decided is written, and what was written is done."""
         found, report, old = self.group, self.report(), json.loads(self.status)
         warnings = {"uid-0": "FailedCreate: exceeded quota"} if len(found.pods) < 2 else {}
-        situation = Situation(
+        situation = RecoveryInput(
             seed="s", group=found, memory=from_status(self._block().get("recovery")), report=report,
-            trouble=trouble(found, warnings, self.now), recovering_since=recovering_since(self._block()),
+            trouble=find_issue(found, warnings, self.now), recovering_since=recovering_since(self._block()),
         )  # fmt: skip
-        verdict = recover(POLICY, situation, self.now)
+        verdict = decide(POLICY, situation, self.now)
         observed = Observed(
             status=old, resource_version="1", token="t", children={}, pods=found.pods, warnings=warnings,
             reports={0: report} if report else {},
@@ -232,8 +235,8 @@ class Life:
             said = stalled["status"] == "True" and (
                 "try" in stalled["message"] or "nothing has moved" in stalled["message"]
             )
-            again = AGAIN + (COMING_BACK_SECONDS if Kind.ENGINE in kinds else 0.0)
-            waits = "next is at" in ready["message"] or self.now - self.acted < again
+            requeue_after = AGAIN + (COMING_BACK_SECONDS if Kind.ENGINE in kinds else 0.0)
+            waits = "next is at" in ready["message"] or self.now - self.acted < requeue_after
             assert said or waits, f"nobody has acted for {ill} s: {ready}"
         if Kind.GATED in kinds and kinds == {Kind.GATED}:
             assert (stalled["status"], ready["reason"]) == ("False", "SchedulingGated"), ready

@@ -13,8 +13,8 @@ import pytest
 from tests.support.fault_world import FaultWorld, Illness, shape
 from tests.support.kube_fake import Killed, is_ready
 
-from lockstep_operator.memory import Rung
-from lockstep_operator.names import ModelKey
+from lockstep_operator.types.names import ModelKey
+from lockstep_operator.types.recovery_state import Rung
 
 SCHEDULES: Final = int(os.environ.get("LOCKSTEP_SIM_WORLDS", "24"))
 FIRST: Final = int(os.environ.get("LOCKSTEP_SIM_FIRST", "0"))  # repeats a schedule of an earlier run
@@ -229,8 +229,8 @@ def disturb(world: FaultWorld, key: ModelKey) -> None:
     match random.randrange(7):
         case 0:
             rank = random.randrange(2)
-            suspects = [pod["metadata"]["uid"] for pod in pods if pod["metadata"]["name"].endswith(str(rank))]
-            world.sick.ill[key, group] = Illness(rank=rank, pods=frozenset(suspects))
+            node_fault_counts = [pod["metadata"]["uid"] for pod in pods if pod["metadata"]["name"].endswith(str(rank))]
+            world.sick.ill[key, group] = Illness(rank=rank, pods=frozenset(node_fault_counts))
         case 1:
             everyone = frozenset(pod["metadata"]["uid"] for pod in pods)
             world.sick.ill[key, group] = Illness(rank=random.choice([None, 0, 1]), pods=everyone)

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 from tests.support.kube_world import World, well
 
-from lockstep_operator import decide
-from lockstep_operator.kube import KubeError, Object
-from lockstep_operator.names import KIND, ModelKey
-from lockstep_operator.observe import Report
+from lockstep_operator.cluster.client import KubeError
+from lockstep_operator.decisions import planner, recovery_policy
+from lockstep_operator.types.names import KIND, ModelKey
+from lockstep_operator.types.observed import GroupReport, Object
 from lockstep_runtime.wire import Fault, FaultRecord, GroupState
 
 TYPO = {"spec": {"nodeSelectr": {"a": "b"}}}
@@ -43,7 +43,7 @@ def poison(world: World, key: ModelKey, group: int) -> set[str]:
     fault = FaultRecord(id=1, fault=Fault.HANG, rank=1, message="it stopped", at=world.time, epoch=1)
     status = well(key, group, "inc", "rev")
     status = msgspec.structs.replace(status, state=GroupState.POISONED, since=world.time, faults=[fault])
-    world.groups.said[key, group] = Report(status=status)
+    world.groups.said[key, group] = GroupReport(status=status)
     world.broken = lambda pod: pod["metadata"]["name"] == f"chat-{group}-0" and (key, group) in world.groups.said
     return {pod["metadata"]["uid"] for pod in pods}
 
@@ -183,10 +183,11 @@ async def test_with_a_status_that_is_refused_in_every_form_recovery_still_goes_o
     assert world.condition(key, "Ready")["status"] == "True"
 
 
-@pytest.mark.parametrize("where", ["_group", "recover", "_shared"])
+@pytest.mark.parametrize("where", ["_group", "decide", "_shared"])
 async def test_a_bug_is_told_and_holds_up_no_other_decision(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     world, key = await serving()
-    real = getattr(decide, where)
+    module = recovery_policy if where == "decide" else planner
+    real = getattr(module, where)
 
     def broken(*arguments: object) -> object:
         if where == "_shared" or "chat-1" in str(arguments) or "/1" in str(getattr(arguments[1], "seed", "")):
@@ -198,7 +199,7 @@ async def test_a_bug_is_told_and_holds_up_no_other_decision(where: str, monkeypa
             raise ZeroDivisionError("division by zero")
         return real(*arguments)
 
-    monkeypatch.setattr(decide, where, broken_group if where == "_group" else broken)
+    monkeypatch.setattr(module, where, broken_group if where == "_group" else broken)
     await recycled(world, key, 0, 30.0)
     stalled = world.condition(key, "Stalled")
     assert (stalled["status"], stalled["reason"]) == ("True", "OperatorError")
@@ -214,7 +215,7 @@ async def test_a_bug_outside_of_decisions_is_in_the_status_too(monkeypatch: pyte
     def broken(*arguments: object, **named: object) -> None:
         raise AttributeError("'str' object has no attribute 'get'")
 
-    monkeypatch.setattr("lockstep_operator.status.build", broken)
+    monkeypatch.setattr("lockstep_operator.reporting.status.build", broken)
     await live(world, key, 15.0)
     stalled = world.condition(key, "Stalled")
     assert (stalled["status"], stalled["reason"]) == ("True", "OperatorError")

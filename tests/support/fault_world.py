@@ -15,12 +15,12 @@ import msgspec
 from tests.support.kube_fake import FakeKube, Identity, Killed, clone, is_ready, revision_of
 from tests.support.kube_world import Groups, World, well
 
-from lockstep_operator.kube import KubeError, Object
-from lockstep_operator.memory import Memory, Plan, from_status
-from lockstep_operator.names import GROUP_LABEL, MODEL_LABEL, POD_INDEX_LABEL, REVISION_LABEL, ModelKey
-from lockstep_operator.observe import Report
-from lockstep_operator.recovery import PROVED_SECONDS
-from lockstep_operator.spec import parse
+from lockstep_operator.cluster.client import KubeError
+from lockstep_operator.decisions.recovery_policy import PROVED_SECONDS
+from lockstep_operator.types.names import GROUP_LABEL, MODEL_LABEL, POD_INDEX_LABEL, REVISION_LABEL, ModelKey
+from lockstep_operator.types.observed import GroupReport, Object
+from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, from_status
+from lockstep_operator.types.spec import parse
 from lockstep_runtime.wire import Fault, FaultRecord, GroupState
 
 RECYCLE_GRACE: Final = 5
@@ -71,22 +71,22 @@ class SickGroups(Groups):
         key = ModelKey(metadata["namespace"], labels[MODEL_LABEL])
         return metadata["uid"] in self.hanging or self.is_ill(key, int(labels[GROUP_LABEL]))
 
-    def _report(self, key: ModelKey, group: int, uid: str) -> Report | None:
+    def _report(self, key: ModelKey, group: int, uid: str) -> GroupReport | None:
         if uid in self.hanging:
-            return Report(unreachable_since=self.hanging[uid], error="timed out")
+            return GroupReport(unreachable_since=self.hanging[uid], error="timed out")
         pods = self.pods(key, group)
         leader = next((pod for pod in pods if pod["metadata"]["uid"] == uid), None)
         if leader is None or leader["status"]["phase"] != "Running":
             return None
         if not self.is_ill(key, group):
-            return Report(status=well(key, group, uid, revision_of(leader))) if is_ready(leader) else None
+            return GroupReport(status=well(key, group, uid, revision_of(leader))) if is_ready(leader) else None
         illness = self.ill[key, group]
         try_ = (uid, frozenset(pod["metadata"]["uid"] for pod in pods))
         at = illness.seen.setdefault(try_, self._now())
         number = list(illness.seen).index(try_) + 1
         fault = FaultRecord(id=number, fault=Fault.HANG, rank=illness.rank, message="it stopped", at=at, epoch=number)
         status = well(key, group, uid, revision_of(leader))
-        return Report(status=msgspec.structs.replace(status, state=GroupState.POISONED, faults=[fault], since=at))
+        return GroupReport(status=msgspec.structs.replace(status, state=GroupState.POISONED, faults=[fault], since=at))
 
 
 class FaultWorld(World):
@@ -104,7 +104,7 @@ class FaultWorld(World):
         self.kube.before_read = self._read_trouble
         self.kube.pause = lambda: self.random.randrange(3) if self.chance else 0
         self._older: dict[Identity, Object] = {}
-        self._plans: dict[int, list[tuple[Plan, Memory]]] = {}
+        self._plans: dict[int, list[tuple[RecoveryAction, RecoveryState]]] = {}
         self._deleted = 0
 
     def _trouble(self, verb: str, kind: str, name: str) -> None:
@@ -153,10 +153,12 @@ class FaultWorld(World):
             known = self._plans.setdefault(block["group"], [])
             if memory.plan and not any(same(memory.plan, plan) for plan, _ in known):
                 self._new_plan(known, memory, memory.plan)
-            assert all(count <= policy.attempts for count in memory.spent.values()), "a budget is overdrawn"
+            assert all(count <= policy.attempts for count in memory.attempts_used.values()), "a budget is overdrawn"
         self._only_planned_pods_go()
 
-    def _new_plan(self, known: list[tuple[Plan, Memory]], memory: Memory, plan: Plan) -> None:
+    def _new_plan(
+        self, known: list[tuple[RecoveryAction, RecoveryState]], memory: RecoveryState, plan: RecoveryAction
+    ) -> None:
         if known and memory.failures > 1 and "used again" not in plan.reason:
             before = known[-1][1]
             assert before.next_try is not None
@@ -170,7 +172,7 @@ class FaultWorld(World):
         self._deleted = len(self.kube.deleted)
 
     @property
-    def plans(self) -> Mapping[int, list[tuple[Plan, Memory]]]:
+    def plans(self) -> Mapping[int, list[tuple[RecoveryAction, RecoveryState]]]:
         return self._plans
 
     # --- the end ---
@@ -197,7 +199,7 @@ class FaultWorld(World):
         raise AssertionError(f"not recovered after {passes} passes: {self.status(key)}")
 
 
-def same(one: Plan, other: Plan) -> bool:
+def same(one: RecoveryAction, other: RecoveryAction) -> bool:
     return (one.trigger, one.since, one.rung) == (other.trigger, other.since, other.rung)
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final
 
-from lockstep_operator.drift import quantity
-from lockstep_operator.kube import KubeError
-from lockstep_operator.names import GROUP, KIND, VERSION
-from lockstep_operator.served_schema import WRITTEN
+from lockstep_operator.cluster.client import KubeError
+from lockstep_operator.cluster.served_schema import WRITTEN
+from lockstep_operator.types.names import GROUP, KIND, VERSION
+from lockstep_operator.types.quantity import quantity
 
 _POD_SPEC: Final[Mapping[str, type | tuple[type, ...]]] = {
     "activeDeadlineSeconds": int, "affinity": dict, "automountServiceAccountToken": bool, "containers": list,

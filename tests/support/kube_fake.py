@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 from tests.support import kube_answers
 from tests.support.kube_answers import check_merged, check_quota, check_schema, check_status, check_uid, openapi_schema
 
-from lockstep_operator.kube import KubeError, Object
-from lockstep_operator.moment import text
-from lockstep_operator.names import KIND, POD_INDEX_LABEL, REVISION_LABEL
+from lockstep_operator.cluster.client import KubeError
+from lockstep_operator.types.names import KIND, POD_INDEX_LABEL, REVISION_LABEL
+from lockstep_operator.types.observed import Object
+from lockstep_operator.types.timestamps import format_rfc3339
 
 T = TypeVar("T")
 Identity = tuple[str, str, str]  # kind, namespace, name
@@ -171,7 +172,7 @@ class FakeKube:
             "uid": f"uid-{next(self._numbers)}",
             "resourceVersion": str(next(self._numbers)),
             "generation": 1,
-            "creationTimestamp": text(self.now()),
+            "creationTimestamp": format_rfc3339(self.now()),
         }
         if kind == "Secret":
             data = {
@@ -192,7 +193,9 @@ class FakeKube:
         """Pods end gracefully: the kubelet removes them later, unless no grace is given. All else goes at once."""
         if kind == "Pod" and grace != 0:
             seconds = 60 if grace is None else grace
-            self.objects[kind, namespace, name]["metadata"].setdefault("deletionTimestamp", text(self.now() + seconds))
+            self.objects[kind, namespace, name]["metadata"].setdefault(
+                "deletionTimestamp", format_rfc3339(self.now() + seconds)
+            )
         else:
             del self.objects[kind, namespace, name]
 
@@ -317,7 +320,7 @@ class FakeKube:
                 yield lambda: pod["status"].update(conditions=[unplaced])
             return
         node = allowed[int(pod["metadata"]["labels"][POD_INDEX_LABEL]) % len(allowed)]
-        running = {"name": "lockstep", "state": {"running": {"startedAt": text(self.now())}}}
+        running = {"name": "lockstep", "state": {"running": {"startedAt": format_rfc3339(self.now())}}}
 
         def start() -> None:
             pod["spec"]["nodeName"] = node

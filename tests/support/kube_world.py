@@ -8,15 +8,14 @@ from typing import Any
 
 from tests.support.kube_fake import FakeKube, Killed, is_ready, resource, revision_of
 
+from lockstep_operator.cluster.failures import REFUSED_MOST
 from lockstep_operator.controller import Controller
-from lockstep_operator.failures import REFUSED_MOST
-from lockstep_operator.group_client import Target
-from lockstep_operator.kube import Object
-from lockstep_operator.metrics import Metrics
-from lockstep_operator.names import ModelKey
-from lockstep_operator.observe import Report
+from lockstep_operator.groups.status_poller import PollTarget
 from lockstep_operator.reconcile import Reconciler
+from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.settings import Settings
+from lockstep_operator.types.names import ModelKey
+from lockstep_operator.types.observed import GroupReport, Object
 from lockstep_operator.workqueue import WorkQueue
 from lockstep_runtime.wire import GroupState, GroupStatus, RankState, RankStatus
 
@@ -29,20 +28,20 @@ class Groups:
 
     def __init__(self, kube: FakeKube) -> None:
         self._kube = kube
-        self.said: dict[tuple[ModelKey, int], Report] = {}
-        self.watched: dict[ModelKey, Mapping[int, Target]] = {}
+        self.said: dict[tuple[ModelKey, int], GroupReport] = {}
+        self.watched: dict[ModelKey, Mapping[int, PollTarget]] = {}
 
-    def watch(self, key: ModelKey, targets: Mapping[int, Target]) -> None:
+    def watch(self, key: ModelKey, targets: Mapping[int, PollTarget]) -> None:
         self.watched[key] = dict(targets)
 
-    def reports(self, key: ModelKey, leaders: Mapping[int, str]) -> dict[int, Report]:
+    def reports(self, key: ModelKey, leaders: Mapping[int, str]) -> dict[int, GroupReport]:
         return {group: report for group, uid in leaders.items() if (report := self._report(key, group, uid))}
 
-    def _report(self, key: ModelKey, group: int, uid: str) -> Report | None:
+    def _report(self, key: ModelKey, group: int, uid: str) -> GroupReport | None:
         if (key, group) in self.said:
             return self.said[key, group]
         pods = [pod for pod in self._kube.of_kind("Pod") if pod["metadata"]["uid"] == uid]
-        return Report(status=well(key, group, uid, revision_of(pods[0]))) if pods and is_ready(pods[0]) else None
+        return GroupReport(status=well(key, group, uid, revision_of(pods[0]))) if pods and is_ready(pods[0]) else None
 
 
 def well(key: ModelKey, group: int, incarnation: str, revision: str, size: int = 2) -> GroupStatus:

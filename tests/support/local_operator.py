@@ -93,7 +93,7 @@ def _kubeconfig(server: str) -> Object:
 
 def _live(environment: dict[str, str], log: str) -> None:
     """In the new process."""
-    from lockstep_operator.__main__ import main  # the test process itself needs none of it
+    from lockstep_operator.__main__ import main
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with Path(log).open("ab") as file:

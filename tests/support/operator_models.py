@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from lockstep_operator.groups import Group
-from lockstep_operator.names import ModelKey
-from lockstep_operator.observe import Pod
+from lockstep_operator.groups.group import Group
 from lockstep_operator.settings import Settings
-from lockstep_operator.spec import HostPath, Model
+from lockstep_operator.types.names import ModelKey
+from lockstep_operator.types.observed import Pod
+from lockstep_operator.types.spec import HostPath, Model
 
 NOW = 1_800_000_000.0
 SETTINGS = Settings(runtime_image="runtime:1", operator_namespace="lockstep-system")

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lockstep_operator.overlay import overlay
+from lockstep_operator.decisions.strategic_merge import merge
 from lockstep_runtime.cli import build_parser
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -133,7 +133,7 @@ def test_the_demos_patch_allows_faults_and_nothing_else() -> None:
     assert list(given) == ["LOCKSTEP_ALLOW_FAULTS"]
     assert build_parser(given).parse_args(["serve", "m"]).allow_faults
     assert not build_parser({}).parse_args(["serve", "m"]).allow_faults
-    patched = overlay(plain, patch)
+    patched = merge(plain, patch)
     assert {**patched["spec"], "template": None} == {**plain["spec"], "template": None}
     assert "template" in schema()["properties"]["spec"]["properties"]
 

@@ -10,32 +10,37 @@ import pytest
 from tests.support.kube_world import well
 from tests.support.operator_models import NOW, group, pod
 
-from lockstep_operator.memory import Memory, Rung
-from lockstep_operator.names import ModelKey
-from lockstep_operator.observe import Report
-from lockstep_operator.recovery import PATIENCE_SECONDS, Situation, Verdict, recover
-from lockstep_operator.spec import Recovery
-from lockstep_operator.triggers import RECOVERING_SECONDS, RELOADING_SECONDS
-from lockstep_operator.troubles import Trouble, trouble
+from lockstep_operator.decisions.fault_detection import RECOVERING_SECONDS, RELOADING_SECONDS
+from lockstep_operator.decisions.recovery_policy import PATIENCE_SECONDS, RecoveryDecision, RecoveryInput, decide
+from lockstep_operator.groups.pod_issues import PodIssue, find_issue
+from lockstep_operator.types.names import ModelKey
+from lockstep_operator.types.observed import GroupReport
+from lockstep_operator.types.recovery_state import RecoveryState, Rung
+from lockstep_operator.types.spec import Recovery
 from lockstep_runtime.wire import Fault, FaultRecord, GroupState, RankState
 
 KEY = ModelKey("team", "chat")
 LOST = FaultRecord(id=3, fault=Fault.RANK_LOST, rank=1, message="its connection closed", at=NOW - 130, epoch=1)
 
 
-def recovering(since: float, rank: RankState = RankState.ABSENT, **fields: Any) -> Report:
+def recovering(since: float, rank: RankState = RankState.ABSENT, **fields: Any) -> GroupReport:
     status = well(KEY, 0, "inc", "new")
     ranks = [status.ranks[0], msgspec.structs.replace(status.ranks[1], state=rank)]
     defaults = {"state": GroupState.RECOVERING, "since": since, "ranks": ranks, "faults": [LOST]}
-    return Report(status=msgspec.structs.replace(status, **(defaults | fields)))
+    return GroupReport(status=msgspec.structs.replace(status, **(defaults | fields)))
 
 
-def decided(report: Report, now: float = NOW, memory: Memory = Memory(), **fields: Any) -> Verdict:  # noqa: B008 - frozen
+def decided(
+    report: GroupReport,
+    now: float = NOW,
+    memory: RecoveryState = RecoveryState(),  # noqa: B008 - frozen
+    **fields: Any,
+) -> RecoveryDecision:
     found = fields.pop("of", None) or group(ready=False)
-    return recover(Recovery(), Situation(seed="s", group=found, memory=memory, report=report, **fields), now)
+    return decide(Recovery(), RecoveryInput(seed="s", group=found, memory=memory, report=report, **fields), now)
 
 
-def rung(verdict: Verdict) -> tuple[Rung, tuple[str, ...]] | None:
+def rung(verdict: RecoveryDecision) -> tuple[Rung, tuple[str, ...]] | None:
     plan = verdict.memory.plan
     return (plan.rung, plan.pods) if plan else None
 
@@ -84,7 +89,7 @@ def crashing(index: int = 1, **fields: Any) -> dict[str, Any]:
     well_enough = pod(ready=False).raw
     pods = tuple(pod(0, number, ready=False, raw=raw if number == index else well_enough) for number in range(2))
     found = replace(group(ready=False), pods=pods)
-    return {"of": found, "trouble": trouble(found, {}, NOW), **fields}
+    return {"of": found, "trouble": find_issue(found, {}, NOW), **fields}
 
 
 def test_a_pod_that_keeps_ending_is_replaced_first_and_waited_for_only_then() -> None:
@@ -92,10 +97,12 @@ def test_a_pod_that_keeps_ending_is_replaced_first_and_waited_for_only_then() ->
     verdict = decided(report, **crashing())
     assert rung(verdict) == (Rung.RECYCLE_POD, ("uid-0-1",))
     assert "pod chat-0-1 keeps ending" in verdict.reason
-    silent = Report(unreachable_since=NOW - 5, error="refused")
+    silent = GroupReport(unreachable_since=NOW - 5, error="refused")
     assert rung(decided(silent, **crashing(0))) == (Rung.RECYCLE_POD, ("uid-0-0",))
-    spent = Memory(spent=dict.fromkeys(Rung, 3), failures=9, next_try=NOW + 600)
-    assert decided(report, memory=spent, **crashing()).memory.stalled, "and then it is said that it needs a person"
+    attempts_used = RecoveryState(attempts_used=dict.fromkeys(Rung, 3), failures=9, next_try=NOW + 600)
+    assert decided(report, memory=attempts_used, **crashing()).memory.stalled, (
+        "and then it is said that it needs a person"
+    )
 
 
 def test_a_pod_that_keeps_ending_is_left_while_something_else_must_come_first() -> None:
@@ -103,7 +110,7 @@ def test_a_pod_that_keeps_ending_is_left_while_something_else_must_come_first() 
     unplaced = {"conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no"}]}
     first = pod(0, 0, ready=False, phase="Pending", raw={"metadata": {}, "spec": {}, "status": unplaced})
     both = replace(found, pods=(first, found.pods[1]))
-    both_ways = [trouble(both, {}, NOW), trouble(replace(both, pods=both.pods[::-1]), {}, NOW)]
+    both_ways = [find_issue(both, {}, NOW), find_issue(replace(both, pods=both.pods[::-1]), {}, NOW)]
     assert [one.reason if one else None for one in both_ways] == ["Unschedulable", "Unschedulable"]
     assert rung(decided(recovering(NOW - 30), of=both, trouble=both_ways[0])) is None
 
@@ -112,7 +119,7 @@ def test_scheduling_gates_are_named() -> None:
     gated = {"conditions": [{"type": "PodScheduled", "status": "False", "reason": "SchedulingGated"}]}
     raw = {"metadata": {}, "spec": {"schedulingGates": [{"name": "queue.dev/wait"}]}, "status": gated}
     found = replace(group(ready=False), pods=(pod(ready=False, phase="Pending", raw=raw),))
-    assert trouble(found, {}, NOW) == Trouble(
+    assert find_issue(found, {}, NOW) == PodIssue(
         "SchedulingGated",
         "pod chat-0-0 is held back by its scheduling gates (queue.dev/wait): whoever set them lets it go",
     )

@@ -7,12 +7,12 @@ import asyncio
 import pytest
 
 from lockstep_operator.backoff import backoff
+from lockstep_operator.cluster.client import KubeError
 from lockstep_operator.controller import BUSY_PASSES, Controller
-from lockstep_operator.kube import KubeError
-from lockstep_operator.metrics import Metrics
-from lockstep_operator.names import ModelKey
-from lockstep_operator.reconcile import Outcome
+from lockstep_operator.reconcile import ReconcileOutcome
+from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.settings import Settings, read_settings
+from lockstep_operator.types.names import ModelKey
 from lockstep_operator.workqueue import WorkQueue
 
 KEY = ModelKey("team", "chat")
@@ -67,23 +67,23 @@ async def test_a_waiting_worker_is_woken() -> None:
 class Scripted:
     """Reconciliations that end as told."""
 
-    def __init__(self, *ends: Outcome | Exception) -> None:
+    def __init__(self, *ends: ReconcileOutcome | Exception) -> None:
         self.ends = list(ends)
 
-    async def __call__(self, key: ModelKey) -> Outcome:
+    async def __call__(self, key: ModelKey) -> ReconcileOutcome:
         end = self.ends.pop(0)
         if isinstance(end, Exception):
             raise end
         return end
 
 
-def controller(*ends: Outcome | Exception) -> Controller:
+def controller(*ends: ReconcileOutcome | Exception) -> Controller:
     return Controller(WorkQueue(lambda: 0.0), Scripted(*ends), Metrics())
 
 
 async def test_failures_are_retried_with_growing_delays_until_a_success() -> None:
     error = KubeError(503, "ServiceUnavailable", "later")
-    steps = controller(*[error] * 8, Outcome(again=60.0), error)
+    steps = controller(*[error] * 8, ReconcileOutcome(requeue_after=60.0), error)
     delays = [await steps.step(KEY) or 0.0 for _ in range(10)]
     assert 0.25 <= delays[0] <= 0.5
     assert 30 <= delays[7] <= 60
@@ -92,7 +92,7 @@ async def test_failures_are_retried_with_growing_delays_until_a_success() -> Non
 
 
 async def test_a_bug_in_one_model_stops_no_other() -> None:
-    steps = controller(ValueError("a bug"), Outcome(again=10.0))
+    steps = controller(ValueError("a bug"), ReconcileOutcome(requeue_after=10.0))
     assert (await steps.step(KEY) or 0) >= 1.0
     assert await steps.step(ModelKey("team", "other")) is not None
 
@@ -103,11 +103,24 @@ def failing(metrics: Metrics) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "end", [KubeError(500, "", "field not declared in schema"), ValueError("a bug"), Outcome(again=60.0, failing=True)]
+    "end",
+    [
+        KubeError(500, "", "field not declared in schema"),
+        ValueError("a bug"),
+        ReconcileOutcome(requeue_after=60.0, failing=True),
+    ],
 )
-async def test_one_model_that_can_not_be_reconciled_shows_until_it_can_or_is_gone(end: Outcome | Exception) -> None:
+async def test_one_model_that_can_not_be_reconciled_shows_until_it_can_or_is_gone(
+    end: ReconcileOutcome | Exception,
+) -> None:
     metrics = Metrics()
-    script = Scripted(end, Outcome(again=60.0), Outcome(again=60.0), end, Outcome(again=None))
+    script = Scripted(
+        end,
+        ReconcileOutcome(requeue_after=60.0),
+        ReconcileOutcome(requeue_after=60.0),
+        end,
+        ReconcileOutcome(requeue_after=None),
+    )
     steps = Controller(WorkQueue(lambda: 0.0), script, metrics)
     await steps.step(KEY)
     assert failing(metrics) == {"chat": 1}
@@ -122,14 +135,14 @@ async def test_one_model_that_can_not_be_reconciled_shows_until_it_can_or_is_gon
 
 
 async def test_a_fight_with_another_writer_is_slowed_down() -> None:
-    steps = controller(*[Outcome(again=0.0, wrote=True)] * (BUSY_PASSES + 8))
+    steps = controller(*[ReconcileOutcome(requeue_after=0.0, wrote=True)] * (BUSY_PASSES + 8))
     delays = [await steps.step(KEY) or 0.0 for _ in range(BUSY_PASSES + 8)]
     assert delays[:BUSY_PASSES] == [0.0] * BUSY_PASSES
     assert delays[-1] >= 30
 
 
 async def test_a_model_that_is_gone_is_not_looked_at_again() -> None:
-    assert await controller(Outcome(again=None)).step(KEY) is None
+    assert await controller(ReconcileOutcome(requeue_after=None)).step(KEY) is None
 
 
 async def test_workers_run_models_at_the_same_time_but_no_model_twice() -> None:
@@ -141,7 +154,7 @@ async def test_workers_run_models_at_the_same_time_but_no_model_twice() -> None:
     )
     seen: list[ModelKey] = []
 
-    async def reconcile(key: ModelKey) -> Outcome:
+    async def reconcile(key: ModelKey) -> ReconcileOutcome:
         nonlocal most
         assert key not in running
         running.add(key)
@@ -152,7 +165,7 @@ async def test_workers_run_models_at_the_same_time_but_no_model_twice() -> None:
         seen.append(key)
         if len(seen) >= 12:
             done.set()
-        return Outcome(again=None)
+        return ReconcileOutcome(requeue_after=None)
 
     task = asyncio.create_task(Controller(queue, reconcile, Metrics()).run(3))
     for name in "abcd":
@@ -203,7 +216,11 @@ def test_settings_that_make_no_sense_end_with_a_sentence(
 
 async def test_a_model_that_can_not_be_made_as_asked_is_counted_and_no_longer_when_it_is() -> None:
     metrics = Metrics()
-    ends = Scripted(Outcome(again=9.0, failing=True), Outcome(again=9.0), KubeError(503, "", "later"))
+    ends = Scripted(
+        ReconcileOutcome(requeue_after=9.0, failing=True),
+        ReconcileOutcome(requeue_after=9.0),
+        KubeError(503, "", "later"),
+    )
     steps = Controller(WorkQueue(lambda: 0.0), ends, metrics)
     found: list[float | None] = []
     for _ in range(3):

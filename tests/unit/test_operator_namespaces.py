@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from tests.support.kube_world import World
 
-from lockstep_operator import namespaces
-from lockstep_operator.kube import KubeError, Object
-from lockstep_operator.metrics import Metrics
-from lockstep_operator.namespaces import Namespaces
+from lockstep_operator.cluster import namespaces
+from lockstep_operator.cluster.client import KubeError
+from lockstep_operator.cluster.namespaces import Namespaces
+from lockstep_operator.reporting.metrics import Metrics
+from lockstep_operator.types.observed import Object
 
 FORBIDDEN = KubeError(403, "Forbidden", "pods is forbidden: it cannot list resource")
 UNAVAILABLE = KubeError(503, "ServiceUnavailable", "etcd is away")
@@ -56,9 +57,10 @@ async def test_each_kind_that_is_watched_must_be_granted(kind: str, caplog: pyte
 
 
 async def test_what_kopf_watches_is_what_is_asked_about() -> None:
-    from lockstep_operator import handlers, kube
+    from lockstep_operator import handlers
+    from lockstep_operator.cluster import client
 
-    plurals = {kube.RESOURCES[kind][1] for kind in namespaces.WATCHED}
+    plurals = {client.RESOURCES[kind][1] for kind in namespaces.WATCHED}
     assert plurals == {plural for _, _, plural in handlers.WATCHED} | {"tensorparallelmodels"}
 
 

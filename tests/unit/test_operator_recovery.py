@@ -12,15 +12,21 @@ from hypothesis import strategies as st
 from tests.support.kube_world import well
 from tests.support.operator_models import NOW, group, pod
 
-from lockstep_operator.groups import Group
-from lockstep_operator.memory import Memory, Plan, Rung, from_status, to_status
-from lockstep_operator.moment import text
-from lockstep_operator.names import ModelKey
-from lockstep_operator.observe import Pod, Report
-from lockstep_operator.recovery import PATIENCE_SECONDS, PROVED_SECONDS, Situation, Verdict, recover
-from lockstep_operator.spec import Recovery
-from lockstep_operator.triggers import HUNG_SECONDS, find_trigger
-from lockstep_operator.troubles import Trouble
+from lockstep_operator.decisions.fault_detection import HUNG_SECONDS, detect_fault
+from lockstep_operator.decisions.recovery_policy import (
+    PATIENCE_SECONDS,
+    PROVED_SECONDS,
+    RecoveryDecision,
+    RecoveryInput,
+    decide,
+)
+from lockstep_operator.groups.group import Group
+from lockstep_operator.groups.pod_issues import PodIssue
+from lockstep_operator.types.names import ModelKey
+from lockstep_operator.types.observed import GroupReport, Pod
+from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung, from_status, to_status
+from lockstep_operator.types.spec import Recovery
+from lockstep_operator.types.timestamps import format_rfc3339
 from lockstep_runtime.wire import Fault, FaultRecord, GroupState, RankState
 
 KEY = ModelKey("team", "chat")
@@ -37,36 +43,36 @@ def placed(index: int, node: str, **fields: Any) -> Pod:
     return pod(0, index, **(defaults | fields))
 
 
-def poisoned(number: int = 1, rank: int | None = 1, *, size: int = 2, **fields: Any) -> Report:
+def poisoned(number: int = 1, rank: int | None = 1, *, size: int = 2, **fields: Any) -> GroupReport:
     fault = FaultRecord(id=number, fault=Fault.HANG, rank=rank, message="rank 1 stopped", at=NOW - 3, epoch=1)
     status = well(KEY, 0, "inc", "new", size)
-    return Report(status=msgspec.structs.replace(status, state=GroupState.POISONED, faults=[fault], **fields))
+    return GroupReport(status=msgspec.structs.replace(status, state=GroupState.POISONED, faults=[fault], **fields))
 
 
-def serving() -> Report:
-    return Report(status=well(KEY, 0, "inc", "new"))
+def serving() -> GroupReport:
+    return GroupReport(status=well(KEY, 0, "inc", "new"))
 
 
 def decided(
-    memory: Memory = Memory(),  # noqa: B008 - frozen
+    memory: RecoveryState = RecoveryState(),  # noqa: B008 - frozen
     *,
     of: Group | None = None,
-    report: Report | None = None,
+    report: GroupReport | None = None,
     policy: Recovery = POLICY,
     now: float = NOW,
     **fields: Any,
-) -> Verdict:
+) -> RecoveryDecision:
     found = of or on_nodes("n1", "n2")
     said = poisoned() if report is None else report
-    return recover(policy, Situation(seed="uid/0", group=found, memory=memory, report=said, **fields), now)
+    return decide(policy, RecoveryInput(seed="uid/0", group=found, memory=memory, report=said, **fields), now)
 
 
-def rungs(verdict: Verdict) -> Rung | None:
+def rungs(verdict: RecoveryDecision) -> Rung | None:
     return verdict.memory.plan.rung if verdict.memory.plan else None
 
 
 def test_a_group_that_serves_needs_nothing() -> None:
-    assert decided(of=group(), report=serving()) == Verdict(memory=Memory())
+    assert decided(of=group(), report=serving()) == RecoveryDecision(memory=RecoveryState())
 
 
 def test_the_suspects_pod_is_replaced_first() -> None:
@@ -78,8 +84,8 @@ def test_the_suspects_pod_is_replaced_first() -> None:
         "group 0 can't heal Hang of rank 1 (rank 1 stopped): pod chat-0-1 is replaced, the others keep their weights"
     )
     assert verdict.targets == (), "what isn't written yet isn't done"
-    assert verdict.again == 0.0
-    assert verdict.memory.spent == {Rung.RECYCLE_POD: 1}
+    assert verdict.requeue_after == 0.0
+    assert verdict.memory.attempts_used == {Rung.RECYCLE_POD: 1}
 
 
 def test_what_was_written_is_done_and_done_once() -> None:
@@ -88,7 +94,7 @@ def test_what_was_written_is_done_and_done_once() -> None:
     assert [target.uid for target in verdict.targets] == ["uid-0-1"]
     assert verdict.memory == planned
     ending = replace(on_nodes("n1", "n2"), pods=(placed(0, "n1"), placed(1, "n2", deleting=NOW + 5)))
-    assert decided(planned, of=ending) == Verdict(memory=planned, reason=verdict.reason)
+    assert decided(planned, of=ending) == RecoveryDecision(memory=planned, reason=verdict.reason)
 
 
 def test_a_pod_of_the_same_name_made_since_is_not_the_one_that_was_meant() -> None:
@@ -106,7 +112,7 @@ def test_a_pod_of_the_same_name_made_since_is_not_the_one_that_was_meant() -> No
         (on_nodes("n1"), poisoned(rank=0, size=1)),
     ],
 )
-def test_without_a_suspect_or_with_a_single_pod_the_whole_group_is_replaced(found: Group, report: Report) -> None:
+def test_without_a_suspect_or_with_a_single_pod_the_whole_group_is_replaced(found: Group, report: GroupReport) -> None:
     verdict = decided(of=found, report=report)
     assert rungs(verdict) is Rung.RECYCLE_GROUP
     assert verdict.reason.endswith("(rank 1 stopped): all its pods are replaced")
@@ -125,9 +131,9 @@ def test_the_same_fault_is_given_time_while_ranks_load_and_then_patience() -> No
     assert loading.status
     ranks = [loading.status.ranks[0], msgspec.structs.replace(loading.status.ranks[1], state=RankState.LOADING)]
     slow = decided(planned, of=anew, report=poisoned(ranks=ranks), now=NOW + 9999)
-    assert (rungs(slow), slow.again) == (Rung.RECYCLE_POD, None)
+    assert (rungs(slow), slow.requeue_after) == (Rung.RECYCLE_POD, None)
     waiting = decided(planned, of=anew, now=NOW + 20)
-    assert (rungs(waiting), waiting.again) == (Rung.RECYCLE_POD, PATIENCE_SECONDS - 12)
+    assert (rungs(waiting), waiting.requeue_after) == (Rung.RECYCLE_POD, PATIENCE_SECONDS - 12)
     assert rungs(decided(planned, of=anew, now=NOW + 8 + PATIENCE_SECONDS)) is Rung.RECYCLE_GROUP
 
 
@@ -140,12 +146,12 @@ def test_a_new_fault_after_a_repair_means_that_it_failed_and_the_next_rung_waits
     assert planned.next_try is not None
     assert NOW + 8 <= planned.next_try <= NOW + 10
     assert early.reason == (
-        f"the last repair did not hold (Hang: rank 1 stopped): the next is at {text(planned.next_try)}"
+        f"the last repair did not hold (Hang: rank 1 stopped): the next is at {format_rfc3339(planned.next_try)}"
     )
-    assert early.again == planned.next_try - (NOW + 3)
+    assert early.requeue_after == planned.next_try - (NOW + 3)
     later = decided(planned, of=anew, report=poisoned(2), now=NOW + 11)
     assert rungs(later) is Rung.RECYCLE_GROUP
-    assert later.memory.spent == {Rung.RECYCLE_POD: 1, Rung.RECYCLE_GROUP: 1}
+    assert later.memory.attempts_used == {Rung.RECYCLE_POD: 1, Rung.RECYCLE_GROUP: 1}
     assert later.memory.failures == 2
 
 
@@ -156,51 +162,55 @@ def test_the_same_fault_after_another_try_is_a_new_one() -> None:
     assert rungs(decided(planned, of=anew, report=poisoned(since=NOW + 15), now=NOW + 20)) is Rung.RECYCLE_GROUP
 
 
-def plan(rung: Rung, **fields: Any) -> Plan:
+def plan(rung: Rung, **fields: Any) -> RecoveryAction:
     defaults: dict[str, Any] = {
         "rung": rung, "trigger": "inc/1", "fault": "Hang", "rank": 1, "reason": "because", "pods": (),
         "since": NOW - 99, "noticed": NOW - 100, "incarnation": "inc",
     }  # fmt: skip
-    return Plan(**(defaults | fields))
+    return RecoveryAction(**(defaults | fields))
 
 
 def test_a_node_that_keeps_failing_is_left() -> None:
-    memory = Memory(plan=plan(Rung.RECYCLE_GROUP), spent={Rung.RECYCLE_GROUP: 1}, suspects={"n2": 1}, failures=1)
+    memory = RecoveryState(
+        plan=plan(Rung.RECYCLE_GROUP), attempts_used={Rung.RECYCLE_GROUP: 1}, node_fault_counts={"n2": 1}, failures=1
+    )
     verdict = decided(memory, report=poisoned(2))
     assert rungs(verdict) is Rung.MOVE_AWAY
     assert verdict.memory.avoided == {"n2": NOW + 3600}
     assert verdict.reason.endswith(
-        f"all its pods are replaced and kept away from node n2, which keeps failing, until {text(NOW + 3600)}"
+        f"all its pods are replaced and kept away from node n2, which keeps failing, until {format_rfc3339(NOW + 3600)}"
     )
     expired = decided(verdict.memory, of=group(), report=serving(), now=NOW + 3600)
     assert expired.memory.avoided == {}
 
 
 def test_where_there_is_no_other_node_the_old_one_is_used_again() -> None:
-    memory = Memory(plan=plan(Rung.MOVE_AWAY, pods=("old",)), spent={Rung.MOVE_AWAY: 1}, avoided={"n1": NOW + 3600})
+    memory = RecoveryState(
+        plan=plan(Rung.MOVE_AWAY, pods=("old",)), attempts_used={Rung.MOVE_AWAY: 1}, avoided={"n1": NOW + 3600}
+    )
     pending = on_nodes("", "", phase="Pending", created=NOW - 31)
-    trouble = Trouble("Unschedulable", "pod chat-0-0 finds no node")
-    verdict = decided(memory, of=pending, report=Report(), trouble=trouble)
+    trouble = PodIssue("Unschedulable", "pod chat-0-0 finds no node")
+    verdict = decided(memory, of=pending, report=GroupReport(), trouble=trouble)
     assert verdict.reason == "no other node can take the pods, so n1 is used again"
     assert verdict.memory.avoided == {}
-    assert verdict.memory.spent == {Rung.MOVE_AWAY: 3}, "the rung is of no use here"
+    assert verdict.memory.attempts_used == {Rung.MOVE_AWAY: 3}, "the rung is of no use here"
     assert verdict.memory.plan
     assert verdict.memory.plan.pods == ("uid-0-0", "uid-0-1"), "which ask for another node still"
     young = on_nodes("", "", phase="Pending", created=NOW - 5)
-    assert decided(memory, of=young, report=Report(), trouble=trouble).memory.avoided == memory.avoided
+    assert decided(memory, of=young, report=GroupReport(), trouble=trouble).memory.avoided == memory.avoided
 
 
 def test_when_the_budget_is_spent_it_says_so_and_tries_again_slowly() -> None:
-    spent = {Rung.RECYCLE_POD: 3, Rung.RECYCLE_GROUP: 3}
-    memory = Memory(plan=plan(Rung.RECYCLE_GROUP), spent=spent, failures=6, next_try=NOW + 300)
+    attempts_used = {Rung.RECYCLE_POD: 3, Rung.RECYCLE_GROUP: 3}
+    memory = RecoveryState(plan=plan(Rung.RECYCLE_GROUP), attempts_used=attempts_used, failures=6, next_try=NOW + 300)
     stalled = decided(memory, report=poisoned(2))
     assert stalled.memory.stalled
     assert stalled.reason == (
         "nothing has helped against Hang (rank 1 stopped) and the budget of 3 attempts for each rung is spent: "
-        f"the next try is at {text(NOW + 300)}, later ones ever more seldom"
+        f"the next try is at {format_rfc3339(NOW + 300)}, later ones ever more seldom"
     )
     late = decided(stalled.memory, report=poisoned(2), now=NOW + 300)
-    assert late.memory.spent == spent, "never overdrawn"
+    assert late.memory.attempts_used == attempts_used, "never overdrawn"
     assert (rungs(late), late.memory.stalled, late.memory.failures) == (Rung.RECYCLE_GROUP, True, 7)
     assert "a late try: all its pods are replaced" in late.reason
     assert late.memory.next_try is not None
@@ -208,20 +218,24 @@ def test_when_the_budget_is_spent_it_says_so_and_tries_again_slowly() -> None:
 
 
 def test_a_repair_that_holds_is_proved_and_budgets_come_back_with_healthy_time() -> None:
-    memory = Memory(plan=plan(Rung.RECYCLE_POD, pods=("x",)), spent={Rung.RECYCLE_POD: 3}, failures=2, next_try=NOW)
+    memory = RecoveryState(
+        plan=plan(Rung.RECYCLE_POD, pods=("x",)), attempts_used={Rung.RECYCLE_POD: 3}, failures=2, next_try=NOW
+    )
     begun = decided(memory, of=group(), report=serving()).memory
     assert begun.plan
     assert (begun.healthy_since, begun.plan.healed, begun.plan.pods) == (NOW, True, ())
     proved = decided(begun, of=group(), report=serving(), now=NOW + PROVED_SECONDS).memory
     assert (proved.plan, proved.failures, proved.next_try) == (None, 0, None)
-    assert proved.spent == {Rung.RECYCLE_POD: 3}
+    assert proved.attempts_used == {Rung.RECYCLE_POD: 3}
     fallen = decided(proved, now=NOW + 2 * 1200).memory
-    assert fallen.spent == {Rung.RECYCLE_POD: 2}, "two thirds of the window gave two back, and one was used at once"
-    assert decided(proved, of=group(), report=serving(), now=NOW + 3600).memory == Memory()
+    assert fallen.attempts_used == {Rung.RECYCLE_POD: 2}, (
+        "two thirds of the window gave two back, and one was used at once"
+    )
+    assert decided(proved, of=group(), report=serving(), now=NOW + 3600).memory == RecoveryState()
 
 
 def test_a_repair_that_does_not_hold_has_failed() -> None:
-    memory = Memory(plan=plan(Rung.RECYCLE_POD), spent={Rung.RECYCLE_POD: 1}, failures=1)
+    memory = RecoveryState(plan=plan(Rung.RECYCLE_POD), attempts_used={Rung.RECYCLE_POD: 1}, failures=1)
     begun = decided(memory, of=group(), report=serving()).memory
     assert rungs(decided(begun, report=poisoned(2), now=NOW + PROVED_SECONDS - 1)) is Rung.RECYCLE_GROUP
     assert rungs(decided(begun, report=poisoned(2), now=NOW + PROVED_SECONDS)) is Rung.RECYCLE_POD
@@ -233,9 +247,9 @@ def test_observe_only_says() -> None:
     assert verdict.reason.endswith(
         "pod chat-0-1 is replaced, the others keep their weights (not done, because recovery.mode is Observe)"
     )
-    assert (verdict.memory.spent, verdict.memory.failures) == ({}, 0)
-    again = decided(verdict.memory, policy=policy, now=NOW + 99)
-    assert (again.memory, again.targets, again.reason) == (verdict.memory, (), verdict.reason)
+    assert (verdict.memory.attempts_used, verdict.memory.failures) == ({}, 0)
+    requeue_after = decided(verdict.memory, policy=policy, now=NOW + 99)
+    assert (requeue_after.memory, requeue_after.targets, requeue_after.reason) == (verdict.memory, (), verdict.reason)
     assert rungs(decided(verdict.memory, now=NOW + 99)) is Rung.RECYCLE_POD, "enforced from now on"
     assert decided(decided().memory, policy=policy).targets == (), "no longer enforced"
 
@@ -248,7 +262,7 @@ def test_observe_only_says() -> None:
             "group 0 is being replaced by revision x anyway",
         ),
         (
-            {"trouble": Trouble("ImagePullFailed", "pod chat-0-1 can't get image runtime:1: gone")},
+            {"trouble": PodIssue("ImagePullFailed", "pod chat-0-1 can't get image runtime:1: gone")},
             "pod chat-0-1 can't get image runtime:1: gone; that comes first, replacing pods wouldn't mend it",
         ),
         ({"of": replace(on_nodes("n1"), workload=group().workload)}, "waits until its missing pods are made anew"),
@@ -264,16 +278,16 @@ def test_observe_only_says() -> None:
 )
 def test_what_mends_itself_or_needs_a_person_is_waited_for(fields: dict[str, Any], reason: str) -> None:
     verdict = decided(**fields)
-    assert (verdict.reason, verdict.memory, verdict.targets) == (reason, Memory(), ())
+    assert (verdict.reason, verdict.memory, verdict.targets) == (reason, RecoveryState(), ())
 
 
 def hanging(started: float, *, ready: bool = False) -> Group:
-    state = {"state": {"running": {"startedAt": text(started)}}}
+    state = {"state": {"running": {"startedAt": format_rfc3339(started)}}}
     raw = {"metadata": {}, "spec": {"nodeName": "n1"}, "status": {"containerStatuses": [state]}}
     return replace(on_nodes("n1", "n2"), pods=(pod(0, 0, ready=ready, raw=raw), placed(1, "n2")))
 
 
-SILENT = Report(unreachable_since=NOW - HUNG_SECONDS, error="timed out")
+SILENT = GroupReport(unreachable_since=NOW - HUNG_SECONDS, error="timed out")
 
 
 def test_a_first_pod_that_hangs_is_replaced() -> None:
@@ -288,28 +302,33 @@ def test_a_first_pod_that_hangs_is_replaced() -> None:
     [
         (hanging(NOW - 500, ready=True), SILENT),  # its kubelet reaches it: the network is at fault
         (hanging(NOW - 10), SILENT),  # just started again by its kubelet
-        (hanging(NOW - 500), Report(unreachable_since=NOW - HUNG_SECONDS + 1, error="timed out")),
+        (hanging(NOW - 500), GroupReport(unreachable_since=NOW - HUNG_SECONDS + 1, error="timed out")),
         (on_nodes("n1", "n2"), SILENT),  # no container runs
         (hanging(NOW - 500), serving()),
-        (hanging(NOW - 500), Report()),
+        (hanging(NOW - 500), GroupReport()),
         (replace(hanging(NOW - 500), pods=()), SILENT),
     ],
 )
-def test_a_first_pod_that_may_only_be_out_of_reach_is_left_alone(found: Group, report: Report) -> None:
-    assert find_trigger(found, report, NOW) is None
+def test_a_first_pod_that_may_only_be_out_of_reach_is_left_alone(found: Group, report: GroupReport) -> None:
+    assert detect_fault(found, report, NOW) is None
 
 
 def unready(since: float, started: float = NOW - 500) -> Group:
     found = hanging(started)
-    ready = {"type": "Ready", "status": "False", "reason": "ContainersNotReady", "lastTransitionTime": text(since)}
+    ready = {
+        "type": "Ready",
+        "status": "False",
+        "reason": "ContainersNotReady",
+        "lastTransitionTime": format_rfc3339(since),
+    }
     leader = found.pods[0]
     raw = {**leader.raw, "status": {**leader.raw["status"], "conditions": [ready]}}
     return replace(found, pods=(replace(leader, raw=raw), found.pods[1]))
 
 
-def at_rest(last_step: float | None = NOW - 200, **fields: Any) -> Report:
+def at_rest(last_step: float | None = NOW - 200, **fields: Any) -> GroupReport:
     status = well(KEY, 0, "inc", "new")
-    return Report(status=msgspec.structs.replace(status, last_step_at=last_step, **fields))
+    return GroupReport(status=msgspec.structs.replace(status, last_step_at=last_step, **fields))
 
 
 def test_a_first_pod_whose_engine_hangs_is_replaced() -> None:
@@ -329,22 +348,24 @@ def test_a_first_pod_whose_engine_hangs_is_replaced() -> None:
         (hanging(NOW - 500, ready=True), at_rest()),
     ],
 )
-def test_a_first_pod_that_is_only_busy_or_not_yet_ready_is_left_alone(found: Group, report: Report) -> None:
-    assert find_trigger(found, report, NOW) is None
+def test_a_first_pod_that_is_only_busy_or_not_yet_ready_is_left_alone(found: Group, report: GroupReport) -> None:
+    assert detect_fault(found, report, NOW) is None
 
 
 def test_nothing_is_decided_on_what_nobody_has_heard() -> None:
-    silent = recover(POLICY, Situation(seed="s", group=on_nodes("n1"), memory=Memory()), NOW)
-    assert silent == Verdict(memory=Memory())
+    silent = decide(POLICY, RecoveryInput(seed="s", group=on_nodes("n1"), memory=RecoveryState()), NOW)
+    assert silent == RecoveryDecision(memory=RecoveryState())
     planned = decided().memory
-    assert recover(POLICY, Situation(seed="s", group=group(), memory=planned), NOW).targets == (), "it may serve by now"
+    assert decide(POLICY, RecoveryInput(seed="s", group=group(), memory=planned), NOW).targets == (), (
+        "it may serve by now"
+    )
 
 
 def test_poisoned_without_a_fault_is_still_poisoned() -> None:
     status = msgspec.structs.replace(
         well(KEY, 0, "inc", "new"), state=GroupState.POISONED, message="no idea", since=1.0
     )
-    trigger = find_trigger(group(), Report(status=status), NOW)
+    trigger = detect_fault(group(), GroupReport(status=status), NOW)
     assert trigger is not None
     assert (trigger.key, trigger.fault, trigger.message, trigger.noticed) == ("inc/0@1", "Poisoned", "no idea", 1.0)
 
@@ -353,7 +374,7 @@ counts = st.dictionaries(st.sampled_from(list(Rung)), st.integers(1, 9))
 times = st.integers(0, 4_000_000_000).map(float)
 nodes = st.text("abc-", min_size=1, max_size=5)
 plans = st.builds(
-    Plan,
+    RecoveryAction,
     rung=st.sampled_from(list(Rung)),
     trigger=st.text(max_size=5),
     fault=st.text(max_size=5),
@@ -363,37 +384,39 @@ plans = st.builds(
     since=times,
     noticed=times,
     incarnation=st.text(max_size=5),
-    only_said=st.booleans(),
+    dry_run=st.booleans(),
     healed=st.booleans(),
 )
 memories = st.builds(
-    Memory,
+    RecoveryState,
     plan=st.none() | plans,
-    spent=counts,
+    attempts_used=counts,
     failures=st.integers(0, 9),
     next_try=st.none() | times,
     healthy_since=st.none() | times,
     stalled=st.booleans(),
-    suspects=st.dictionaries(nodes, st.integers(1, 9)),
+    node_fault_counts=st.dictionaries(nodes, st.integers(1, 9)),
     avoided=st.dictionaries(nodes, times),
 )
 
 
 @given(memories)
-def test_memory_survives_the_status(memory: Memory) -> None:
+def test_memory_survives_the_status(memory: RecoveryState) -> None:
     assert from_status(to_status(memory)) == memory
 
 
 @given(memories, st.integers(-50, 5000), st.booleans(), st.booleans())
-@example(Memory(spent={Rung.RECYCLE_POD: 1}, healthy_since=NOW + 3600), 0, False, False)  # by a clock that is ahead
+@example(
+    RecoveryState(attempts_used={Rung.RECYCLE_POD: 1}, healthy_since=NOW + 3600), 0, False, False
+)  # by a clock that is ahead
 def test_budgets_are_never_overdrawn_and_nothing_unwritten_is_done(
-    memory: Memory, later: int, serves: bool, observe: bool
+    memory: RecoveryState, later: int, serves: bool, observe: bool
 ) -> None:
     found, report = (group(), serving()) if serves else (on_nodes("n1", "n2"), poisoned(2))
     policy = Recovery(observe=observe)
     verdict = decided(memory, of=found, report=report, policy=policy, now=NOW + later)
-    for rung, count in verdict.memory.spent.items():
-        assert count <= max(policy.attempts, memory.spent.get(rung, 0))
+    for rung, count in verdict.memory.attempts_used.items():
+        assert count <= max(policy.attempts, memory.attempts_used.get(rung, 0))
     written = memory.plan.pods if memory.plan else ()
     assert all(target.uid in written for target in verdict.targets)
     assert not (observe and verdict.targets)

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.operator_models import group
 
-from lockstep_operator.groups import Group
-from lockstep_operator.rollout import Step, plan
+from lockstep_operator.decisions.rollout import RolloutStep, plan
+from lockstep_operator.groups.group import Group
 
 
 def steps(*groups: Group, most: int = 1) -> list[str]:
@@ -65,7 +65,7 @@ kinds = st.sampled_from(["", "old", "new", "other"])
 def test_never_more_groups_are_down_than_allowed(kinds: list[tuple[str, bool]], most: int) -> None:
     groups = [group(index, revision, ready=ready) for index, (revision, ready) in enumerate(kinds)]
     turns = plan(groups, "new", most)
-    taken = [g for g, turn in zip(groups, turns, strict=True) if turn.step is Step.REPLACE]
+    taken = [g for g, turn in zip(groups, turns, strict=True) if turn.step is RolloutStep.REPLACE]
     down = sum(not g.ready for g in groups)
     assert down + sum(g.ready for g in taken) <= max(most, down)
     assert [turn.group for turn in turns] == [g.index for g in groups]
@@ -75,4 +75,4 @@ def test_never_more_groups_are_down_than_allowed(kinds: list[tuple[str, bool]], 
 @given(st.lists(st.booleans(), min_size=1, max_size=6), st.integers(1, 3))
 def test_something_always_moves_unless_a_moved_group_is_waited_for(ready: list[bool], most: int) -> None:
     groups = [group(index, "old", ready=up) for index, up in enumerate(ready)]
-    assert any(turn.step is Step.REPLACE for turn in plan(groups, "new", most))
+    assert any(turn.step is RolloutStep.REPLACE for turn in plan(groups, "new", most))

@@ -11,14 +11,14 @@ import pytest
 from tests.support.kube_world import well
 from tests.support.operator_models import NOW, group, model, pod
 
-from lockstep_operator.decide import Decision
-from lockstep_operator.groups import Group
-from lockstep_operator.memory import Memory, Plan, Rung
-from lockstep_operator.names import ModelKey
-from lockstep_operator.observe import Observed, Report
-from lockstep_operator.recovery import Verdict
-from lockstep_operator.rollout import plan
-from lockstep_operator.status import build, worth_writing
+from lockstep_operator.decisions.planner import Decision
+from lockstep_operator.decisions.recovery_policy import RecoveryDecision
+from lockstep_operator.decisions.rollout import plan
+from lockstep_operator.groups.group import Group
+from lockstep_operator.reporting.status import build, worth_writing
+from lockstep_operator.types.names import ModelKey
+from lockstep_operator.types.observed import GroupReport, Observed
+from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung
 from lockstep_runtime.wire import Fault, FaultRecord, GroupState, GroupStatus, Latency, RankState
 
 KEY = ModelKey("team", "llama-405b-instruct")
@@ -54,16 +54,16 @@ def said(number: int, size: int, *, ill: bool) -> GroupStatus:
 
 def status_of(groups: int, size: int, ill: int, old: Mapping[str, Any] | None = None) -> dict[str, Any]:
     found = of_many(groups, size)
-    reports = {number: Report(status=said(number, size, ill=number < ill)) for number in range(groups)}
+    reports = {number: GroupReport(status=said(number, size, ill=number < ill)) for number in range(groups)}
     observed = Observed(
         status=old or {}, resource_version="1", token="t", children={}, reports=reports if old is None else {}
     )
-    step = Plan(
+    step = RecoveryAction(
         rung=Rung.RECYCLE_GROUP, trigger="0123456789abcdef/7@1800000000", fault="RankLost", rank=1, reason="r" * 900,
         pods=tuple(UID.format(index) for index in range(size)), since=NOW, noticed=NOW, incarnation="0123456789abcdef",
     )  # fmt: skip
-    memory = Memory(plan=step, spent={Rung.RECYCLE_GROUP: 2}, failures=2, next_try=NOW)
-    verdicts = {number: Verdict(memory=memory, reason=step.reason) for number in range(ill)}
+    memory = RecoveryState(plan=step, attempts_used={Rung.RECYCLE_GROUP: 2}, failures=2, next_try=NOW)
+    verdicts = {number: RecoveryDecision(memory=memory, reason=step.reason) for number in range(ill)}
     decision = Decision(revision="new", groups=found, turns=plan(found, "new", 1), verdicts=verdicts)
     made = model(key=KEY, replicas=groups, tensor_parallel_size=size)
     return build(made, observed, decision, None, NOW)

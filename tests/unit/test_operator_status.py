@@ -11,18 +11,18 @@ import pytest
 from tests.support.kube_world import well
 from tests.support.operator_models import NOW, group, model, pod
 
-from lockstep_operator.conditions import Obstacle, render
-from lockstep_operator.decide import Decision
-from lockstep_operator.events import Occurrence, Pass, occurrences
-from lockstep_operator.groups import Group
-from lockstep_operator.memory import Memory
-from lockstep_operator.moment import text
-from lockstep_operator.names import ModelKey
-from lockstep_operator.observe import Observed, Report
-from lockstep_operator.recovery import Verdict
-from lockstep_operator.rollout import plan
-from lockstep_operator.status import build, halted, worth_writing
-from lockstep_operator.troubles import trouble, unexplained
+from lockstep_operator.decisions.planner import Decision
+from lockstep_operator.decisions.recovery_policy import RecoveryDecision
+from lockstep_operator.decisions.rollout import plan
+from lockstep_operator.groups.group import Group
+from lockstep_operator.groups.pod_issues import find_issue, needs_events
+from lockstep_operator.reporting.conditions import Obstacle, render
+from lockstep_operator.reporting.events import EventDraft, ReconcileResult, event_drafts
+from lockstep_operator.reporting.status import build, halted, worth_writing
+from lockstep_operator.types.names import ModelKey
+from lockstep_operator.types.observed import GroupReport, Observed
+from lockstep_operator.types.recovery_state import RecoveryState
+from lockstep_operator.types.timestamps import format_rfc3339
 from lockstep_runtime.wire import (
     Fault,
     FaultRecord,
@@ -56,7 +56,7 @@ def failed(message: str) -> GroupStatus:
 
 
 def seen(*reports: GroupStatus, status: Mapping[str, Any] | None = None, **fields: Any) -> Observed:
-    spoken = {report.group: Report(status=report) for report in reports}
+    spoken = {report.group: GroupReport(status=report) for report in reports}
     return Observed(
         **({"status": status or {}, "resource_version": "1", "token": "t", "children": {}, "reports": spoken} | fields)
     )
@@ -77,8 +77,8 @@ def condition(status: Mapping[str, Any], name: str) -> tuple[str, str, str]:
     return found["status"], found["reason"], found["message"]
 
 
-def happened(observed: Observed, new: Mapping[str, Any]) -> list[Occurrence]:
-    return occurrences(Pass(observed=observed, new=new, done=(), memories={}, now=NOW))
+def happened(observed: Observed, new: Mapping[str, Any]) -> list[EventDraft]:
+    return event_drafts(ReconcileResult(observed=observed, new=new, done=(), memories={}, now=NOW))
 
 
 def test_a_serving_model() -> None:
@@ -153,16 +153,16 @@ def test_ready_says_what_a_group_is_at(state: GroupState, reason: str, words: st
 @pytest.mark.parametrize(
     ("state", "memory", "found"),
     [
-        (GroupState.POISONED, Memory(), ("Poisoned", False)),
-        (GroupState.POISONED, Memory(stalled=True), ("RecoveryExhausted", True)),
-        (GroupState.READY, Memory(), ("Recovering", False)),
-        (GroupState.READY, Memory(stalled=True), ("RecoveryExhausted", True)),
+        (GroupState.POISONED, RecoveryState(), ("Poisoned", False)),
+        (GroupState.POISONED, RecoveryState(stalled=True), ("RecoveryExhausted", True)),
+        (GroupState.READY, RecoveryState(), ("Recovering", False)),
+        (GroupState.READY, RecoveryState(stalled=True), ("RecoveryExhausted", True)),
     ],
 )
 def test_what_the_operator_does_is_progress_until_its_budget_is_spent(
-    state: GroupState, memory: Memory, found: tuple[str, bool]
+    state: GroupState, memory: RecoveryState, found: tuple[str, bool]
 ) -> None:
-    verdict = Verdict(memory=memory, reason="pod chat-0-1 is replaced")
+    verdict = RecoveryDecision(memory=memory, reason="pod chat-0-1 is replaced")
     status = status_of(decided(group(ready=False), verdicts={0: verdict}), seen(said(state=state)))
     assert condition(status, "Ready") == ("False", found[0], "pod chat-0-1 is replaced")
     assert condition(status, "Stalled")[0] == str(found[1])
@@ -181,7 +181,7 @@ def test_a_recovery_names_its_fault_and_is_progress_and_no_stall() -> None:
         "group": 0,
         "rank": 1,
         "message": "rank 1 stopped",
-        "time": text(NOW),
+        "time": format_rfc3339(NOW),
     }
     assert status["groups"][0]["lastFaultID"] == 4
 
@@ -223,13 +223,13 @@ def test_last_words_that_are_read_back_stay_as_they_were(state: GroupState) -> N
     groups = decided(group(ready=False))
     heard = status_of(groups, seen(said(state=state, message="asked to end")))
     remembered = status_of(groups, seen(status=heard))
-    again = status_of(groups, seen(status=remembered))
-    assert again == remembered
-    assert condition(again, "Ready")[2].count("asked to end") <= 1
+    requeue_after = status_of(groups, seen(status=remembered))
+    assert requeue_after == remembered
+    assert condition(requeue_after, "Ready")[2].count("asked to end") <= 1
 
 
 def test_a_group_that_does_not_answer_for_long_is_unknown() -> None:
-    report = Report(status=said(), unreachable_since=NOW - 31, error="connection refused")
+    report = GroupReport(status=said(), unreachable_since=NOW - 31, error="connection refused")
     status = status_of(decided(group()), seen(reports={0: report}))
     assert condition(status, "CollectivesHealthy") == (
         "Unknown", "Unreachable", "pod chat-0-0 doesn't answer the operator: connection refused",
@@ -249,7 +249,7 @@ def test_what_a_deleted_model_left_is_waited_for_and_no_stall() -> None:
     status = status_of(replace(decided(group()), conflict="Service chat is still there", conflict_ends=True), seen())
     assert (condition(status, "Reconciling")[0], condition(status, "Stalled")[0]) == ("True", "False")
     waiting = replace(group(0, "new", pods=""), strays=2)
-    assert trouble(waiting, {"uid-0": "FailedCreate: object is being deleted"}, NOW) is None
+    assert find_issue(waiting, {"uid-0": "FailedCreate: object is being deleted"}, NOW) is None
     words = condition(status_of(decided(waiting), seen()), "Ready")[2]
     assert words == "group 0 waits until 2 older pods of the same names have ended"
 
@@ -262,9 +262,9 @@ def test_without_a_token_nothing_is_ready() -> None:
 def test_recoveries_are_counted_over_processes_and_groups() -> None:
     first = status_of(decided(group()), seen(said(recoveries=2)))
     assert first["recoveries"] == 2
-    again = status_of(decided(group()), seen(said(recoveries=2), status=first))
-    assert again["recoveries"] == 2
-    anew = status_of(decided(group()), seen(said(recoveries=1, incarnation="other"), status=again))
+    requeue_after = status_of(decided(group()), seen(said(recoveries=2), status=first))
+    assert requeue_after["recoveries"] == 2
+    anew = status_of(decided(group()), seen(said(recoveries=1, incarnation="other"), status=requeue_after))
     assert anew["recoveries"] == 3
 
 
@@ -291,7 +291,7 @@ def test_a_condition_keeps_its_time_until_its_status_changes() -> None:
         next(item["lastTransitionTime"] for item in s["conditions"] if item["type"] == "Ready")
         for s in (first, second, third)
     ]
-    assert times == [text(NOW), text(NOW), text(NOW + 20)]
+    assert times == [format_rfc3339(NOW), format_rfc3339(NOW), format_rfc3339(NOW + 20)]
     assert render({}, 1, [], NOW) == []
 
 
@@ -356,7 +356,7 @@ UNPLACED = {
 def test_what_keeps_pods_from_running(fields: dict[str, Any], reason: str, words: str) -> None:
     warning = fields.pop("warning", "")
     troubled = replace(group(ready=False), pods=(pod(ready=False, **fields), pod(0, 1, ready=False)))
-    found = trouble(troubled, {"uid-0-0": warning} if warning else {}, NOW)
+    found = find_issue(troubled, {"uid-0-0": warning} if warning else {}, NOW)
     assert found is not None
     assert found.reason == reason
     assert words in found.message
@@ -369,16 +369,16 @@ def test_what_keeps_pods_from_running(fields: dict[str, Any], reason: str, words
     late = status_of(decided(troubled), seen(warnings=warnings, status=almost), now=NOW + 600)
     assert condition(late, "Stalled")[:2] == ("True", "ProgressDeadlineExceeded")
     assert words in condition(late, "Stalled")[2], "with the words of what it waits for"
-    assert f"nothing has moved since {text(NOW)} ({reason})" in condition(late, "Stalled")[2]
+    assert f"nothing has moved since {format_rfc3339(NOW)} ({reason})" in condition(late, "Stalled")[2]
 
 
 def test_pods_that_can_not_be_created_are_asked_about_and_explained() -> None:
     lacking = group(0, "new", pods="")
-    assert unexplained([lacking], NOW) == ["uid-0"]
-    found = trouble(lacking, {"uid-0": "FailedCreate: exceeded quota"}, NOW)
+    assert needs_events([lacking], NOW) == ["uid-0"]
+    found = find_issue(lacking, {"uid-0": "FailedCreate: exceeded quota"}, NOW)
     assert found is not None
     assert found.message == "pods of group 0 can't be created: FailedCreate: exceeded quota"
-    assert unexplained([group()], NOW) == []
+    assert needs_events([group()], NOW) == []
 
 
 def test_events_are_named_by_what_happened_so_that_none_is_told_twice() -> None:

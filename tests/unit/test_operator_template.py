@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.operator_models import SETTINGS, model
 
-from lockstep_operator import desired
-from lockstep_operator.limits import Limits, fitted, limits_of
-from lockstep_operator.template_check import flaw
+from lockstep_operator.decisions import manifests
+from lockstep_operator.types.limits import Limits, fitted, limits_of
+from lockstep_operator.types.template_check import flaw
 
 JUNK: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 70) | st.sampled_from(["", "x", "60s", "lockstep", "1"]),
@@ -61,8 +61,8 @@ def test_any_template_has_a_flaw_that_is_named_or_becomes_a_manifest(template: d
         return
     made = model(template=template, restarted_at=1.0)
     limits = Limits(most={"memory": "256Mi"}, default={"cpu": "100m"}, least={"cpu": "10m"})
-    revision = desired.revision(made, "t", SETTINGS)
-    spec = desired.stateful_set(made, 0, revision, SETTINGS, ["bad-node"], limits)["spec"]["template"]["spec"]
+    revision = manifests.revision(made, "t", SETTINGS)
+    spec = manifests.stateful_set(made, 0, revision, SETTINGS, ["bad-node"], limits)["spec"]["template"]["spec"]
     assert "lockstep" in [container["name"] for container in spec["containers"]]
     assert "bad-node" in str(spec["affinity"])
 

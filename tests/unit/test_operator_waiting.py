@@ -10,14 +10,14 @@ import pytest
 from tests.support.kube_world import well
 from tests.support.operator_models import NOW, group, pod
 
-from lockstep_operator.complaints import AGAIN_SECONDS, RECENT_SECONDS, Complaint, complaint_of
-from lockstep_operator.complaints import from_status as complaint_from
-from lockstep_operator.complaints import to_status as complaint_to
-from lockstep_operator.groups import Group
-from lockstep_operator.moment import text
-from lockstep_operator.names import ModelKey
-from lockstep_operator.rollout import Step, plan
-from lockstep_operator.waiting import Waiting, from_status, to_status, unplaced, waiting_for
+from lockstep_operator.decisions.rollout import RolloutStep, plan
+from lockstep_operator.groups.group import Group
+from lockstep_operator.groups.process_failures import AGAIN_SECONDS, RECENT_SECONDS, ProcessFailure, newest_failure
+from lockstep_operator.groups.process_failures import from_status as complaint_from
+from lockstep_operator.groups.process_failures import to_status as complaint_to
+from lockstep_operator.groups.waiting import Waiting, from_status, to_status, unplaced, waiting_for
+from lockstep_operator.types.names import ModelKey
+from lockstep_operator.types.timestamps import format_rfc3339
 from lockstep_runtime.wire import PodProblem, PodProblemReason
 
 KEY = ModelKey("team", "chat")
@@ -25,7 +25,7 @@ BEFORE = Waiting("Unschedulable", NOW - 300, "new")
 
 
 def running_since(seconds: float, **fields: Any) -> Group:
-    state = {"name": "lockstep", "state": {"running": {"startedAt": text(NOW - seconds)}}}
+    state = {"name": "lockstep", "state": {"running": {"startedAt": format_rfc3339(NOW - seconds)}}}
     raw = {"metadata": {}, "spec": {}, "status": {"containerStatuses": [state]}}
     return replace(group(), pods=tuple(pod(0, index, raw=raw, ready=False, **fields) for index in range(2)))
 
@@ -65,12 +65,16 @@ def test_a_rollout_does_not_wait_for_a_group_that_never_found_a_place() -> None:
     assert not unplaced({"waiting": to_status(Waiting("ImagePullFailed", NOW, "old"))}, "new")
     assert not unplaced({}, "new")
     groups = [group(0, "old"), group(1, "old"), group(2, "new", ready=False)]
-    assert [turn.step for turn in plan(groups, "new", 1)] == [Step.WAIT, Step.WAIT, Step.KEEP]
-    assert [turn.step for turn in plan(groups, "new", 1, {2})] == [Step.WAIT, Step.REPLACE, Step.KEEP]
+    assert [turn.step for turn in plan(groups, "new", 1)] == [RolloutStep.WAIT, RolloutStep.WAIT, RolloutStep.KEEP]
+    assert [turn.step for turn in plan(groups, "new", 1, {2})] == [
+        RolloutStep.WAIT,
+        RolloutStep.REPLACE,
+        RolloutStep.KEEP,
+    ]
 
 
 def killed(at: float, *, limit: str | None = "350Mi", last: bool = True) -> Group:
-    ended = {"terminated": {"reason": "OOMKilled", "exitCode": 137, "finishedAt": text(at)}}
+    ended = {"terminated": {"reason": "OOMKilled", "exitCode": 137, "finishedAt": format_rfc3339(at)}}
     status = {"name": "lockstep", **({"lastState": ended} if last else {"state": ended})}
     container = {"name": "lockstep", **({"resources": {"limits": {"memory": limit}}} if limit else {})}
     raw = {"metadata": {}, "spec": {"containers": [container]}, "status": {"containerStatuses": [status]}}
@@ -78,20 +82,20 @@ def killed(at: float, *, limit: str | None = "350Mi", last: bool = True) -> Grou
 
 
 def test_an_out_of_memory_kill_is_told_with_its_limit() -> None:
-    found = complaint_of(killed(NOW - 5), None, None, NOW)
-    assert found == Complaint(
+    found = newest_failure(killed(NOW - 5), None, None, NOW)
+    assert found == ProcessFailure(
         "OutOfMemory", "pod chat-0-1 was killed for want of memory; its memory limit is 350Mi", NOW - 5
     )
     assert complaint_from(complaint_to(found)) == found
-    unlimited = complaint_of(killed(NOW, limit=None, last=False), None, None, NOW)
+    unlimited = newest_failure(killed(NOW, limit=None, last=False), None, None, NOW)
     assert unlimited
     assert unlimited.message.endswith("it has no memory limit, so its node was short of memory")
-    assert complaint_of(killed(NOW - RECENT_SECONDS), None, None, NOW) is None, "it is over"
-    assert complaint_of(group(), None, found, NOW) is None
+    assert newest_failure(killed(NOW - RECENT_SECONDS), None, None, NOW) is None, "it is over"
+    assert newest_failure(group(), None, found, NOW) is None
 
 
 def test_a_spare_that_is_killed_every_few_seconds_is_told_every_few_minutes() -> None:
-    def said(at: float) -> Complaint | None:
+    def said(at: float) -> ProcessFailure | None:
         problem = PodProblem(
             pod_index=1,
             reason=PodProblemReason.OUT_OF_MEMORY,
@@ -99,9 +103,9 @@ def test_a_spare_that_is_killed_every_few_seconds_is_told_every_few_minutes() ->
             message="the spare was killed, 349 of 350 MiB used",
         )
         status = msgspec.structs.replace(well(KEY, 0, "inc", "new"), pod_problems=[problem])
-        return complaint_of(group(), status, told, at + 1)
+        return newest_failure(group(), status, told, at + 1)
 
-    told: Complaint | None = None
+    told: ProcessFailure | None = None
     changes = 0
     for second in range(0, 3600, 4):
         found = said(NOW + second)

@@ -1,0 +1,115 @@
+"""Writes that the API server didn't take: when each is tried again, and whether it is worth a person's attention.
+
+Kept in memory only. An operator that starts anew tries each once more, and so learns the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from lockstep_operator.backoff import backoff
+from lockstep_operator.cluster.client import KubeError
+from lockstep_operator.types.observed import ObjectRef
+from lockstep_operator.types.timestamps import parse_rfc3339
+
+RETRY_FIRST: Final = 0.5
+RETRY_MOST: Final = 60.0
+REFUSED_FIRST: Final = 2.0
+REFUSED_MOST: Final = 300.0
+RETRYING_SECONDS: Final = 10.0  # what fails for so long is told
+
+_RETRIED: Final = "doesn't take a change, which is tried again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """One write that fails, each time that it is tried. Times are unix seconds."""
+
+    asked: str  # digest of what was to be written: another wish is another write
+    purpose: str
+    error: KubeError
+    count: int
+    since: float
+    due: float  # not tried again before
+
+    @property
+    def permanent(self) -> bool:
+        return not self.error.transient
+
+    @property
+    def sentence(self) -> str:
+        verb = "refuses a change" if self.permanent else _RETRIED
+        return f"the API server {verb} ({self.purpose}): {self.error}"
+
+
+@dataclass(slots=True)
+class Failures:
+    """Of one model."""
+
+    now: Callable[[], float]
+    of: dict[ObjectRef, Failure] = field(default_factory=dict)
+
+    def waits(self, target: ObjectRef, wish: object) -> bool:
+        """Whether this very write failed so lately that it isn't tried yet."""
+        known = self.of.get(target)
+        return known is not None and known.asked == _digest(wish) and self.now() < known.due
+
+    def failed(self, target: ObjectRef, wish: object, purpose: str, error: KubeError) -> Failure:
+        known, asked, now = self.of.get(target), _digest(wish), self.now()
+        same = known if known and known.asked == asked else None
+        count = same.count + 1 if same else 1
+        first, most = (RETRY_FIRST, RETRY_MOST) if error.transient else (REFUSED_FIRST, REFUSED_MOST)
+        failure = Failure(
+            asked=asked,
+            purpose=purpose,
+            error=error,
+            count=count,
+            since=same.since if same else now,
+            due=now + backoff(count, first, most),
+        )
+        self.of[target] = failure
+        return failure
+
+    def succeeded(self, target: ObjectRef) -> None:
+        self.of.pop(target, None)
+
+    def keep(self, wanted: Iterable[ObjectRef]) -> None:
+        """Forget writes that nobody wishes any more."""
+        kept = set(wanted)
+        for target in [target for target in self.of if target not in kept]:
+            del self.of[target]
+
+    @property
+    def due(self) -> float | None:
+        """In how many seconds the next is tried again; None when nothing fails."""
+        return min((max(0.0, failure.due - self.now()) for failure in self.of.values()), default=None)
+
+    @property
+    def refused(self) -> str:
+        """The first permanent refusal, in a sentence; empty if there is none."""
+        return next((failure.sentence for _, failure in sorted(self.of.items()) if failure.permanent), "")
+
+    def retrying(self, old: Mapping[str, Any]) -> Failure | None:
+        """What fails for long and may succeed yet. `old` is the status as last written: what was told once stays told
+        until it is over, also by an operator that has just started, and so does since when."""
+        told = told_since(old)
+        known = [failure for _, failure in sorted(self.of.items()) if not failure.permanent]
+        if told is not None:
+            known = [replace(failure, since=min(failure.since, told)) for failure in known]
+        return next((failure for failure in known if self.now() - failure.since >= RETRYING_SECONDS), None)
+
+
+def told_since(old: Mapping[str, Any]) -> float | None:
+    """Since when the status has said that a write fails; None if it doesn't."""
+    ready: Mapping[str, Any] = next((one for one in old.get("conditions") or [] if one["type"] == "Ready"), {})
+    if ready.get("reason") not in ("Retrying", "ProgressDeadlineExceeded") or _RETRIED not in ready["message"]:
+        return None
+    return parse_rfc3339(ready["lastTransitionTime"]) - RETRYING_SECONDS
+
+
+def _digest(wish: object) -> str:
+    return hashlib.sha256(json.dumps(wish, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""What is to be done, as actions that carry their reasons (pure)."""

@@ -1,0 +1,192 @@
+"""What calls for a step of recovery (pure): a group that says it is poisoned, or a first pod that hangs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from lockstep_operator.groups.group import Group
+from lockstep_operator.types.observed import GroupReport, Pod
+from lockstep_operator.types.timestamps import format_rfc3339, parse_rfc3339
+from lockstep_runtime.wire import Fault, FaultRecord, GroupState, GroupStatus, RankState
+
+RECOVERING_SECONDS: Final = 120.0  # the group's own deadlines have had their turn by then
+COMING_BACK_SECONDS: Final = 300.0  # the same, by several tries
+RELOADING_SECONDS: Final = 900.0  # the same, while ranks load that have joined
+ENDLESS: Final = "@r"  # in the key of a trigger
+LOADING: Final = frozenset({RankState.STARTING, RankState.LOADING})
+HUNG_SECONDS: Final = 90.0  # the kubelet's liveness probe has had its turn by then
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectedFault:
+    """`key` tells it from every earlier one of the group."""
+
+    key: str
+    fault: str
+    rank: int | None  # the suspect
+    message: str
+    noticed: float  # unix seconds
+    pod: Pod | None  # the suspect's
+
+
+def detect_fault(
+    group: Group,
+    report: GroupReport | None,
+    now: float,
+    crashing: Pod | None = None,
+    recovering_since: float | None = None,
+) -> DetectedFault | None:
+    """None as long as the group serves, heals itself, or isn't known. `crashing` is a pod that its kubelet starts again
+    and again; `recovering_since` is since when the group tries to serve again, whatever it says in between."""
+    if report is None:
+        return None
+    if report.unreachable_since is None and report.status is not None:
+        found = _from_report(group, report.status, now) or _restarting_too_long(
+            group, report.status, recovering_since, now
+        )
+    else:
+        found = _hung(group, report, now)
+    return found or (_crashing(group, crashing, now) if crashing else None)
+
+
+def _from_report(group: Group, status: GroupStatus, now: float) -> DetectedFault | None:
+    match status.state:
+        case GroupState.POISONED:
+            return _poisoned(group, status, now)
+        case GroupState.RECOVERING:
+            return _recovering_too_long(group, status, now)
+        case _:
+            return _stalled_engine(group, status, now)
+
+
+def _restarting_too_long(group: Group, status: GroupStatus, since: float | None, now: float) -> DetectedFault | None:
+    """A group whose engine ends again and again, so that no recovery of it lasts long enough to be too long."""
+    coming = status.state in (GroupState.STARTING, GroupState.LOADING, GroupState.RECOVERING)
+    if since is None or not coming:
+        return None
+    loads = any(rank.state is RankState.LOADING for rank in status.ranks)
+    if now - since < (RELOADING_SECONDS if loads else COMING_BACK_SECONDS):
+        return None
+    absent = next((rank.rank for rank in status.ranks if rank.state is RankState.ABSENT), None)
+    return DetectedFault(
+        key=f"recovering{ENDLESS}{since:.0f}",
+        fault=str(Fault.RANK_LOST),
+        rank=absent,
+        message=f"it has tried to serve again since {format_rfc3339(since)}: {status.message or 'it has not said why'}",
+        noticed=since,
+        pod=None if absent is None else _pod_of(group, status, absent),
+    )
+
+
+def _crashing(group: Group, pod: Pod, now: float) -> DetectedFault | None:
+    """A pod that keeps ending and keeps its group from serving: it may be its place, or what it reached from there."""
+    if group.ready or pod.deleting is not None:
+        return None
+    return DetectedFault(
+        key=f"crash/{pod.uid}",
+        fault=str(Fault.RANK_LOST),
+        rank=None,
+        message=f"pod {pod.name} keeps ending",
+        noticed=now,
+        pod=pod,
+    )
+
+
+def _recovering_too_long(group: Group, status: GroupStatus, now: float) -> DetectedFault | None:
+    """A group that has been recovering for longer than it takes. Ranks that load are given their time."""
+    newest = max(status.faults, key=lambda fault: fault.id, default=None)
+    absent = next((rank.rank for rank in status.ranks if rank.state is RankState.ABSENT), None)
+    busy = absent is None and any(rank.state in LOADING for rank in status.ranks)
+    if status.since <= 0 or now - status.since < (RELOADING_SECONDS if busy else RECOVERING_SECONDS):
+        return None
+    late = next((rank.rank for rank in status.ranks if rank.state in LOADING), None)
+    node_fault_counts = (absent, newest.rank if newest else None, late)
+    suspect = next((rank for rank in node_fault_counts if rank is not None), None)
+    why = status.message or "it has not said why"
+    return DetectedFault(
+        key=f"{fault_key(status, newest)}{ENDLESS}{status.since:.0f}",
+        fault=str(newest.fault) if newest else str(Fault.RANK_LOST),
+        rank=suspect,
+        message=f"it has been recovering since {format_rfc3339(status.since)}: {why}",
+        noticed=newest.at if newest else status.since,
+        pod=None if suspect is None else _pod_of(group, status, suspect),
+    )
+
+
+def _poisoned(group: Group, status: GroupStatus, now: float) -> DetectedFault:
+    newest = max(status.faults, key=lambda fault: fault.id, default=None)
+    return DetectedFault(
+        key=f"{fault_key(status, newest)}@{status.since:.0f}",  # the same fault again, once it was tried to heal it
+        fault=str(newest.fault) if newest else "Poisoned",
+        rank=newest.rank if newest else None,
+        message=newest.message if newest else (status.message or "it has not said why"),
+        noticed=newest.at if newest else (status.since or now),
+        pod=_pod_of(group, status, newest.rank) if newest else None,
+    )
+
+
+def fault_key(status: GroupStatus, fault: FaultRecord | None) -> str:
+    return f"{status.incarnation}/{fault.id if fault else 0}"
+
+
+def matches(trigger: str, status: GroupStatus, fault: FaultRecord) -> bool:
+    """Whether a trigger's key is about this fault."""
+    return trigger.partition("@")[0] == fault_key(status, fault)
+
+
+def same_fault(planned: str, key: str) -> bool:
+    """Whether the step that was planned is still given its time: a group that recovered for too long may have called
+    itself poisoned since, by the same fault."""
+    return planned == key or (ENDLESS in planned and planned.partition("@")[0] == key.partition("@")[0])
+
+
+def _pod_of(group: Group, status: GroupStatus, rank: int | None) -> Pod | None:
+    index = next((known.pod_index for known in status.ranks if known.rank == rank), None)
+    return next((pod for pod in group.pods if pod.index == index), None)
+
+
+def _hung(group: Group, report: GroupReport, now: float) -> DetectedFault | None:
+    """A first pod that runs and answers neither the operator nor its kubelet. One that its kubelet finds Ready is well:
+    then something lies between it and the operator, and replacing pods would not mend that."""
+    leader, silent_since = group.leader, report.unreachable_since
+    if leader is None or leader.ready or leader.deleting is not None or silent_since is None:
+        return None
+    words = f"has not answered for {HUNG_SECONDS:g} s: {report.error}"
+    return _replaceable(leader, silent_since, words, now)
+
+
+def _stalled_engine(group: Group, status: GroupStatus, now: float) -> DetectedFault | None:
+    """A first pod whose supervisor answers and says that all is well, but whose engine has not been Ready for long and
+    has done no step meanwhile. One that was never Ready waits for something; one that does steps is only busy."""
+    leader = group.leader
+    if leader is None or leader.ready or leader.deleting is not None or status.state is not GroupState.READY:
+        return None
+    begun, unready_since = leader.started, _unready_since(leader)
+    if begun is None or unready_since is None or unready_since <= begun:
+        return None
+    words = f"takes no requests and has done no step for {HUNG_SECONDS:g} s, though its ranks are well"
+    return _replaceable(leader, max(unready_since, status.last_step_at or 0.0), words, now)
+
+
+def _replaceable(leader: Pod, since: float, words: str, now: float) -> DetectedFault | None:
+    begun = leader.started
+    if begun is None or now - max(begun, since) < HUNG_SECONDS:
+        return None
+    return DetectedFault(
+        key=f"silent/{leader.uid}/{format_rfc3339(begun)}",
+        fault=str(Fault.HANG),
+        rank=None,
+        message=f"pod {leader.name} runs and {words}",
+        noticed=since,
+        pod=leader,
+    )
+
+
+def _unready_since(pod: Pod) -> float | None:
+    """Since when its kubelet has found it not Ready; None when it is Ready or its node isn't heard from."""
+    conditions = (pod.raw.get("status") or {}).get("conditions") or []
+    ready = next((condition for condition in conditions if condition["type"] == "Ready"), None)
+    if ready is None or ready["status"] != "False" or not ready.get("reason") or "lastTransitionTime" not in ready:
+        return None
+    return parse_rfc3339(ready["lastTransitionTime"])

@@ -1,0 +1,170 @@
+"""The objects that a model asks for (pure builders, one per kind). What they don't set is left to others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from typing import Any, Final
+
+from lockstep_operator.decisions.pod_template import pod_labels, pod_template
+from lockstep_operator.settings import Settings
+from lockstep_operator.types.limits import Limits
+from lockstep_operator.types.names import (
+    API_VERSION,
+    APP_LABELS,
+    APPLIED_ANNOTATION,
+    GROUP_LABEL,
+    KIND,
+    MODEL_LABEL,
+    OPERATOR_POD_LABELS,
+    POD_INDEX_LABEL,
+    REVISION_LABEL,
+    TOKEN_KEY,
+    account_name,
+    group_name,
+    token_name,
+)
+from lockstep_operator.types.spec import Model
+from lockstep_runtime.wire import API_PORT, BUS_PORT, STATUS_PORT
+
+Manifest = dict[str, Any]
+IP_FAMILIES: Final = "PreferDualStack"  # both where the cluster has both, else its only one
+
+
+def revision(model: Model, token: str, settings: Settings) -> str:
+    """Hash of all that shapes a pod, the token included: pods of another revision must be replaced."""
+    template = pod_template(model, 0, "", settings)
+    return _hash({"template": template, "token": hashlib.sha256(token.encode()).hexdigest()})
+
+
+def token_secret(model: Model, token: str) -> Manifest:
+    """Created once, never written again: what is lost with it is replaced by a new one and a rollout."""
+    secret = _object("v1", "Secret", token_name(model.name), model)
+    return {**secret, "type": "Opaque", "stringData": {TOKEN_KEY: token}}
+
+
+def service_account(model: Model) -> Manifest:
+    """Rank pods never speak to the API server: no credentials are mounted."""
+    return _sealed(
+        {**_object("v1", "ServiceAccount", account_name(model.name), model), "automountServiceAccountToken": False}
+    )
+
+
+def serving_service(model: Model) -> Manifest:
+    """Leads to the first pod of every Ready group, whatever its revision."""
+    spec = {
+        "type": "ClusterIP",
+        "ipFamilyPolicy": IP_FAMILIES,
+        "selector": {MODEL_LABEL: model.name, POD_INDEX_LABEL: "0"},
+        "ports": [{"name": "http", "port": API_PORT, "targetPort": "api", "protocol": "TCP", "appProtocol": "http"}],
+    }
+    return _sealed({**_object("v1", "Service", model.name, model), "spec": spec})
+
+
+def headless_service(model: Model, group: int) -> Manifest:
+    """Gives the group's pods names before they are Ready: they need each other to become it."""
+    spec = {
+        "clusterIP": "None",
+        "ipFamilyPolicy": IP_FAMILIES,
+        "publishNotReadyAddresses": True,
+        "selector": {MODEL_LABEL: model.name, GROUP_LABEL: str(group)},
+        "ports": [
+            {"name": "bus", "port": BUS_PORT, "targetPort": "bus", "protocol": "TCP"},
+            {"name": "status", "port": STATUS_PORT, "targetPort": "status", "protocol": "TCP"},
+        ],
+    }
+    return _sealed({**_object("v1", "Service", group_name(model.name, group), model, group), "spec": spec})
+
+
+def has_network_policy(model: Model, settings: Settings) -> bool:
+    return (model.network.policy or settings.network_policy) == "Managed"
+
+
+def network_policy(model: Model, group: int, settings: Settings) -> Manifest:
+    """Who is named may use the API, the operator may ask for the status, only the group's own pods reach the rest.
+
+    The kubelet's probes come from the pod's own node, which no policy shuts out.
+    """
+    members = {"matchLabels": {MODEL_LABEL: model.name, GROUP_LABEL: str(group)}}
+    rules: list[dict[str, Any]] = [{"from": [{"podSelector": members}]}]
+    if clients := _clients(model, settings):  # an empty list would let in everybody
+        rules.append({"from": clients, "ports": [{"port": API_PORT, "protocol": "TCP"}]})
+    if settings.operator_namespace:
+        operator = {
+            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": settings.operator_namespace}},
+            "podSelector": {"matchLabels": dict(OPERATOR_POD_LABELS)},
+        }
+        rules.append({"from": [operator], "ports": [{"port": STATUS_PORT, "protocol": "TCP"}]})
+    policy = _object("networking.k8s.io/v1", "NetworkPolicy", group_name(model.name, group), model, group)
+    return _sealed({**policy, "spec": {"podSelector": members, "policyTypes": ["Ingress"], "ingress": rules}})
+
+
+def _clients(model: Model, settings: Settings) -> list[Mapping[str, Any]]:
+    peers = model.network.peers
+    own_namespace: Mapping[str, Any] = {"podSelector": {}}
+    return [*([own_namespace, *settings.api_from] if peers is None else peers), *settings.scrape_from]
+
+
+def stateful_set(
+    model: Model,
+    group: int,
+    revision: str,
+    settings: Settings,
+    avoid: Collection[str] = (),
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+) -> Manifest:
+    """One group, kept away from the nodes in `avoid`. OnDelete: the operator decides when its pods are replaced.
+
+    `limits` are the namespace's. They are no part of the revision: pods that run are left alone when they change.
+    """
+    name = group_name(model.name, group)
+    spec = {
+        "serviceName": name,
+        "replicas": model.pods_per_group,
+        "podManagementPolicy": "Parallel",
+        "updateStrategy": {"type": "OnDelete"},
+        "minReadySeconds": 0,
+        "ordinals": {"start": 0},
+        "persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Retain", "whenScaled": "Retain"},
+        "selector": {"matchLabels": {MODEL_LABEL: model.name, GROUP_LABEL: str(group)}},
+        "template": pod_template(model, group, revision, settings, avoid, limits),
+    }
+    workload = _object("apps/v1", "StatefulSet", name, model, group)
+    workload["metadata"]["labels"][REVISION_LABEL] = revision
+    return _sealed({**workload, "spec": spec})
+
+
+def shared(model: Model) -> list[Manifest]:
+    """What all groups of a model have in common, apart from the token."""
+    return [service_account(model), serving_service(model)]
+
+
+def of_group(model: Model, group: int, settings: Settings) -> list[Manifest]:
+    """What stands beside a group's StatefulSet, and before it."""
+    policies = [network_policy(model, group, settings)] if has_network_policy(model, settings) else []
+    return [headless_service(model, group), *policies]
+
+
+def _object(api_version: str, kind: str, name: str, model: Model, group: int | None = None) -> Manifest:
+    labels = {**APP_LABELS, MODEL_LABEL: model.name} if group is None else pod_labels(model, group)
+    owner = {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "name": model.name,
+        "uid": model.uid,
+        "controller": True,
+        "blockOwnerDeletion": False,
+    }
+    metadata = {"name": name, "namespace": model.namespace, "labels": labels, "ownerReferences": [owner]}
+    return {"apiVersion": api_version, "kind": kind, "metadata": metadata}
+
+
+def _sealed(manifest: Manifest) -> Manifest:
+    """With the hash of itself: a field that is no longer wanted shows, though live objects have it still."""
+    metadata = {**manifest["metadata"], "annotations": {APPLIED_ANNOTATION: _hash(manifest)}}
+    return {**manifest, "metadata": metadata}
+
+
+def _hash(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:10]

@@ -1,0 +1,74 @@
+"""Which groups take the new revision now (pure).
+
+A StatefulSet keeps the old template until its group's turn has come, so that a pod which dies meanwhile comes back as
+it was and a broken spec reaches no further than the groups whose turn it is. At most `max_unavailable` groups are in
+transition or down together. Groups that are down already go first: replacing them takes nothing away.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from lockstep_operator.groups.group import Group
+
+
+class RolloutStep(enum.StrEnum):
+    CREATE = "Create"
+    KEEP = "Keep"  # of the revision already
+    REPLACE = "Replace"
+    WAIT = "Wait"
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutDecision:
+    """What happens to one group in this pass, and why."""
+
+    group: int
+    step: RolloutStep
+    reason: str
+
+
+def plan(
+    groups: Sequence[Group], revision: str, max_unavailable: int, unplaced: Collection[int] = ()
+) -> tuple[RolloutDecision, ...]:
+    """One turn per group, in the order of `groups`. `unplaced` ones found no place already before this revision: they
+    take it first, and nobody waits for them, or a change would never reach the groups that serve."""
+    outdated = [group for group in groups if group.exists and group.revision != revision]
+    moving = [
+        group
+        for group in groups
+        if group.index not in unplaced
+        and (not group.exists or (group.revision == revision and not group.ready_at(revision)))
+    ]
+    unavailable = sum(not group.ready for group in groups if group.index not in unplaced)
+    taken: dict[int, str] = {}
+    for group in sorted(outdated, key=lambda group: (group.ready, -group.index)):
+        if len(moving) + len(taken) >= max_unavailable:
+            break
+        if not group.ready:
+            taken[group.index] = f"group {group.index} isn't Ready anyway, so it takes revision {revision} first"
+        elif unavailable < max_unavailable:
+            taken[group.index] = f"group {group.index} takes revision {revision}: its turn has come"
+            unavailable += 1
+    return tuple(_turn(group, revision, taken, groups) for group in groups)
+
+
+def _turn(group: Group, revision: str, taken: dict[int, str], groups: Sequence[Group]) -> RolloutDecision:
+    if not group.exists:
+        return RolloutDecision(group.index, RolloutStep.CREATE, f"group {group.index} doesn't exist yet")
+    if group.revision == revision:
+        return RolloutDecision(group.index, RolloutStep.KEEP, f"group {group.index} has revision {revision}")
+    if group.index in taken:
+        return RolloutDecision(group.index, RolloutStep.REPLACE, taken[group.index])
+    blocking = _listed([other.index for other in groups if not other.ready or other.index in taken])
+    return RolloutDecision(
+        group.index, RolloutStep.WAIT, f"group {group.index} keeps revision {group.revision} until {blocking} Ready"
+    )
+
+
+def _listed(indices: Sequence[int]) -> str:
+    if len(indices) == 1:
+        return f"group {indices[0]} is"
+    return f"groups {', '.join(map(str, indices))} are"

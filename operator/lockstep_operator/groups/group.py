@@ -1,0 +1,98 @@
+"""Each group of a model, seen from outside: its StatefulSet and the pods that truly belong to it (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep_operator.types.names import GROUP_LABEL, REVISION_LABEL, group_name
+from lockstep_operator.types.observed import Observed, Pod, controller
+from lockstep_operator.types.spec import Model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """One group. A pod of a StatefulSet that was deleted and made anew is not counted: owners are told apart by UID."""
+
+    index: int
+    workload: Mapping[str, Any] | None  # its StatefulSet
+    pods: tuple[Pod, ...]
+    strays: int = 0  # pods of a StatefulSet of the same name that is gone: they hold the names until they have ended
+
+    @property
+    def exists(self) -> bool:
+        return self.workload is not None
+
+    @property
+    def uid(self) -> str:
+        return str(self.workload["metadata"]["uid"]) if self.workload else ""
+
+    @property
+    def revision(self) -> str:
+        """Of the pods that the StatefulSet would create now."""
+        template = ((self.workload or {}).get("spec") or {}).get("template") or {}
+        return str(((template.get("metadata") or {}).get("labels") or {}).get(REVISION_LABEL, ""))
+
+    @property
+    def wanted(self) -> int:
+        return int(((self.workload or {}).get("spec") or {}).get("replicas", 0))
+
+    @property
+    def deleting(self) -> bool:
+        return self.workload is not None and "deletionTimestamp" in self.workload["metadata"]
+
+    @property
+    def settled(self) -> bool:
+        """Whether the StatefulSet controller has seen the newest template: pods deleted now come back from it."""
+        if self.workload is None:
+            return False
+        seen = (self.workload.get("status") or {}).get("observedGeneration", 0)
+        return int(seen) >= int(self.workload["metadata"].get("generation", 1))
+
+    @property
+    def ready(self) -> bool:
+        """All pods there, Ready, staying, and of one revision: traffic is answered."""
+        alive = [pod for pod in self.pods if pod.ready and pod.deleting is None]
+        one_revision = len({pod.revision for pod in alive}) == 1
+        return self.exists and one_revision and len(alive) == self.wanted
+
+    def ready_at(self, revision: str) -> bool:
+        return self.ready and self.revision == revision and all(pod.revision == revision for pod in self.pods)
+
+    @property
+    def leader(self) -> Pod | None:
+        return next((pod for pod in self.pods if pod.index == 0), None)
+
+
+def groups_of(model: Model, observed: Observed) -> tuple[Group, ...]:
+    """The groups that the spec asks for, whether they exist or not, by index."""
+    return tuple(_group(model, observed, index) for index in range(model.replicas))
+
+
+def excess_groups(model: Model, observed: Observed) -> tuple[Group, ...]:
+    """Groups beyond `replicas` of which something is left, highest first."""
+    indices = {
+        int(label)
+        for child in observed.children.values()
+        if is_ours(model, child) and (label := _group_label(child)).isdigit() and int(label) >= model.replicas
+    }
+    return tuple(_group(model, observed, index) for index in sorted(indices, reverse=True))
+
+
+def is_ours(model: Model, child: Mapping[str, Any]) -> bool:
+    owner = controller(child)
+    return owner is not None and owner["uid"] == model.uid
+
+
+def _group(model: Model, observed: Observed, index: int) -> Group:
+    found = observed.child("StatefulSet", group_name(model.name, index))
+    workload = found if found and is_ours(model, found) else None
+    uid = workload["metadata"]["uid"] if workload else ""
+    labelled = observed.pods_of(index)
+    pods = sorted((pod for pod in labelled if pod.owner_uid == uid), key=lambda pod: pod.index)
+    return Group(index=index, workload=workload, pods=tuple(pods), strays=len(labelled) - len(pods))
+
+
+def _group_label(child: Mapping[str, Any]) -> str:
+    return str((child["metadata"].get("labels") or {}).get(GROUP_LABEL, ""))

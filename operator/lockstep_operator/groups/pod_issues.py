@@ -1,0 +1,155 @@
+"""What keeps a group's pods from running, in sentences a person can act on (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from lockstep_operator.groups.group import Group
+from lockstep_operator.types.observed import Pod
+from lockstep_operator.types.timestamps import parse_rfc3339
+
+FORCE_DELETE_SECONDS: Final = 60.0  # past its grace, a pod whose node isn't heard from is taken for lost
+PENDING_SECONDS: Final = 5.0  # a pod that isn't made by then is asked about
+OVERDUE_SECONDS: Final = 30.0  # past its grace, a pod that ends is stuck
+_IMAGE: Final = frozenset({"ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull"})
+_CONFIG: Final = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
+_MOUNT: Final = ("FailedMount", "FailedAttachVolume", "FailedMapVolume")
+
+
+@dataclass(frozen=True, slots=True)
+class PodIssue:
+    """`heals`: new pods may mend it, so recovery doesn't wait for it to pass."""
+
+    reason: str
+    message: str
+    heals: bool = False
+    pod: Pod | None = None
+
+
+def needs_events(groups: Sequence[Group], now: float) -> list[str]:
+    """UIDs of pods and StatefulSets whose Events must be read to know what is wrong."""
+    return [uid for group in groups for uid in _needs_events(group, now)]
+
+
+def _needs_events(group: Group, now: float) -> Iterator[str]:
+    if _lacks_pods(group, now):
+        yield group.uid
+    for pod in group.pods:
+        if pod.phase == "Pending" and now - pod.created > PENDING_SECONDS:
+            yield pod.uid
+
+
+def find_issue(group: Group, warnings: Mapping[str, str], now: float) -> PodIssue | None:
+    """The first thing found that a person may have to mend; None when there is nothing of the kind."""
+    found = [one for pod in group.pods if (one := _of_pod(pod, warnings.get(pod.uid, ""), now))]
+    if found:  # what new pods may mend only where nothing else is wrong
+        return next((one for one in found if not one.heals), found[0])
+    if _lacks_pods(group, now) and (warning := warnings.get(group.uid)):
+        return PodIssue("PodsRefused", f"pods of group {group.index} can't be created: {warning}")
+    return None
+
+
+def node_unreachable(pod: Pod) -> bool:
+    """Whether its node has stopped reporting, by what the control plane left on the pod: the node controller turns
+    Ready to False and gives no reason, which a kubelet always does, and evicts the pod after a while."""
+    conditions = {condition["type"]: condition for condition in (pod.raw.get("status") or {}).get("conditions") or []}
+    ready, disruption = conditions.get("Ready", {}), conditions.get("DisruptionTarget", {})
+    evicted = disruption.get("status") == "True" and disruption.get("reason") == "DeletionByTaintManager"
+    return evicted or (ready.get("status") == "False" and not ready.get("reason"))
+
+
+def should_force_delete(pod: Pod, now: float) -> bool:
+    """Whether it should have ended long ago on a node that isn't heard from. Taking it off the API server lets its
+    successor start; if it still runs somewhere, epochs and the group's token fence it off."""
+    finalizers = pod.raw["metadata"].get("finalizers")
+    return (
+        pod.deleting is not None
+        and now - pod.deleting > FORCE_DELETE_SECONDS
+        and node_unreachable(pod)
+        and not finalizers
+    )
+
+
+def _lacks_pods(group: Group, now: float) -> bool:
+    if group.workload is None or group.deleting or group.strays:
+        return False
+    return (
+        len(group.pods) < group.wanted
+        and now - parse_rfc3339(group.workload["metadata"]["creationTimestamp"]) > PENDING_SECONDS
+    )
+
+
+def _of_pod(pod: Pod, warning: str, now: float) -> PodIssue | None:
+    if pod.deleting is not None:
+        return _ending(pod, now)
+    if pod.phase == "Running" and node_unreachable(pod):
+        words = f"node {pod.node} of pod {pod.name} isn't heard from: Kubernetes replaces the pod if that lasts"
+        return PodIssue("NodeLost", words)
+    status = pod.raw.get("status") or {}
+    for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+        if found := _of_container(pod, container):
+            return found
+    for condition in status.get("conditions") or []:
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            if condition.get("reason") == "SchedulingGated":
+                return PodIssue("SchedulingGated", _gated(pod))
+            return PodIssue("Unschedulable", f"pod {pod.name} finds no node: {condition.get('message', '')}")
+    if pod.phase == "Failed":
+        return PodIssue(
+            "PodFailed",
+            f"pod {pod.name} has failed: {status.get('reason', '')} {status.get('message', '')}".strip()
+            + "; its StatefulSet makes it anew",
+        )
+    if pod.phase == "Pending" and now - pod.created > PENDING_SECONDS and warning:
+        reason = "MountFailed" if warning.startswith(_MOUNT) else "PodPending"
+        return PodIssue(reason, f"pod {pod.name} can't start: {warning}")
+    return None
+
+
+def _gated(pod: Pod) -> str:
+    gates = ", ".join(gate.get("name", "") for gate in (pod.raw.get("spec") or {}).get("schedulingGates") or [])
+    return f"pod {pod.name} is held back by its scheduling gates ({gates or 'unnamed'}): whoever set them lets it go"
+
+
+def _ending(pod: Pod, now: float) -> PodIssue | None:
+    late = now - (pod.deleting or now)
+    if late < OVERDUE_SECONDS:
+        return None
+    finalizers = ", ".join(pod.raw["metadata"].get("finalizers") or [])
+    if node_unreachable(pod) and not finalizers:
+        words = f"pod {pod.name} can't end, because its node {pod.node} isn't heard from: it is given up for lost soon"
+        return PodIssue("NodeLost", words)
+    cause = f"its finalizers {finalizers} hold it" if finalizers else f"is node {pod.node} alive?"
+    return PodIssue("PodStuck", f"pod {pod.name} should have ended and hasn't: {cause}")
+
+
+def _of_container(pod: Pod, container: Mapping[str, Any]) -> PodIssue | None:
+    waiting = (container.get("state") or {}).get("waiting") or {}
+    reason, message = waiting.get("reason", ""), waiting.get("message", "")
+    if reason in _IMAGE:
+        return PodIssue(
+            "ImagePullFailed",
+            f"pod {pod.name} can't get image {container.get('image', '')}: {message or reason}; it tries on",
+        )
+    if reason in _CONFIG:
+        return PodIssue(
+            "ContainerRefused", f"container {container['name']} of pod {pod.name} can't be made: {message or reason}"
+        )
+    if reason == "CrashLoopBackOff":
+        return PodIssue(
+            "CrashLoop",
+            f"container {container['name']} of pod {pod.name} keeps ending: {_termination_message(container)};"
+            " its kubelet starts it again, ever more seldom",
+            heals=True,
+            pod=pod,
+        )
+    return None
+
+
+def _termination_message(container: Mapping[str, Any]) -> str:
+    ended = (container.get("lastState") or {}).get("terminated") or {}
+    words = (ended.get("message") or "").strip().splitlines()
+    exit_code = f"{ended.get('reason', 'ended')}, exit code {ended.get('exitCode', 'unknown')}"
+    return f"{exit_code}: {' '.join(words[-3:])}" if words else exit_code

@@ -1,0 +1,197 @@
+"""Asks every group how it is: one idle connection each, answered when something changed.
+
+Never awaited by a reconciliation: what arrives is kept, and the model is queued.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+import aiohttp
+import msgspec
+
+from lockstep_operator.backoff import backoff
+from lockstep_operator.groups.group_view import UNREACHABLE_SECONDS, progress
+from lockstep_operator.types.names import ModelKey
+from lockstep_operator.types.observed import GroupReport
+from lockstep_runtime.wire import STATUS_PORT, GroupState, GroupStatus, Latency
+
+log = logging.getLogger(__name__)
+
+ANSWER_SECONDS: Final = 45.0  # the group answers after 30 at the latest
+CONNECT_SECONDS: Final = 5.0
+MAX_STATUS_BYTES: Final = 4 * 1024 * 1024
+FIRST_DELAY: Final = 0.25
+MAX_DELAY: Final = 15.0
+PAUSE_SECONDS: Final = 0.2  # between answers, however fast they come
+_NO_ANSWER: Final = (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError, ValueError)
+
+
+@dataclass(frozen=True, slots=True)
+class PollTarget:
+    """A group's first pod. Another pod, address or token is another target."""
+
+    pod_uid: str
+    address: str
+    token: str
+    port: int = STATUS_PORT
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"http://{host}:{self.port}/status"
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    status: int
+    body: bytes
+
+
+class StatusPoller:
+    """`changed(key, seconds)` is called when a model should be looked at, at most so many seconds later;
+    `heard(key, group, status)` with all that is said, for measurements."""
+
+    def __init__(
+        self,
+        changed: Callable[[ModelKey, float], None],
+        now: Callable[[], float],
+        heard: Callable[[ModelKey, int, GroupStatus], None] = lambda key, group, status: None,
+    ) -> None:
+        self._changed = changed
+        self._now = now
+        self._tell = heard
+        self._tasks: dict[tuple[ModelKey, int], tuple[PollTarget, asyncio.Task[None]]] = {}
+        self._reports: dict[tuple[ModelKey, int], tuple[str, GroupReport]] = {}
+        self._session: aiohttp.ClientSession | None = None
+
+    def watch(self, key: ModelKey, targets: Mapping[int, PollTarget]) -> None:
+        """Ask these groups of the model, and no others of it."""
+        for known, (target, _) in list(self._tasks.items()):
+            if known[0] == key and targets.get(known[1]) != target:
+                self._stop(known)
+        for group, target in targets.items():
+            if (key, group) not in self._tasks:
+                task = asyncio.create_task(self._ask(key, group, target), name=f"status of {key} group {group}")
+                self._tasks[key, group] = (target, task)
+
+    def reports(self, key: ModelKey, leaders: Mapping[int, str]) -> dict[int, GroupReport]:
+        """What the groups whose first pod has this UID last said."""
+        found = {group: self._reports.get((key, group)) for group in leaders}
+        return {group: entry[1] for group, entry in found.items() if entry and entry[0] == leaders[group]}
+
+    async def close(self) -> None:
+        tasks = [task for _, task in self._tasks.values()]
+        for known in list(self._tasks):
+            self._stop(known)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._session:
+            await self._session.close()
+
+    def _stop(self, known: tuple[ModelKey, int]) -> None:
+        self._tasks.pop(known)[1].cancel()
+        self._reports.pop(known, None)
+
+    async def _ask(self, key: ModelKey, group: int, target: PollTarget) -> None:
+        failures, seen = 0, None
+        while True:
+            try:
+                status = await self._fetch(target, seen)
+                self._heard(key, group, target, status)
+            except _NO_ANSWER as error:
+                failures += 1
+                await self._failed(key, group, target, error, failures)
+            except Exception as error:  # a bug: it is told, and must not end the only task that asks this group
+                log.exception("%s: the status of group %d can't be taken", key, group)
+                failures += 1
+                await self._failed(key, group, target, error, failures)
+            else:
+                failures, seen = 0, status
+                await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _fetch(self, target: PollTarget, seen: GroupStatus | None) -> GroupStatus:
+        """At once when the group's status is another than `seen`, else when it changes."""
+        known = f"{seen.incarnation}/{seen.revision}" if seen else ""
+        answer = await self._get(target, known)
+        if answer.status == 400 and seen:  # an older runtime knows bare revisions only
+            answer = await self._get(target, str(seen.revision))
+        if answer.status != 200:
+            raise ValueError(f"status {answer.status}")
+        return msgspec.json.decode(answer.body, type=GroupStatus)
+
+    async def _get(self, target: PollTarget, after: str) -> _Answer:
+        query, headers = ({"after": after} if after else {}), {"Authorization": f"Bearer {target.token}"}
+        async with self._connected().get(target.url, params=query, headers=headers, allow_redirects=False) as response:
+            return _Answer(response.status, await _bounded(response.content))
+
+    def _connected(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS, sock_connect=CONNECT_SECONDS)
+            self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+        return self._session
+
+    def _heard(self, key: ModelKey, group: int, target: PollTarget, status: GroupStatus) -> None:
+        before = self._report(key, group)
+        self._reports[key, group] = (target.pod_uid, GroupReport(status=status))
+        self._tell(key, group, status)
+        if (
+            before.status is None
+            or before.unreachable_since is not None
+            or significant_part(before.status) != significant_part(status)
+        ):
+            self._changed(key, 0.0)
+
+    async def _failed(self, key: ModelKey, group: int, target: PollTarget, error: Exception, failures: int) -> None:
+        before = self._report(key, group)
+        since = before.unreachable_since if before.unreachable_since is not None else self._now()
+        words = str(error) or type(error).__name__
+        self._reports[key, group] = (target.pod_uid, replace(before, unreachable_since=since, error=words))
+        if before.unreachable_since is None:
+            log.info("%s: group %d does not answer: %s", key, group, words)
+            self._changed(key, UNREACHABLE_SECONDS + 1)
+        await asyncio.sleep(backoff(failures, FIRST_DELAY, MAX_DELAY))
+
+    def _report(self, key: ModelKey, group: int) -> GroupReport:
+        entry = self._reports.get((key, group))
+        return entry[1] if entry else GroupReport()
+
+
+async def _bounded(content: aiohttp.StreamReader) -> bytes:
+    """The whole body. Raises ValueError when it is longer than a status can be, whatever its headers say."""
+    body = bytearray()
+    async for chunk in content.iter_chunked(64 * 1024):
+        body += chunk
+        if len(body) > MAX_STATUS_BYTES:
+            raise ValueError(f"more than {MAX_STATUS_BYTES} bytes are too many for a status")
+    return bytes(body)
+
+
+def significant_part(status: GroupStatus) -> object:
+    """What of a status is worth a look at once: all but the measurements that every step changes."""
+    ranks = [
+        (rank.rank, rank.state, rank.pod, rank.node, rank.incarnation, rank.epoch, rank.respawns, rank.message)
+        for rank in status.ranks
+    ]
+    bare = msgspec.structs.replace(
+        status,
+        revision=0,
+        message="" if status.state is GroupState.LOADING else status.message,  # it counts megabytes
+        ranks=[],
+        step_latency=Latency(),
+        last_step_at=None,
+        requests_running=0,
+        requests_waiting=0,
+        pod_problems=[],
+    )
+    complaints = {(problem.pod_index, problem.reason) for problem in status.pod_problems}  # not how often
+    return bare, ranks, progress(status), complaints, measured(status)
+
+
+def measured(status: GroupStatus) -> frozenset[int | None]:
+    """Of whom there are latencies: the first ones are worth a look."""
+    ranks = {rank.rank for rank in status.ranks if rank.step_latency != Latency()}
+    return frozenset(ranks | ({None} if status.step_latency != Latency() else set()))

@@ -1,0 +1,1 @@
+"""What people and machines are told: the status, its conditions, Events, metrics (pure, but for the counters)."""

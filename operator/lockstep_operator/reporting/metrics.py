@@ -1,0 +1,159 @@
+"""The operator's metrics, in a registry of their own."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from lockstep_operator.reporting.recovery_log import Repair
+from lockstep_operator.types.names import ModelKey
+from lockstep_operator.types.observed import GroupReport
+from lockstep_runtime.wire import GroupStatus
+
+STATES = ("Ready", "Progressing", "Stalled")
+CONDITIONS = ("Ready", "Available", "Poisoned", "Stalled")
+PHASE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class _LastSteps(Collector):
+    """Asked when scraped, so that the time goes on while nothing happens."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self.at: dict[ModelKey, dict[int, float]] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(
+            "lockstep_operator_seconds_since_last_step",
+            "Since the group's last step ended; it rises while there is nothing to do, too",
+            labels=["namespace", "model", "group"],
+        )
+        now = self._now()
+        for key, groups in self.at.items():
+            for group, at in groups.items():
+                family.add_metric([key.namespace, key.name, str(group)], max(0.0, now - at))
+        yield family
+
+
+class Metrics:
+    """Models are counted by what their newest status says."""
+
+    def __init__(self, now: Callable[[], float] = time.time) -> None:
+        self.registry = CollectorRegistry()
+        self.reconciles = Counter(
+            "lockstep_operator_reconciles", "Reconciliations by result", ["result"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "lockstep_operator_reconcile_seconds", "Duration of reconciliations", registry=self.registry
+        )
+        self.writes = Counter(
+            "lockstep_operator_writes",
+            "Writes to the API server by kind and action",
+            ["kind", "action"],
+            registry=self.registry,
+        )
+        self.queued = Gauge("lockstep_operator_queued_models", "Models that wait for a look", registry=self.registry)
+        self._models = Gauge("lockstep_operator_models", "Models by state", ["state"], registry=self.registry)
+        self._groups = Gauge("lockstep_operator_groups", "Groups that exist", registry=self.registry)
+        self._ready = Gauge("lockstep_operator_groups_ready", "Groups that take requests", registry=self.registry)
+        self._recoveries = Counter(
+            "lockstep_operator_recoveries",
+            "Faults that a group was healed from, by fault and by the rung that helped",
+            ["namespace", "model", "fault", "rung"],
+            registry=self.registry,
+        )
+        self._phases = Histogram(
+            "lockstep_operator_recovery_seconds",
+            "How long recoveries took, by phase; total is from the fault to serving again",
+            ["phase"],
+            buckets=PHASE_BUCKETS,
+            registry=self.registry,
+        )
+        self._conditions = Gauge(
+            "lockstep_operator_condition",
+            "1 where the model's condition is True, else 0",
+            ["namespace", "model", "condition"],
+            registry=self.registry,
+        )
+        self._failing = Gauge(
+            "lockstep_operator_reconcile_failing",
+            "1 where the newest reconciliation of the model failed, else 0",
+            ["namespace", "model"],
+            registry=self.registry,
+        )
+        self._namespaces = Gauge(
+            "lockstep_operator_namespace_served",
+            "1 where a namespace that is to be served can be, else 0; none when all of the cluster's are",
+            ["namespace"],
+            registry=self.registry,
+        )
+        self.unserved_fields = Gauge(
+            "lockstep_operator_unserved_status_fields",
+            "Fields of the status that this operator writes and that the CRD of the cluster lacks: it is older",
+            registry=self.registry,
+        )
+        self._steps = _LastSteps(now)
+        self.registry.register(self._steps)
+        self._counted: dict[ModelKey, set[tuple[str, str]]] = {}
+        self._reconciled: set[ModelKey] = set()
+        self._known: dict[ModelKey, tuple[str, int, int]] = {}
+        self._publish()
+
+    def model(self, key: ModelKey, status: Mapping[str, Any]) -> None:
+        true = {condition["type"] for condition in status.get("conditions") or [] if condition["status"] == "True"}
+        state = next((name for name in ("Ready", "Stalled") if name in true), "Progressing")
+        self._known[key] = (state, status.get("replicas", 0), status.get("readyReplicas", 0))
+        for condition in CONDITIONS:
+            self._conditions.labels(key.namespace, key.name, condition).set(condition in true)
+        self._publish()
+
+    def namespace(self, name: str, *, served: bool) -> None:
+        self._namespaces.labels(name).set(served)
+
+    def reconciled(self, key: ModelKey, *, failed: bool) -> None:
+        self._failing.labels(key.namespace, key.name).set(failed)
+        self._reconciled.add(key)
+
+    def repaired(self, key: ModelKey, repairs: Iterable[Repair]) -> None:
+        """Each repair once: those that the status just written is the first to tell of."""
+        for repair in repairs:
+            self._recoveries.labels(key.namespace, key.name, repair.fault, repair.rung).inc()
+            self._counted.setdefault(key, set()).add((repair.fault, repair.rung))
+            for phase, seconds in repair.phases.items():
+                self._phases.labels(phase).observe(seconds)
+            self._phases.labels("total").observe(repair.finished - repair.noticed)
+
+    def stepped(self, key: ModelKey, reports: Mapping[int, GroupReport]) -> None:
+        said = {group: report.status for group, report in reports.items() if report.status}
+        self._steps.at[key] = {group: s.last_step_at for group, s in said.items() if s.last_step_at is not None}
+
+    def heard(self, key: ModelKey, group: int, status: GroupStatus) -> None:
+        """What a group has just said: measurements need no look at the model."""
+        if key in self._known and status.last_step_at is not None:
+            self._steps.at.setdefault(key, {})[group] = status.last_step_at
+
+    def forget(self, key: ModelKey) -> None:
+        """Of a model that is gone, no series stays."""
+        if self._known.pop(key, None):
+            for condition in CONDITIONS:
+                self._conditions.remove(key.namespace, key.name, condition)
+        if key in self._reconciled:
+            self._reconciled.remove(key)
+            self._failing.remove(key.namespace, key.name)
+        for fault, rung in self._counted.pop(key, set()):
+            self._recoveries.remove(key.namespace, key.name, fault, rung)
+        self._steps.at.pop(key, None)
+        self._publish()
+
+    def _publish(self) -> None:
+        tally = Tally(state for state, _, _ in self._known.values())
+        for state in STATES:
+            self._models.labels(state).set(tally[state])
+        self._groups.set(sum(groups for _, groups, _ in self._known.values()))
+        self._ready.set(sum(ready for _, _, ready in self._known.values()))

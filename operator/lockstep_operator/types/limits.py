@@ -1,0 +1,77 @@
+"""What a namespace allows a container, and requests that fit into it (pure).
+
+Requests that the operator sets are a guess: they give way to the user's limits, which Kubernetes takes for requests
+that nobody names, and to the namespace's LimitRanges, which would else refuse the StatefulSet, or every pod. What the
+user sets is the user's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+from lockstep_operator.types.quantity import quantity
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """By resource, as quantities: the most and the least that a container may ask for, and the limit that one gets
+    which has none."""
+
+    most: Mapping[str, str] = field(default_factory=dict)
+    default: Mapping[str, str] = field(default_factory=dict)
+    least: Mapping[str, str] = field(default_factory=dict)
+
+
+def limits_of(ranges: Iterable[Mapping[str, Any]]) -> Limits:
+    """Of a namespace's LimitRanges, as far as they are about containers."""
+    entries = [
+        entry
+        for item in ranges
+        for entry in (item.get("spec") or {}).get("limits") or []
+        if entry.get("type") == "Container"
+    ]
+    return Limits(
+        most=_extreme([entry.get("max") or {} for entry in entries], smallest=True),
+        default=_extreme([entry.get("default") or {} for entry in entries], smallest=True),
+        least=_extreme([entry.get("min") or {} for entry in entries], smallest=False),
+    )
+
+
+def fitted(resources: Mapping[str, Any], ours: Iterable[str], limits: Limits) -> dict[str, Any]:
+    """`resources` of a container, with the requests named in `ours` as large as its own limits, and no larger than the
+    namespace's."""
+    own_limits, requests = resources.get("limits") or {}, dict(resources.get("requests") or {})
+    for name in ours:
+        if name not in requests:
+            continue
+        own = own_limits.get(name)
+        known = quantity(own) is not None
+        asked = [own] if known else [requests[name], limits.default.get(name)]
+        requests[name] = _smaller([*asked, limits.most.get(name)])
+        least = limits.least.get(name)
+        if least is not None and _number(least) > _number(requests[name]):
+            requests[name] = least
+    return {**resources, **({"requests": requests} if requests else {})}
+
+
+def _smaller(values: Iterable[Any]) -> Any:
+    return min((value for value in values if value is not None), key=_number)
+
+
+def _number(value: object) -> Decimal:
+    """What isn't a quantity is left for the API server to refuse."""
+    found = quantity(value)
+    return Decimal("Infinity") if found is None else found
+
+
+def _extreme(maps: Iterable[Mapping[str, Any]], *, smallest: bool) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for entry in maps:
+        for name, value in entry.items():
+            known = found.get(name)
+            if known is None or (_number(value) < _number(known)) is smallest:
+                found[name] = str(value)
+    return found

@@ -1,0 +1,129 @@
+"""Everything that was seen of a model in one pass, as frozen types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lockstep_operator.types.limits import Limits
+from lockstep_operator.types.names import (
+    GROUP_LABEL,
+    POD_INDEX_LABEL,
+    REVISION_LABEL,
+    account_name,
+    group_name,
+    token_name,
+)
+from lockstep_operator.types.spec import Model
+from lockstep_operator.types.timestamps import parse_rfc3339
+from lockstep_runtime.wire import GroupStatus
+
+ObjectRef = tuple[str, str]  # kind and name
+Object = dict[str, Any]  # as the API server gives it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pod:
+    """A rank pod. Times are unix seconds."""
+
+    name: str
+    uid: str
+    group: int
+    index: int
+    revision: str
+    ready: bool
+    created: float
+    deleting: float | None  # when its grace ends
+    ip: str
+    owner_uid: str  # of the StatefulSet
+    phase: str
+    raw: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def node(self) -> str:
+        """Empty before it is scheduled."""
+        return str((self.raw.get("spec") or {}).get("nodeName", ""))
+
+    @property
+    def started(self) -> float | None:
+        """When its containers were last started; None when one doesn't run."""
+        containers = (self.raw.get("status") or {}).get("containerStatuses") or []
+        running = [state for container in containers if (state := (container.get("state") or {}).get("running"))]
+        if not running or self.phase != "Running" or len(running) < len(containers):
+            return None
+        return max(parse_rfc3339(state["startedAt"]) for state in running)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupReport:
+    """What a group last said of itself: its own words, or since when it can't be asked and why."""
+
+    status: GroupStatus | None = None
+    unreachable_since: float | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """One look at everything that belongs to a model."""
+
+    status: Mapping[str, Any]  # of the custom resource, as last written
+    resource_version: str
+    token: str | None  # None: the Secret is missing or has no token
+    children: Mapping[tuple[str, str], Object]  # by kind and name
+    pods: tuple[Pod, ...] = ()
+    reports: Mapping[int, GroupReport] = field(default_factory=dict)  # by group; only of the present first pods
+    warnings: Mapping[str, str] = field(default_factory=dict)  # UID of a pod or StatefulSet → newest Warning about it
+    server_mutations: Mapping[ObjectRef, frozenset[str]] = field(default_factory=dict)  # the API server's own rewriting
+    failing: frozenset[ObjectRef] = frozenset()  # writes that the API server did not take lately
+    limits: Limits = field(default_factory=Limits)  # of the namespace
+
+    def child(self, kind: str, name: str) -> Object | None:
+        return self.children.get((kind, name))
+
+    def fails(self, target: ObjectRef) -> bool:
+        return target in self.failing
+
+    def pods_of(self, group: int) -> tuple[Pod, ...]:
+        return tuple(pod for pod in self.pods if pod.group == group)
+
+
+def expected_names(model: Model) -> list[tuple[str, str, int | None]]:
+    """Kind and name of what the model needs, and the group that it is for, if it is for one. A list by label may miss
+    some, because someone took the label off."""
+    shared = [("Secret", token_name(model.name)), ("ServiceAccount", account_name(model.name)), ("Service", model.name)]
+    of_group = ["StatefulSet", "Service", *(["NetworkPolicy"] if model.network.policy != "None" else [])]
+    return [(kind, name, None) for kind, name in shared] + [
+        (kind, group_name(model.name, group), group) for group in range(model.replicas) for kind in of_group
+    ]
+
+
+def parse_pod(raw: Mapping[str, Any]) -> Pod | None:
+    """None for a pod that carries the model's label but is no rank pod."""
+    metadata, status = raw["metadata"], raw.get("status") or {}
+    labels = metadata.get("labels") or {}
+    index = labels.get(POD_INDEX_LABEL, metadata["name"].rpartition("-")[2])
+    owner = controller(raw)
+    if not labels.get(GROUP_LABEL, "").isdigit() or not index.isdigit() or owner is None:
+        return None
+    return Pod(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        group=int(labels[GROUP_LABEL]),
+        index=int(index),
+        revision=labels.get(REVISION_LABEL, ""),
+        ready=any(c["type"] == "Ready" and c["status"] == "True" for c in status.get("conditions") or []),
+        created=parse_rfc3339(metadata["creationTimestamp"]),
+        deleting=parse_rfc3339(metadata["deletionTimestamp"]) if metadata.get("deletionTimestamp") else None,
+        ip=status.get("podIP", ""),
+        owner_uid=owner["uid"],
+        phase=status.get("phase", ""),
+        raw=raw,
+    )
+
+
+def controller(child: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The owner reference of the object's controller."""
+    references = child["metadata"].get("ownerReferences") or []
+    return next((reference for reference in references if reference.get("controller")), None)

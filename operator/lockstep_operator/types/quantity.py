@@ -1,0 +1,23 @@
+"""Kubernetes quantities, such as 500m or 2Gi, as numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Final
+
+_QUANTITY: Final = re.compile(r"^([0-9]+(?:\.[0-9]+)?)([EPTGMK]i|[EPTGMkmun])?$")
+_SUFFIXES: Final[Mapping[str, Decimal]] = {
+    **{letter + "i": Decimal(1024) ** power for power, letter in enumerate("KMGTPE", start=1)},
+    **{letter: Decimal(1000) ** power for power, letter in enumerate("kMGTPE", start=1)},
+    "m": Decimal("0.001"),
+    "u": Decimal("0.000001"),
+    "n": Decimal("0.000000001"),
+}
+
+
+def quantity(text: object) -> Decimal | None:
+    """The number that a Kubernetes quantity such as 500m or 2Gi stands for; None if it isn't one."""
+    match = _QUANTITY.match(str(text))
+    return Decimal(match[1]) * _SUFFIXES.get(match[2], Decimal(1)) if match else None

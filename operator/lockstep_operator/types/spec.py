@@ -1,0 +1,264 @@
+"""The custom resource as the operator understands it: parsed once, with the defaults that the CRD names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from lockstep_operator.types import template_check
+from lockstep_operator.types.names import RESTARTED_ANNOTATION, ModelKey
+from lockstep_operator.types.timestamps import duration, parse_rfc3339
+
+DEFAULT_ATTEMPTS: Final = 3
+DEFAULT_WINDOW: Final = 3600.0
+DEFAULT_INITIAL: Final = 10.0
+DEFAULT_MAX: Final = 600.0
+DEFAULT_PROGRESS: Final = 600.0
+
+
+class SpecError(ValueError):
+    """The spec can't be served as written; the message says what to change. The schema refuses most."""
+
+
+@dataclass(frozen=True, slots=True)
+class SecretKey:
+    name: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class HuggingFace:
+    repo: str
+    revision: str | None = None
+    token: SecretKey | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A persistent volume claim, and a folder within it ("" is its root)."""
+
+    name: str
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HostPath:
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class EmptyDir:
+    size_limit: str | None = None
+
+
+Source = HuggingFace | Claim | HostPath
+Cache = Claim | HostPath | EmptyDir
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """Limits of the engine; None leaves them to the runtime."""
+
+    max_model_len: int | None = None
+    max_sequences: int | None = None
+    max_batch_tokens: int | None = None
+    kv_cache_memory: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watchdog:
+    """Of the runtime's step deadlines; None leaves them to the runtime."""
+
+    step_timeout: float | None = None  # seconds; fixed, without learning
+    floor: float | None = None  # seconds
+    factor: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """What is done about groups that can't heal themselves, and how often. Times in seconds."""
+
+    strategy: str | None = None  # Ladder (also when None) or RecyclePods
+    observe: bool = False  # say what would be done, and do nothing
+    weight_cache: str | None = None  # Memory (also when None) or Off
+    attempts: int = DEFAULT_ATTEMPTS  # of each of the operator's rungs, for each group
+    window: float = DEFAULT_WINDOW  # of healthy time, in which a spent budget is whole again
+    initial: float = DEFAULT_INITIAL  # between the first attempt and the second
+    most: float = DEFAULT_MAX  # between later ones
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Who may reach the API; None leaves it to the operator's settings."""
+
+    policy: str | None = None  # Managed or None, the word
+    peers: tuple[Mapping[str, Any], ...] | None = None  # NetworkPolicyPeers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A TensorParallelModel."""
+
+    key: ModelKey
+    uid: str
+    generation: int
+    source: Source
+    served_name: str
+    tensor_parallel_size: int
+    cache: Cache = field(default_factory=EmptyDir)
+    ranks_per_pod: int = 1
+    replicas: int = 1
+    dtype: str = "auto"
+    backend: str = "auto"
+    accelerator: str | None = None
+    engine: Engine = field(default_factory=Engine)
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    recovery: Recovery = field(default_factory=Recovery)
+    api_key: SecretKey | None = None
+    network: Network = field(default_factory=Network)
+    max_unavailable: int = 1
+    template: Mapping[str, Any] = field(default_factory=dict)
+    flaw: str = ""  # what is wrong with what shapes pods, in a sentence: those that there are stay, and are healed
+    progress_deadline: float = DEFAULT_PROGRESS  # seconds
+    restarted_at: float | None = None  # unix seconds: when somebody last asked that the groups be restarted in turn
+
+    @property
+    def name(self) -> str:
+        return self.key.name
+
+    @property
+    def namespace(self) -> str:
+        return self.key.namespace
+
+    @property
+    def pods_per_group(self) -> int:
+        return self.tensor_parallel_size // self.ranks_per_pod
+
+    @property
+    def ranks(self) -> int:
+        """Of all groups together."""
+        return self.tensor_parallel_size * self.replicas
+
+
+def parse(resource: Mapping[str, Any]) -> Model:
+    """Read a TensorParallelModel as the API server gives it. Raises SpecError."""
+    metadata, spec = resource["metadata"], resource.get("spec") or {}
+    model = spec.get("model") or {}
+    size, per_pod = spec.get("tensorParallelSize", 0), spec.get("ranksPerPod", 1)
+    if size < 1 or per_pod < 1 or size % per_pod:
+        raise SpecError(f"ranksPerPod ({per_pod}) must divide tensorParallelSize ({size}), and both must be at least 1")
+    restarted_at, flaw = _restarted(metadata.get("annotations") or {})
+    template = spec.get("template") or {}
+    return Model(
+        key=ModelKey(metadata["namespace"], metadata["name"]),
+        uid=metadata["uid"],
+        generation=metadata.get("generation", 1),
+        source=_source(model),
+        served_name=model.get("servedName", metadata["name"]),
+        cache=_cache(model.get("cache")),
+        tensor_parallel_size=size,
+        ranks_per_pod=per_pod,
+        replicas=spec.get("replicas", 1),
+        dtype=spec.get("dtype", "auto"),
+        backend=spec.get("backend", "auto"),
+        accelerator=(spec.get("accelerator") or {}).get("resourceName"),
+        engine=_engine(spec.get("engine") or {}),
+        watchdog=_watchdog(spec.get("watchdog") or {}),
+        recovery=_recovery(spec.get("recovery") or {}),
+        api_key=_secret_key(spec.get("apiKeySecretRef")),
+        network=_network(spec.get("network") or {}),
+        max_unavailable=(spec.get("rollout") or {}).get("maxUnavailable", 1),
+        template=template,
+        flaw=template_check.flaw(template) or flaw,
+        progress_deadline=_duration(spec, "progressDeadline") or DEFAULT_PROGRESS,
+        restarted_at=restarted_at,
+    )
+
+
+def _restarted(annotations: Mapping[str, str]) -> tuple[float | None, str]:
+    """When a restart was asked for, or what is wrong with the wish."""
+    wish = annotations.get(RESTARTED_ANNOTATION)
+    if not wish:
+        return None, ""
+    try:
+        return parse_rfc3339(wish), ""
+    except ValueError:
+        return (
+            None,
+            f"annotation {RESTARTED_ANNOTATION} must be a time such as 2030-01-31T12:00:00Z, and is {wish[:80]!r}",
+        )
+
+
+def _source(model: Mapping[str, Any]) -> Source:
+    match {kind: model[kind] for kind in ("huggingFace", "persistentVolumeClaim", "hostPath") if kind in model}:
+        case {"huggingFace": hub, **rest} if not rest:
+            return HuggingFace(hub["repo"], hub.get("revision"), _secret_key(hub.get("tokenSecretRef")))
+        case {"persistentVolumeClaim": claim, **rest} if not rest:
+            return Claim(claim["claimName"], claim.get("path", "").strip("/"))
+        case {"hostPath": host, **rest} if not rest:
+            return HostPath(host["path"])
+        case _:
+            raise SpecError("model must name exactly one of huggingFace, persistentVolumeClaim and hostPath")
+
+
+def _cache(cache: Mapping[str, Any] | None) -> Cache:
+    match cache or {}:
+        case {"persistentVolumeClaim": claim}:
+            return Claim(claim["claimName"])
+        case {"hostPath": host}:
+            return HostPath(host["path"])
+        case {"emptyDir": {"sizeLimit": limit}}:
+            return EmptyDir(str(limit))
+        case _:
+            return EmptyDir()
+
+
+def _engine(engine: Mapping[str, Any]) -> Engine:
+    memory = engine.get("kvCacheMemory")
+    return Engine(
+        max_model_len=engine.get("maxModelLen"),
+        max_sequences=engine.get("maxSequences"),
+        max_batch_tokens=engine.get("maxBatchTokens"),
+        kv_cache_memory=None if memory is None else str(memory),
+    )
+
+
+def _watchdog(watchdog: Mapping[str, Any]) -> Watchdog:
+    return Watchdog(
+        step_timeout=_duration(watchdog, "stepTimeout"),
+        floor=_duration(watchdog, "floor"),
+        factor=watchdog.get("factor"),
+    )
+
+
+def _recovery(recovery: Mapping[str, Any]) -> Recovery:
+    budget, backoff = recovery.get("budget") or {}, recovery.get("backoff") or {}
+    found = Recovery(
+        strategy=recovery.get("strategy"),
+        observe=recovery.get("mode") == "Observe",
+        weight_cache=recovery.get("weightCache"),
+        attempts=budget.get("attempts", DEFAULT_ATTEMPTS),
+        window=_duration(budget, "window") or DEFAULT_WINDOW,
+        initial=_duration(backoff, "initial") or DEFAULT_INITIAL,
+        most=_duration(backoff, "max") or DEFAULT_MAX,
+    )
+    return replace(found, most=max(found.initial, found.most)) if "max" not in backoff else found
+
+
+def _network(network: Mapping[str, Any]) -> Network:
+    peers = network.get("from")
+    return Network(policy=network.get("policy"), peers=None if peers is None else tuple(peers))
+
+
+def _duration(block: Mapping[str, Any], name: str) -> float | None:
+    if name not in block:
+        return None
+    try:
+        return duration(block[name])
+    except ValueError as error:
+        raise SpecError(f"{name}: {error}") from None
+
+
+def _secret_key(reference: Mapping[str, Any] | None) -> SecretKey | None:
+    return SecretKey(reference["name"], reference["key"]) if reference else None

@@ -1,0 +1,290 @@
+"""What is done about a model, in which order and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.support.operator_models import NOW, SETTINGS, model, pod
+
+from lockstep_operator.cluster.observe import token_of
+from lockstep_operator.decisions import manifests
+from lockstep_operator.decisions.planner import Apply, CreateToken, Decision, Delete, decide
+from lockstep_operator.types.names import API_VERSION, KIND
+from lockstep_operator.types.observed import Observed, Pod
+from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung, to_status
+from lockstep_operator.types.spec import Model, Network, Recovery
+
+Child = dict[str, Any]
+TOKEN = "t"
+REVISION = manifests.revision(model(), TOKEN, SETTINGS)
+
+
+def live(manifest: Child, **metadata: Any) -> Child:
+    uid = f"uid-{manifest['metadata']['name'].rpartition('-')[2]}"
+    extra = {"uid": uid, "resourceVersion": "7", "generation": 1, "creationTimestamp": "2027-01-15T07:00:00Z"}
+    return manifest | {"metadata": manifest["metadata"] | extra | metadata, "status": {"observedGeneration": 1}}
+
+
+def everything(made: Model, revision: str | None = None, *, groups: int | None = None) -> dict[tuple[str, str], Child]:
+    found = manifests.revision(made, TOKEN, SETTINGS) if revision is None else revision
+    count = made.replicas if groups is None else groups
+    every = [manifests.token_secret(made, TOKEN), *manifests.shared(made)]
+    for index in range(count):
+        every += [*manifests.of_group(made, index, SETTINGS), manifests.stateful_set(made, index, found, SETTINGS)]
+    return {(item["kind"], item["metadata"]["name"]): live(item) for item in every}
+
+
+def pods(made: Model, revision: str, groups: int | None = None) -> tuple[Pod, ...]:
+    count = made.replicas if groups is None else groups
+    return tuple(pod(index, number, revision) for index in range(count) for number in range(made.pods_per_group))
+
+
+def decided(made: Model, children: dict[tuple[str, str], Child], of: tuple[Pod, ...] = (), **fields: Any) -> Decision:
+    found: dict[str, Any] = {"status": {}, "resource_version": "1", "token": TOKEN, "children": children, "pods": of}
+    return decide(made, Observed(**(found | fields)), NOW, SETTINGS)
+
+
+def reasons(decision: Decision) -> list[str]:
+    return [action.reason for action in decision.actions]
+
+
+def test_nothing_is_done_when_everything_is_as_the_spec_asks() -> None:
+    made = model(replicas=2)
+    decision = decided(made, everything(made), pods(made, REVISION))
+    assert decision.actions == ()
+    assert decision.sentence == "everything is as the spec asks"
+
+
+def test_a_new_model_gets_its_token_first_and_no_pods_before_it() -> None:
+    decision = decided(model(), {}, token=None)
+    assert decision.actions[0] == CreateToken("chat-token", "Secret chat-token with the group's token is missing")
+    assert reasons(decision)[1:] == ["ServiceAccount chat-ranks is missing", "Service chat is missing"]
+    assert decision.revision == ""
+
+
+def test_then_each_groups_names_and_walls_come_before_its_pods() -> None:
+    made = model()
+    children = {key: child for key, child in everything(made).items() if not key[1].endswith("-0")}
+    assert reasons(decided(made, children)) == [
+        "Service chat-0 is missing", "NetworkPolicy chat-0 is missing", "StatefulSet chat-0 is missing",
+    ]  # fmt: skip
+
+
+def test_a_secret_without_its_token_is_made_anew() -> None:
+    made = model()
+    decision = decided(made, everything(made), token=None)
+    assert decision.actions == (
+        Delete("Secret", "chat-token", "uid-token", "Secret chat-token has lost its token and is made anew"),
+    )
+
+
+def test_drift_is_told_apart_from_a_wish_of_ours() -> None:
+    made = model()
+    children = everything(made)
+    children["Service", "chat"]["spec"] = children["Service", "chat"]["spec"] | {"type": "NodePort"}
+    changed = children["ServiceAccount", "chat-ranks"]
+    changed["metadata"] = changed["metadata"] | {"annotations": {"lockstep.dev/applied": "older"}}
+    drifted = [action for action in decided(made, children, pods(made, REVISION)).actions if isinstance(action, Apply)]
+    assert [(action.kind, bool(action.repairs)) for action in drifted] == [("ServiceAccount", False), ("Service", True)]
+    assert drifted[1].reason == "Service chat differs: spec.type: NodePort instead of ClusterIP"
+
+
+def test_what_the_server_rewrites_is_left_alone() -> None:
+    made = model()
+    children = everything(made)
+    children["Service", "chat"]["spec"] = children["Service", "chat"]["spec"] | {"type": "NodePort"}
+    server_mutations = {("Service", "chat"): frozenset({"spec.type: NodePort instead of ClusterIP"})}
+    assert decided(made, children, pods(made, REVISION), server_mutations=server_mutations).actions == ()
+
+
+def test_a_changed_spec_first_changes_the_statefulset_whose_turn_it_is() -> None:
+    made = model(replicas=2)
+    decision = decided(made, everything(made, "old"), pods(made, "old"))
+    assert reasons(decision) == [f"group 1 takes revision {REVISION}: its turn has come"]
+
+
+def test_then_its_pods_go_once_the_controller_has_seen_the_new_template() -> None:
+    made = model()
+    children = everything(made)
+    unseen = {
+        **children,
+        ("StatefulSet", "chat-0"): children["StatefulSet", "chat-0"] | {"status": {"observedGeneration": 0}},
+    }
+    assert decided(made, unseen, pods(made, "old")).actions == ()
+    assert decided(made, children, pods(made, "old")).actions == (
+        Delete("Pod", "chat-0-0", "uid-0-0", f"pod chat-0-0 has revision old instead of {REVISION}"),
+        Delete("Pod", "chat-0-1", "uid-0-1", f"pod chat-0-1 has revision old instead of {REVISION}"),
+    )
+    ending = tuple(pod(0, index, "old", deleting=NOW + 30) for index in range(2))
+    assert decided(made, children, ending).actions == ()
+
+
+def test_a_statefulset_that_can_not_be_changed_is_made_anew() -> None:
+    made = model()
+    children = everything(made)
+    workload = children["StatefulSet", "chat-0"]
+    children["StatefulSet", "chat-0"] = workload | {"spec": workload["spec"] | {"podManagementPolicy": "OrderedReady"}}
+    (action,) = decided(made, children, pods(made, REVISION)).actions
+    assert isinstance(action, Delete)
+    found = "podManagementPolicy: OrderedReady instead of Parallel"
+    assert action.reason == f"StatefulSet chat-0 can't be changed in place ({found}) and is made anew"
+
+
+def test_groups_beyond_replicas_lose_their_pods_first_and_then_their_names() -> None:
+    made = model(replicas=1)
+    children = everything(made, groups=2)
+    first = decided(made, children, pods(made, REVISION, groups=2))
+    assert reasons(first) == ["group 1 is beyond replicas 1"]
+    del children["StatefulSet", "chat-1"]
+    assert decided(made, children, pods(made, REVISION, groups=2)).actions == ()
+    assert reasons(decided(made, children, pods(made, REVISION))) == [
+        "Service chat-1 of the removed group is left over", "NetworkPolicy chat-1 of the removed group is left over",
+    ]  # fmt: skip
+
+
+def test_a_network_policy_that_is_no_longer_asked_for_goes() -> None:
+    made = model(network=Network(policy="None"))
+    children = everything(model())
+    assert reasons(decided(made, children, pods(made, REVISION))) == ["NetworkPolicy chat-0 is no longer asked for"]
+    del children["NetworkPolicy", "chat-0"]
+    assert decided(made, children, pods(made, REVISION)).actions == ()
+
+
+def test_somebody_elses_network_policy_is_left_alone() -> None:
+    made = model(network=Network(policy="None"))
+    children = everything(model())
+    children["NetworkPolicy", "chat-0"]["metadata"]["ownerReferences"] = []
+    decision = decided(made, children, pods(made, REVISION))
+    assert (decision.actions, decision.conflict) == ((), "")
+
+
+OLDER = {"apiVersion": API_VERSION, "kind": KIND, "name": "chat", "uid": "uid-older", "controller": True}
+OTHER = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "web", "uid": "uid-web", "controller": True}
+
+
+@pytest.mark.parametrize(
+    ("owners", "words", "ends"),
+    [
+        ([], "Service chat exists and isn't Lockstep's: delete it, or give the model another name", False),
+        (
+            [OTHER],
+            "Service chat exists and belongs to Deployment web: delete it, or give the model another name",
+            False,
+        ),
+        ([OLDER], "Service chat of a deleted model of the same name is still there; it is waited for", True),
+    ],
+)
+def test_what_belongs_to_others_is_never_touched(owners: list[Child], words: str, ends: bool) -> None:
+    made = model()
+    children = everything(made)
+    service = children["Service", "chat"]
+    children["Service", "chat"] = service | {"metadata": service["metadata"] | {"ownerReferences": owners}}
+    decision = decided(made, children, pods(made, "old"))
+    assert (decision.actions, decision.conflict, decision.conflict_ends) == ((), words, ends)
+
+
+def test_a_child_on_its_way_out_is_waited_for() -> None:
+    made = model()
+    children = everything(made)
+    for key, child in children.items():
+        children[key] = child | {
+            "metadata": child["metadata"] | {"deletionTimestamp": "2027-01-15T08:00:00Z", "labels": {}}
+        }
+    assert decided(made, children, pods(made, REVISION)).actions == ()
+
+
+def test_pods_of_an_earlier_statefulset_do_not_count() -> None:
+    made = model()
+    strays = tuple(pod(0, index, REVISION, owner_uid="uid-gone") for index in range(2))
+    (found,) = decided(made, everything(made), strays).groups
+    assert (found.pods, found.strays, found.ready) == ((), 2, False)
+
+
+@pytest.mark.parametrize(
+    ("secret", "token"),
+    [
+        ({"data": {"token": "dA=="}}, "t"),
+        ({"data": {}}, None),
+        ({"data": {"token": ""}}, None),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_the_token_is_read_from_its_secret(secret: Child | None, token: str | None) -> None:
+    assert token_of(secret) == token
+
+
+def recovering(rung: Rung = Rung.RECYCLE_POD, **fields: Any) -> dict[str, Any]:
+    """A status with a written step against the pod of rank 1."""
+    plan = RecoveryAction(
+        rung=rung, trigger="inc/1", fault="Hang", rank=1, reason="because of Hang", pods=("uid-0-1",), since=NOW,
+        noticed=NOW,
+    )  # fmt: skip
+    return {"groups": [{"group": 0, "recovery": to_status(RecoveryState(plan=plan, **fields))}]}
+
+
+UNREADY = tuple(pod(0, index, REVISION, ready=index > 0) for index in range(2))
+
+
+def test_a_written_step_of_recovery_is_taken_with_little_grace() -> None:
+    made = model()
+    decision = decided(made, everything(made), UNREADY, status=recovering())
+    assert decision.actions == (Delete("Pod", "chat-0-1", "uid-0-1", "because of Hang", grace=5),)
+
+
+def test_moving_away_first_changes_where_the_successors_may_run() -> None:
+    made = model()
+    status = recovering(Rung.MOVE_AWAY, avoided={"n1": NOW + 60})
+    (action,) = decided(made, everything(made), UNREADY, status=status).actions
+    assert isinstance(action, Apply)
+    assert (action.kind, action.repairs) == ("StatefulSet", ""), "our own wish, and no drift"
+    children = everything(made)
+    away = live(manifests.stateful_set(made, 0, REVISION, SETTINGS, ["n1"]))
+    children["StatefulSet", "chat-0"] = away
+    assert reasons(decided(made, children, UNREADY, status=status)) == ["because of Hang"]
+    unseen = {**children, ("StatefulSet", "chat-0"): away | {"status": {"observedGeneration": 0}}}
+    assert decided(made, unseen, UNREADY, status=status).actions == ()
+
+
+def test_what_recovery_has_planned_goes_first_and_a_rollout_takes_the_rest() -> None:
+    made = model()
+    status = recovering()
+    outdated = tuple(pod(0, index, "old", ready=False) for index in range(2))
+    decision = decided(made, everything(made), outdated, status=status)
+    deleted = [(action.name, action.grace) for action in decision.actions if isinstance(action, Delete)]
+    assert deleted == [("chat-0-1", 5), ("chat-0-0", None)]
+
+
+NO_REASON = {
+    "metadata": {},
+    "spec": {"nodeName": "n1"},
+    "status": {"conditions": [{"type": "Ready", "status": "False"}]},
+}
+KUBELETS = {"conditions": [{"type": "Ready", "status": "False", "reason": "ContainersNotReady"}]}
+EVICTED = {
+    "conditions": [
+        KUBELETS["conditions"][0],
+        {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"},
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    ("late", "raw", "given_up"),
+    [
+        (61, NO_REASON, True),
+        (61, NO_REASON | {"status": EVICTED}, True),
+        (59, NO_REASON, False),  # the node may come back
+        (999, NO_REASON | {"status": KUBELETS}, False),  # its kubelet reports
+        (999, NO_REASON | {"metadata": {"finalizers": ["a/b"]}}, False),  # someone else holds it
+    ],
+)
+def test_a_pod_is_given_up_only_when_its_node_is_long_gone(late: float, raw: dict[str, Any], given_up: bool) -> None:
+    made = model()
+    lost = pod(0, 1, REVISION, ready=False, deleting=NOW - late, raw=raw)
+    decision = decided(made, everything(made), (pod(0, 0, REVISION), lost))
+    reason = "pod chat-0-1 is lost with its node n1, which isn't heard from: it is given up"
+    assert decision.actions == ((Delete("Pod", "chat-0-1", "uid-0-1", reason, grace=0),) if given_up else ())
+    observing = model(recovery=Recovery(observe=True))
+    assert decided(observing, everything(observing), (pod(0, 0, REVISION), lost)).actions == ()
