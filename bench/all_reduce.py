@@ -21,8 +21,8 @@ import torch.distributed as dist
 from bench.report import Row, report
 
 from lockstep_runtime.config import TOKEN_VARIABLE, ServeConfig
-from lockstep_runtime.parallel.communicator import Group
-from lockstep_runtime.parallel.group import join, open_rendezvous
+from lockstep_runtime.distributed.communicator import Group
+from lockstep_runtime.distributed.join import join, open_rendezvous
 
 # Bytes of one tensor: a decode step's, a small prefill's and a long one's; and how many of them a round takes.
 SIZES: Final = ((4 * 1024, 200), (256 * 1024, 50), (8 * 1024 * 1024, 3))

@@ -20,8 +20,8 @@ import torch
 from bench.ranks import Child, Ranks, answer_orders, config, done, model_directory, start
 from bench.report import Row, report
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.protocol import bus
 
 PROMPT = 128
 SEQUENCES = 16  # at once
@@ -77,7 +77,7 @@ def run_ranks(ranks: Ranks, prompts: list[list[int]], tokens: int) -> tuple[floa
 
 def serve_rank(pipe: Connection, config: ServeConfig, rank: int, address: str) -> None:
     runner, _, group = start(config, rank, address, SEQUENCES)
-    answer_orders(pipe, wire.Step, lambda step: done(step, runner.step(step, group)))
+    answer_orders(pipe, bus.Step, lambda step: done(step, runner.step(step, group)))
 
 
 def run_transformers(child: Child, prompts: list[list[int]], tokens: int) -> tuple[float, float]:

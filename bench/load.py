@@ -18,7 +18,7 @@ import torch
 from bench.ranks import RANKS, Child, config, model_directory
 from bench.report import Row, report
 
-from lockstep_runtime.worker.runner import Runner
+from lockstep_runtime.worker.model_runner import Runner
 
 CHUNK = 8 * 1024 * 1024
 

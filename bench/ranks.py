@@ -12,11 +12,12 @@ import msgspec
 from bench.report import OUTPUT
 from tests.support.models import QWEN3_0_6B, write_model
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import DType, EngineLimits, ServeConfig
-from lockstep_runtime.parallel.communicator import Group
-from lockstep_runtime.parallel.group import join, open_rendezvous
-from lockstep_runtime.worker.runner import LoadReport, Runner, StepOutput
+from lockstep_runtime.distributed.communicator import Group
+from lockstep_runtime.distributed.join import join, open_rendezvous
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.step import SamplingParams, SequenceSlice
+from lockstep_runtime.worker.model_runner import LoadReport, Runner, StepOutput
 
 RANKS: Final = 2
 BLOCKS: Final = 16  # of the KV cache, per sequence: its prompt and what is decoded
@@ -72,15 +73,15 @@ class Ranks:
             child.receive()
         self._steps = 0
 
-    def next_step(self, tokens: list[list[int]], position: int) -> wire.Step:
+    def next_step(self, tokens: list[list[int]], position: int) -> bus.Step:
         """Greedy; each sequence goes on with its own tokens, all from the same position."""
         self._steps += 1
-        return wire.Step(
+        return bus.Step(
             epoch=1,
             step=self._steps,
             sequences=[
-                wire.SequenceSlice(
-                    sequence_id=index, position=position, tokens=feed, sample=wire.SamplingParams(temperature=0),
+                SequenceSlice(
+                    sequence_id=index, position=position, tokens=feed, sample=SamplingParams(temperature=0),
                     blocks=list(range(index * BLOCKS, (index + 1) * BLOCKS)),
                 )
                 for index, feed in enumerate(tokens)
@@ -93,7 +94,7 @@ class Ranks:
         Raises:
             RuntimeError: the ranks disagree.
         """
-        answers = self.ask(order, wire.StepDone, meanwhile)
+        answers = self.ask(order, bus.StepDone, meanwhile)
         if len({answer.fingerprint for answer in answers}) != 1:
             raise RuntimeError("the ranks' hidden states differ")
         return [sampled.token for sampled in answers[0].sampled]
@@ -131,7 +132,7 @@ def answer_orders(pipe: Connection, kind: type[T], answer: Callable[[T], object]
         pipe.send_bytes(msgspec.msgpack.encode(answer(order)))
 
 
-def done(step: wire.Step, output: StepOutput) -> wire.StepDone:
-    return wire.StepDone(
+def done(step: bus.Step, output: StepOutput) -> bus.StepDone:
+    return bus.StepDone(
         epoch=step.epoch, step=step.step, seconds=0.0, fingerprint=output.fingerprint, sampled=output.sampled
     )

@@ -33,8 +33,9 @@ from tests.support.serve import TINY_CHAT, Served, served
 from tests.support.stream import Stream
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from lockstep_runtime.protocol.chaos import CollectivePoint, FaultPhase, Injection
+from lockstep_runtime.protocol.status import FaultRecord, GroupState
 from lockstep_runtime.recovery.policy import REBUILD_REFILL_SECONDS
-from lockstep_runtime.wire import FaultRecord, GroupState, Injection, Moment, Phase
 
 STREAM_SECONDS: Final = 300.0
 PHASES: Final = ("detect", "abort", "respawn", "rebuild", "verify", "firstToken")
@@ -44,7 +45,7 @@ PHASES: Final = ("detect", "abort", "respawn", "rebuild", "verify", "firstToken"
 class Harm:
     kind: Injection
     rank: int
-    at: Moment = Moment.BEFORE
+    at: CollectivePoint = CollectivePoint.BEFORE
 
     @property
     def name(self) -> str:
@@ -56,7 +57,7 @@ HARMS: Final = (
     Harm(Injection.SIGKILL, 1),
     Harm(Injection.SIGKILL, 0),
     Harm(Injection.HANG, 1),
-    Harm(Injection.HANG, 1, Moment.INSIDE),
+    Harm(Injection.HANG, 1, CollectivePoint.INSIDE),
     Harm(Injection.RAISE, 1),
     Harm(Injection.NAN, 1),
     Harm(Injection.ACTIVATION, 1),
@@ -106,7 +107,7 @@ def disturb(serve: Served, case: Case, harm: Harm, undisturbed: str) -> tuple[fl
     time.sleep(max(0.0, max(known.values(), default=0.0) + REBUILD_REFILL_SECONDS - time.time()))
     stream = ask(serve, case.tokens)
     serve.until(lambda: len(stream.times) > 5 or bool(stream.error), "the stream has begun", STREAM_SECONDS)
-    inject(serve, harm.kind, harm.rank, phase=Phase.DECODE, at=harm.at)
+    inject(serve, harm.kind, harm.rank, phase=FaultPhase.DECODE, at=harm.at)
     text = text_of(stream)
     if case.exact and text != undisturbed:
         raise RuntimeError(f"{harm.name}: the stream went on with other tokens")

@@ -22,15 +22,15 @@ from tests.support.odds import of_gumbel_draws, of_lookups
 from tests.support.ranks import piece
 from torch import Tensor
 
+from lockstep_runtime.distributed.join import SingleGroup
 from lockstep_runtime.layers.batch import build_batch
 from lockstep_runtime.layers.cache import BLOCK_SIZE, KVCache
 from lockstep_runtime.layers.placement import choose_placement
 from lockstep_runtime.models.registry import build_model
-from lockstep_runtime.parallel.group import SingleGroup
+from lockstep_runtime.protocol.step import SamplingParams, SequenceSlice
+from lockstep_runtime.sources.model_folder import read_config
 from lockstep_runtime.weights.load import load_weights
-from lockstep_runtime.weights.plan import Shard
-from lockstep_runtime.weights.source import read_config
-from lockstep_runtime.wire import SamplingParams, SequenceSlice
+from lockstep_runtime.weights.sharding import Shard
 from lockstep_runtime.worker.sampler import Draw, sample
 
 CPU: Final = torch.device("cpu")

@@ -21,14 +21,14 @@ from bench.ranks import Ranks, answer_orders, config, done, model_directory, sta
 from bench.report import Row, report
 from tests.support.serve import TINY_CHAT
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import DType, ServeConfig, Watchdog
-from lockstep_runtime.parallel.communicator import Group
-from lockstep_runtime.parallel.watched import WatchedGroup
-from lockstep_runtime.progress import Progress, new_memory
+from lockstep_runtime.distributed.communicator import Group
+from lockstep_runtime.distributed.traced import WatchedGroup
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.progress_record import Progress, new_memory
 from lockstep_runtime.recovery.watchdog import DeadlineModel, work_of
-from lockstep_runtime.worker import runner as runner_module
-from lockstep_runtime.worker.runner import Runner, StepOutput
+from lockstep_runtime.worker import model_runner as runner_module
+from lockstep_runtime.worker.model_runner import Runner, StepOutput
 from lockstep_runtime.worker.scrub import INTERVAL_SECONDS, Scrub
 
 PROMPT = 32
@@ -37,7 +37,7 @@ PROMPT = 32
 class Order(msgspec.Struct):
     """A step, and whether it is watched; None: a whole scrub, answered by the seconds that it took."""
 
-    step: wire.Step | None
+    step: bus.Step | None
     watched: bool
 
 
@@ -72,7 +72,7 @@ def serve_rank(pipe: Connection, config: ServeConfig, rank: int, address: str) -
     progress = Progress(new_memory("bench"))
     watched, fingerprint = WatchedGroup(plain, progress), runner_module._fingerprint
 
-    def answer(order: Order) -> wire.StepDone | float:
+    def answer(order: Order) -> bus.StepDone | float:
         if order.step is None:
             return scrub_all(loaded.scrub)
         runner_module._fingerprint = fingerprint if order.watched else unwatched  # type: ignore[assignment]
@@ -86,7 +86,7 @@ def unwatched(*_: object) -> int:
     return 0
 
 
-def watch(runner: Runner, step: wire.Step, group: Group, progress: Progress) -> StepOutput:
+def watch(runner: Runner, step: bus.Step, group: Group, progress: Progress) -> StepOutput:
     progress.enter(step.epoch, step.step)
     output = runner.step(step, group)
     progress.leave(step.epoch, step.step)

@@ -52,7 +52,7 @@ TESTS: Final = {
     f"{ENGINE}/sequence.py": "tests/unit/test_scheduler.py",
     f"{ENGINE}/shares.py": "tests/unit/test_scheduler.py",
     f"{ENGINE}/scheduler.py": "tests/unit/test_scheduler.py",
-    "runtime/lockstep_runtime/supervisor/machine.py": "tests/unit/test_supervisor_machine.py",
+    "runtime/lockstep_runtime/supervisor/state_machine.py": "tests/unit/test_supervisor_machine.py",
     "operator/lockstep_operator/decisions/rollout.py": "tests/unit/test_operator_rollout.py",
 }
 

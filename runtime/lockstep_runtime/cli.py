@@ -17,7 +17,8 @@ from typing import Any, Final, NoReturn, get_args
 import msgspec
 
 import lockstep_runtime
-from lockstep_runtime import accelerator, fault_box, inject_client, log, running, wire
+from lockstep_runtime import log
+from lockstep_runtime.chaos import client, discovery, pending
 from lockstep_runtime.config import (
     TOKEN_VARIABLE,
     Backend,
@@ -31,6 +32,8 @@ from lockstep_runtime.config import (
 )
 from lockstep_runtime.host import descriptors
 from lockstep_runtime.host.addresses import LOOPBACK, join, listen, listen_somewhere, loopback, reach
+from lockstep_runtime.protocol.status import API_PORT, BUS_PORT, STATUS_PORT
+from lockstep_runtime.supervisor import accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +112,7 @@ def build_parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     )
     serve.add_argument("model", help="a directory with config.json and safetensors, or a hub id such as Qwen/Qwen3-8B")
     _add_flags(serve, environment)
-    inject_client.add_parser(commands)
+    client.add_parser(commands)
     return parser
 
 
@@ -182,11 +185,11 @@ def _add_flags(serve: argparse.ArgumentParser, environment: Mapping[str, str]) -
         help="a web page's origin that may call the API from a browser, such as https://chat.example.com, or *; repeat "
         "it for more; in the variable put spaces between (default: none)",
     )  # fmt: skip
-    flag(network, "port", _port, wire.API_PORT, "of the HTTP API")
+    flag(network, "port", _port, API_PORT, "of the HTTP API")
     or_free = "on one machine, where that is taken, a free one"
-    flag(network, "bus-port", _port, None, f"between the engine and its ranks; default: {wire.BUS_PORT}, or, {or_free}")
+    flag(network, "bus-port", _port, None, f"between the engine and its ranks; default: {BUS_PORT}, or, {or_free}")
     flag(network, "status-port", _port, None, "of the supervisor's /healthz and /status; default: "
-         f"{wire.STATUS_PORT}, or, {or_free}")  # fmt: skip
+         f"{STATUS_PORT}, or, {or_free}")  # fmt: skip
     flag(network, "grace-seconds", _seconds, 30.0, "for running requests after SIGTERM")
     flag(network, "lame-duck-seconds", _seconds, 0.0, "new requests are still taken for so long after SIGTERM")
 
@@ -250,8 +253,8 @@ def config_from(options: argparse.Namespace) -> ServeConfig:
         host=options.host,
         cors_allow_origins=options.cors_allow_origin,
         api_port=options.port,
-        bus_port=options.bus_port or wire.BUS_PORT,
-        status_port=options.status_port or wire.STATUS_PORT,
+        bus_port=options.bus_port or BUS_PORT,
+        status_port=options.status_port or STATUS_PORT,
         grace_seconds=options.grace_seconds,
         lame_duck_seconds=options.lame_duck_seconds,
     )
@@ -335,13 +338,13 @@ def check_faults(config: ServeConfig, environment: Mapping[str, str]) -> None:
     Raises:
         UsageError: a fault is asked for in words that mean none, or one that can't happen here.
     """
-    if config.allow_faults and (once := environment.get(fault_box.ONCE_VARIABLE)):
+    if config.allow_faults and (once := environment.get(pending.ONCE_VARIABLE)):
         try:
-            fault = fault_box.parse_once(once)
+            fault = pending.parse_once(once)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        if fault.rank in config.ranks and (why_not := fault_box.why_not(fault)):
-            raise UsageError(f"{fault_box.ONCE_VARIABLE}={once!r}: {why_not}")
+        if fault.rank in config.ranks and (why_not := pending.why_not(fault)):
+            raise UsageError(f"{pending.ONCE_VARIABLE}={once!r}: {why_not}")
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -363,14 +366,16 @@ def _tell_ports(config: ServeConfig) -> None:
     url = f"http://{join(reach(config.host), config.status_port)}"
     logger.info("the status is at %s/status", url)
     if config.allow_faults and config.is_leader:
-        running.leave(running.Running(pid=os.getpid(), model=config.served_name, port=config.api_port, status_url=url))
+        discovery.leave(
+            discovery.Running(pid=os.getpid(), model=config.served_name, port=config.api_port, status_url=url)
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script; exit code 2 for what the user can mend on the command line."""
     options = build_parser(os.environ).parse_args(arguments)
     try:
-        sys.exit(_serve(options) if options.command == "serve" else inject_client.run(options))
+        sys.exit(_serve(options) if options.command == "serve" else client.run(options))
     except UsageError as error:
         print(f"lockstep: {error}", file=sys.stderr)
         sys.exit(2)

@@ -10,8 +10,8 @@ from typing import Final, Literal
 
 import msgspec
 
-from lockstep_runtime import wire
-from lockstep_runtime.host.addresses import LOOPBACK
+from lockstep_runtime.host.addresses import LOOPBACK, reach
+from lockstep_runtime.protocol.status import API_PORT, BUS_PORT, STATUS_PORT
 
 CONFIG_VARIABLE: Final = "LOCKSTEP_CONFIG"
 TOKEN_VARIABLE: Final = "LOCKSTEP_TOKEN"  # noqa: S105 - a name, not a secret: the bus and the status endpoint
@@ -74,9 +74,9 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     host: str = LOOPBACK  # of every listener of this pod; pods set it to `::`, every address of both families
     cors_allow_origins: tuple[str, ...] = ()  # pages of these may call the API from a browser; "*": all
-    api_port: int = wire.API_PORT
-    bus_port: int = wire.BUS_PORT
-    status_port: int = wire.STATUS_PORT
+    api_port: int = API_PORT
+    bus_port: int = BUS_PORT
+    status_port: int = STATUS_PORT
     grace_seconds: float = 30.0  # for running requests after SIGTERM
     lame_duck_seconds: float = 0.0  # new requests are still taken for so long after SIGTERM, while endpoints update
 
@@ -92,3 +92,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_leader(self) -> bool:
         return self.pod_index == 0
+
+
+def bus_address(config: ServeConfig) -> tuple[str, int]:
+    """Where this pod's processes find the bus: the leader's own ones need no name service for it."""
+    if not config.is_leader:
+        return config.leader, config.bus_port
+    return reach(config.host), config.bus_port

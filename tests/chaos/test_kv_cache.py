@@ -11,7 +11,7 @@ import pytest
 from tests.support.chaos import Arena, healed, ranks_of, read
 from tests.support.stream import answers
 
-from lockstep_runtime.wire import Fault
+from lockstep_runtime.protocol.status import Fault
 
 pytestmark = pytest.mark.third
 

@@ -11,7 +11,7 @@ from tests.support.large_vocabulary import NAME, is_whole, start, write_large_vo
 from tests.support.serve import served
 from tests.support.stream import answers
 
-from lockstep_runtime.wire import Injection, Phase
+from lockstep_runtime.protocol.chaos import FaultPhase, Injection
 
 pytestmark = pytest.mark.third
 
@@ -23,7 +23,7 @@ def test_a_context_that_is_computed_again_goes_on_with_the_same_tokens(tmp_path:
         undisturbed = answers(start(serve.api, NAME, STREAM_SECONDS))
         assert all(is_whole(answer) for answer in undisturbed), undisturbed
         for rank, steps in ((0, 50), (1, 200)):
-            inject(serve, Injection.SIGSEGV, rank, phase=Phase.DECODE, skip=steps)
+            inject(serve, Injection.SIGSEGV, rank, phase=FaultPhase.DECODE, skip=steps)
             assert answers(start(serve.api, NAME, STREAM_SECONDS)) == undisturbed, serve.log.read_text()
         resumed = [line for line in serve.log.read_text().splitlines() if "resumed: " in line]
         assert len(resumed) == 2

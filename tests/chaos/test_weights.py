@@ -12,7 +12,8 @@ from tests.support.faults import inject
 from tests.support.serve import Served
 from tests.support.stream import answers
 
-from lockstep_runtime.wire import Fault, Injection
+from lockstep_runtime.protocol.chaos import Injection
+from lockstep_runtime.protocol.status import Fault
 
 SCRUB_SECONDS = 3.0
 pytestmark = pytest.mark.third

@@ -16,7 +16,7 @@ from tests.support.http import async_http
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.neutral import REFUSED
 from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest
-from lockstep_runtime.engine.interface import Readiness
+from lockstep_runtime.engine.client import Readiness
 
 CHAT = "/v1/chat/completions"
 GETS = ["/health", "/ready", "/metrics", "/v1/models", f"/v1/models/{SERVED}", "/openapi.json", "/docs"]

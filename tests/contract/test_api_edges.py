@@ -19,7 +19,7 @@ from tests.support.http import async_http
 
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.config import EngineLimits
-from lockstep_runtime.engine.interface import EngineBusyError, Readiness
+from lockstep_runtime.engine.client import EngineBusyError, Readiness
 
 MALFORMED_BODIES = 1000
 SEED = 20261121

@@ -12,7 +12,7 @@ from tests.support.engine import FakeEngine
 from tests.support.http import async_http
 
 from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest
-from lockstep_runtime.wire import SamplingParams
+from lockstep_runtime.protocol.step import SamplingParams
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"

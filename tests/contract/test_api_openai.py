@@ -16,13 +16,13 @@ from tests.support.http import async_http
 from tokenizers import Tokenizer
 
 from lockstep_runtime.api.limits import Limits
-from lockstep_runtime.engine.interface import (
+from lockstep_runtime.engine.client import (
     EngineBusyError,
     GenerationFailedError,
     GenerationRequest,
     RequestTooLongError,
 )
-from lockstep_runtime.wire import SamplingParams
+from lockstep_runtime.protocol.step import SamplingParams
 
 TOKENIZER: Tokenizer = Tokenizer.from_file(str(TINY_CHAT / "tokenizer.json"))
 END = TOKENIZER.token_to_id("<|im_end|>") or 0

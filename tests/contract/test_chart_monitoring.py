@@ -21,7 +21,7 @@ from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport
 from lockstep_operator.types.spec import parse
 from lockstep_runtime.api.metrics import Metrics as EngineMetrics
-from lockstep_runtime.engine.interface import EngineStats
+from lockstep_runtime.engine.client import EngineStats
 
 KEY = ModelKey("team", "chat")
 STATS = EngineStats(

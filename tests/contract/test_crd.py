@@ -18,7 +18,7 @@ from lockstep_operator.groups import process_failures, waiting
 from lockstep_operator.types.names import GROUP, KIND, PLURAL, VERSION
 from lockstep_operator.types.observed import GroupReport
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung, to_status
-from lockstep_runtime.wire import Fault, FaultRecord, Latency
+from lockstep_runtime.protocol.status import Fault, FaultRecord, Latency
 
 CRD: dict[str, Any] = yaml.safe_load(
     (Path(__file__).parents[2] / "crds" / "lockstep.dev_tensorparallelmodels.yaml").read_text()

@@ -26,10 +26,11 @@ from lockstep_operator.types import spec
 from lockstep_operator.types.recovery_state import Rung as OperatorRung
 from lockstep_runtime import cli
 from lockstep_runtime.api.metrics import Metrics as EngineMetrics
-from lockstep_runtime.engine.interface import EngineStats
+from lockstep_runtime.engine.client import EngineStats
+from lockstep_runtime.protocol.chaos import Injection
+from lockstep_runtime.protocol.status import Fault
 from lockstep_runtime.recovery import policy, timing, watchdog
-from lockstep_runtime.supervisor import machine
-from lockstep_runtime.wire import Fault, Injection
+from lockstep_runtime.supervisor import state_machine
 from lockstep_runtime.worker import scrub
 
 DOCUMENTS: Final = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
@@ -257,7 +258,7 @@ def test_every_fault_and_rung_has_its_place() -> None:
         f"{timing.HOST.attempts:g} s of failed attempts in a row, {timing.NCCL.attempts:g} s on NCCL |",
         f"config.json | that | {timing.MODEL_SECONDS:g} s |",
         f"| {timing.POISONED_SECONDS[0]:g} s, doubling up to {timing.POISONED_SECONDS[1]:g} s |",
-        f"{machine.SLOW_BACKOFF:g} s at least where only a change",
+        f"{state_machine.SLOW_BACKOFF:g} s at least where only a change",
         f"for the first {timing.ACCEPTING_SECONDS:g} s of a recovery",
         f"is asked again for {timing.ROOM_SECONDS:g} s",
     ],

@@ -25,7 +25,7 @@ from lockstep_operator.groups.status_poller import MAX_STATUS_BYTES, PollTarget,
 from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.server import application
 from lockstep_operator.types.names import ModelKey
-from lockstep_runtime.wire import GroupState, GroupStatus, Latency
+from lockstep_runtime.protocol.status import GroupState, GroupStatus, Latency
 
 KEY = ModelKey("team", "chat")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

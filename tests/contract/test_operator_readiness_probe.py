@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.supervisor.board import BELIEVED_SECONDS, Seen, StatusBoard, parse_seen
+from lockstep_runtime.protocol.status import GroupState, PodProblem, PodProblemReason
 from lockstep_runtime.supervisor.server import create_app
-from lockstep_runtime.wire import GroupState, PodProblem, PodProblemReason
+from lockstep_runtime.supervisor.status_store import BELIEVED_SECONDS, Seen, StatusBoard, parse_seen
 
 CONFIG = ServeConfig(model="m", served_name="m")
 

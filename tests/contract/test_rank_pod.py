@@ -14,9 +14,9 @@ from lockstep_operator.decisions.pod_template import pod_template
 from lockstep_operator.settings import Settings
 from lockstep_operator.types.spec import Recovery, parse
 from lockstep_operator.types.timestamps import duration
-from lockstep_runtime import wire
 from lockstep_runtime.cli import build_parser, config_from
 from lockstep_runtime.config import API_KEY_FILE_VARIABLE, TOKEN_VARIABLE, EngineLimits, ServeConfig, Watchdog
+from lockstep_runtime.protocol.status import API_PORT, BUS_PORT, STATUS_PORT
 from lockstep_runtime.recovery.watchdog import CEILING_SECONDS
 
 SETTINGS = Settings(runtime_image="registry.example/runtime:1", operator_namespace="lockstep-system")
@@ -185,7 +185,7 @@ def test_ports_are_those_of_the_runtime() -> None:
     container = pod({"model": HUB, "tensorParallelSize": 1})["containers"][0]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     config, _ = started({"model": HUB, "tensorParallelSize": 1}, index=0)
-    assert ports == {"api": wire.API_PORT, "bus": wire.BUS_PORT, "status": wire.STATUS_PORT}
+    assert ports == {"api": API_PORT, "bus": BUS_PORT, "status": STATUS_PORT}
     assert (config.api_port, config.bus_port, config.status_port) == tuple(ports.values())
 
 

@@ -23,7 +23,7 @@ from tests.support.serve import TINY_CHAT, TOKEN, Served, is_running, served, th
 from tests.support.stream import Stream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lockstep_runtime.wire import Fault, GroupState, GroupStatus, RankState
+from lockstep_runtime.protocol.status import Fault, GroupState, GroupStatus, RankState
 
 PROMPTS = [
     "The",

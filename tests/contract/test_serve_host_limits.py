@@ -18,7 +18,7 @@ from tests.support import memory_cgroup
 from tests.support.http import HTTP
 from tests.support.serve import Served, served
 
-from lockstep_runtime.wire import Fault, PodProblemReason
+from lockstep_runtime.protocol.status import Fault, PodProblemReason
 
 TWO_RANKS = ("--tensor-parallel-size", "2", "--dtype", "float32", "--threads-per-rank", "1")
 MIB = 2**20

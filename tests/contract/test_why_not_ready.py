@@ -17,7 +17,7 @@ from lockstep_runtime.api.app import create_app
 from lockstep_runtime.api.keys import ApiKeys
 from lockstep_runtime.api.model import Problem
 from lockstep_runtime.engine import main as engine_main
-from lockstep_runtime.wire import GroupState
+from lockstep_runtime.protocol.status import GroupState
 
 TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.support.serve import Served, served
 
-from lockstep_runtime.wire import GroupState, RankState
+from lockstep_runtime.protocol.status import GroupState, RankState
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 SECONDS = 60.0  # importing torch on a busy machine; what follows takes no time

@@ -23,7 +23,7 @@ from tests.support.cluster_model import Model
 from tests.support.cluster_processes import kill, one_process
 from tests.support.stream import Answer, Stream, answers
 
-from lockstep_runtime.wire import Injection, Moment, Phase
+from lockstep_runtime.protocol.chaos import CollectivePoint, FaultPhase, Injection
 
 TOKENS: Final = 64
 SKIPPED_STEPS: Final = 8  # so that a fault in a decode step meets streams that have begun
@@ -35,25 +35,25 @@ SIGNALS: Final = {
 }
 # Fault, phase, rank and, for a hang, where seen from the collective. Cheap and dear faults alternate: budgets refill.
 CELLS: Final = (
-    (Injection.RAISE, Phase.DECODE, 1),
-    (Injection.SIGKILL, Phase.DECODE, 0),
-    (Injection.HANG, Phase.DECODE, 0, Moment.BEFORE),
-    (Injection.SIGSTOP, Phase.DECODE, 1),
-    (Injection.NAN, Phase.PREFILL, 1),
-    (Injection.EXIT, Phase.DECODE, 0),
-    (Injection.HANG, Phase.PREFILL, 1, Moment.INSIDE),
-    (Injection.INPUT, Phase.DECODE, 1),
-    (Injection.SIGSEGV, Phase.DECODE, 1),
-    (Injection.MEMORY, Phase.DECODE, 1),
-    (Injection.HANG, Phase.DECODE, 1, Moment.AFTER),
-    (Injection.ACTIVATION, Phase.PREFILL, 0),
-    (Injection.CLOSE_BUS, Phase.DECODE, 1),
-    (Injection.SIGKILL, Phase.IDLE, 1),
+    (Injection.RAISE, FaultPhase.DECODE, 1),
+    (Injection.SIGKILL, FaultPhase.DECODE, 0),
+    (Injection.HANG, FaultPhase.DECODE, 0, CollectivePoint.BEFORE),
+    (Injection.SIGSTOP, FaultPhase.DECODE, 1),
+    (Injection.NAN, FaultPhase.PREFILL, 1),
+    (Injection.EXIT, FaultPhase.DECODE, 0),
+    (Injection.HANG, FaultPhase.PREFILL, 1, CollectivePoint.INSIDE),
+    (Injection.INPUT, FaultPhase.DECODE, 1),
+    (Injection.SIGSEGV, FaultPhase.DECODE, 1),
+    (Injection.MEMORY, FaultPhase.DECODE, 1),
+    (Injection.HANG, FaultPhase.DECODE, 1, CollectivePoint.AFTER),
+    (Injection.ACTIVATION, FaultPhase.PREFILL, 0),
+    (Injection.CLOSE_BUS, FaultPhase.DECODE, 1),
+    (Injection.SIGKILL, FaultPhase.IDLE, 1),
 )
 
 
 def cells() -> list[Cell]:
-    return [Cell(kind, at[0] if at else Moment.BEFORE, phase, rank, 2) for kind, phase, rank, *at in CELLS]
+    return [Cell(kind, at[0] if at else CollectivePoint.BEFORE, phase, rank, 2) for kind, phase, rank, *at in CELLS]
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +92,13 @@ def test_clients_notice_a_pause_and_nothing_else(cell: Cell, faulty: Model, undi
 
 def provoke(model: Model, cell: Cell) -> list[Stream]:
     """Let the fault happen while clients read; an idle group gets them right afterwards."""
-    if cell.kind in SIGNALS and cell.phase is not Phase.PREFILL:
+    if cell.kind in SIGNALS and cell.phase is not FaultPhase.PREFILL:
         process = one_process(model.pod(0, cell.rank), WORKER)
-        readers = [] if cell.phase is Phase.IDLE else read(model, TOKENS)
+        readers = [] if cell.phase is FaultPhase.IDLE else read(model, TOKENS)
         begun(readers, SKIPPED_STEPS)
         kill(process, SIGNALS[cell.kind])
         return readers or read(model, TOKENS)
-    skip = SKIPPED_STEPS if cell.phase is Phase.DECODE else 0
+    skip = SKIPPED_STEPS if cell.phase is FaultPhase.DECODE else 0
     inject(model, cell.kind, cell.rank, f"--phase={cell.phase}", f"--at={cell.at}", f"--skip={skip}")
     return read(model, TOKENS)
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from tests.support.ranks import everything, piece
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import Device, EngineLimits, ServeConfig
-from lockstep_runtime.parallel.group import SingleGroup
-from lockstep_runtime.worker.runner import Runner
+from lockstep_runtime.distributed.join import SingleGroup
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.step import SampledToken, SamplingParams
+from lockstep_runtime.worker.model_runner import Runner
 from lockstep_runtime.worker.scrub import INTERVAL_VARIABLE, CorruptionError, Scrub
 
 TINY_CHAT = Path(__file__).parents[2] / "examples" / "tiny-chat"
@@ -29,15 +30,15 @@ def config(device: Device, limits: EngineLimits | None = None) -> ServeConfig:
     )  # fmt: skip
 
 
-def greedy(device: Device) -> list[wire.SampledToken]:
+def greedy(device: Device) -> list[SampledToken]:
     """Prefill, then token by token, with the log probabilities of all tokens."""
     runner, group = Runner(config(device), 0), SingleGroup()
     runner.load(lambda done, total: None)
     runner.allocate(16)
-    drawn: list[wire.SampledToken] = []
+    drawn: list[SampledToken] = []
     feed, position = PROMPT, 0
     for number in range(TOKENS):
-        step = wire.Step(epoch=1, step=number, sequences=[piece(1, position, feed, BLOCKS, everything(VOCABULARY))])
+        step = bus.Step(epoch=1, step=number, sequences=[piece(1, position, feed, BLOCKS, everything(VOCABULARY))])
         drawn += runner.step(step, group).sampled
         position += len(feed)
         feed = [drawn[-1].token]
@@ -62,7 +63,7 @@ def test_the_cache_is_sized_by_the_gpus_free_memory() -> None:
     size = runner.allocate(report.cache_blocks).nbytes
     assert size <= free - 0.1 * total
     assert size > 0.8 * (free - 0.1 * total)
-    step = wire.Step(epoch=1, step=0, sequences=[piece(1, 0, PROMPT, BLOCKS, wire.SamplingParams(temperature=0))])
+    step = bus.Step(epoch=1, step=0, sequences=[piece(1, 0, PROMPT, BLOCKS, SamplingParams(temperature=0))])
     assert runner.step(step, SingleGroup()).sampled
     del runner
     torch.cuda.empty_cache()

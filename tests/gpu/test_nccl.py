@@ -14,16 +14,17 @@ import torch
 from tests.support.gpu import MIB, in_child, in_children
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
+from lockstep_runtime.chaos.device_faults import provoke
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.parallel.communicator import Group
-from lockstep_runtime.parallel.errors import GroupAborted
-from lockstep_runtime.parallel.group import join, open_rendezvous
-from lockstep_runtime.parallel.meeting import Meeting, MeetingPlace
-from lockstep_runtime.parallel.nccl import NcclGroup
-from lockstep_runtime.parallel.store import MeetingStore
-from lockstep_runtime.wire import Fault, Injection
-from lockstep_runtime.worker.classify import classify
-from lockstep_runtime.worker.device_faults import provoke
+from lockstep_runtime.distributed.communicator import Group
+from lockstep_runtime.distributed.errors import GroupAborted
+from lockstep_runtime.distributed.join import join, open_rendezvous
+from lockstep_runtime.distributed.nccl import NcclGroup
+from lockstep_runtime.distributed.rendezvous import Meeting, MeetingPlace
+from lockstep_runtime.distributed.rendezvous_store import MeetingStore
+from lockstep_runtime.protocol.chaos import Injection
+from lockstep_runtime.protocol.status import Fault
+from lockstep_runtime.worker.fault_classifier import classify
 
 DEVICE = torch.device("cuda", 0)
 EPOCHS = 6

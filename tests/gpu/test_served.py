@@ -20,8 +20,9 @@ from tests.support.models import ModelShape, write_model
 from tests.support.serve import TINY_CHAT, Served, served, title_of
 from tests.support.stream import answers
 
-from lockstep_runtime.owned_files import FOLDER_VARIABLE
-from lockstep_runtime.wire import Fault, FaultRecord, GroupState, Injection, Phase
+from lockstep_runtime.host.shm_files import FOLDER_VARIABLE
+from lockstep_runtime.protocol.chaos import FaultPhase, Injection
+from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState
 
 ON_GPU: Final = ("--device", "cuda")
 SHARED: Final = (*ON_GPU, "--backend", "gloo", "--tensor-parallel-size", "2")
@@ -61,15 +62,15 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield serve
 
 
-def survive(serve: Served, rank: int, kind: Injection, phase: Phase) -> FaultRecord:
+def survive(serve: Served, rank: int, kind: Injection, phase: FaultPhase) -> FaultRecord:
     """A fault under two streams, which go on with the same tokens; the memory of the lost context is free again."""
     undisturbed = answers(read(serve))
     assert all(one.text and one.finish == "length" and not one.error for one in undisturbed)
     before, pids, used = {one.id for one in serve.status().faults}, ranks_of(serve.status()), used_bytes()
-    if phase is Phase.PREFILL:
+    if phase is FaultPhase.PREFILL:
         inject(serve, kind, rank, phase=phase)
     streams = read(serve)
-    if phase is Phase.DECODE:
+    if phase is FaultPhase.DECODE:
         serve.until(lambda: all(stream.pieces > 3 or stream.error for stream in streams), "the streams have begun")
         inject(serve, kind, rank, phase=phase)
     assert answers(streams) == undisturbed, serve.log.read_text()
@@ -83,16 +84,16 @@ def survive(serve: Served, rank: int, kind: Injection, phase: Phase) -> FaultRec
     return record
 
 
-@pytest.mark.parametrize("phase", [Phase.DECODE, Phase.PREFILL])
+@pytest.mark.parametrize("phase", [FaultPhase.DECODE, FaultPhase.PREFILL])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_lost_context_is_a_respawn_that_frees_its_memory(alone: Served, kind: Injection, phase: Phase) -> None:
+def test_a_lost_context_is_a_respawn_that_frees_its_memory(alone: Served, kind: Injection, phase: FaultPhase) -> None:
     record = survive(alone, 0, kind, phase)
     assert "the device context is lost" in record.message
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_the_rank_whose_context_is_lost_is_replaced(pair: Served, rank: int) -> None:
-    survive(pair, rank, KINDS[0], Phase.DECODE)
+    survive(pair, rank, KINDS[0], FaultPhase.DECODE)
 
 
 def test_two_ranks_on_one_gpu_answer_as_one_does(alone: Served, pair: Served) -> None:

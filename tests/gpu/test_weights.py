@@ -12,16 +12,16 @@ import pytest
 import torch
 from tests.support.models import QWEN3_0_6B, write_model
 
-from lockstep_runtime.child import PARENT_VARIABLE
 from lockstep_runtime.config import EngineLimits, ServeConfig
+from lockstep_runtime.host.process_init import PARENT_VARIABLE
+from lockstep_runtime.host.shm_files import FOLDER_VARIABLE, SHARED_MEMORY, cache_file
 from lockstep_runtime.layers.placement import choose_placement
 from lockstep_runtime.models.registry import build_model
-from lockstep_runtime.owned_files import FOLDER_VARIABLE, SHARED_MEMORY, cache_file
 from lockstep_runtime.weights.cache import Identity, WeightCache, open_cache
 from lockstep_runtime.weights.checksum import checksum
 from lockstep_runtime.weights.load import adopt_weights
-from lockstep_runtime.weights.plan import Shard
-from lockstep_runtime.worker.runner import Runner
+from lockstep_runtime.weights.sharding import Shard
+from lockstep_runtime.worker.model_runner import Runner
 
 DEVICE = torch.device("cuda", 0)
 TRIES = 3

@@ -7,12 +7,13 @@ import random
 import pytest
 from tests.support.group_life import GroupLife, stage
 
-from lockstep_runtime import wire
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.bus import LoadFailure
+from lockstep_runtime.protocol.status import Fault, RankState
 from lockstep_runtime.recovery import events
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.policy import RESPAWNS
 from lockstep_runtime.recovery.stage import Stage
-from lockstep_runtime.wire import Fault, LoadFailure
 
 
 def _event(life: GroupLife, chance: random.Random) -> None:
@@ -35,10 +36,10 @@ def _event(life: GroupLife, chance: random.Random) -> None:
         case 6 if here:
             life.left(rank)
         case 7 if here:
-            life.tell(events.RankReported(rank, wire.LoadProgress(bytes_done=chance.randrange(9), bytes_total=9)))
+            life.tell(events.RankReported(rank, bus.LoadProgress(bytes_done=chance.randrange(9), bytes_total=9)))
         case 8 if here:
             kind = chance.choice(list(LoadFailure))
-            life.tell(events.RankReported(rank, wire.LoadFailed(message="no", kind=kind)))
+            life.tell(events.RankReported(rank, bus.LoadFailed(message="no", kind=kind)))
         case 9 if known:
             life.tell(events.RankStopped(rank, life.name(rank, life.processes[rank]), 1, "SIGSTOP"))
         case 10 if stage(life) in (Stage.ASSEMBLING, Stage.SERVING):
@@ -53,7 +54,7 @@ def _event(life: GroupLife, chance: random.Random) -> None:
 
 def explains_itself(life: GroupLife) -> bool:
     """A first load has failed with words: `Failed` may last."""
-    return not life.group.has_served and any(one.state is wire.RankState.FAILED for one in life.group.handles)
+    return not life.group.has_served and any(one.state is RankState.FAILED for one in life.group.handles)
 
 
 @pytest.mark.parametrize("first", range(0, 2000, 100))
@@ -68,9 +69,7 @@ def test_whatever_happens_every_state_ends_by_itself(first: int) -> None:
             assert life.group.epoch >= epochs[-1]
             epochs.append(life.group.epoch)
             if stage(life) is Stage.GATHERING:
-                failed = not life.group.has_served and any(
-                    one.state is wire.RankState.FAILED for one in life.group.handles
-                )
+                failed = not life.group.has_served and any(one.state is RankState.FAILED for one in life.group.handles)
                 assert failed or life.group.next_deadline() is not None, f"seed {seed}"
             assert 0 <= life.group.policy.respawns.left <= RESPAWNS
         if stage(life) is Stage.ASSEMBLING and life.group.next_deadline() is None:
@@ -80,5 +79,5 @@ def test_whatever_happens_every_state_ends_by_itself(first: int) -> None:
         while stage(life) in (Stage.PAUSING, Stage.GATHERING) and patience < 20:
             life.wait(50.0)
             patience += 1
-        explained = not life.group.has_served and any(one.state is wire.RankState.FAILED for one in life.group.handles)
+        explained = not life.group.has_served and any(one.state is RankState.FAILED for one in life.group.handles)
         assert patience < 20 or explained, f"seed {seed}: {stage(life)}"

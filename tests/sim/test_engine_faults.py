@@ -10,28 +10,23 @@ import pytest
 from tests.support.fake_ranks import FakeRank, continuation
 from tests.support.live_engine import live_engine, request
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import EngineLimits
-from lockstep_runtime.engine.interface import (
-    EngineBusyError,
-    FinishReason,
-    GenerationFailedError,
-    RequestTooLongError,
-)
-from lockstep_runtime.wire import Fault, GroupState, RankState
+from lockstep_runtime.engine.client import EngineBusyError, FinishReason, GenerationFailedError, RequestTooLongError
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.status import Fault, GroupState, RankState
 
 
 def fails_once(rank: FakeRank, fault: Fault, message: str = "out of memory", *, after: int = 0) -> None:
     """One step of the rank fails: the next, or that after so many."""
     left = after
 
-    def misdeed(self: FakeRank, step: wire.Step) -> wire.StepDone | wire.StepFailed:
+    def misdeed(self: FakeRank, step: bus.Step) -> bus.StepDone | bus.StepFailed:
         nonlocal left
         if left:
             left -= 1
             return self.compute(step)
         self.misdeed = None
-        return wire.StepFailed(epoch=step.epoch, step=step.step, fault=fault, message=message)
+        return bus.StepFailed(epoch=step.epoch, step=step.step, fault=fault, message=message)
 
     rank.misdeed = misdeed
 
@@ -130,12 +125,12 @@ async def test_what_was_computed_before_garbage_is_computed_again_and_nothing_el
 
 
 async def test_a_nan_that_stands_in_a_cache_has_every_context_computed_again() -> None:
-    def spoils(self: FakeRank, step: wire.Step) -> wire.StepFailed | wire.StepDone:
+    def spoils(self: FakeRank, step: bus.Step) -> bus.StepFailed | bus.StepDone:
         if self.steps < 10:
             return self.compute(step)
         self.misdeed = None
         self.spoil_context(step)
-        return wire.StepFailed(epoch=step.epoch, step=step.step, fault=Fault.NON_FINITE, message="NaN")
+        return bus.StepFailed(epoch=step.epoch, step=step.step, fault=Fault.NON_FINITE, message="NaN")
 
     async with live_engine(cache_blocks=256) as live:
         live.ranks[1].misdeed = spoils
@@ -165,7 +160,7 @@ async def test_an_unusable_context_costs_that_process_and_no_other() -> None:
 
 
 async def test_no_token_of_a_desynchronised_step_gets_out() -> None:
-    def odd(self: FakeRank, step: wire.Step) -> wire.StepDone:
+    def odd(self: FakeRank, step: bus.Step) -> bus.StepDone:
         self.misdeed = None
         honest = self.compute(step)
         return msgspec.structs.replace(
@@ -182,11 +177,11 @@ async def test_no_token_of_a_desynchronised_step_gets_out() -> None:
 
 
 async def test_the_cause_is_named_and_not_the_peer_that_suffered_from_it() -> None:
-    def suffers(self: FakeRank, step: wire.Step) -> wire.StepFailed:
+    def suffers(self: FakeRank, step: bus.Step) -> bus.StepFailed:
         self.misdeed = None
-        return wire.StepFailed(epoch=step.epoch, step=step.step, fault=Fault.RANK_LOST, message="gloo: closed")
+        return bus.StepFailed(epoch=step.epoch, step=step.step, fault=Fault.RANK_LOST, message="gloo: closed")
 
-    def dies(self: FakeRank, step: wire.Step) -> None:
+    def dies(self: FakeRank, step: bus.Step) -> None:
         self.misdeed = None
         asyncio.get_running_loop().call_later(0.05, lambda: spawned.append(asyncio.create_task(self.respawn())))
 
@@ -201,9 +196,9 @@ async def test_the_cause_is_named_and_not_the_peer_that_suffered_from_it() -> No
 async def test_a_request_that_breaks_every_step_is_given_up_and_the_others_go_on() -> None:
     poison = 13_000_000
 
-    def choke(self: FakeRank, step: wire.Step) -> wire.StepDone | wire.StepFailed:
+    def choke(self: FakeRank, step: bus.Step) -> bus.StepDone | bus.StepFailed:
         if any(poison in part.tokens for part in step.sequences):
-            return wire.StepFailed(epoch=step.epoch, step=step.step, fault=Fault.STEP_FAILED, message="bad input")
+            return bus.StepFailed(epoch=step.epoch, step=step.step, fault=Fault.STEP_FAILED, message="bad input")
         return self.compute(step)
 
     async with live_engine() as live:
@@ -221,7 +216,7 @@ async def test_what_became_of_the_process_is_in_the_fault() -> None:
         await live.until(lambda: 1 in live.links and live.links[1].connected, "the pod is connected")
         lost = live.ranks[1].incarnation
         await live.ranks[1].die()
-        live.links[1].send(wire.ProcessExited(rank=1, pid=1001, incarnation=lost, signal=9))
+        live.links[1].send(bus.ProcessExited(rank=1, pid=1001, incarnation=lost, signal=9))
         await live.until(lambda: "SIGKILL" in str(live.engine.status().faults), "the exit is told")
         [fault] = live.engine.status().faults
         assert fault.message == "rank 1 (pid 1001) was killed by SIGKILL"
@@ -232,10 +227,10 @@ async def test_what_became_of_the_process_is_in_the_fault() -> None:
 async def test_random_faults_in_every_rank_change_no_token() -> None:
     chance = random.Random(7)
 
-    def sometimes(self: FakeRank, step: wire.Step) -> wire.StepDone | wire.StepFailed | None:
+    def sometimes(self: FakeRank, step: bus.Step) -> bus.StepDone | bus.StepFailed | None:
         dice = chance.random()
         if dice < 0.01:
-            return wire.StepFailed(epoch=step.epoch, step=step.step, fault=Fault.STEP_FAILED, message="by chance")
+            return bus.StepFailed(epoch=step.epoch, step=step.step, fault=Fault.STEP_FAILED, message="by chance")
         if dice < 0.02:
             respawns.append(asyncio.create_task(self.respawn()))
             return None
@@ -376,7 +371,7 @@ async def test_a_restarted_engine_goes_on_with_ids_and_epochs() -> None:
 async def test_answers_of_an_older_epoch_are_dropped() -> None:
     async with live_engine() as live:
         rank = live.ranks[1]
-        stale = wire.StepFailed(epoch=rank.epoch - 1, step=1, fault=Fault.STEP_FAILED, message="from the past")
+        stale = bus.StepFailed(epoch=rank.epoch - 1, step=1, fault=Fault.STEP_FAILED, message="from the past")
         rank.send(stale)
         assert await live.generate((1,), 5) == continuation((1,), 5)
         assert live.engine.status().faults == []
@@ -389,7 +384,7 @@ async def test_a_replaced_process_is_refused_for_good() -> None:
         await live.until(lambda: live.engine.status().recoveries == 1, "it is repaired")
         ghost = FakeRank(live.config, 1, incarnation=old)
         ghost.start()
-        assert isinstance(live.engine.group.admit(ghost.hello()), wire.Refused)
+        assert isinstance(live.engine.group.admit(ghost.hello()), bus.Refused)
         assert await live.generate((1,), 5) == continuation((1,), 5)
         await ghost.die()
         assert live.engine.status().recoveries == 1
@@ -411,8 +406,8 @@ async def test_status_reports_follow_changes_and_are_quiet_otherwise() -> None:
 async def test_a_member_that_leaves_is_released_at_once() -> None:
     async with live_engine() as live:
         await live.until(lambda: 1 in live.links and live.links[1].connected, "the pod is connected")
-        live.links[1].send(wire.Leaving(grace_seconds=30.0))
-        await live.until(lambda: any(isinstance(one, wire.Release) for one in live.told), "it is released")
+        live.links[1].send(bus.Leaving(grace_seconds=30.0))
+        await live.until(lambda: any(isinstance(one, bus.Release) for one in live.told), "it is released")
 
 
 async def test_a_member_that_leaves_with_the_leader_is_kept_until_the_drain_is_done() -> None:
@@ -420,12 +415,12 @@ async def test_a_member_that_leaves_with_the_leader_is_kept_until_the_drain_is_d
         await live.until(lambda: 1 in live.links and live.links[1].connected, "the pod is connected")
         running = asyncio.create_task(live.generate((1, 2), 240))
         await live.until(lambda: live.engine.stats().requests_running == 1, "it runs")
-        live.links[1].send(wire.Leaving(grace_seconds=30.0))
+        live.links[1].send(bus.Leaving(grace_seconds=30.0))
         draining = asyncio.create_task(live.engine.drain())
         await asyncio.gather(running, draining)
-        assert not [one for one in live.told if isinstance(one, wire.Release)]
+        assert not [one for one in live.told if isinstance(one, bus.Release)]
         live.engine.release()
-        await live.until(lambda: sum(isinstance(one, wire.Release) for one in live.told) == 2, "both are released")
+        await live.until(lambda: sum(isinstance(one, bus.Release) for one in live.told) == 2, "both are released")
 
 
 async def test_what_keeps_the_api_from_answering_is_the_groups_state_until_it_is_taken_back() -> None:
@@ -449,7 +444,7 @@ async def test_what_keeps_the_api_from_answering_is_the_groups_state_until_it_is
 
 async def test_a_load_that_can_not_succeed_poisons_a_group_that_has_served_at_once() -> None:
     async with live_engine() as live:
-        live.ranks[1].load_error, live.ranks[1].load_failure = "no such kernel", wire.LoadFailure.PERMANENT
+        live.ranks[1].load_error, live.ranks[1].load_failure = "no such kernel", bus.LoadFailure.PERMANENT
         await live.ranks[1].respawn()
         await live.until(lambda: live.engine.status().state is GroupState.POISONED, "it is poisoned")
         status = live.engine.status()
@@ -459,7 +454,7 @@ async def test_a_load_that_can_not_succeed_poisons_a_group_that_has_served_at_on
 
 async def test_a_lost_device_poisons_the_group_at_its_first_start() -> None:
     async with live_engine(start=False) as live:
-        live.ranks[1].load_error, live.ranks[1].load_failure = "no device", wire.LoadFailure.DEVICE_LOST
+        live.ranks[1].load_error, live.ranks[1].load_failure = "no device", bus.LoadFailure.DEVICE_LOST
         for rank in live.ranks:
             rank.start()
         await live.until(lambda: live.engine.status().state is GroupState.POISONED, "it is poisoned")
@@ -475,6 +470,6 @@ async def test_a_process_whose_place_another_takes_loses_its_connection_and_is_r
         live.ranks[1].start()
         await live.until(lambda: old.closed, "the old process is cut off")
         await live.until(lambda: live.engine.status().recoveries == 1, "the new one serves")
-        assert isinstance(live.engine.group.admit(ghost), wire.Refused)
+        assert isinstance(live.engine.group.admit(ghost), bus.Refused)
         assert await live.generate((1,), 5) == continuation((1,), 5)
         await old.die()

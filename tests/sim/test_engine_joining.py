@@ -13,10 +13,10 @@ from tests.support.fake_ranks import continuation
 from tests.support.sim_world import SimRank, World
 from tests.support.virtual_loop import run_virtually
 
-from lockstep_runtime import wire
-from lockstep_runtime.engine.interface import GenerationRequest
+from lockstep_runtime.engine.client import GenerationRequest
+from lockstep_runtime.protocol.status import GroupState
+from lockstep_runtime.protocol.step import SamplingParams
 from lockstep_runtime.recovery.stage import Stage
-from lockstep_runtime.wire import GroupState
 
 
 class Joining(World):
@@ -37,7 +37,7 @@ class Joining(World):
             await asyncio.gather(serving, return_exceptions=True)
 
     async def answer(self) -> list[int]:
-        sampling = wire.SamplingParams(temperature=0)
+        sampling = SamplingParams(temperature=0)
         request = GenerationRequest(request_id="r", prompt=(1, 2, 3), max_tokens=10, sampling=sampling)
         return [event.token.token async for event in self.engine.generate(request)]
 

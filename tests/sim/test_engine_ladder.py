@@ -12,20 +12,20 @@ import pytest
 from tests.support.fake_ranks import FakeRank, continuation
 from tests.support.live_engine import LiveEngine, live_engine
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import Watchdog
-from lockstep_runtime.engine.interface import EngineBusyError, GenerationFailedError
+from lockstep_runtime.engine.client import EngineBusyError, GenerationFailedError
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState
 from lockstep_runtime.recovery import timing
-from lockstep_runtime.wire import Fault, FaultRecord, GroupState
 
 HASTY = Watchdog(step_timeout=0.3)
 PROMPT, ANSWER = (5, 6), 20
 
 
-def silence(*stands: tuple[int, bool]) -> Callable[[FakeRank, wire.Step], None]:
+def silence(*stands: tuple[int, bool]) -> Callable[[FakeRank, bus.Step], None]:
     """The rank stops once, in this collective, inside of it or after it."""
 
-    def misdeed(self: FakeRank, step: wire.Step) -> None:
+    def misdeed(self: FakeRank, step: bus.Step) -> None:
         self.misdeed = None
         self.stands = stands[0] if stands else (1, True)
 
@@ -58,7 +58,7 @@ async def test_a_rank_that_never_comes_to_the_collective_is_named_and_replaced()
 async def test_one_that_hangs_again_before_it_was_of_use_is_loaded_again() -> None:
     hangs = [(6, False), (6, False)]
 
-    def stop(self: FakeRank, step: wire.Step) -> wire.StepDone | None:
+    def stop(self: FakeRank, step: bus.Step) -> bus.StepDone | None:
         if not hangs:
             return self.compute(step)
         self.stands = hangs.pop()
@@ -83,7 +83,7 @@ async def test_ranks_that_all_wait_in_one_collective_are_aborted_and_kept() -> N
 
 
 async def test_one_that_does_not_answer_the_abort_either_is_killed() -> None:
-    def freeze(self: FakeRank, step: wire.Step) -> None:
+    def freeze(self: FakeRank, step: bus.Step) -> None:
         self.misdeed, self.deaf = None, True
 
     async with live_engine(watchdog=HASTY) as live:
@@ -96,11 +96,11 @@ async def test_one_that_does_not_answer_the_abort_either_is_killed() -> None:
 
 
 async def test_a_slow_rank_that_still_moves_is_no_hang() -> None:
-    def slowly(self: FakeRank, step: wire.Step) -> None:
+    def slowly(self: FakeRank, step: bus.Step) -> None:
         self.misdeed = None
         tasks.append(asyncio.create_task(crawl(self, self.compute(step))))
 
-    async def crawl(rank: FakeRank, answer: wire.StepDone) -> None:
+    async def crawl(rank: FakeRank, answer: bus.StepDone) -> None:
         for _ in range(15):
             await asyncio.sleep(0.1)
             rank.moved_at = time.monotonic()
@@ -124,12 +124,12 @@ async def test_a_hang_in_steady_decode_is_noticed_at_the_learned_deadline() -> N
 
 @pytest.mark.parametrize("busy", [True, False])
 async def test_a_stopped_process_is_noticed_at_once_at_work_or_at_rest(busy: bool) -> None:
-    def freeze(self: FakeRank, step: wire.Step) -> None:
+    def freeze(self: FakeRank, step: bus.Step) -> None:
         self.misdeed, self.deaf = None, True
         stop(self)
 
     def stop(rank: FakeRank) -> None:
-        live.links[1].send(wire.ProcessStopped(rank=1, pid=1001, incarnation=rank.incarnation, signal=19))
+        live.links[1].send(bus.ProcessStopped(rank=1, pid=1001, incarnation=rank.incarnation, signal=19))
 
     async with live_engine() as live:
         await live.until(lambda: 1 in live.links and live.links[1].connected, "the pod is connected")
@@ -149,9 +149,9 @@ async def test_a_process_that_is_stopped_before_it_has_connected_is_killed_all_t
         await live.until(lambda: 1 in live.links and live.links[1].connected, "the pod is connected")
         await live.ranks[1].die()
         await live.until(lambda: live.engine.group.coordinator.is_apart, "the loss is noticed")
-        live.links[1].send(wire.ProcessStopped(rank=1, pid=1002, incarnation="unheard of", signal=19))
+        live.links[1].send(bus.ProcessStopped(rank=1, pid=1002, incarnation="unheard of", signal=19))
         await live.until(lambda: live.kills() == [(1, False)], "it is to be killed")
-        [kill] = [one for one in live.told if isinstance(one, wire.KillWorker)]
+        [kill] = [one for one in live.told if isinstance(one, bus.KillWorker)]
         assert kill.incarnation == "unheard of"
         await live.ranks[1].respawn()
         await live.ready()
@@ -174,9 +174,9 @@ async def test_a_shard_that_changed_is_found_before_the_group_is_used_again() ->
         for rank in live.ranks:
             rank.weights = 99  # on all alike: a wrong summand is in every rank's sum
 
-        def fail(self: FakeRank, step: wire.Step) -> wire.StepFailed:
+        def fail(self: FakeRank, step: bus.Step) -> bus.StepFailed:
             self.misdeed = None
-            return wire.StepFailed(epoch=step.epoch, step=step.step, fault=Fault.STEP_FAILED, message="by chance")
+            return bus.StepFailed(epoch=step.epoch, step=step.step, fault=Fault.STEP_FAILED, message="by chance")
 
         live.ranks[1].misdeed = fail
         assert await live.generate(PROMPT, ANSWER) == continuation(PROMPT, ANSWER)
@@ -189,11 +189,11 @@ async def test_a_shard_that_changed_is_found_before_the_group_is_used_again() ->
         assert live.engine.status().state is GroupState.READY
 
 
-def refuse(self: FakeRank, step: wire.Step) -> wire.StepDone | wire.StepFailed:
+def refuse(self: FakeRank, step: bus.Step) -> bus.StepDone | bus.StepFailed:
     if not any(13 in part.tokens for part in step.sequences if part.sequence_id):
         return self.compute(step)
     words = "no such block"
-    return wire.StepFailed(epoch=step.epoch, step=step.step, fault=Fault.STEP_FAILED, message=words, untouched=True)
+    return bus.StepFailed(epoch=step.epoch, step=step.step, fault=Fault.STEP_FAILED, message=words, untouched=True)
 
 
 async def test_a_request_that_no_rank_can_begin_is_dropped_and_nothing_else_happens() -> None:
@@ -212,9 +212,9 @@ async def test_a_request_that_no_rank_can_begin_is_dropped_and_nothing_else_happ
 
 
 async def test_one_rank_that_can_not_begin_is_a_fault_of_the_group() -> None:
-    def fail(self: FakeRank, step: wire.Step) -> wire.StepFailed:
+    def fail(self: FakeRank, step: bus.Step) -> bus.StepFailed:
         self.misdeed = None
-        return wire.StepFailed(
+        return bus.StepFailed(
             epoch=step.epoch, step=step.step, fault=Fault.STEP_FAILED, message="by chance", untouched=True
         )
 
@@ -224,8 +224,8 @@ async def test_one_rank_that_can_not_begin_is_a_fault_of_the_group() -> None:
         assert (fault.fault, fault.rank, fault.rung) == (Fault.STEP_FAILED, 1, "Rebuild")
 
 
-def always_fails(self: FakeRank, step: wire.Step) -> wire.StepFailed:
-    return wire.StepFailed(epoch=step.epoch, step=step.step, fault=Fault.CONTEXT_FAULT, message="illegal address")
+def always_fails(self: FakeRank, step: bus.Step) -> bus.StepFailed:
+    return bus.StepFailed(epoch=step.epoch, step=step.step, fault=Fault.CONTEXT_FAULT, message="illegal address")
 
 
 async def test_a_group_that_can_not_heal_itself_says_so_and_tries_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,8 +264,8 @@ class _Pod:
 
     def __init__(self, live: LiveEngine) -> None:
         self._old = live.engine.group.supervisors[1]
-        self.hello = wire.Hello(
-            protocol=1, token="", role=wire.Role.SUPERVISOR, group=0, pod_index=1, pod="new", node="n", pid=1,
+        self.hello = bus.Hello(
+            protocol=1, token="", role=bus.Role.SUPERVISOR, group=0, pod_index=1, pod="new", node="n", pid=1,
             incarnation="new",
         )  # fmt: skip
 

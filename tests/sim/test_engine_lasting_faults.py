@@ -14,7 +14,7 @@ from tests.support.lasting_world import LastingWorld
 from tests.support.sim_world import LASTING
 from tests.support.virtual_loop import run_virtually
 
-from lockstep_runtime.wire import GroupState
+from lockstep_runtime.protocol.status import GroupState
 
 SCHEDULES: Final = int(os.environ.get("LOCKSTEP_SIM_SCHEDULES", "1000"))
 FIRST: Final = int(os.environ.get("LOCKSTEP_SIM_FIRST", "0"))

@@ -7,10 +7,10 @@ import random
 import pytest
 from tests.support.fake_ranks import continuation, next_token, scores, toy_logprob
 
-from lockstep_runtime.engine.interface import GenerationRequest
+from lockstep_runtime.engine.client import GenerationRequest
 from lockstep_runtime.engine.scheduler import Scheduler
 from lockstep_runtime.engine.sequence import Sequence
-from lockstep_runtime.wire import SampledToken, SamplingParams, SequenceSlice
+from lockstep_runtime.protocol.step import SampledToken, SamplingParams, SequenceSlice
 
 SCHEDULES = 3000
 BATCHES = 10

@@ -9,12 +9,13 @@ import pytest
 from tests.support.fake_ranks import FakeRank, toy_logprob
 from tests.support.live_engine import live_engine, request
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import EngineLimits
+from lockstep_runtime.engine.client import TokenEvent
 from lockstep_runtime.engine.engine import Engine
-from lockstep_runtime.engine.interface import TokenEvent
 from lockstep_runtime.engine.scheduler import SCORED_CHUNK
-from lockstep_runtime.wire import Fault, SampledToken
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.status import Fault
+from lockstep_runtime.protocol.step import SampledToken
 
 LIMITS = EngineLimits(max_batch_tokens=48, max_sequences=8)
 
@@ -44,12 +45,12 @@ def is_scored_once(found: list[TokenEvent], prompt: tuple[int, ...]) -> None:
 def third_step_fails(rank: FakeRank) -> None:
     seen = 0
 
-    def misdeed(self: FakeRank, step: wire.Step) -> wire.StepDone | wire.StepFailed:
+    def misdeed(self: FakeRank, step: bus.Step) -> bus.StepDone | bus.StepFailed:
         nonlocal seen
         seen += 1
         if seen != 3:
             return self.compute(step)
-        return wire.StepFailed(epoch=step.epoch, step=step.step, fault=Fault.STEP_FAILED, message="out of memory")
+        return bus.StepFailed(epoch=step.epoch, step=step.step, fault=Fault.STEP_FAILED, message="out of memory")
 
     rank.misdeed = misdeed
 
@@ -97,7 +98,7 @@ async def test_after_preemption() -> None:
 async def test_a_step_scores_a_bounded_part(length: int) -> None:
     most: list[int] = []
 
-    def watches(self: FakeRank, step: wire.Step) -> wire.StepDone:
+    def watches(self: FakeRank, step: bus.Step) -> bus.StepDone:
         most.extend(len(part.scoring.targets) for part in step.sequences if part.scoring)
         return self.compute(step)
 
@@ -112,5 +113,5 @@ async def test_a_step_scores_a_bounded_part(length: int) -> None:
 def test_a_scored_token_is_small_on_the_wire() -> None:
     top = [(number, -1.5) for number in range(20)]
     scored = [SampledToken(sequence_id=1, token=5, logprob=-1.5, top=top)] * SCORED_CHUNK
-    done = wire.StepDone(epoch=1, step=1, seconds=0.1, fingerprint=1, scored=scored)
-    assert len(msgspec.msgpack.encode(done)) < wire.MAX_FRAME_BYTES // 100
+    done = bus.StepDone(epoch=1, step=1, seconds=0.1, fingerprint=1, scored=scored)
+    assert len(msgspec.msgpack.encode(done)) < bus.MAX_FRAME_BYTES // 100

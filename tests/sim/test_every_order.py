@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from lockstep_runtime.protocol.status import Fault
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.policy import REBUILDS, RESPAWNS, RecoveryPolicy, Rung
-from lockstep_runtime.supervisor.machine import (
+from lockstep_runtime.supervisor.state_machine import (
     ENGINE,
     SPARE,
     Action,
@@ -25,7 +26,6 @@ from lockstep_runtime.supervisor.machine import (
     Signal,
     Spawn,
 )
-from lockstep_runtime.wire import Fault
 
 DEPTH = 6
 

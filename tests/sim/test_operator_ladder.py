@@ -24,7 +24,7 @@ from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Pod
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung, from_status, to_status
 from lockstep_operator.types.spec import Recovery
-from lockstep_runtime.wire import Fault, FaultRecord, GroupState
+from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState
 
 SCHEDULES: Final = int(os.environ.get("LOCKSTEP_SIM_SCHEDULES", "1000"))
 FIRST: Final = int(os.environ.get("LOCKSTEP_SIM_FIRST", "0"))

@@ -33,7 +33,7 @@ from lockstep_operator.types.observed import GroupReport, Observed, Pod
 from lockstep_operator.types.recovery_state import from_status
 from lockstep_operator.types.spec import Recovery
 from lockstep_operator.types.timestamps import format_rfc3339
-from lockstep_runtime.wire import Fault, FaultRecord, GroupState, RankState
+from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, RankState
 
 SCHEDULES: Final = int(os.environ.get("LOCKSTEP_SIM_SCHEDULES", "1000"))
 FIRST: Final = int(os.environ.get("LOCKSTEP_SIM_FIRST", "0"))

@@ -12,7 +12,7 @@ from lockstep_operator.cluster.client import KubeError
 from lockstep_operator.decisions import planner, recovery_policy
 from lockstep_operator.types.names import KIND, ModelKey
 from lockstep_operator.types.observed import GroupReport, Object
-from lockstep_runtime.wire import Fault, FaultRecord, GroupState
+from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState
 
 TYPO = {"spec": {"nodeSelectr": {"a": "b"}}}
 

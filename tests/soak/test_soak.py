@@ -22,7 +22,8 @@ from tests.support.http import HTTP
 from tests.support.seed import printed_seed
 from tests.support.serve import Served, served
 
-from lockstep_runtime.wire import GroupState, Injection
+from lockstep_runtime.protocol.chaos import Injection
+from lockstep_runtime.protocol.status import GroupState
 
 SECONDS = float(os.environ.get("LOCKSTEP_SOAK_SECONDS", "1200"))
 CLIENTS = 4

@@ -10,7 +10,7 @@ from tests.support.api_server import SERVED, TINY_CHAT
 from tests.support.engine import FakeEngine, Part
 
 from lockstep_runtime.api.tokenizer import TextTokenizer
-from lockstep_runtime.engine.interface import GenerationRequest
+from lockstep_runtime.engine.client import GenerationRequest
 
 TOKENIZER: Final = TextTokenizer.from_file(TINY_CHAT / "tokenizer.json")
 END: Final = TOKENIZER.id_of("<|im_end|>") or 0

@@ -17,7 +17,7 @@ from lockstep_runtime.api.app import create_app
 from lockstep_runtime.api.keys import ApiKeys
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.config import EngineLimits, ServeConfig
-from lockstep_runtime.engine.interface import EngineClient
+from lockstep_runtime.engine.client import EngineClient
 
 TINY_CHAT: Final = Path(__file__).parents[2] / "examples" / "tiny-chat"
 SERVED: Final = "org/tiny-chat"

@@ -13,10 +13,10 @@ from tests.support.faults import inject
 from tests.support.serve import Served, is_running, served
 from tests.support.stream import Answer, Stream, answers, start
 
-from lockstep_runtime import wire
-from lockstep_runtime.owned_files import FOLDER_VARIABLE, SHARED_MEMORY, owner_of
+from lockstep_runtime.host.shm_files import FOLDER_VARIABLE, SHARED_MEMORY, owner_of
+from lockstep_runtime.protocol.chaos import CollectivePoint, FaultPhase, Injection
+from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, GroupStatus
 from lockstep_runtime.recovery.policy import RESPAWNS
-from lockstep_runtime.wire import Fault, GroupState, Injection, Moment, Phase
 
 MAX_TOKENS: Final = 160  # so many that a fault meets the stream while it runs, however fast the machine
 NEXT_TOKENS: Final = 16  # of the requests after it
@@ -30,8 +30,8 @@ class Cell:
     """One fault at one moment to one rank of a group of `size`."""
 
     kind: Injection
-    at: Moment
-    phase: Phase
+    at: CollectivePoint
+    phase: FaultPhase
     rank: int
     size: int
 
@@ -42,30 +42,30 @@ class Cell:
 
     def provoke(self, serve: Served) -> list[Stream]:
         """Let the fault happen while requests are in flight; an idle group gets them right afterwards."""
-        if self.phase is Phase.IDLE:
-            inject(serve, self.kind, self.rank, phase=Phase.IDLE)
+        if self.phase is FaultPhase.IDLE:
+            inject(serve, self.kind, self.rank, phase=FaultPhase.IDLE)
             return read(serve)
-        if self.phase in (Phase.PREFILL, Phase.JOINING, Phase.LOADING):
+        if self.phase in (FaultPhase.PREFILL, FaultPhase.JOINING, FaultPhase.LOADING):
             inject(serve, self.kind, self.rank, phase=self.phase, at=self.at)
         streams = read(serve)
-        if self.phase is not Phase.PREFILL:
+        if self.phase is not FaultPhase.PREFILL:
             serve.until(lambda: all(stream.pieces > 3 or stream.error for stream in streams), "the streams have begun")
-        if self.phase is Phase.DECODE:
-            inject(serve, self.kind, self.rank, phase=Phase.DECODE, at=self.at)
-        if self.phase is Phase.JOINING:  # another rank is lost: the communicator has to be made anew
+        if self.phase is FaultPhase.DECODE:
+            inject(serve, self.kind, self.rank, phase=FaultPhase.DECODE, at=self.at)
+        if self.phase is FaultPhase.JOINING:  # another rank is lost: the communicator has to be made anew
             inject(serve, Injection.SIGKILL, (self.rank + 1) % self.size)
-        if self.phase is Phase.LOADING:  # the rank's next process meets the fault
+        if self.phase is FaultPhase.LOADING:  # the rank's next process meets the fault
             inject(serve, Injection.SIGKILL, self.rank)
         return streams
 
     @property
     def expected(self) -> tuple[frozenset[Fault], frozenset[int | None]]:
         """The names that the fault may have, and whom it may be laid on."""
-        if self.phase is Phase.LOADING:
+        if self.phase is FaultPhase.LOADING:
             return frozenset({Fault.RANK_LOST}), frozenset({self.rank})
-        if self.phase is Phase.IDLE and self.kind in (Injection.RAISE, Injection.MEMORY):
+        if self.phase is FaultPhase.IDLE and self.kind in (Injection.RAISE, Injection.MEMORY):
             return frozenset({Fault.RANK_LOST}), frozenset({self.rank})  # outside of any step it ends the process
-        if self.at is Moment.INSIDE:
+        if self.at is CollectivePoint.INSIDE:
             return frozenset({Fault.HANG}), frozenset({self.rank})
         unseen = self.kind in (Injection.NAN, Injection.INPUT, Injection.ACTIVATION) and self.size == 2
         return NAMES[self.kind], frozenset({self.rank, *([None] if unseen or self.kind is Injection.NAN else [])})
@@ -78,14 +78,14 @@ class Cell:
     @property
     def words(self) -> str:
         """What the fault's sentence must have in it."""
-        if self.kind is Injection.HANG and self.phase in (Phase.DECODE, Phase.PREFILL):
+        if self.kind is Injection.HANG and self.phase in (FaultPhase.DECODE, FaultPhase.PREFILL):
             return {
-                Moment.BEFORE: f"rank {self.rank} stopped before ",
-                Moment.INSIDE: f"the others wait for rank {self.rank}",
-                Moment.AFTER: "",
+                CollectivePoint.BEFORE: f"rank {self.rank} stopped before ",
+                CollectivePoint.INSIDE: f"the others wait for rank {self.rank}",
+                CollectivePoint.AFTER: "",
             }[self.at]
         killers = (Injection.SIGKILL, Injection.SIGSEGV)
-        return f"was killed by {self.kind.upper()}" if self.kind in killers and self.phase is Phase.DECODE else ""
+        return f"was killed by {self.kind.upper()}" if self.kind in killers and self.phase is FaultPhase.DECODE else ""
 
 
 NAMES: Final = {
@@ -101,18 +101,21 @@ NAMES: Final = {
     Injection.ACTIVATION: frozenset({Fault.DESYNC}),
     Injection.CLOSE_BUS: frozenset({Fault.RANK_LOST}),
 }
-PHASES: Final = (Phase.DECODE, Phase.PREFILL, Phase.IDLE, Phase.JOINING, Phase.LOADING)
+PHASES: Final = (FaultPhase.DECODE, FaultPhase.PREFILL, FaultPhase.IDLE, FaultPhase.JOINING, FaultPhase.LOADING)
 
 
 def cells() -> list[Cell]:
     """The matrix: every kind, phase and rank with two ranks, and a third of that with four."""
-    kinds = [(kind, at) for kind in NAMES for at in Moment if at is Moment.BEFORE or kind is Injection.HANG]
+    kinds = [
+        (kind, at) for kind in NAMES for at in CollectivePoint if at is CollectivePoint.BEFORE or kind is Injection.HANG
+    ]
     pairs = [
         Cell(kind, at, phase, rank, 2)
         for kind, at in kinds
         for phase in PHASES
         for rank in (0, 1)
-        if at is Moment.BEFORE or phase in (Phase.DECODE, Phase.PREFILL)  # elsewhere there is no collective
+        if at is CollectivePoint.BEFORE
+        or phase in (FaultPhase.DECODE, FaultPhase.PREFILL)  # elsewhere there is no collective
     ]
     fours = [Cell(cell.kind, cell.at, cell.phase, 2 * cell.rank, 4) for cell in pairs if _turn(cell) == 1]
     return pairs + fours
@@ -125,7 +128,7 @@ def is_in_third(cell: Cell) -> bool:
 
 def _turn(cell: Cell) -> int:
     kinds = list(NAMES)
-    return (kinds.index(cell.kind) + list(Moment).index(cell.at) + PHASES.index(cell.phase) + cell.rank) % 3
+    return (kinds.index(cell.kind) + list(CollectivePoint).index(cell.at) + PHASES.index(cell.phase) + cell.rank) % 3
 
 
 def read(serve: Served, tokens: int = MAX_TOKENS) -> list[Stream]:
@@ -213,9 +216,9 @@ def survive(arena: Arena, cell: Cell) -> None:
             check_told(serve, cell, told[0], pids)
 
 
-def check_told(serve: Served, cell: Cell, record: wire.FaultRecord, pids: dict[int, int]) -> None:
+def check_told(serve: Served, cell: Cell, record: FaultRecord, pids: dict[int, int]) -> None:
     """What a person reads of a fault that was the only one; and that no process went but those of suspects."""
-    assert record.phases.keys() >= REPAIR - ({"firstToken"} if cell.phase is Phase.IDLE else set())
+    assert record.phases.keys() >= REPAIR - ({"firstToken"} if cell.phase is FaultPhase.IDLE else set())
     lines = [line for line in serve.log.read_text().splitlines() if f": fault {record.id} epoch " in line]
     told = [line.split("engine: ", 1)[1].split(":")[0] for line in lines]
     assert [*dict.fromkeys(told)] == ["watchdog", "abort", "respawn", "rebuild", "verify", "resumed"]
@@ -254,6 +257,6 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float) -> None:
         time.sleep(0.02)
 
 
-def ranks_of(status: wire.GroupStatus) -> dict[int, int]:
+def ranks_of(status: GroupStatus) -> dict[int, int]:
     """Rank to pid."""
     return {rank.rank: rank.pid for rank in status.ranks}

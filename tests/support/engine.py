@@ -6,14 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 
-from lockstep_runtime.engine.interface import (
-    EngineStats,
-    FinishReason,
-    GenerationRequest,
-    Readiness,
-    TokenEvent,
-)
-from lockstep_runtime.wire import SampledToken
+from lockstep_runtime.engine.client import EngineStats, FinishReason, GenerationRequest, Readiness, TokenEvent
+from lockstep_runtime.protocol.step import SampledToken
 
 # What an answer is made of: a token, an error, or something to wait for.
 Part = int | Exception | asyncio.Event

@@ -17,10 +17,11 @@ from typing import cast
 
 import msgspec
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.framing import Framer, encode
+from lockstep_runtime.protocol.step import SampledToken, SequenceSlice
 from lockstep_runtime.recovery.self_test import SEQUENCE
-from lockstep_runtime.transport import Framer, encode
 
 VOCABULARY = 50_000
 BLOCK_SIZE = 4
@@ -34,13 +35,13 @@ def next_token(tokens: Sequence[int]) -> int:
     return zlib.crc32(struct.pack(f"<{len(tokens)}q", *tokens)) % VOCABULARY
 
 
-def scores(part: wire.SequenceSlice, context: Callable[[int], list[int]]) -> list[wire.SampledToken]:
+def scores(part: SequenceSlice, context: Callable[[int], list[int]]) -> list[SampledToken]:
     """What the toy model thinks of a slice's targets; `context` gives the tokens before a position."""
     scoring = part.scoring
     if scoring is None:
         return []
     return [
-        wire.SampledToken(
+        SampledToken(
             sequence_id=part.sequence_id,
             token=target,
             logprob=toy_logprob(context(part.position + scoring.first + index + 1), target),
@@ -76,7 +77,7 @@ class ToyMemory:
             held[:] = [None] * BLOCK_SIZE
 
 
-Misdeed = Callable[["FakeRank", wire.Step], "wire.StepDone | wire.StepFailed | None"]
+Misdeed = Callable[["FakeRank", bus.Step], "bus.StepDone | bus.StepFailed | None"]
 
 
 @dataclass
@@ -92,7 +93,7 @@ class FakeRank:
     deaf: bool = False  # to Abort too: like a process that is stopped
     watched: int = 0  # tensors whose checksums are known, and right
     load_error: str = ""
-    load_failure: wire.LoadFailure = wire.LoadFailure.TRANSIENT
+    load_failure: bus.LoadFailure = bus.LoadFailure.TRANSIENT
     steps: int = 0
     fed: int = 0  # tokens of requests
     aborts: list[int] = field(default_factory=list)
@@ -104,7 +105,7 @@ class FakeRank:
     closed: bool = False  # its connection, by the engine
     _writer: asyncio.StreamWriter | None = None
     _task: asyncio.Task[None] | None = None
-    _backlog: list[wire.ToWorker] = field(default_factory=list)
+    _backlog: list[bus.ToWorker] = field(default_factory=list)
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run())
@@ -137,8 +138,8 @@ class FakeRank:
                 await asyncio.sleep(0.01)
         try:
             self.send(self.hello())
-            framer = Framer(wire.MAX_FRAME_BYTES)
-            decoder = msgspec.msgpack.Decoder(wire.ToWorker)
+            framer = Framer(bus.MAX_FRAME_BYTES)
+            decoder = msgspec.msgpack.Decoder(bus.ToWorker)
             while data := await reader.read(1 << 16):
                 for frame in framer.feed(data):
                     self._receive(decoder.decode(frame))
@@ -146,11 +147,11 @@ class FakeRank:
         finally:
             self._writer.close()
 
-    def hello(self) -> wire.Hello:
-        return wire.Hello(
-            protocol=wire.PROTOCOL,
+    def hello(self) -> bus.Hello:
+        return bus.Hello(
+            protocol=bus.PROTOCOL,
             token=TOKEN,
-            role=wire.Role.WORKER,
+            role=bus.Role.WORKER,
             group=self.config.group,
             pod_index=self.rank // self.config.ranks_per_pod,
             pod=f"pod-{self.rank}",
@@ -161,45 +162,45 @@ class FakeRank:
             rank=self.rank,
         )
 
-    def _receive(self, message: wire.ToWorker) -> None:
+    def _receive(self, message: bus.ToWorker) -> None:
         if self.deaf:
             return
         match message:
-            case wire.Welcome():
+            case bus.Welcome():
                 self.epoch = max(self.epoch, message.epoch)
                 if self.load_error:
-                    self.send(wire.LoadFailed(message=self.load_error, kind=self.load_failure))
+                    self.send(bus.LoadFailed(message=self.load_error, kind=self.load_failure))
                 else:
                     self.send(self._loaded())
-            case wire.Abort():
+            case bus.Abort():
                 self.epoch = message.epoch
                 self.aborts.append(message.epoch)
-                self.send(wire.Aborted(epoch=message.epoch, seconds=0.0))
-            case wire.Rendezvous():
-                self.send(wire.RendezvousOpened(epoch=message.epoch, address="shm:///nowhere"))
-            case wire.Join():
-                self.send(wire.Joined(epoch=message.epoch, seconds=0.0))
-            case wire.AllocateCache():
+                self.send(bus.Aborted(epoch=message.epoch, seconds=0.0))
+            case bus.Rendezvous():
+                self.send(bus.RendezvousOpened(epoch=message.epoch, address="shm:///nowhere"))
+            case bus.Join():
+                self.send(bus.Joined(epoch=message.epoch, seconds=0.0))
+            case bus.AllocateCache():
                 self.send(self.allocate(message))
-            case wire.Scrub():
-                self.send(wire.Scrubbed(epoch=message.epoch, tensors=self.watched))
-            case wire.Step():
+            case bus.Scrub():
+                self.send(bus.Scrubbed(epoch=message.epoch, tensors=self.watched))
+            case bus.Step():
                 self._step(message)
             case _:
                 pass
 
-    def allocate(self, order: wire.AllocateCache) -> wire.CacheAllocated:
+    def allocate(self, order: bus.AllocateCache) -> bus.CacheAllocated:
         memory = self.memory
         spoiled = any(self._reads_nan(part, part.position + 1) for part in order.doubted)
         if order.blocks != memory.blocks or spoiled:
             memory.name, memory.blocks, memory.slots = secrets.token_hex(4), order.blocks, {}
         memory.slots[order.blocks - 1] = [*range(BLOCK_SIZE)]
-        return wire.CacheAllocated(
+        return bus.CacheAllocated(
             epoch=order.epoch, contents=memory.name, blocks=memory.blocks, memory_bytes=7, spoiled=spoiled
         )
 
-    def _loaded(self) -> wire.Loaded:
-        return wire.Loaded(
+    def _loaded(self) -> bus.Loaded:
+        return bus.Loaded(
             seconds=0.1,
             weight_bytes=10,
             read_bytes=10,
@@ -208,26 +209,26 @@ class FakeRank:
             memory_bytes=5,
         )
 
-    def _step(self, step: wire.Step) -> None:
+    def _step(self, step: bus.Step) -> None:
         self.steps += 1
         self.at_step, self.moved_at = (step.epoch, step.step, True), time.monotonic()
-        answer: wire.StepDone | wire.StepFailed | None = self.compute(step)
+        answer: bus.StepDone | bus.StepFailed | None = self.compute(step)
         if self.misdeed is not None:
             answer = self.misdeed(self, step)
         if answer is not None:
             self.at_step = (step.epoch, step.step, False)
             self.send(answer)
 
-    def record(self) -> wire.ProgressRecord:
+    def record(self) -> bus.ProgressRecord:
         """As its supervisor reads it."""
         epoch, step, in_step = self.at_step
-        return wire.ProgressRecord(
+        return bus.ProgressRecord(
             rank=self.rank, incarnation=self.incarnation, epoch=epoch, step=step, in_step=in_step,
             collective=self.stands[0], inside=self.stands[1], place=f"layers.{self.stands[0]}.mlp.down_proj",
             age=time.monotonic() - self.moved_at,
         )  # fmt: skip
 
-    def compute(self, step: wire.Step) -> wire.StepDone:
+    def compute(self, step: bus.Step) -> bus.StepDone:
         """The honest answer."""
         owners: dict[int, int] = {}
         fingerprint, sampled, scored = self.weights, [], []
@@ -241,40 +242,40 @@ class FakeRank:
             drawn = next_token(self._context(part, part.position + len(part.tokens)))
             fingerprint = zlib.crc32(struct.pack("<q", drawn), fingerprint)
             if part.sample is not None and self.rank == 0:
-                sampled.append(wire.SampledToken(sequence_id=part.sequence_id, token=drawn))
+                sampled.append(SampledToken(sequence_id=part.sequence_id, token=drawn))
             if self.rank == 0:
                 scored += scores(part, lambda end, part=part: self._context(part, end))  # type: ignore[misc]
-        return wire.StepDone(
+        return bus.StepDone(
             epoch=step.epoch, step=step.step, seconds=0.001, fingerprint=fingerprint, sampled=sampled, scored=scored
         )
 
-    def leave_undone(self, step: wire.Step) -> None:
+    def leave_undone(self, step: bus.Step) -> None:
         """Only a part of it was written, and nobody knows which."""
         for part in step.sequences:
             for position in range(part.position, part.position + len(part.tokens)):
                 block, slot = divmod(position, BLOCK_SIZE)
                 self.memory.slots[part.blocks[block]][slot] = None
 
-    def spoil_context(self, step: wire.Step) -> None:
+    def spoil_context(self, step: bus.Step) -> None:
         """What the step attends to is no number any more."""
         for part in step.sequences:
             for position in range(part.position):
                 block, slot = divmod(position, BLOCK_SIZE)
                 self.memory.slots[part.blocks[block]][slot] = NAN
 
-    def finds_nan(self, step: wire.Step) -> bool:
+    def finds_nan(self, step: bus.Step) -> bool:
         """In what was computed before."""
         return any(self._reads_nan(part, part.position) for part in step.sequences)
 
-    def _reads_nan(self, part: wire.SequenceSlice, end: int) -> bool:
+    def _reads_nan(self, part: SequenceSlice, end: int) -> bool:
         return NAN in self._read(part, end)
 
-    def _context(self, part: wire.SequenceSlice, end: int) -> list[int]:
+    def _context(self, part: SequenceSlice, end: int) -> list[int]:
         """What the cache holds for the sequence's first `end` positions."""
         context = self._read(part, end)
         assert None not in context, "a slot is read that nobody wrote"
         return cast(list[int], context)
 
-    def _read(self, part: wire.SequenceSlice, end: int) -> list[int | None]:
+    def _read(self, part: SequenceSlice, end: int) -> list[int | None]:
         blocks = part.blocks[: -(-end // BLOCK_SIZE)]
         return [token for block in blocks for token in self.memory.slots.get(block, UNWRITTEN)][:end]

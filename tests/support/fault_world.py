@@ -21,7 +21,7 @@ from lockstep_operator.types.names import GROUP_LABEL, MODEL_LABEL, POD_INDEX_LA
 from lockstep_operator.types.observed import GroupReport, Object
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, from_status
 from lockstep_operator.types.spec import parse
-from lockstep_runtime.wire import Fault, FaultRecord, GroupState
+from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState
 
 RECYCLE_GRACE: Final = 5
 WELL: Final = "well"

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from lockstep_runtime.torch_environment import NCCL_VARIABLES
+from lockstep_runtime.host.torch_environment import NCCL_VARIABLES
 
 MIB: Final = 2**20
 CHILD_SECONDS: Final = 120.0

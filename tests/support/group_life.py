@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.status import Fault, GroupState
 from lockstep_runtime.recovery import actions, events
 from lockstep_runtime.recovery.actions import Action
 from lockstep_runtime.recovery.coordinator import Coordinator
@@ -15,7 +16,6 @@ from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.group_state import group_state
 from lockstep_runtime.recovery.stage import Stage
 from lockstep_runtime.recovery.timing import HOST, Backend, Timing
-from lockstep_runtime.wire import Fault, GroupState
 
 _T = TypeVar("_T")
 
@@ -72,8 +72,8 @@ class GroupLife:
         self.now = until
         return found
 
-    def hello(self, rank: int, process: int, role: wire.Role = wire.Role.WORKER) -> wire.Hello:
-        return wire.Hello(
+    def hello(self, rank: int, process: int, role: bus.Role = bus.Role.WORKER) -> bus.Hello:
+        return bus.Hello(
             protocol=1, token="", role=role, group=0, pod_index=rank, pod=f"pod-{rank}", node="n", pid=10 + rank,
             incarnation=self.name(rank, process), rank=rank,
         )  # fmt: skip
@@ -90,14 +90,14 @@ class GroupLife:
         return self.tell(events.RankConnected(self.hello(rank, self.processes[rank])))
 
     def loaded(self, rank: int, seconds: float = 1.0) -> list[Action]:
-        report = wire.Loaded(
+        report = bus.Loaded(
             seconds=seconds, weight_bytes=10, read_bytes=10, cache_blocks=self.offers.get(rank, 40), block_size=4,
             memory_bytes=5,
         )  # fmt: skip
         return self.tell(events.RankReported(rank, report))
 
     def left(self, rank: int) -> list[Action]:
-        return self.tell(events.RankReported(rank, wire.Aborted(epoch=self.group.epoch, seconds=0.0)))
+        return self.tell(events.RankReported(rank, bus.Aborted(epoch=self.group.epoch, seconds=0.0)))
 
     def exit(self, rank: int, how: str = "was killed by SIGKILL") -> list[Action]:
         return self.tell(events.RankExited(rank, self.name(rank, self.processes[rank]), 10 + rank, how))
@@ -118,21 +118,21 @@ class GroupLife:
         """What the ranks answer to a call."""
         epoch, everyone = self.group.epoch, range(self.ranks)
         match action:
-            case actions.Ask(message=wire.Rendezvous()):
-                return {0: wire.RendezvousOpened(epoch=epoch, address="shm:///x")}
-            case actions.Ask(message=wire.Join()):
-                return {rank: wire.Joined(epoch=epoch, seconds=0.1) for rank in everyone}
+            case actions.Ask(message=bus.Rendezvous()):
+                return {0: bus.RendezvousOpened(epoch=epoch, address="shm:///x")}
+            case actions.Ask(message=bus.Join()):
+                return {rank: bus.Joined(epoch=epoch, seconds=0.1) for rank in everyone}
             case actions.Ask():
-                return {rank: wire.Scrubbed(epoch=epoch, tensors=self.tensors) for rank in everyone}
+                return {rank: bus.Scrubbed(epoch=epoch, tensors=self.tensors) for rank in everyone}
             case actions.AllocateCaches():
                 return {rank: self.cache(rank, action.blocks) for rank in everyone}
             case _:
-                return {0: wire.StepDone(epoch=epoch, step=1, seconds=0.1, fingerprint=self.fingerprint)}
+                return {0: bus.StepDone(epoch=epoch, step=1, seconds=0.1, fingerprint=self.fingerprint)}
 
-    def cache(self, rank: int, blocks: int) -> wire.CacheAllocated:
+    def cache(self, rank: int, blocks: int) -> bus.CacheAllocated:
         has = min(blocks, self.offers.get(rank, 40))
         name = f"{self.name(rank, self.processes[rank])}/{has}"
-        return wire.CacheAllocated(epoch=self.group.epoch, contents=name, blocks=has, memory_bytes=9)
+        return bus.CacheAllocated(epoch=self.group.epoch, contents=name, blocks=has, memory_bytes=9)
 
     def call(self) -> Action | None:
         """The last call, if nobody has answered it."""

@@ -17,7 +17,7 @@ from lockstep_operator.settings import Settings
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Object
 from lockstep_operator.workqueue import WorkQueue
-from lockstep_runtime.wire import GroupState, GroupStatus, RankState, RankStatus
+from lockstep_runtime.protocol.status import GroupState, GroupStatus, RankState, RankStatus
 
 SETTINGS = Settings(runtime_image="runtime:1", operator_namespace="lockstep-system")
 START = 1_800_000_000.0

@@ -14,9 +14,9 @@ import msgspec
 from tests.support.fake_ranks import continuation
 from tests.support.sim_world import LASTING, SimRank, World
 
-from lockstep_runtime import wire
-from lockstep_runtime.engine.interface import GenerationRequest
-from lockstep_runtime.wire import GroupState
+from lockstep_runtime.engine.client import GenerationRequest
+from lockstep_runtime.protocol.status import GroupState
+from lockstep_runtime.protocol.step import SamplingParams
 
 SETTLED: Final = (GroupState.READY, GroupState.FAILED, GroupState.POISONED)
 FIRST_SECONDS: Final = 450.0  # until a group that has never served has settled: its first step may take 120
@@ -152,7 +152,7 @@ class LastingWorld(World):
             assert waited < MENDED_SECONDS, f"mended, and not ready after {waited:.0f} s: {self.engine.status()}"
             await asyncio.sleep(1.0)
         request = GenerationRequest(
-            request_id="r", prompt=(1, 2, 3), max_tokens=5, sampling=wire.SamplingParams(temperature=0)
+            request_id="r", prompt=(1, 2, 3), max_tokens=5, sampling=SamplingParams(temperature=0)
         )
         assert [event.token.token async for event in self.engine.generate(request)] == continuation((1, 2, 3), 5)
 

@@ -11,13 +11,15 @@ import msgspec
 from tests.support.fake_ranks import TOKEN, FakeRank
 from tests.support.ports import free_port
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import EngineLimits, ServeConfig, Watchdog
+from lockstep_runtime.engine.client import GenerationRequest
 from lockstep_runtime.engine.engine import Engine
-from lockstep_runtime.engine.interface import GenerationRequest
 from lockstep_runtime.host.addresses import listen
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.status import GroupState, GroupStatus
+from lockstep_runtime.protocol.step import SamplingParams
 from lockstep_runtime.recovery.bus import Bus
-from lockstep_runtime.supervisor.link import Link
+from lockstep_runtime.supervisor.bus_client import Link
 
 DEADLINE = 20.0
 QUICK = Watchdog(step_timeout=10.0)
@@ -28,8 +30,8 @@ class LiveEngine:
     config: ServeConfig
     engine: Engine
     ranks: list[FakeRank]
-    reports: list[wire.GroupStatus] = field(default_factory=list)
-    told: list[wire.ToSupervisor] = field(default_factory=list)
+    reports: list[GroupStatus] = field(default_factory=list)
+    told: list[bus.ToSupervisor] = field(default_factory=list)
     links: dict[int, Link] = field(default_factory=dict)
     killings: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -43,7 +45,7 @@ class LiveEngine:
             raise AssertionError(f"not within {DEADLINE:g} s: {what}; {self.engine.status()}") from None
 
     async def ready(self) -> None:
-        await self.until(lambda: self.engine.status().state is wire.GroupState.READY, "the group is ready")
+        await self.until(lambda: self.engine.status().state is GroupState.READY, "the group is ready")
 
     async def generate(self, prompt: tuple[int, ...], max_tokens: int) -> list[int]:
         async with asyncio.timeout(DEADLINE):
@@ -51,25 +53,25 @@ class LiveEngine:
 
     def kills(self) -> list[tuple[int, bool]]:
         """The processes that were to be killed: of which rank, and whether the next is to load again."""
-        return [(one.rank, one.reload) for one in self.told if isinstance(one, wire.KillWorker)]
+        return [(one.rank, one.reload) for one in self.told if isinstance(one, bus.KillWorker)]
 
-    def obey(self, pod_index: int, message: wire.ToSupervisor) -> None:
+    def obey(self, pod_index: int, message: bus.ToSupervisor) -> None:
         """A supervisor's part: status is kept, a kill is carried out."""
-        if isinstance(message, wire.StatusReport):
+        if isinstance(message, bus.StatusReport):
             self.reports.append(message.status)
             return
-        if isinstance(message, wire.ReadProgress):
+        if isinstance(message, bus.ReadProgress):
             records = [rank.record() for rank in self.ranks if rank.rank == pod_index]
-            self.links[pod_index].send(wire.ProgressReport(asked=message.asked, records=records))
+            self.links[pod_index].send(bus.ProgressReport(asked=message.asked, records=records))
             return
         self.told.append(message)
-        if isinstance(message, wire.KillWorker) and self.ranks[message.rank].incarnation == message.incarnation:
+        if isinstance(message, bus.KillWorker) and self.ranks[message.rank].incarnation == message.incarnation:
             self.killings.append(asyncio.create_task(self._kill(message)))
 
-    async def _kill(self, message: wire.KillWorker) -> None:
+    async def _kill(self, message: bus.KillWorker) -> None:
         rank = self.ranks[message.rank]
         await rank.respawn()
-        exited = wire.ProcessExited(rank=rank.rank, pid=1000 + rank.rank, incarnation=message.incarnation, signal=9)
+        exited = bus.ProcessExited(rank=rank.rank, pid=1000 + rank.rank, incarnation=message.incarnation, signal=9)
         self.links[rank.rank].send(exited)
 
 
@@ -78,7 +80,7 @@ def request(prompt: tuple[int, ...], max_tokens: int, stop: frozenset[int] = fro
         request_id="test",
         prompt=prompt,
         max_tokens=max_tokens,
-        sampling=wire.SamplingParams(temperature=0),
+        sampling=SamplingParams(temperature=0),
         stop_token_ids=stop,
     )
 
@@ -92,7 +94,7 @@ async def live_engine(
     start: bool = True,
     supervisors: bool = True,
     watchdog: Watchdog = QUICK,
-    history: wire.GroupStatus | None = None,
+    history: GroupStatus | None = None,
     strangers: int = 64,
     **config: object,
 ) -> AsyncIterator[LiveEngine]:

@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import DType, EngineLimits, ServeConfig
-from lockstep_runtime.parallel.communicator import Group
-from lockstep_runtime.parallel.group import join, open_rendezvous
-from lockstep_runtime.worker.runner import LoadReport, Runner, StepOutput
+from lockstep_runtime.distributed.communicator import Group
+from lockstep_runtime.distributed.join import join, open_rendezvous
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.step import SamplingParams, SequenceSlice
+from lockstep_runtime.worker.model_runner import LoadReport, Runner, StepOutput
 
 
 class Ranks:
@@ -43,8 +44,8 @@ class Ranks:
         self._meeting.close()
         self._pool.shutdown()
 
-    def step(self, *sequences: wire.SequenceSlice) -> StepOutput:
-        step = wire.Step(epoch=1, step=self._steps, sequences=list(sequences))
+    def step(self, *sequences: SequenceSlice) -> StepOutput:
+        step = bus.Step(epoch=1, step=self._steps, sequences=list(sequences))
         self._steps += 1
         outputs: list[StepOutput] = list(
             self._pool.map(lambda pair: pair[0].step(step, pair[1]), zip(self.runners, self.groups, strict=True))
@@ -58,7 +59,7 @@ class Ranks:
         drawn: list[int] = []
         feed, position = prompt, 0
         for _ in range(tokens):
-            output = self.step(piece(0, position, feed, blocks, wire.SamplingParams(temperature=0)))
+            output = self.step(piece(0, position, feed, blocks, SamplingParams(temperature=0)))
             position += len(feed)
             feed = [output.sampled[0].token]
             drawn += feed
@@ -81,11 +82,11 @@ class Ranks:
 
 
 def piece(
-    sequence_id: int, position: int, tokens: list[int], blocks: list[int], sample: wire.SamplingParams | None = None
-) -> wire.SequenceSlice:
-    return wire.SequenceSlice(sequence_id=sequence_id, position=position, tokens=tokens, blocks=blocks, sample=sample)
+    sequence_id: int, position: int, tokens: list[int], blocks: list[int], sample: SamplingParams | None = None
+) -> SequenceSlice:
+    return SequenceSlice(sequence_id=sequence_id, position=position, tokens=tokens, blocks=blocks, sample=sample)
 
 
-def everything(vocabulary: int) -> wire.SamplingParams:
+def everything(vocabulary: int) -> SamplingParams:
     """Greedy, with the log probabilities of all tokens."""
-    return wire.SamplingParams(temperature=0, logprobs=vocabulary)
+    return SamplingParams(temperature=0, logprobs=vocabulary)

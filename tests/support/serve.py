@@ -17,8 +17,8 @@ import msgspec
 from tests.support.http import HTTP
 from tests.support.ports import free_port
 
-from lockstep_runtime import wire
 from lockstep_runtime.host.addresses import join
+from lockstep_runtime.protocol.status import GroupStatus
 
 TINY_CHAT = Path(__file__).parents[2] / "examples" / "tiny-chat"
 TOKEN = "a token of the tests"
@@ -36,10 +36,10 @@ class Served:
     status_url: str
     children: list[int] = field(default_factory=list)
 
-    def status(self) -> wire.GroupStatus:
+    def status(self) -> GroupStatus:
         answer = HTTP.get(f"{self.status_url}/status", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
         answer.raise_for_status()
-        return msgspec.json.decode(answer.content, type=wire.GroupStatus)
+        return msgspec.json.decode(answer.content, type=GroupStatus)
 
     def ready(self) -> None:
         """Wait until the API says that it is."""

@@ -11,25 +11,26 @@ from dataclasses import dataclass, field
 import msgspec
 from tests.support.fake_ranks import BLOCK_SIZE, FakeRank, ToyMemory, continuation
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import EngineLimits, ServeConfig, Watchdog
+from lockstep_runtime.engine.client import EngineBusyError, GenerationFailedError, GenerationRequest
 from lockstep_runtime.engine.engine import Engine
-from lockstep_runtime.engine.interface import EngineBusyError, GenerationFailedError, GenerationRequest
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.status import Fault, GroupState, GroupStatus
+from lockstep_runtime.protocol.step import SamplingParams
 from lockstep_runtime.recovery.actions import Action, ReportFault
 from lockstep_runtime.recovery.driver import GroupDriver
 from lockstep_runtime.recovery.policy import REBUILDS, RESPAWNS
-from lockstep_runtime.supervisor.machine import backoff
-from lockstep_runtime.wire import Fault
+from lockstep_runtime.supervisor.state_machine import backoff
 
-_decoder: msgspec.msgpack.Decoder[wire.ToWorker] = msgspec.msgpack.Decoder(wire.ToWorker)
+_decoder: msgspec.msgpack.Decoder[bus.ToWorker] = msgspec.msgpack.Decoder(bus.ToWorker)
 FAULTS = (
     "die", "crash", "stop", "hang", "hang outside", "raise", "refuse", "nan", "nan in cache", "context", "odd",
     "corrupt", "cut", "slow", "die in join", "hang in join", "raise in join", "die in loading", "crash loop",
 )  # fmt: skip
 LOAD_FAILURES = {
-    "disk full": wire.LoadFailure.TRANSIENT,
-    "bug": wire.LoadFailure.PERMANENT,
-    "device lost": wire.LoadFailure.DEVICE_LOST,
+    "disk full": bus.LoadFailure.TRANSIENT,
+    "bug": bus.LoadFailure.PERMANENT,
+    "device lost": bus.LoadFailure.DEVICE_LOST,
 }
 LASTING = (
     "cut off", "orphaned", "no spare", "die in loading", "hang in loading", "die in join", "hang in join", "raise",
@@ -42,7 +43,7 @@ GARBAGE = (Fault.CORRUPTION, Fault.CONTEXT_FAULT)
 class Link:
     """One end of a connection: what is sent arrives a little later, in order, unless it was closed meanwhile."""
 
-    hello: wire.Hello
+    hello: bus.Hello
     world: World
     receive: Callable[[msgspec.Struct], None]
     is_open: bool = True
@@ -88,7 +89,7 @@ class SimRank:
         self.spawn()
 
     def _connect_supervisor(self) -> None:
-        hello = self.world.hello(wire.Role.SUPERVISOR, self.rank, f"s{self.rank}.{self.pods}")
+        hello = self.world.hello(bus.Role.SUPERVISOR, self.rank, f"s{self.rank}.{self.pods}")
         self.supervisor = Link(hello, self.world, self._obey)
         self.world.engine.group.connected(self.supervisor)
 
@@ -110,9 +111,9 @@ class SimRank:
     def _connect(self, incarnation: str) -> None:
         if not self.alive or incarnation != self.incarnation or "cut off" in self.ill:
             return
-        hello = self.world.hello(wire.Role.WORKER, self.rank, incarnation, self.fence)
+        hello = self.world.hello(bus.Role.WORKER, self.rank, incarnation, self.fence)
         welcome = self.world.engine.group.admit(hello)
-        assert isinstance(welcome, wire.Welcome), welcome
+        assert isinstance(welcome, bus.Welcome), welcome
         self.fence = max(self.fence, welcome.epoch)
         self.link = Link(hello, self.world, self._receive)
         self.world.engine.group.connected(self.link)
@@ -120,11 +121,11 @@ class SimRank:
             self.crashes = max(0, self.crashes - 1)
             self.die()
         elif kind := next((one for one in LOAD_FAILURES if one in self.ill), ""):
-            self._say(wire.LoadProgress(bytes_done=5, bytes_total=10), 0.1)
-            self._say(wire.LoadFailed(message=kind, kind=LOAD_FAILURES[kind]), 0.2)
+            self._say(bus.LoadProgress(bytes_done=5, bytes_total=10), 0.1)
+            self._say(bus.LoadFailed(message=kind, kind=LOAD_FAILURES[kind]), 0.2)
             self.world.later(0.21, self.die, self.incarnation)
         elif "hang in loading" in self.ill:
-            self._say(wire.LoadProgress(bytes_done=5, bytes_total=10), 0.1)
+            self._say(bus.LoadProgress(bytes_done=5, bytes_total=10), 0.1)
         else:
             self._say(self.toy._loaded(), self.world.chance.uniform(0.0, 0.2))
             self.failures = 0
@@ -138,7 +139,7 @@ class SimRank:
         if self.link is not None:
             self.link.close()
             self.link = None
-        exited = wire.ProcessExited(rank=self.rank, pid=1, incarnation=self.incarnation, signal=9)
+        exited = bus.ProcessExited(rank=self.rank, pid=1, incarnation=self.incarnation, signal=9)
         self.world.later(self.world.chance.uniform(0.0, 0.02), self.supervisor.answer, exited)
         self.world.later(0.05 + backoff(self.failures), self.spawn)
 
@@ -208,7 +209,7 @@ class SimRank:
         """As by SIGSTOP."""
         if self.alive:
             self.silent = True
-            stopped = wire.ProcessStopped(rank=self.rank, pid=1, incarnation=self.incarnation, signal=19)
+            stopped = bus.ProcessStopped(rank=self.rank, pid=1, incarnation=self.incarnation, signal=19)
             self.world.later(0.5, self.supervisor.answer, stopped)
 
     def _say(self, message: msgspec.Struct, delay: float) -> None:
@@ -237,31 +238,29 @@ class SimRank:
         if self.silent:
             return
         match message:
-            case wire.Abort():
+            case bus.Abort():
                 self.fence = max(self.fence, message.epoch)
                 if self.joined != -2:  # -2: its main thread hangs
                     self.joined = -1
-                    self._say(wire.Aborted(epoch=message.epoch, seconds=0.0), 0.001)
-            case wire.Rendezvous() | wire.Join() | wire.AllocateCache() | wire.Step() | wire.Scrub() if (
-                self.joined == -2
-            ):
+                    self._say(bus.Aborted(epoch=message.epoch, seconds=0.0), 0.001)
+            case bus.Rendezvous() | bus.Join() | bus.AllocateCache() | bus.Step() | bus.Scrub() if self.joined == -2:
                 pass
-            case wire.Rendezvous() if message.epoch >= self.fence:
-                self._say(wire.RendezvousOpened(epoch=message.epoch, address="shm:///nowhere"), 0.001)
-            case wire.Join() if message.epoch >= self.fence:
+            case bus.Rendezvous() if message.epoch >= self.fence:
+                self._say(bus.RendezvousOpened(epoch=message.epoch, address="shm:///nowhere"), 0.001)
+            case bus.Join() if message.epoch >= self.fence:
                 self._join(message)
-            case wire.Scrub() if message.epoch >= self.fence and self.corrupt:
+            case bus.Scrub() if message.epoch >= self.fence and self.corrupt:
                 self._fail(message.epoch, -1, Fault.CORRUPTION, "the weights are no longer what was loaded")
-            case wire.Scrub() if message.epoch >= self.fence:
-                self._say(wire.Scrubbed(epoch=message.epoch, tensors=3), 0.05)
-            case wire.AllocateCache() if message.epoch >= self.fence:
+            case bus.Scrub() if message.epoch >= self.fence:
+                self._say(bus.Scrubbed(epoch=message.epoch, tensors=3), 0.05)
+            case bus.AllocateCache() if message.epoch >= self.fence:
                 self._say(self.toy.allocate(message), 0.001)
-            case wire.Step() if message.epoch >= self.fence:
+            case bus.Step() if message.epoch >= self.fence:
                 self._step(message)
             case _:
                 pass
 
-    def _join(self, join: wire.Join) -> None:
+    def _join(self, join: bus.Join) -> None:
         self.toy.at_step, self.toy.moved_at = (join.epoch, -1, True), time.monotonic()
         self.place = (0, False)
         match self._takes("die in join", "hang in join", "raise in join", "slow in join"):
@@ -279,7 +278,7 @@ class SimRank:
                 self.joined = join.epoch
                 self.world.join(self, join)
 
-    def _step(self, step: wire.Step) -> None:
+    def _step(self, step: bus.Step) -> None:
         assert step.epoch == self.joined, "a step for a communicator that this rank is not in"
         self.world.served(step.epoch)
         self.toy.at_step, self.toy.moved_at = (step.epoch, step.step, True), time.monotonic()
@@ -318,22 +317,22 @@ class SimRank:
                 self._say(done, self.world.chance.uniform(0.03, 0.1))
 
     def _fail(self, epoch: int, step: int, fault: Fault, message: str, *, untouched: bool = False) -> None:
-        self._say(wire.StepFailed(epoch=epoch, step=step, fault=fault, message=message, untouched=untouched), 0.01)
+        self._say(bus.StepFailed(epoch=epoch, step=step, fault=fault, message=message, untouched=untouched), 0.01)
 
     # --- the supervisor
 
     def _obey(self, message: msgspec.Struct) -> None:
         match message:
-            case wire.KillWorker() if message.incarnation == self.incarnation:
+            case bus.KillWorker() if message.incarnation == self.incarnation:
                 self.world.kills += 1
                 self.die()
-            case wire.ReadProgress():
+            case bus.ReadProgress():
                 records = [self._record()] if self.alive else []
-                self.supervisor.answer(wire.ProgressReport(asked=message.asked, records=records))
+                self.supervisor.answer(bus.ProgressReport(asked=message.asked, records=records))
             case _:
                 pass
 
-    def _record(self) -> wire.ProgressRecord:
+    def _record(self) -> bus.ProgressRecord:
         self.toy.stands = self.place
         return msgspec.structs.replace(self.toy.record(), incarnation=self.incarnation)
 
@@ -372,7 +371,7 @@ class World:
         self.engine = self._new_engine(None)
         self._joining: dict[int, dict[int, SimRank]] = {}
 
-    def _new_engine(self, history: wire.GroupStatus | None) -> Engine:
+    def _new_engine(self, history: GroupStatus | None) -> Engine:
         engine = Engine(self.config, history)
         engine.group.__class__ = SpoilingDriver
         engine.group.world = self  # type: ignore[attr-defined] # it is one
@@ -388,20 +387,20 @@ class World:
     def later(self, seconds: float, call: Callable[..., object], *arguments: object) -> None:
         asyncio.get_running_loop().call_later(seconds, call, *arguments)
 
-    def hello(self, role: wire.Role, rank: int, incarnation: str, epoch: int = 0) -> wire.Hello:
-        return wire.Hello(
-            protocol=wire.PROTOCOL, token="", role=role, group=0, pod_index=rank, pod=f"pod-{rank}", node="n", pid=1,
-            incarnation=incarnation, epoch=epoch, rank=rank if role is wire.Role.WORKER else -1,
+    def hello(self, role: bus.Role, rank: int, incarnation: str, epoch: int = 0) -> bus.Hello:
+        return bus.Hello(
+            protocol=bus.PROTOCOL, token="", role=role, group=0, pod_index=rank, pod=f"pod-{rank}", node="n", pid=1,
+            incarnation=incarnation, epoch=epoch, rank=rank if role is bus.Role.WORKER else -1,
         )  # fmt: skip
 
-    def join(self, rank: SimRank, join: wire.Join) -> None:
+    def join(self, rank: SimRank, join: bus.Join) -> None:
         """Nobody has joined before all have."""
         meeting = self._joining.setdefault(join.epoch, {})
         meeting[rank.rank] = rank
         if len(meeting) == self.size:
             for one in meeting.values():
                 if one.joined == join.epoch:
-                    one._say(wire.Joined(epoch=join.epoch, seconds=0.0), 0.001)
+                    one._say(bus.Joined(epoch=join.epoch, seconds=0.0), 0.001)
 
     def is_corrupt(self) -> bool:
         """A wrong shard is in every rank's sum."""
@@ -417,7 +416,7 @@ class World:
         serving = asyncio.create_task(self.engine.run())
         self.ranks = [SimRank(self, rank) for rank in range(self.size)]
         try:
-            await self._until(lambda: self.engine.status().state is wire.GroupState.READY, "it is ready at first")
+            await self._until(lambda: self.engine.status().state is GroupState.READY, "it is ready at first")
             clients = [asyncio.create_task(self._client(number)) for number in range(self.chance.randint(1, 5))]
             for _ in range(self.chance.randint(1, 10)):
                 await asyncio.sleep(self.chance.choice([0.01, 0.1, 0.3, 1.0, 5.0]))
@@ -470,7 +469,7 @@ class World:
         prompt = tuple(self.chance.randrange(1000) for _ in range(self.chance.randint(1, 20)))
         count = self.chance.randint(1, min(30, 24 * BLOCK_SIZE - len(prompt)))
         request = GenerationRequest(
-            request_id="r", prompt=prompt, max_tokens=count, sampling=wire.SamplingParams(temperature=0)
+            request_id="r", prompt=prompt, max_tokens=count, sampling=SamplingParams(temperature=0)
         )
         tokens: list[int] = []
         right = continuation(prompt, count)
@@ -494,9 +493,9 @@ class World:
 
     async def _rest(self) -> None:
         """After the faults have ended it serves, and nothing happens any more."""
-        await self._until(lambda: self.engine.status().state is wire.GroupState.READY, "it is ready again")
+        await self._until(lambda: self.engine.status().state is GroupState.READY, "it is ready again")
         probe = GenerationRequest(
-            request_id="r", prompt=(1, 2, 3), max_tokens=5, sampling=wire.SamplingParams(temperature=0)
+            request_id="r", prompt=(1, 2, 3), max_tokens=5, sampling=SamplingParams(temperature=0)
         )
         assert [event.token.token async for event in self.engine.generate(probe)] == continuation((1, 2, 3), 5)
         before = (self.engine.status().epoch, self.kills, len(self.engine.status().faults))

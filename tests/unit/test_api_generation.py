@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tests.support.api_server import TINY_CHAT
 from tokenizers import AddedToken, Tokenizer
 
-from lockstep_runtime.api.forms import ChatForm, TextForm
 from lockstep_runtime.api.generation import Choice, Job, Piece, opens_reasoning
+from lockstep_runtime.api.response_format import ChatForm, TextForm
 from lockstep_runtime.api.tokenizer import TextTokenizer
-from lockstep_runtime.engine.interface import FinishReason, GenerationRequest, TokenEvent
-from lockstep_runtime.wire import SampledToken, SamplingParams
+from lockstep_runtime.engine.client import FinishReason, GenerationRequest, TokenEvent
+from lockstep_runtime.protocol.step import SampledToken, SamplingParams
 
 
 def thinking_tokenizer() -> TextTokenizer:

@@ -16,7 +16,7 @@ from tests.support.api_server import TINY_CHAT
 from lockstep_runtime.api.chat_template import Chat
 from lockstep_runtime.api.model import ModelUnavailableError, SamplingDefaults, ServedModel, load, sampling_defaults
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.wire import SamplingParams
+from lockstep_runtime.protocol.step import SamplingParams
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from lockstep_runtime.api.chat_template import ChatTemplate
 from lockstep_runtime.api.errors import ApiError
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.model import SamplingDefaults, ServedModel
-from lockstep_runtime.api.prepare import Preparation
+from lockstep_runtime.api.request_builder import Preparation
 from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest, validate
 from lockstep_runtime.api.tokenizer import TextTokenizer, TooManyTokensError
 

@@ -13,7 +13,7 @@ from tests.support.api_server import TINY_CHAT
 from lockstep_runtime.api.errors import ApiError
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.model import load
-from lockstep_runtime.api.prepare import Preparation
+from lockstep_runtime.api.request_builder import Preparation
 from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest, validate
 from lockstep_runtime.config import ServeConfig
 

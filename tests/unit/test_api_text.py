@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep_runtime.api.text import StopMatcher
+from lockstep_runtime.api.stop_matcher import StopMatcher
 
 
 def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:

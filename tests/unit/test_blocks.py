@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep_runtime.engine.blocks import BlockBook
+from lockstep_runtime.engine.block_manager import BlockBook
 
 OPERATIONS = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 12)), max_size=200)
 

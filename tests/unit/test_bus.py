@@ -11,9 +11,9 @@ import pytest
 from tests.support.fake_ranks import FakeRank, continuation
 from tests.support.live_engine import LiveEngine, live_engine
 
-from lockstep_runtime import wire
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.framing import FrameError, Framer, decode, encode
 from lockstep_runtime.recovery import bus as bus_module
-from lockstep_runtime.transport import FrameError, Framer, decode, encode
 
 
 async def exchange(live: LiveEngine, data: bytes) -> bytes:
@@ -30,8 +30,8 @@ async def exchange(live: LiveEngine, data: bytes) -> bytes:
 
 
 def refusal(answer: bytes) -> str:
-    [frame] = Framer(wire.MAX_HELLO_BYTES).feed(answer)
-    return msgspec.msgpack.decode(frame, type=wire.Refused).reason
+    [frame] = Framer(bus.MAX_HELLO_BYTES).feed(answer)
+    return msgspec.msgpack.decode(frame, type=bus.Refused).reason
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ async def test_who_does_not_belong_here_is_refused_with_the_reason(change: dict[
 
 async def test_a_frame_longer_than_a_hello_is_refused_by_its_header() -> None:
     async with live_engine() as live:
-        assert await exchange(live, (wire.MAX_HELLO_BYTES + 1).to_bytes(4, "big")) == b""
+        assert await exchange(live, (bus.MAX_HELLO_BYTES + 1).to_bytes(4, "big")) == b""
 
 
 async def test_a_stranger_has_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def malformed(chance: random.Random, hello: bytes) -> bytes:
         (4000).to_bytes(4, "big") + b"\x81\xa1a" * 1333 + b"\xc0",
         cut + noise,
         bytes(flipped),
-        encode(wire.Loaded(seconds=0, weight_bytes=0, read_bytes=0, cache_blocks=0, block_size=0, memory_bytes=0)),
+        encode(bus.Loaded(seconds=0, weight_bytes=0, read_bytes=0, cache_blocks=0, block_size=0, memory_bytes=0)),
         b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
     ]
     return chance.choice(kinds)
@@ -130,9 +130,9 @@ async def test_malformed_frames_from_a_member_cost_that_member_its_connection_on
 
 async def test_a_supervisor_may_not_speak_as_a_worker() -> None:
     async with live_engine(supervisors=False) as live:
-        hello = msgspec.structs.replace(live.ranks[1].hello(), role=wire.Role.SUPERVISOR, incarnation="s", rank=-1)
-        answer = await exchange(live, encode(hello) + encode(wire.Aborted(epoch=9, seconds=0)))
-        assert isinstance(msgspec.msgpack.decode(answer[4:], type=wire.ToSupervisor), wire.Welcome)
+        hello = msgspec.structs.replace(live.ranks[1].hello(), role=bus.Role.SUPERVISOR, incarnation="s", rank=-1)
+        answer = await exchange(live, encode(hello) + encode(bus.Aborted(epoch=9, seconds=0)))
+        assert isinstance(msgspec.msgpack.decode(answer[4:], type=bus.ToSupervisor), bus.Welcome)
         assert live.engine.status().faults == []
 
 
@@ -165,12 +165,12 @@ class TestFramer:
             list(Framer(50).feed(length.to_bytes(4, "big")))
 
     def test_a_message_too_long_to_send_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(wire, "MAX_FRAME_BYTES", 10)
+        monkeypatch.setattr(bus, "MAX_FRAME_BYTES", 10)
         with pytest.raises(FrameError, match="a LoadFailed of"):
-            encode(wire.LoadFailed(message="x" * 20))
+            encode(bus.LoadFailed(message="x" * 20))
 
     def test_deep_nesting_is_an_error_and_no_crash(self) -> None:
-        decoder = msgspec.msgpack.Decoder(wire.FromWorker)
+        decoder = msgspec.msgpack.Decoder(bus.FromWorker)
         with pytest.raises(FrameError):
             decode(decoder, b"\x82\xa4type\xa6Joined\xa1x" + b"\x91" * 1_000_000)
 
@@ -178,7 +178,7 @@ class TestFramer:
 async def test_a_peer_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bus_module, "MAX_UNSENT_BYTES", 1 << 20)
     async with live_engine(supervisors=False) as live:
-        hello = msgspec.structs.replace(live.ranks[1].hello(), role=wire.Role.SUPERVISOR, incarnation="s", rank=-1)
+        hello = msgspec.structs.replace(live.ranks[1].hello(), role=bus.Role.SUPERVISOR, incarnation="s", rank=-1)
         reader, writer = await asyncio.open_connection("127.0.0.1", live.config.bus_port, limit=1024)
         writer.write(encode(hello))
         await live.until(lambda: 1 in live.engine.group.supervisors, "it is connected")

@@ -6,14 +6,15 @@ import msgspec
 import pytest
 from tests.support.group_life import FAILED, HUNG, GroupLife, broken, lost, stage, state
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.bus import LoadFailure
+from lockstep_runtime.protocol.status import Fault, GroupState
 from lockstep_runtime.recovery import actions, events, timing
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.policy import RESPAWNS
 from lockstep_runtime.recovery.stage import Stage
 from lockstep_runtime.recovery.timing import HOST, NCCL, timing_of
-from lockstep_runtime.wire import Fault, GroupState, LoadFailure
 
 
 def test_a_group_is_formed_step_by_step_and_then_serves() -> None:
@@ -150,7 +151,7 @@ def test_one_that_stands_still_while_it_loads_is_killed_and_one_that_moves_is_no
     life.connect(1)
     for done in range(1, 6):
         life.wait(14.0)
-        life.tell(events.RankReported(1, wire.LoadProgress(bytes_done=done, bytes_total=10)))
+        life.tell(events.RankReported(1, bus.LoadProgress(bytes_done=done, bytes_total=10)))
     assert life.of(actions.Kill) == []
     life.wait(15.0)
     assert [one.reason for one in life.of(actions.Kill)] == ["rank 1 has read none of its weights for 15 s"]
@@ -180,7 +181,7 @@ def test_ranks_of_a_pod_wait_for_the_one_that_downloads_for_all() -> None:
     life.tell(events.RankConnected(msgspec.structs.replace(life.hello(1, 1), pod_index=0)))
     for moved in range(1, 10):
         life.wait(100.0)
-        life.tell(events.RankReported(0, wire.LoadProgress(bytes_done=0, bytes_total=0, bytes_moved=moved * 10**6)))
+        life.tell(events.RankReported(0, bus.LoadProgress(bytes_done=0, bytes_total=0, bytes_moved=moved * 10**6)))
     assert life.of(actions.Kill) == []
     assert stage(life) is Stage.GATHERING
 
@@ -258,7 +259,7 @@ def test_a_load_that_can_not_succeed_is_not_waited_for(kind: LoadFailure, served
         life.exit(1)
     life.pod(1)
     life.connect(1)
-    life.tell(events.RankReported(1, wire.LoadFailed(message="no such kernel", kind=kind)))
+    life.tell(events.RankReported(1, bus.LoadFailed(message="no such kernel", kind=kind)))
     if fault is None:
         assert state(life) == (GroupState.FAILED, "no such kernel")
     else:
@@ -272,7 +273,7 @@ def test_a_first_load_may_fail_with_words_any_number_of_times_and_without_words_
     life.pod(1)
     for _ in range(50):
         life.connect(1)
-        life.tell(events.RankReported(1, wire.LoadFailed(message="no room")))
+        life.tell(events.RankReported(1, bus.LoadFailed(message="no room")))
         life.exit(1)
     assert state(life) == (GroupState.FAILED, "no room")
     other = GroupLife()

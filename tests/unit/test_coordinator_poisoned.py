@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from tests.support.group_life import GroupLife, broken, lost, stage, state
 
-from lockstep_runtime import wire
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.status import Fault, GroupState
 from lockstep_runtime.recovery import actions, events, timing
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.group_state import is_accepting
 from lockstep_runtime.recovery.stage import Stage
-from lockstep_runtime.wire import Fault, GroupState
 
 
 def poisoned(**settings: object) -> GroupLife:
@@ -67,7 +67,7 @@ def test_requests_are_taken_for_two_minutes_of_a_recovery() -> None:
     begun = life.now
     while life.now - begun < 105:
         life.wait(10.0)
-        moved = wire.LoadProgress(bytes_done=int(life.now), bytes_total=10**6)
+        moved = bus.LoadProgress(bytes_done=int(life.now), bytes_total=10**6)
         life.tell(events.RankReported(1, moved))
         assert state(life)[0] is GroupState.RECOVERING
         assert is_accepting(life.group, GroupState.RECOVERING)
@@ -83,7 +83,7 @@ def test_a_first_download_goes_on_while_the_group_is_poisoned() -> None:
         life.connect(rank)
     while stage(life) is not Stage.POISONED:  # rank 2 never comes
         life.wait(10.0)
-        moved = wire.LoadProgress(bytes_done=0, bytes_total=0, bytes_moved=int(life.now) * 10**6)
+        moved = bus.LoadProgress(bytes_done=0, bytes_total=0, bytes_moved=int(life.now) * 10**6)
         life.tell(events.RankReported(0, moved))
         if life.of(actions.Kill) and life.group.handles[1].hello is not None:
             life.exit(1)
@@ -91,7 +91,7 @@ def test_a_first_download_goes_on_while_the_group_is_poisoned() -> None:
     life.done.clear()
     while stage(life) is Stage.POISONED:
         life.wait(10.0)
-        moved = wire.LoadProgress(bytes_done=0, bytes_total=0, bytes_moved=int(life.now) * 10**6)
+        moved = bus.LoadProgress(bytes_done=0, bytes_total=0, bytes_moved=int(life.now) * 10**6)
         life.tell(events.RankReported(0, moved))
     assert 0 not in [one.rank for one in life.of(actions.Kill)]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from tests.support.group_life import FAILED, GroupLife, stage, state
 
+from lockstep_runtime.protocol.status import Fault, GroupState
 from lockstep_runtime.recovery import actions, events, timing
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.stage import Stage
 from lockstep_runtime.recovery.timing import HOST
-from lockstep_runtime.wire import Fault, GroupState
 
 
 def reformed(life: GroupLife) -> GroupLife:

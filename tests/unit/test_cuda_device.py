@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lockstep_runtime import accelerator
 from lockstep_runtime.config import Backend, Device, ServeConfig
 from lockstep_runtime.layers.cache import CacheMemory, CacheShape, Footprint, KVCache
 from lockstep_runtime.layers.placement import Placement
+from lockstep_runtime.supervisor import accelerator
 from lockstep_runtime.worker import device as devices
 from lockstep_runtime.worker.memory import blocks_as_before, needed_bytes
 

@@ -16,22 +16,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lockstep_runtime.cli import UsageError, build_parser, config_from
 from lockstep_runtime.config import Backend, Device, ServeConfig
+from lockstep_runtime.distributed.join import SingleGroup, choose_backend
 from lockstep_runtime.layers.batch import build_batch
 from lockstep_runtime.layers.cache import KVCache
+from lockstep_runtime.layers.embedding import VocabularyEmbedding
 from lockstep_runtime.layers.placement import Placement, choose_placement
 from lockstep_runtime.layers.prefill import candidate
 from lockstep_runtime.layers.weight import PlainWeight
 from lockstep_runtime.models.qwen3 import Qwen3
-from lockstep_runtime.parallel.embedding import VocabularyEmbedding
-from lockstep_runtime.parallel.group import SingleGroup, choose_backend
-from lockstep_runtime.weights.errors import ModelError
-from lockstep_runtime.weights.plan import Shard
+from lockstep_runtime.protocol.bus import LoadFailure
+from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.weights.sharding import Shard
 from lockstep_runtime.weights.weight import stacked_rows
-from lockstep_runtime.wire import LoadFailure
-from lockstep_runtime.worker.classify import load_failure
 from lockstep_runtime.worker.device import choose_device, sharers
+from lockstep_runtime.worker.fault_classifier import load_failure
 from lockstep_runtime.worker.memory import cuda_budget
-from lockstep_runtime.worker.runner import on_host
+from lockstep_runtime.worker.model_runner import on_host
 
 GIB = 2**30
 CUDA = torch.device("cuda", 0)

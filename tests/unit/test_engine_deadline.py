@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep_runtime.config import Watchdog
+from lockstep_runtime.protocol.step import SequenceSlice
 from lockstep_runtime.recovery.watchdog import (
     CEILING_SECONDS,
     LATE_SECONDS,
@@ -22,7 +23,6 @@ from lockstep_runtime.recovery.watchdog import (
     extension,
     work_of,
 )
-from lockstep_runtime.wire import SequenceSlice
 
 ONE = Work(Kind.DECODE, 1, 100)
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from lockstep_runtime.protocol.bus import StepDone
+from lockstep_runtime.protocol.status import Fault, Latency
 from lockstep_runtime.recovery.bounded import MESSAGE_CHARACTERS, bounded
 from lockstep_runtime.recovery.diagnosis import Evidence, compare, diagnose, no_answer
 from lockstep_runtime.recovery.fault_log import KEPT, FaultLog
@@ -26,7 +28,6 @@ from lockstep_runtime.recovery.policy import (
     invalidates_caches,
     requires_cache_check,
 )
-from lockstep_runtime.wire import Fault, Latency, StepDone
 
 LOST = Evidence(Fault.RANK_LOST, 1, "rank 1 was killed by SIGKILL")
 HEARD = Evidence(Fault.RANK_LOST, 0, "rank 0: the collective broke", secondary=True)

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep_runtime.layers.cache import BLOCK_SIZE
+from lockstep_runtime.protocol.bus import ProgressRecord
 from lockstep_runtime.recovery.hang_attribution import HangReport, attribute, ranks_text
 from lockstep_runtime.recovery.self_test import PROMPT, Baseline, probe, warmup_step
-from lockstep_runtime.wire import ProgressRecord
 
 
 def record(

@@ -10,9 +10,9 @@ import pytest
 from tests.support.network import WITHOUT_IPV4, WITHOUT_IPV6, in_network, why_not
 from tests.support.ports import free_port
 
+from lockstep_runtime.distributed.errors import GroupError
+from lockstep_runtime.distributed.join import own_address
 from lockstep_runtime.host import addresses
-from lockstep_runtime.parallel.errors import GroupError
-from lockstep_runtime.parallel.group import own_address
 
 needs_namespaces = pytest.mark.skipif(bool(why_not()), reason=why_not())
 

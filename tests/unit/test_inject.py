@@ -18,29 +18,32 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep_runtime import fault_box, inject_client, running, wire
-from lockstep_runtime.child import PARENT_VARIABLE
+from lockstep_runtime.chaos import client as inject_client
+from lockstep_runtime.chaos import discovery, pending
+from lockstep_runtime.chaos.injector import InjectedError, Injector
 from lockstep_runtime.cli import UsageError, check_faults, main
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.owned_files import FOLDER_VARIABLE, remove
-from lockstep_runtime.parallel.communicator import Group
-from lockstep_runtime.parallel.errors import GroupAborted
-from lockstep_runtime.parallel.group import SingleGroup
-from lockstep_runtime.parallel.watched import WatchedGroup
-from lockstep_runtime.progress import Progress, new_memory
+from lockstep_runtime.distributed.communicator import Group
+from lockstep_runtime.distributed.errors import GroupAborted
+from lockstep_runtime.distributed.join import SingleGroup
+from lockstep_runtime.distributed.traced import WatchedGroup
+from lockstep_runtime.host.process_init import PARENT_VARIABLE
+from lockstep_runtime.host.shm_files import FOLDER_VARIABLE, remove
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.chaos import CollectivePoint, FaultPhase, Inject, Injection
+from lockstep_runtime.protocol.progress_record import Progress, new_memory
+from lockstep_runtime.protocol.step import SequenceSlice
 from lockstep_runtime.supervisor.server import create_app
-from lockstep_runtime.wire import Injection, Moment, Phase
-from lockstep_runtime.worker.inject import InjectedError, Injector
 
 SECONDS = 10.0
 
 
-def step(*lengths: int) -> wire.Step:
+def step(*lengths: int) -> bus.Step:
     sequences = [
-        wire.SequenceSlice(sequence_id=index, position=0, tokens=[7] * length, blocks=[0])
+        SequenceSlice(sequence_id=index, position=0, tokens=[7] * length, blocks=[0])
         for index, length in enumerate(lengths)
     ]
-    return wire.Step(epoch=1, step=1, sequences=sequences)
+    return bus.Step(epoch=1, step=1, sequences=sequences)
 
 
 PREFILL, DECODE = step(1, 3), step(1, 1)
@@ -59,9 +62,9 @@ class Bench:
         return "a tensor"
 
     def arm(self, kind: Injection, **more: object) -> None:
-        self.injector.arm(msgspec.convert({"type": "Inject", "rank": 0, "kind": kind, **more}, wire.Inject))
+        self.injector.arm(msgspec.convert({"type": "Inject", "rank": 0, "kind": kind, **more}, Inject))
 
-    def run(self, one: wire.Step, *places: str, values: float = 1.0) -> tuple[wire.Step, list[Tensor]]:
+    def run(self, one: bus.Step, *places: str, values: float = 1.0) -> tuple[bus.Step, list[Tensor]]:
         """The step as it is given on, and the result of an all-reduce of ones at each place."""
         watched = WatchedGroup(SingleGroup(), self.progress)
         given, group = self.injector.step(one, watched)
@@ -80,7 +83,7 @@ def test_nothing_is_changed_without_a_fault(bench: Bench) -> None:
 
 @pytest.mark.parametrize(("phase", "hit", "spared"), [("prefill", PREFILL, DECODE), ("decode", DECODE, PREFILL)])
 def test_a_fault_waits_for_its_phase_and_happens_once(
-    bench: Bench, phase: str, hit: wire.Step, spared: wire.Step
+    bench: Bench, phase: str, hit: bus.Step, spared: bus.Step
 ) -> None:
     bench.arm(Injection.RAISE, phase=phase)
     bench.run(spared)
@@ -185,7 +188,7 @@ def test_joining_and_loading_have_their_own(bench: Bench, phase: str, act: Calla
 
 def test_a_slow_rank_is_slow_for_so_many_steps(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("lockstep_runtime.worker.inject.time.sleep", slept.append)
+    monkeypatch.setattr("lockstep_runtime.chaos.injector.time.sleep", slept.append)
     bench.arm(Injection.SLOW, seconds=0.25, times=3)
     for _ in range(5):
         bench.run(DECODE)
@@ -193,15 +196,17 @@ def test_a_slow_rank_is_slow_for_so_many_steps(bench: Bench, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("kind", list(Injection))
-@pytest.mark.parametrize("at", list(Moment))
-def test_every_kind_has_a_deed(bench: Bench, kind: Injection, at: Moment, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", list(CollectivePoint))
+def test_every_kind_has_a_deed(
+    bench: Bench, kind: Injection, at: CollectivePoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Process-level deeds are only noted here; tests/chaos does them for real."""
     deeds: list[str] = []
 
     def note(name: str) -> Callable[..., None]:
         return lambda *_: deeds.append(name)
 
-    module = "lockstep_runtime.worker.inject"
+    module = "lockstep_runtime.chaos.injector"
     monkeypatch.setattr(f"{module}.os.kill", note("kill"))
     monkeypatch.setattr(f"{module}.os._exit", note("exit"))
     monkeypatch.setattr(f"{module}.ctypes.string_at", note("segv"))
@@ -209,9 +214,9 @@ def test_every_kind_has_a_deed(bench: Bench, kind: Injection, at: Moment, monkey
     monkeypatch.setattr(f"{module}.exhaust_memory", note("memory"))
     monkeypatch.setattr(f"{module}.harm_device", note("device"))
     monkeypatch.setattr(f"{module}.time.sleep", note("slow"))
-    bench.arm(kind, phase=Phase.DECODE, at=at)
+    bench.arm(kind, phase=FaultPhase.DECODE, at=at)
     group: Group = SingleGroup()
-    if kind is Injection.HANG and at is Moment.INSIDE:
+    if kind is Injection.HANG and at is CollectivePoint.INSIDE:
         group.release()
     try:
         given, faulty = bench.injector.step(DECODE, WatchedGroup(group, bench.progress))
@@ -221,7 +226,7 @@ def test_every_kind_has_a_deed(bench: Bench, kind: Injection, at: Moment, monkey
     assert changed or deeds or bench.called
 
 
-@pytest.mark.parametrize("kind", sorted(fault_box.ON_GPU))
+@pytest.mark.parametrize("kind", sorted(pending.ON_GPU))
 def test_a_rank_without_a_gpu_says_so_and_is_unharmed(
     bench: Bench, kind: Injection, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -251,40 +256,40 @@ def box(tmp_path: Path) -> dict[str, str]:
 
 
 def test_a_fault_left_for_a_rank_is_found_once_and_by_no_other(box: dict[str, str], tmp_path: Path) -> None:
-    faults = [wire.Inject(rank=1, kind=kind) for kind in (Injection.EXIT, Injection.RAISE)]
+    faults = [Inject(rank=1, kind=kind) for kind in (Injection.EXIT, Injection.RAISE)]
     for fault in faults:
-        fault_box.leave(box, fault)
-    assert fault_box.take(box, 0) == []
-    assert fault_box.take(box | {PARENT_VARIABLE: "1"}, 1) == []
-    assert fault_box.take(box, 1) == faults
-    assert fault_box.take(box, 1) == []
-    fault_box.leave(box, faults[0])
+        pending.leave(box, fault)
+    assert pending.take(box, 0) == []
+    assert pending.take(box | {PARENT_VARIABLE: "1"}, 1) == []
+    assert pending.take(box, 1) == faults
+    assert pending.take(box, 1) == []
+    pending.leave(box, faults[0])
     remove(box)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_one_shot_variable_is_checked_at_the_start() -> None:
     # A prompt is prefilled for practice before any request's.
-    assert fault_box.parse_once("hang:1") == wire.Inject(rank=1, kind=Injection.HANG, phase=Phase.PREFILL, skip=1)
+    assert pending.parse_once("hang:1") == Inject(rank=1, kind=Injection.HANG, phase=FaultPhase.PREFILL, skip=1)
     config = ServeConfig(model="m", served_name="m", allow_faults=True)
     for wrong in ("hang", "hang:", "crash:0", "hang:x"):
         with pytest.raises(UsageError, match="LOCKSTEP_FAULT_ONCE"):
-            check_faults(config, {fault_box.ONCE_VARIABLE: wrong})
-    check_faults(ServeConfig(model="m", served_name="m"), {fault_box.ONCE_VARIABLE: "not read: no faults are allowed"})
+            check_faults(config, {pending.ONCE_VARIABLE: wrong})
+    check_faults(ServeConfig(model="m", served_name="m"), {pending.ONCE_VARIABLE: "not read: no faults are allowed"})
 
 
-def client(inject: Callable[[wire.Inject], bool] | None) -> httpx.AsyncClient:
+def client(inject: Callable[[Inject], bool] | None) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(app=create_app(None, "secret", inject=inject))
     return httpx.AsyncClient(transport=transport, base_url="http://test", headers={"Authorization": "Bearer secret"})
 
 
 async def test_the_endpoint_is_there_only_where_faults_are_allowed() -> None:
-    body = msgspec.json.encode(wire.Inject(rank=0, kind=Injection.EXIT))
+    body = msgspec.json.encode(Inject(rank=0, kind=Injection.EXIT))
     async with client(None) as http:
         assert (await http.post("/inject", content=body)).status_code == 404
-    taken: list[wire.Inject] = []
+    taken: list[Inject] = []
 
-    def take(fault: wire.Inject) -> bool:
+    def take(fault: Inject) -> bool:
         taken.append(fault)
         return True
 
@@ -294,25 +299,25 @@ async def test_the_endpoint_is_there_only_where_faults_are_allowed() -> None:
         assert (await http.post("/inject", content=b" " * 10_000)).status_code == 400
         assert taken == []
         assert (await http.post("/inject", content=body)).status_code == 202
-    assert taken == [wire.Inject(rank=0, kind=Injection.EXIT)]
+    assert taken == [Inject(rank=0, kind=Injection.EXIT)]
     async with client(lambda _: False) as http:
         assert (await http.post("/inject", content=body)).status_code == 503
 
 
-@pytest.mark.parametrize("kind", sorted(fault_box.ON_GPU))
+@pytest.mark.parametrize("kind", sorted(pending.ON_GPU))
 async def test_faults_of_a_gpu_are_refused_where_there_is_none(
     kind: Injection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fault_box, "DEVICES", tmp_path)
-    taken: list[wire.Inject] = []
+    monkeypatch.setattr(pending, "DEVICES", tmp_path)
+    taken: list[Inject] = []
 
-    def take(fault: wire.Inject) -> bool:
+    def take(fault: Inject) -> bool:
         taken.append(fault)
         return True
 
-    body = msgspec.json.encode(wire.Inject(rank=0, kind=kind))
+    body = msgspec.json.encode(Inject(rank=0, kind=kind))
     config = ServeConfig(model="m", served_name="m", allow_faults=True)
-    once = {fault_box.ONCE_VARIABLE: f"{kind}:0"}
+    once = {pending.ONCE_VARIABLE: f"{kind}:0"}
     async with client(take) as http:
         refused = await http.post("/inject", content=body)
         assert (refused.status_code, refused.text) == (409, f"{kind} happens on a GPU, and there is none here\n")
@@ -321,7 +326,7 @@ async def test_faults_of_a_gpu_are_refused_where_there_is_none(
         (tmp_path / "nvidia0").touch()
         check_faults(config, once)
         assert (await http.post("/inject", content=body)).status_code == 202
-    assert taken == [wire.Inject(rank=0, kind=kind)]
+    assert taken == [Inject(rank=0, kind=kind)]
 
 
 def test_the_command_explains_what_a_gpu_is_needed_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -335,11 +340,11 @@ def test_the_command_explains_what_a_gpu_is_needed_for(capsys: pytest.CaptureFix
 class _Answering(http.server.BaseHTTPRequestHandler):
     """Takes what it is sent; refuses faults of rank 9."""
 
-    taken: ClassVar[list[tuple[str, str, wire.Inject]]] = []
+    taken: ClassVar[list[tuple[str, str, Inject]]] = []
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        fault = msgspec.json.decode(body, type=wire.Inject)
+        fault = msgspec.json.decode(body, type=Inject)
         self.taken.append((self.path, self.headers["Authorization"], fault))
         self.send_response(202 if fault.rank != 9 else 503)
         self.end_headers()
@@ -366,7 +371,9 @@ def test_the_command_asks_for_the_fault_it_was_told(
     with pytest.raises(SystemExit) as ended:
         main(["inject", *words])
     assert ended.value.code == 0
-    wanted = wire.Inject(rank=1, kind=Injection.HANG, phase=Phase.DECODE, at=Moment.INSIDE, place="layers.2.mlp")
+    wanted = Inject(
+        rank=1, kind=Injection.HANG, phase=FaultPhase.DECODE, at=CollectivePoint.INSIDE, place="layers.2.mlp"
+    )
     assert _Answering.taken[-1] == ("/inject", "Bearer secret", wanted)
     assert "hang on rank 1" in capsys.readouterr().out
 
@@ -390,21 +397,21 @@ def runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_command_finds_the_one_that_serves_on_this_machine(runtime_folder: Path) -> None:
-    assert inject_client.choose(running.found()) == ("http://127.0.0.1:7401", "")
-    here = running.Running(pid=os.getpid(), model="m", port=8000, status_url="http://127.0.0.1:23456")
-    running.leave(here)
-    assert inject_client.choose(running.found()) == (here.status_url, "")
+    assert inject_client.choose(discovery.found()) == ("http://127.0.0.1:7401", "")
+    here = discovery.Running(pid=os.getpid(), model="m", port=8000, status_url="http://127.0.0.1:23456")
+    discovery.leave(here)
+    assert inject_client.choose(discovery.found()) == (here.status_url, "")
     assert runtime_folder.stat().st_mode & 0o777 == 0o700
-    running.forget(here.pid)
-    assert running.found() == []
+    discovery.forget(here.pid)
+    assert discovery.found() == []
 
 
 def test_several_are_listed_and_those_that_ended_are_forgotten(runtime_folder: Path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
     for pid in (os.getpid(), os.getppid(), ended.pid):
-        running.leave(running.Running(pid=pid, model="m", port=pid, status_url=f"http://127.0.0.1:{pid}"))
-    url, problem = inject_client.choose(running.found())
+        discovery.leave(discovery.Running(pid=pid, model="m", port=pid, status_url=f"http://127.0.0.1:{pid}"))
+    url, problem = inject_client.choose(discovery.found())
     assert url == ""
     assert f"--url http://127.0.0.1:{os.getpid()} (m on port {os.getpid()})" in problem
     assert str(ended.pid) not in problem
@@ -418,16 +425,16 @@ def test_a_folder_of_another_user_is_not_written_to(
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     runtime_folder.symlink_to(elsewhere)
-    running.leave(running.Running(pid=os.getpid(), model="m", port=1, status_url="http://x"))
+    discovery.leave(discovery.Running(pid=os.getpid(), model="m", port=1, status_url="http://x"))
     assert "`lockstep inject` needs --url" in caplog.text
     assert list(elsewhere.iterdir()) == []
 
 
 def test_faults_that_wait_for_a_rank_are_bounded(tmp_path: Path) -> None:
     environment = {FOLDER_VARIABLE: str(tmp_path), PARENT_VARIABLE: str(os.getpid())}
-    fault = wire.Inject(rank=1, kind=Injection.EXIT, phase=Phase.LOADING)
-    left = [fault_box.leave(environment, fault) for _ in range(fault_box.MOST_WAITING + 3)]
-    assert left == [True] * fault_box.MOST_WAITING + [False] * 3
-    assert fault_box.leave(environment, msgspec.structs.replace(fault, rank=0))
-    assert len(fault_box.take(environment, 1)) == fault_box.MOST_WAITING
-    assert fault_box.leave(environment, fault)
+    fault = Inject(rank=1, kind=Injection.EXIT, phase=FaultPhase.LOADING)
+    left = [pending.leave(environment, fault) for _ in range(pending.MOST_WAITING + 3)]
+    assert left == [True] * pending.MOST_WAITING + [False] * 3
+    assert pending.leave(environment, msgspec.structs.replace(fault, rank=0))
+    assert len(pending.take(environment, 1)) == pending.MOST_WAITING
+    assert pending.leave(environment, fault)

@@ -24,7 +24,7 @@ from lockstep_runtime.layers.kernels import (
     within_float16,
 )  # fmt: skip
 from lockstep_runtime.layers.matrix import PACKED_WINDOW_BYTES, PackedMatrix
-from lockstep_runtime.weights.plan import whole
+from lockstep_runtime.weights.sharding import whole
 
 CPU = torch.device("cpu")
 HALVES = (torch.bfloat16, torch.float16)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lockstep_runtime.weights.errors import ModelError
-from lockstep_runtime.wire import LoadFailure
-from lockstep_runtime.worker.classify import load_failure
+from lockstep_runtime.protocol.bus import LoadFailure
+from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.worker.fault_classifier import load_failure
 
 
 def caused(error: Exception, cause: Exception) -> Exception:

@@ -18,10 +18,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from lockstep_runtime.layers.rotary import build_rotary
 from lockstep_runtime.models.qwen3 import read_settings
 from lockstep_runtime.models.registry import ARCHITECTURES
-from lockstep_runtime.weights import model_config
-from lockstep_runtime.weights.errors import ModelError
-from lockstep_runtime.weights.model_config import check_supported, max_length, quantisation
-from lockstep_runtime.weights.read import with_dtype
+from lockstep_runtime.sources import model_config
+from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.sources.model_config import check_supported, max_length, quantisation
+from lockstep_runtime.weights.checkpoint import with_dtype
 
 PLAIN = {key: value for key, value in ModelShape(max_positions=512).config().items() if key != "rope_parameters"}
 UNSUPPORTED = {"dynamic", "longrope"}

@@ -13,16 +13,16 @@ from tests.support.ranks import Ranks, everything, piece
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
+from lockstep_runtime.distributed.join import SingleGroup
 from lockstep_runtime.layers.batch import build_batch
 from lockstep_runtime.layers.cache import KVCache
 from lockstep_runtime.layers.kernels import Kernel, candidates, trial
 from lockstep_runtime.layers.placement import Placement, choose_placement, place
 from lockstep_runtime.models.registry import build_model
-from lockstep_runtime.parallel.group import SingleGroup
-from lockstep_runtime.weights.errors import ModelError
+from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.sources.model_folder import read_config
 from lockstep_runtime.weights.load import load_weights
-from lockstep_runtime.weights.plan import Shard
-from lockstep_runtime.weights.source import read_config
+from lockstep_runtime.weights.sharding import Shard
 
 CPU = torch.device("cpu")
 

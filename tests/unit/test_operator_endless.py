@@ -17,7 +17,7 @@ from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport
 from lockstep_operator.types.recovery_state import RecoveryState, Rung
 from lockstep_operator.types.spec import Recovery
-from lockstep_runtime.wire import Fault, FaultRecord, GroupState, RankState
+from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, RankState
 
 KEY = ModelKey("team", "chat")
 LOST = FaultRecord(id=3, fault=Fault.RANK_LOST, rank=1, message="its connection closed", at=NOW - 130, epoch=1)

@@ -27,7 +27,7 @@ from lockstep_operator.types.observed import GroupReport, Pod
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung, from_status, to_status
 from lockstep_operator.types.spec import Recovery
 from lockstep_operator.types.timestamps import format_rfc3339
-from lockstep_runtime.wire import Fault, FaultRecord, GroupState, RankState
+from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, RankState
 
 KEY = ModelKey("team", "chat")
 POLICY = Recovery()

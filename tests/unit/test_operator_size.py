@@ -19,7 +19,7 @@ from lockstep_operator.reporting.status import build, worth_writing
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Observed
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung
-from lockstep_runtime.wire import Fault, FaultRecord, GroupState, GroupStatus, Latency, RankState
+from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, GroupStatus, Latency, RankState
 
 KEY = ModelKey("team", "llama-405b-instruct")
 MOST = 256 * 1024

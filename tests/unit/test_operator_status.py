@@ -23,7 +23,7 @@ from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Observed
 from lockstep_operator.types.recovery_state import RecoveryState
 from lockstep_operator.types.timestamps import format_rfc3339
-from lockstep_runtime.wire import (
+from lockstep_runtime.protocol.status import (
     Fault,
     FaultRecord,
     GroupState,

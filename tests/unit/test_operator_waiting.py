@@ -18,7 +18,7 @@ from lockstep_operator.groups.process_failures import to_status as complaint_to
 from lockstep_operator.groups.waiting import Waiting, from_status, to_status, unplaced, waiting_for
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.timestamps import format_rfc3339
-from lockstep_runtime.wire import PodProblem, PodProblemReason
+from lockstep_runtime.protocol.status import PodProblem, PodProblemReason
 
 KEY = ModelKey("team", "chat")
 BEFORE = Waiting("Unschedulable", NOW - 300, "new")

@@ -17,10 +17,10 @@ import torch
 from tests.support.wait import until
 
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.parallel.communicator import Group
-from lockstep_runtime.parallel.exchange import PIECE_BYTES, ExchangeGroup
-from lockstep_runtime.parallel.group import GroupAborted, GroupError, join, open_rendezvous
-from lockstep_runtime.parallel.shared_memory import SharedFile, SharedMemoryGroup
+from lockstep_runtime.distributed.communicator import Group
+from lockstep_runtime.distributed.host_collectives import PIECE_BYTES, ExchangeGroup
+from lockstep_runtime.distributed.join import GroupAborted, GroupError, join, open_rendezvous
+from lockstep_runtime.distributed.shared_memory import SharedFile, SharedMemoryGroup
 
 KINDS = ["shared memory", "TCP"]
 Job = Callable[[Group], Any]
@@ -42,7 +42,7 @@ def member(pipe: Connection, kind: str, size: int, rank: int, address: str, job:
 def run(kind: str, size: int, job: Job) -> list[Any]:
     """What every rank's job returned; the ranks are processes of their own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lockstep_runtime.parallel.group"])  # torch takes seconds: once is enough
+    context.set_forkserver_preload(["lockstep_runtime.distributed.join"])  # torch takes seconds: once is enough
     meeting = open_rendezvous(config(kind, size), 1)
     pipes, processes = [], []
     for rank in range(size):

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.parallel import nccl
-from lockstep_runtime.parallel.errors import GroupAborted, GroupError, GroupStuckError
-from lockstep_runtime.parallel.group import join, open_rendezvous
-from lockstep_runtime.parallel.host import HostGroup
-from lockstep_runtime.parallel.nccl import NcclGroup
-from lockstep_runtime.parallel.shared_memory import SharedFile, SharedMemoryGroup
-from lockstep_runtime.torch_environment import NCCL_VARIABLES
+from lockstep_runtime.distributed import nccl
+from lockstep_runtime.distributed.errors import GroupAborted, GroupError, GroupStuckError
+from lockstep_runtime.distributed.host_staged import HostGroup
+from lockstep_runtime.distributed.join import join, open_rendezvous
+from lockstep_runtime.distributed.nccl import NcclGroup
+from lockstep_runtime.distributed.shared_memory import SharedFile, SharedMemoryGroup
+from lockstep_runtime.host.torch_environment import NCCL_VARIABLES
 
 SECONDS = 10.0
 CPU = torch.device("cpu")

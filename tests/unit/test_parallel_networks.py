@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lockstep_runtime.parallel import networks
-from lockstep_runtime.parallel.networks import network_sentence, tell_networks
+from lockstep_runtime.distributed import networks
+from lockstep_runtime.distributed.networks import network_sentence, tell_networks
 
 
 def test_what_nccl_may_use_is_said_in_a_sentence() -> None:

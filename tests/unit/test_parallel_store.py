@@ -13,9 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lockstep_runtime.parallel.errors import GroupAborted, GroupError
-from lockstep_runtime.parallel.meeting import Meeting, MeetingPlace
-from lockstep_runtime.parallel.store import ENTRY_BYTES, MeetingStore
+from lockstep_runtime.distributed.errors import GroupAborted, GroupError
+from lockstep_runtime.distributed.rendezvous import Meeting, MeetingPlace
+from lockstep_runtime.distributed.rendezvous_store import ENTRY_BYTES, MeetingStore
 
 SECONDS = 20.0
 TOKEN = "a token"

@@ -16,11 +16,11 @@ import torch
 from tests.support.seed import printed_seed
 from tests.support.wait import until
 
-from lockstep_runtime.parallel.errors import GroupAborted, GroupError
-from lockstep_runtime.parallel.exchange import PIECE_BYTES
-from lockstep_runtime.parallel.meeting import SCHEME, Hello, Meeting, MeetingPlace, Present, admit
-from lockstep_runtime.parallel.tcp import HEADER, TcpGroup
-from lockstep_runtime.transport import FrameError, encode
+from lockstep_runtime.distributed.errors import GroupAborted, GroupError
+from lockstep_runtime.distributed.host_collectives import PIECE_BYTES
+from lockstep_runtime.distributed.rendezvous import SCHEME, Hello, Meeting, MeetingPlace, Present, admit
+from lockstep_runtime.distributed.tcp import HEADER, TcpGroup
+from lockstep_runtime.protocol.framing import FrameError, encode
 
 HOST: Final = "127.0.0.1"
 SECONDS: Final = 30.0

@@ -6,9 +6,10 @@ import time
 
 from tests.support.live_engine import LiveEngine, live_engine
 
-from lockstep_runtime import wire
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.bus import PodReport
+from lockstep_runtime.protocol.status import PodProblem, PodProblemReason
 from lockstep_runtime.recovery.exits import exit_text
-from lockstep_runtime.wire import PodProblem, PodProblemReason, PodReport
 
 OOM = "killed by the kernel: out of memory (limit 350 MiB, used 350 MiB)"
 
@@ -51,7 +52,7 @@ async def test_a_rank_that_was_killed_for_want_of_memory_is_a_fault_that_says_so
         await live.until(lambda: 1 in live.links and live.links[1].connected, "the pod is connected")
         lost = live.ranks[1].incarnation
         await live.ranks[1].die()
-        live.links[1].send(wire.ProcessExited(rank=1, pid=1001, incarnation=lost, signal=9, oom=OOM))
+        live.links[1].send(bus.ProcessExited(rank=1, pid=1001, incarnation=lost, signal=9, oom=OOM))
         await live.until(lambda: "out of memory" in str(live.engine.status().faults), "the exit is told")
         assert live.engine.status().faults[0].message == f"rank 1 (pid 1001) was {OOM}"
         await live.ranks[1].respawn()
@@ -59,7 +60,7 @@ async def test_a_rank_that_was_killed_for_want_of_memory_is_a_fault_that_says_so
 
 
 def test_how_a_process_ended() -> None:
-    gone = wire.ProcessExited(rank=0, pid=1, incarnation="i", signal=9)
+    gone = bus.ProcessExited(rank=0, pid=1, incarnation="i", signal=9)
     assert exit_text(gone) == "was killed by SIGKILL"
-    assert exit_text(wire.ProcessExited(rank=0, pid=1, incarnation="i", signal=9, oom=OOM)) == f"was {OOM}"
-    assert exit_text(wire.ProcessExited(rank=0, pid=1, incarnation="i", exit_code=3)) == "ended with exit code 3"
+    assert exit_text(bus.ProcessExited(rank=0, pid=1, incarnation="i", signal=9, oom=OOM)) == f"was {OOM}"
+    assert exit_text(bus.ProcessExited(rank=0, pid=1, incarnation="i", exit_code=3)) == "ended with exit code 3"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lockstep_runtime.progress import SIZE, Progress, Stage, new_memory
+from lockstep_runtime.protocol.progress_record import SIZE, Progress, Stage, new_memory
 
 
 @pytest.fixture

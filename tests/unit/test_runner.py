@@ -10,16 +10,16 @@ from safetensors.torch import load_file, save_file
 from tests.support.models import ModelShape, write_model
 from tests.support.ranks import Ranks, piece
 
-from lockstep_runtime import wire
+from lockstep_runtime.chaos.injector import FaultyGroup
 from lockstep_runtime.config import EngineLimits, ServeConfig
 from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheMemory, KVCache
 from lockstep_runtime.layers.weight import PlainWeight
-from lockstep_runtime.progress import Progress, new_memory
+from lockstep_runtime.protocol.chaos import Inject, Injection
+from lockstep_runtime.protocol.progress_record import Progress, new_memory
+from lockstep_runtime.protocol.step import SamplingParams
 from lockstep_runtime.recovery.self_test import probe
-from lockstep_runtime.weights.errors import ModelError
-from lockstep_runtime.wire import SamplingParams
-from lockstep_runtime.worker.inject import FaultyGroup
-from lockstep_runtime.worker.runner import Runner
+from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.worker.model_runner import Runner
 from lockstep_runtime.worker.sampler import NonFiniteError
 from lockstep_runtime.worker.scrub import name_of
 
@@ -189,7 +189,7 @@ def test_a_step_may_draw_for_some_or_for_none(model: Path) -> None:
 @pytest.mark.parametrize("place", ["embed_tokens", "layers.0.mlp", "layers.1.self_attn"])
 def test_a_state_of_any_token_that_one_rank_alters_shows_in_its_fingerprint(model: Path, place: str) -> None:
     """It is the prompt's first token's, of which the last one sees only what all ranks sum alike."""
-    fault = wire.Inject(rank=1, kind=wire.Injection.ACTIVATION, place=place)
+    fault = Inject(rank=1, kind=Injection.ACTIVATION, place=place)
     with Ranks(model, 2) as ranks:
         honest = ranks.groups[1]
         ranks.groups[1] = FaultyGroup(honest, Progress(new_memory("test")), [fault], lambda fault: None)
@@ -200,7 +200,7 @@ def test_a_state_of_any_token_that_one_rank_alters_shows_in_its_fingerprint(mode
 
 
 def test_a_nan_shows_at_once_where_no_token_is_drawn(model: Path) -> None:
-    fault = wire.Inject(rank=1, kind=wire.Injection.NAN, place="layers.0.mlp")
+    fault = Inject(rank=1, kind=Injection.NAN, place="layers.0.mlp")
     with Ranks(model, 2) as ranks:
         ranks.groups[1] = FaultyGroup(ranks.groups[1], Progress(new_memory("test")), [fault], lambda fault: None)
         with pytest.raises(NonFiniteError, match="the hidden states of 1 of 1 sequences hold NaN"):

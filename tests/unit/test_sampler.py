@@ -7,7 +7,7 @@ import msgspec
 import pytest
 import torch
 
-from lockstep_runtime.wire import SamplingParams
+from lockstep_runtime.protocol.step import SamplingParams
 from lockstep_runtime.worker.sampler import Draw, NonFiniteError, sample, take_best
 
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.0, 0.0])

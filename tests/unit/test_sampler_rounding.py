@@ -10,7 +10,7 @@ import torch
 from tests.support.odds import of_gumbel_draws, of_lookups
 from torch import Tensor
 
-from lockstep_runtime.wire import SamplingParams
+from lockstep_runtime.protocol.step import SamplingParams
 from lockstep_runtime.worker.filters import filter_for
 from lockstep_runtime.worker.gumbel import gumbel_noise, keys
 from lockstep_runtime.worker.sampler import Draw, largest, sample

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 
-from lockstep_runtime.engine.interface import FinishReason, GenerationRequest
+from lockstep_runtime.engine.client import FinishReason, GenerationRequest
 from lockstep_runtime.engine.scheduler import Drawn, Scheduler
 from lockstep_runtime.engine.sequence import Sequence
-from lockstep_runtime.wire import SampledToken, SamplingParams, SequenceSlice
+from lockstep_runtime.protocol.step import SampledToken, SamplingParams, SequenceSlice
 
 
 def scheduler(

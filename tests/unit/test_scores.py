@@ -10,7 +10,7 @@ from tests.support.models import ModelShape, write_model
 from tests.support.ranks import Ranks, piece
 from transformers import Qwen3ForCausalLM
 
-from lockstep_runtime.wire import SampledToken, SamplingParams, Scoring, SequenceSlice
+from lockstep_runtime.protocol.step import SampledToken, SamplingParams, Scoring, SequenceSlice
 from lockstep_runtime.worker.scores import ROWS
 
 GREEDY = SamplingParams(temperature=0)

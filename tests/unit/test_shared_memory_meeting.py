@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.parallel import group
-from lockstep_runtime.parallel.errors import GroupAborted, GroupError
-from lockstep_runtime.parallel.shared_memory import SharedFile, SharedMemoryGroup
-from lockstep_runtime.parallel.watched import WatchedGroup
-from lockstep_runtime.progress import Progress, Record, new_memory
+from lockstep_runtime.distributed import join
+from lockstep_runtime.distributed.errors import GroupAborted, GroupError
+from lockstep_runtime.distributed.shared_memory import SharedFile, SharedMemoryGroup
+from lockstep_runtime.distributed.traced import WatchedGroup
+from lockstep_runtime.protocol.progress_record import Progress, Record, new_memory
 
 
 def test_a_meeting_that_is_called_off_is_left_at_once() -> None:
@@ -35,13 +35,13 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 
 def test_ranks_that_meet_are_watched_in_every_collective() -> None:
     config = ServeConfig(model="toy", served_name="toy", tensor_parallel_size=2, ranks_per_pod=2, backend="gloo")
-    rendezvous = group.open_rendezvous(config, 1)
+    rendezvous = join.open_rendezvous(config, 1)
     records: dict[int, Record] = {}
     sums: dict[int, list[float]] = {}
 
     def live(rank: int) -> None:
         progress = Progress(new_memory(f"rank-{rank}"))
-        watched = WatchedGroup(group.join(config, rank, 1, rendezvous.address, 30.0, lambda: False), progress)
+        watched = WatchedGroup(join.join(config, rank, 1, rendezvous.address, 30.0, lambda: False), progress)
         progress.enter(1, 7)
         sums[rank] = watched.all_reduce(torch.full((3,), float(rank + 1)), "layers.0.mlp.down_proj").tolist()
         records[rank] = progress.read()

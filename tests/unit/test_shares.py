@@ -5,11 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep_runtime.engine.interface import GenerationRequest
+from lockstep_runtime.engine.client import GenerationRequest
 from lockstep_runtime.engine.scheduler import Scheduler
 from lockstep_runtime.engine.sequence import Sequence
 from lockstep_runtime.engine.shares import share
-from lockstep_runtime.wire import SampledToken, SamplingParams
+from lockstep_runtime.protocol.step import SampledToken, SamplingParams
 
 WANTED = st.lists(st.one_of(st.just(1), st.integers(2, 40), st.integers(2, 40_000)), min_size=1, max_size=30)
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState
 from lockstep_runtime.recovery.fault_log import FaultLog
-from lockstep_runtime.supervisor.board import FAULTS_KEPT, GIVE_UP_AFTER, StatusBoard
-from lockstep_runtime.wire import GroupState
+from lockstep_runtime.supervisor.status_store import FAULTS_KEPT, GIVE_UP_AFTER, StatusBoard
 
 
 @pytest.fixture
 def board(monkeypatch: pytest.MonkeyPatch) -> StatusBoard:
     clock = iter(range(1_000, 100_000))
-    monkeypatch.setattr("lockstep_runtime.supervisor.board.time.time", lambda: float(next(clock)))
+    monkeypatch.setattr("lockstep_runtime.supervisor.status_store.time.time", lambda: float(next(clock)))
     return StatusBoard(ServeConfig(model="m", served_name="m", tensor_parallel_size=2))
 
 
@@ -68,7 +67,7 @@ def test_the_next_engine_goes_on_from_that_fault_and_repairs_it(board: StatusBoa
 
 def test_faults_that_are_kept_are_bounded(board: StatusBoard) -> None:
     old = [
-        wire.FaultRecord(id=n, fault=wire.Fault.HANG, rank=0, message="m", at=1.0, epoch=n, recovered_at=2.0)
+        FaultRecord(id=n, fault=Fault.HANG, rank=0, message="m", at=1.0, epoch=n, recovered_at=2.0)
         for n in range(1, FAULTS_KEPT + 1)
     ]
     board.take(msgspec.structs.replace(board.status, state=GroupState.READY, faults=old))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep_runtime.supervisor.machine import (
+from lockstep_runtime.supervisor.state_machine import (
     ENGINE,
     LONGEST_BACKOFF,
     SILENT_SECONDS,

@@ -18,14 +18,14 @@ from tests.support.ports import free_port
 from tests.support.serve import is_running, threads_of, title_of
 from tests.support.wait import until
 
-from lockstep_runtime import child
 from lockstep_runtime.config import CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
-from lockstep_runtime.owned_files import FOLDER_VARIABLE, cache_file
-from lockstep_runtime.progress import Stage, new_memory
-from lockstep_runtime.supervisor.machine import SPARE
+from lockstep_runtime.host import process_init
+from lockstep_runtime.host.shm_files import FOLDER_VARIABLE, cache_file
+from lockstep_runtime.host.torch_environment import NCCL_VARIABLES, missing_nccl_variables
+from lockstep_runtime.protocol.progress_record import Stage, new_memory
 from lockstep_runtime.supervisor.process import Exit, Processes
 from lockstep_runtime.supervisor.spare import Spare, SpareLostError
-from lockstep_runtime.torch_environment import NCCL_VARIABLES, missing_nccl_variables
+from lockstep_runtime.supervisor.state_machine import SPARE
 
 DEADLINE_SECONDS = 120.0  # importing torch on a busy machine
 LOADED_SPARE = "lockstep: loaded spare of rank 0 model=local group=0"
@@ -44,7 +44,7 @@ class Pod:
             FOLDER_VARIABLE: str(directory),
         }
         self.processes = Processes(os.environ | environment)
-        path = cache_file(environment | {child.PARENT_VARIABLE: str(os.getpid())}, 0)
+        path = cache_file(environment | {process_init.PARENT_VARIABLE: str(os.getpid())}, 0)
         assert path is not None
         self.cache = path
         self.processes.spawn(SPARE)
@@ -228,7 +228,7 @@ def test_a_stopped_one_ends_with_the_supervisor(pod: Pod) -> None:
 def order(spare: Spare) -> int:
     record = new_memory("test")
     try:
-        return asyncio.run(spare.bear(0.2, child.Birth(rank=0, incarnation="i"), record))
+        return asyncio.run(spare.bear(0.2, process_init.Birth(rank=0, incarnation="i"), record))
     finally:
         os.close(record)
 
@@ -281,7 +281,7 @@ def test_a_spare_to_which_the_kernel_gives_no_process_says_so_and_is_asked_again
 async def test_an_end_releases_who_waits_for_an_answer() -> None:
     spare = Spare()
     with spare.theirs:
-        waiting = asyncio.create_task(spare.bear(60.0, child.Birth(rank=0, incarnation="i")))
+        waiting = asyncio.create_task(spare.bear(60.0, process_init.Birth(rank=0, incarnation="i")))
         await asyncio.sleep(0)  # it has begun to wait
         assert spare._turn.locked()
         spare.end()

@@ -14,15 +14,16 @@ import msgspec
 import pytest
 from tests.support.ports import free_port
 
-from lockstep_runtime import child, wire
 from lockstep_runtime.cli import open_ports
 from lockstep_runtime.config import CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
-from lockstep_runtime.supervisor.link import Link
-from lockstep_runtime.supervisor.machine import ENGINE, SPARE
+from lockstep_runtime.host import process_init
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupStatus, PodProblemReason
+from lockstep_runtime.supervisor.bus_client import Link
 from lockstep_runtime.supervisor.process import ForkError, Processes
 from lockstep_runtime.supervisor.run import Supervisor
 from lockstep_runtime.supervisor.spare import Spare
-from lockstep_runtime.wire import PodProblemReason
+from lockstep_runtime.supervisor.state_machine import ENGINE, SPARE
 from lockstep_runtime.worker.births import give_birth
 
 DEADLINE_SECONDS = 60.0
@@ -99,17 +100,16 @@ async def test_a_spare_that_answers_no_more_is_replaced(supervisor: Supervisor) 
 async def test_an_engine_gets_a_history_of_any_length() -> None:
     settings = config()
     faults = [
-        wire.FaultRecord(id=number, fault=wire.Fault.HANG, rank=0, message="x" * 2**20, at=1.0, epoch=40)
-        for number in (7, 8)
+        FaultRecord(id=number, fault=Fault.HANG, rank=0, message="x" * 2**20, at=1.0, epoch=40) for number in (7, 8)
     ]
-    history = wire.GroupStatus(model="m", group=0, incarnation="i", epoch=41, recoveries=5, faults=faults)
+    history = GroupStatus(model="m", group=0, incarnation="i", epoch=41, recoveries=5, faults=faults)
     environment = {CONFIG_VARIABLE: msgspec.json.encode(settings).decode(), TOKEN_VARIABLE: "token"}
     processes = Processes(os.environ | environment)
     pid = processes.spawn(ENGINE, msgspec.json.encode(history))
-    told: list[wire.GroupStatus] = []
+    told: list[GroupStatus] = []
 
-    def hear(message: wire.ToSupervisor) -> None:
-        if isinstance(message, wire.StatusReport):
+    def hear(message: bus.ToSupervisor) -> None:
+        if isinstance(message, bus.StatusReport):
             told.append(message.status)
 
     link = asyncio.create_task(Link(settings, "token", "i", hear, lambda: None).run())
@@ -139,7 +139,7 @@ def test_a_spare_that_the_kernel_gives_no_process_says_so_and_lives_on() -> None
     with ours:
         ours.settimeout(DEADLINE_SECONDS)
         for _ in range(2):
-            socket.send_fds(ours, [msgspec.json.encode(child.Birth(rank=0, incarnation="i"))], [0])
+            socket.send_fds(ours, [msgspec.json.encode(process_init.Birth(rank=0, incarnation="i"))], [0])
             assert ours.recv(512) == b"no process could be forked: Resource temporarily unavailable"
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
@@ -160,6 +160,6 @@ def test_a_rank_that_was_promised_a_warm_spare_asks_none_that_is_still_getting_w
         with pytest.raises(ForkError, match="no spare that is warm") as caught:
             asyncio.run(processes.fork(0))
         assert caught.value.spare_is_lost
-        theirs.send(child.WARM)
+        theirs.send(process_init.WARM)
         assert processes.hear_spare()  # its word was not taken for an answer
     spare.end()

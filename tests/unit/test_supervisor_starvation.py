@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lockstep_runtime.progress import Record, Stage
-from lockstep_runtime.supervisor.starvation import Standstill, run_delay
+from lockstep_runtime.protocol.progress_record import Record, Stage
+from lockstep_runtime.supervisor.stall_tracker import Standstill, run_delay
 
 BURN = "while True: pass"
 SLEEP = "import time; time.sleep(1000)"

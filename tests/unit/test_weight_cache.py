@@ -15,22 +15,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.models import ModelShape, write_model
 
-from lockstep_runtime import owned_files, wire
-from lockstep_runtime.child import PARENT_VARIABLE
 from lockstep_runtime.config import EngineLimits, ServeConfig, WeightCache
+from lockstep_runtime.distributed.join import SingleGroup
+from lockstep_runtime.host import shm_files
+from lockstep_runtime.host.process_init import PARENT_VARIABLE
 from lockstep_runtime.layers.weight import PlainWeight
-from lockstep_runtime.parallel.group import SingleGroup
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.step import SampledToken, SamplingParams, SequenceSlice
 from lockstep_runtime.weights.checksum import PAGE_BYTES, PART_BYTES, checksum
-from lockstep_runtime.worker.runner import LoadReport, Runner
+from lockstep_runtime.worker.model_runner import LoadReport, Runner
 from lockstep_runtime.worker.scrub import CorruptionError, Scrub, Watched
 
-STEP = wire.Step(
+STEP = bus.Step(
     epoch=1,
     step=1,
     sequences=[
-        wire.SequenceSlice(
-            sequence_id=1, position=0, tokens=[5, 9, 2, 77], blocks=[0], sample=wire.SamplingParams(temperature=0)
-        )
+        SequenceSlice(sequence_id=1, position=0, tokens=[5, 9, 2, 77], blocks=[0], sample=SamplingParams(temperature=0))
     ],
 )
 
@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """This process is the supervisor, and the cache lies in a folder of the test's own."""
     found = tmp_path / "shm"
     found.mkdir()
-    monkeypatch.setenv(owned_files.FOLDER_VARIABLE, str(found))
+    monkeypatch.setenv(shm_files.FOLDER_VARIABLE, str(found))
     monkeypatch.setenv(PARENT_VARIABLE, str(os.getpid()))
     return found
 
@@ -62,7 +62,7 @@ def load(config: ServeConfig, rank: int = 0) -> tuple[Runner, LoadReport]:
     return runner, runner.load(lambda done, total: None)
 
 
-def output(runner: Runner) -> tuple[int, list[wire.SampledToken]]:
+def output(runner: Runner) -> tuple[int, list[SampledToken]]:
     runner.allocate(2)
     step = runner.step(STEP, SingleGroup())
     return step.fingerprint, step.sampled
@@ -170,7 +170,7 @@ def test_without_room_the_rank_loads_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = config(write_model(tmp_path / "model", ModelShape()))
-    monkeypatch.setenv(owned_files.FOLDER_VARIABLE, str(tmp_path / "not there"))
+    monkeypatch.setenv(shm_files.FOLDER_VARIABLE, str(tmp_path / "not there"))
     runner, report = load(settings)
     assert report.read_bytes == report.weight_bytes
     assert output(runner)
@@ -193,7 +193,7 @@ def test_ranks_have_files_of_their_own_which_the_supervisor_removes(tmp_path: Pa
         load(settings, rank)
     assert len(list(folder.iterdir())) == 2
     assert all(file.stat().st_mode & 0o777 == 0o600 for file in folder.iterdir())
-    assert owned_files.remove(os.environ) >= 2  # in /dev/shm there may be leftovers of others
+    assert shm_files.remove(os.environ) >= 2  # in /dev/shm there may be leftovers of others
     assert list(folder.iterdir()) == []
 
 

@@ -14,11 +14,11 @@ from huggingface_hub import close_session
 from tests.support.api_server import TINY_CHAT
 from tests.support.fake_hub import COMMIT, Failure, FakeHub, fake_hub
 
-from lockstep_runtime.weights.errors import ModelError
-from lockstep_runtime.weights.hub import SLOW_RETRY_SECONDS, explain
-from lockstep_runtime.weights.source import find_model, read_config
-from lockstep_runtime.wire import LoadFailure
-from lockstep_runtime.worker.classify import load_failure
+from lockstep_runtime.protocol.bus import LoadFailure
+from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.sources.hub import SLOW_RETRY_SECONDS, explain
+from lockstep_runtime.sources.model_folder import find_model, read_config
+from lockstep_runtime.worker.fault_classifier import load_failure
 
 MODEL = "org/model"
 PERMANENT, TRANSIENT = LoadFailure.PERMANENT, LoadFailure.TRANSIENT

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep_runtime.weights.plan import (
+from lockstep_runtime.weights.sharding import (
     Shard,
     head_range,
     heads,

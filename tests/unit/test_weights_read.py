@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from tests.support.models import ModelShape, write_model
 from tests.support.ranks import Ranks
 
-from lockstep_runtime.weights import read
-from lockstep_runtime.weights.errors import ModelError
-from lockstep_runtime.weights.plan import Cut, Shard, split, whole
-from lockstep_runtime.weights.read import Checkpoint, read_header
-from lockstep_runtime.weights.source import find_model, read_config
+from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.sources.model_folder import find_model, read_config
+from lockstep_runtime.weights import checkpoint
+from lockstep_runtime.weights.checkpoint import Checkpoint, read_header
+from lockstep_runtime.weights.sharding import Cut, Shard, split, whole
 
 A = torch.arange(60, dtype=torch.float32).view(12, 5)
 B = torch.arange(100, 160, dtype=torch.float32).view(12, 5)
@@ -67,7 +67,7 @@ def test_a_cut_along_any_dimension_is_what_slicing_gives(tmp_path: Path, dim: in
 
 
 def test_conversion_goes_by_bounded_pieces(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "STAGING_BYTES", 30)  # three rows
+    monkeypatch.setattr(checkpoint, "STAGING_BYTES", 30)  # three rows
     assert take(directory, whole("b", 12, 5))[0].equal(B)
     assert take(directory, split("b", 12, 5, shard=Shard(0, 2), dim=1))[0].equal(B[:, :2])
 

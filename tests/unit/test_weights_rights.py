@@ -23,10 +23,10 @@ SERVER = f"""
 import os, sys
 from lockstep_runtime.api.model import ModelUnavailableError, load
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.weights.errors import ModelError
-from lockstep_runtime.weights.read import Checkpoint
-from lockstep_runtime.weights.source import find_model, read_config
-from lockstep_runtime.worker.classify import load_failure
+from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.weights.checkpoint import Checkpoint
+from lockstep_runtime.sources.model_folder import find_model, read_config
+from lockstep_runtime.worker.fault_classifier import load_failure
 
 def told(path):
     try:

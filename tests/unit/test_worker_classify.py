@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lockstep_runtime.parallel.errors import GroupAborted, GroupError
-from lockstep_runtime.weights.errors import ModelError
-from lockstep_runtime.wire import Fault, LoadFailure
-from lockstep_runtime.worker.classify import classify, load_failure
+from lockstep_runtime.distributed.errors import GroupAborted, GroupError
+from lockstep_runtime.protocol.bus import LoadFailure
+from lockstep_runtime.protocol.status import Fault
+from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.worker.fault_classifier import classify, load_failure
 from lockstep_runtime.worker.sampler import NonFiniteError
 
 ADVICE = "\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace is wrong.\n"
@@ -152,7 +153,7 @@ OF_COLLECTIVES = [
         "wait timeout",
     ),
     (
-        "joining, which names its epoch: parallel/group.py",
+        "joining, which names its epoch: distributed/join.py",
         GroupError(f"rank 1 could not join epoch 4 at tcp://h:1: {NCCL}remote process exited or there was a network"),
         Fault.RANK_LOST,
         "could not join epoch 4",

@@ -14,18 +14,19 @@ from typing import Any
 import pytest
 from tests.support.ports import free_port
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.distributed.errors import GroupAborted, GroupError, GroupStuckError
+from lockstep_runtime.distributed.traced import WatchedGroup
 from lockstep_runtime.host.addresses import listen
-from lockstep_runtime.parallel.errors import GroupAborted, GroupError, GroupStuckError
-from lockstep_runtime.parallel.watched import WatchedGroup
-from lockstep_runtime.progress import Progress, Stage, new_memory
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.progress_record import Progress, Stage, new_memory
+from lockstep_runtime.protocol.status import Fault
+from lockstep_runtime.protocol.step import SequenceSlice
 from lockstep_runtime.recovery.bus import Bus, FromPeer, Peer
-from lockstep_runtime.wire import Fault
-from lockstep_runtime.worker.classify import classify
-from lockstep_runtime.worker.control import Control, Dismissed
+from lockstep_runtime.worker.bus_client import Control, Dismissed
+from lockstep_runtime.worker.fault_classifier import classify
 from lockstep_runtime.worker.main import Worker
-from lockstep_runtime.worker.runner import LoadReport, StepOutput
+from lockstep_runtime.worker.model_runner import LoadReport, StepOutput
 from lockstep_runtime.worker.sampler import NonFiniteError
 
 TOKEN = "a token"
@@ -39,10 +40,10 @@ class Script:
     peers: list[Peer] = field(default_factory=list)
     heard: list[FromPeer] = field(default_factory=list)
     epoch: int = 1
-    answer: wire.Refused | None = None
+    answer: bus.Refused | None = None
 
-    def admit(self, hello: wire.Hello) -> wire.Welcome | wire.Refused:
-        return self.answer or wire.Welcome(epoch=self.epoch)
+    def admit(self, hello: bus.Hello) -> bus.Welcome | bus.Refused:
+        return self.answer or bus.Welcome(epoch=self.epoch)
 
     def connected(self, peer: Peer) -> None:
         self.peers.append(peer)
@@ -129,10 +130,10 @@ class FakeEdge:
 
     def give_back_unused(self) -> None: ...
 
-    def is_spoiled(self, doubted: list[wire.SequenceSlice]) -> bool:
+    def is_spoiled(self, doubted: list[SequenceSlice]) -> bool:
         return [one.tokens for one in doubted] == [[13]]
 
-    def step(self, step: wire.Step, group: Any) -> StepOutput:
+    def step(self, step: bus.Step, group: Any) -> StepOutput:
         return StepOutput(fingerprint=self.step_work(group), sampled=[], scored=[])
 
 
@@ -147,11 +148,11 @@ class Scene:
 
     async def joined(self, epoch: int) -> Peer:
         peer = self.script.peers[-1]
-        before = sum(isinstance(one, wire.Joined) for one in self.script.heard)
-        peer.send(wire.Rendezvous(epoch=epoch))
-        await self.script.hear(wire.RendezvousOpened)
-        peer.send(wire.Join(epoch=epoch, address="shm:///somewhere"))
-        await self.script.hear(wire.Joined, before + 1)
+        before = sum(isinstance(one, bus.Joined) for one in self.script.heard)
+        peer.send(bus.Rendezvous(epoch=epoch))
+        await self.script.hear(bus.RendezvousOpened)
+        peer.send(bus.Join(epoch=epoch, address="shm:///somewhere"))
+        await self.script.hear(bus.Joined, before + 1)
         return peer
 
 
@@ -159,8 +160,8 @@ class Scene:
 async def scene() -> Any:
     config = ServeConfig(model="toy", served_name="toy", tensor_parallel_size=2, ranks_per_pod=2, bus_port=free_port())
     script, edge = Script(), FakeEdge()
-    bus = Bus(TOKEN, script)
-    await bus.open(listen("127.0.0.1", config.bus_port))
+    server = Bus(TOKEN, script)
+    await server.open(listen("127.0.0.1", config.bus_port))
     progress = Progress(new_memory("test"))
     control = Control(config, 0, TOKEN, "incarnation")
     worker = Worker(config, 0, control, progress, edge)
@@ -178,12 +179,12 @@ async def scene() -> Any:
     thread = threading.Thread(target=live, daemon=True)
     thread.start()
     await script.meet(1)
-    await script.hear(wire.Loaded)
+    await script.hear(bus.Loaded)
     yield Scene(script, edge, progress, control, thread, ended_by)
     control.inbox.put(Dismissed("the test is over"))
     await asyncio.to_thread(thread.join, SECONDS)
     control.stop()
-    await bus.close()
+    await server.close()
 
 
 async def until_true(look: Callable[[], bool]) -> None:
@@ -192,25 +193,25 @@ async def until_true(look: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-def step(epoch: int, number: int) -> wire.Step:
-    return wire.Step(epoch=epoch, step=number, sequences=[])
+def step(epoch: int, number: int) -> bus.Step:
+    return bus.Step(epoch=epoch, step=number, sequences=[])
 
 
 async def test_it_tells_who_it_is_and_what_it_loaded(scene: Scene) -> None:
     hello = scene.script.peers[0].hello
-    assert (hello.role, hello.rank, hello.incarnation, hello.pid) == (wire.Role.WORKER, 0, "incarnation", os.getpid())
-    loaded = await scene.script.hear(wire.Loaded)
+    assert (hello.role, hello.rank, hello.incarnation, hello.pid) == (bus.Role.WORKER, 0, "incarnation", os.getpid())
+    loaded = await scene.script.hear(bus.Loaded)
     assert (loaded.weight_bytes, loaded.cache_blocks, loaded.block_size, loaded.memory_bytes) == (10, 5, 16, 99)
     assert scene.progress.read().stage is Stage.LOADED
 
 
 async def test_the_dance_and_a_step(scene: Scene) -> None:
     peer = await scene.joined(1)
-    peer.send(wire.AllocateCache(epoch=1, blocks=3))
-    laid_out = await scene.script.hear(wire.CacheAllocated)
+    peer.send(bus.AllocateCache(epoch=1, blocks=3))
+    laid_out = await scene.script.hear(bus.CacheAllocated)
     assert (laid_out.contents, laid_out.memory_bytes) == ("fresh", 300)
     peer.send(step(1, 7))
-    done = await scene.script.hear(wire.StepDone)
+    done = await scene.script.hear(bus.StepDone)
     assert (done.epoch, done.step, done.fingerprint) == (1, 7, 42)
     record = scene.progress.read()
     assert (record.epoch, record.step, record.in_step) == (1, 7, False)
@@ -219,9 +220,9 @@ async def test_the_dance_and_a_step(scene: Scene) -> None:
 @pytest.mark.parametrize("spoiled", [False, True])
 async def test_a_cache_that_is_found_spoiled_is_laid_out_anew(scene: Scene, *, spoiled: bool) -> None:
     peer = await scene.joined(1)
-    doubted = wire.SequenceSlice(sequence_id=1, position=4, tokens=[13 if spoiled else 14], blocks=[0])
-    peer.send(wire.AllocateCache(epoch=1, blocks=3, doubted=[doubted]))
-    laid_out = await scene.script.hear(wire.CacheAllocated)
+    doubted = SequenceSlice(sequence_id=1, position=4, tokens=[13 if spoiled else 14], blocks=[0])
+    peer.send(bus.AllocateCache(epoch=1, blocks=3, doubted=[doubted]))
+    laid_out = await scene.script.hear(bus.CacheAllocated)
     assert (laid_out.contents, laid_out.spoiled) == (("anew", True) if spoiled else ("fresh", False))
 
 
@@ -237,15 +238,15 @@ async def test_an_abort_ends_a_blocked_collective_and_is_answered_once(scene: Sc
             await asyncio.sleep(0.005)
     record = scene.progress.read()
     assert (record.epoch, record.step, record.collective, record.place) == (1, 1, 1, "layers.3.mlp.down_proj")
-    peer.send(wire.Abort(epoch=2))
-    assert (await scene.script.hear(wire.Aborted)).epoch == 2
-    assert not [one for one in scene.script.heard if isinstance(one, wire.StepFailed)]
+    peer.send(bus.Abort(epoch=2))
+    assert (await scene.script.hear(bus.Aborted)).epoch == 2
+    assert not [one for one in scene.script.heard if isinstance(one, bus.StepFailed)]
     await until_true(lambda: scene.edge.groups[0].closed)
     scene.edge.step_work = lambda group: 5
     peer = await scene.joined(2)
     peer.send(step(1, 2))  # of the past
     peer.send(step(2, 3))
-    assert (await scene.script.hear(wire.StepDone)).step == 3
+    assert (await scene.script.hear(bus.StepDone)).step == 3
 
 
 async def test_aborted_is_said_before_anything_is_given_back(scene: Scene) -> None:
@@ -253,8 +254,8 @@ async def test_aborted_is_said_before_anything_is_given_back(scene: Scene) -> No
     peer = await scene.joined(1)
     group = scene.edge.groups[0]
     group.let_close_end.clear()
-    peer.send(wire.Abort(epoch=2))
-    assert (await scene.script.hear(wire.Aborted)).epoch == 2
+    peer.send(bus.Abort(epoch=2))
+    assert (await scene.script.hear(bus.Aborted)).epoch == 2
     assert group.aborted.is_set()
     assert not group.closed
     group.let_close_end.set()
@@ -264,8 +265,8 @@ async def test_aborted_is_said_before_anything_is_given_back(scene: Scene) -> No
 async def test_a_communicator_that_is_stuck_ends_the_process(scene: Scene) -> None:
     peer = await scene.joined(1)
     scene.edge.groups[0].stuck = True
-    peer.send(wire.Abort(epoch=2))
-    await scene.script.hear(wire.Aborted)
+    peer.send(bus.Abort(epoch=2))
+    await scene.script.hear(bus.Aborted)
     await asyncio.to_thread(scene.thread.join, SECONDS)
     assert [str(error) for error in scene.ended_by] == ["NCCL has not freed it"]
 
@@ -308,20 +309,20 @@ async def test_a_step_that_raises_is_reported_and_the_process_goes_on(
     scene.edge.step_work = fail
     peer = await scene.joined(1)
     peer.send(step(1, 1))
-    failed = await scene.script.hear(wire.StepFailed)
+    failed = await scene.script.hear(bus.StepFailed)
     assert (failed.epoch, failed.step, failed.fault, failed.message) == (1, 1, fault, message)
     assert failed.untouched
     assert classify(error) == (fault, message)
     scene.edge.step_work = lambda group: 5
-    peer.send(wire.Abort(epoch=2))
+    peer.send(bus.Abort(epoch=2))
     peer = await scene.joined(2)
     peer.send(step(2, 2))
-    assert (await scene.script.hear(wire.StepDone)).step == 2
+    assert (await scene.script.hear(bus.StepDone)).step == 2
 
 
 async def test_a_step_before_joining_is_a_failure_and_no_crash(scene: Scene) -> None:
     scene.script.peers[0].send(step(1, 1))
-    assert "before the communicator was joined" in (await scene.script.hear(wire.StepFailed)).message
+    assert "before the communicator was joined" in (await scene.script.hear(bus.StepFailed)).message
 
 
 async def test_a_lost_connection_keeps_the_weights_and_drops_the_communicator(scene: Scene) -> None:
@@ -332,30 +333,30 @@ async def test_a_lost_connection_keeps_the_weights_and_drops_the_communicator(sc
     peer.close()
     again = await scene.script.meet(2)
     assert (again.hello.incarnation, again.hello.epoch) == ("incarnation", 1)
-    await scene.script.hear(wire.Loaded, 2)
+    await scene.script.hear(bus.Loaded, 2)
     assert scene.edge.groups[0].closed
     scene.edge.step_work = lambda group: 5
     await scene.joined(6)
     again.send(step(6, 9))
-    assert (await scene.script.hear(wire.StepDone)).step == 9
+    assert (await scene.script.hear(bus.StepDone)).step == 9
 
 
 async def test_nonsense_from_the_engine_costs_the_connection_only(scene: Scene) -> None:
     scene.script.peers[0].send_frame(b"\x00\x00\x00\x02\xff\xff")
     await scene.script.meet(2)
-    await scene.script.hear(wire.Loaded, 2)
+    await scene.script.hear(bus.Loaded, 2)
     assert scene.thread.is_alive()
 
 
 async def test_a_worker_that_was_replaced_ends(scene: Scene) -> None:
-    scene.script.answer = wire.Refused(reason="another process has taken the place", retry=False)
+    scene.script.answer = bus.Refused(reason="another process has taken the place", retry=False)
     scene.script.peers[0].close()
     await asyncio.to_thread(scene.thread.join, SECONDS)
     assert not scene.thread.is_alive()
 
 
 async def test_shutdown_ends_it(scene: Scene) -> None:
-    scene.script.peers[0].send(wire.Shutdown(reason="done"))
+    scene.script.peers[0].send(bus.Shutdown(reason="done"))
     await asyncio.to_thread(scene.thread.join, SECONDS)
     assert not scene.thread.is_alive()
 
@@ -368,7 +369,7 @@ async def test_a_step_that_raises_after_a_collective_has_touched_the_others(scen
     scene.edge.step_work = fail
     peer = await scene.joined(1)
     peer.send(step(1, 1))
-    assert not (await scene.script.hear(wire.StepFailed)).untouched
+    assert not (await scene.script.hear(bus.StepFailed)).untouched
 
 
 def test_while_it_looks_for_the_engine_the_process_may_not_be_forked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
-from lockstep_runtime import wire
+from lockstep_runtime.chaos.injector import InjectedError
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.parallel.group import SingleGroup
-from lockstep_runtime.progress import Progress, new_memory
-from lockstep_runtime.wire import Fault, Injection, Phase
-from lockstep_runtime.worker.control import Control, Dismissed
-from lockstep_runtime.worker.inject import InjectedError
+from lockstep_runtime.distributed.join import SingleGroup
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.chaos import FaultPhase, Inject, Injection
+from lockstep_runtime.protocol.progress_record import Progress, new_memory
+from lockstep_runtime.protocol.status import Fault
+from lockstep_runtime.worker.bus_client import Control, Dismissed
 from lockstep_runtime.worker.main import Worker
-from lockstep_runtime.worker.runner import LoadReport
+from lockstep_runtime.worker.model_runner import LoadReport
 from lockstep_runtime.worker.scrub import CorruptionError, Parts, Scrub, Watched
 
 SECONDS = 10.0
@@ -28,10 +29,10 @@ class RecordingControl(Control):
 
     def __init__(self, config: ServeConfig, last: type) -> None:
         super().__init__(config, 0, "token", "incarnation")
-        self.sent: list[wire.FromWorker] = []
+        self.sent: list[bus.FromWorker] = []
         self._last = last
 
-    def send(self, message: wire.FromWorker) -> None:
+    def send(self, message: bus.FromWorker) -> None:
         self.sent.append(message)
         if isinstance(message, self._last):
             self.inbox.put(Dismissed("the test is over"))
@@ -70,13 +71,13 @@ def parts(end: str) -> Generator[None, None, str]:
 
 def test_a_changed_tensor_is_told_once_in_the_words_of_the_scrub() -> None:
     watched = [Watched("good", lambda: parts("a"), "a"), Watched("mlp.up_proj", lambda: parts("b"), "a")]
-    control = RecordingControl(ServeConfig(model="m", served_name="m"), wire.StepFailed)
+    control = RecordingControl(ServeConfig(model="m", served_name="m"), bus.StepFailed)
     worker = started(control, Edge(Scrub(watched, 0.002, time.monotonic())))
-    control.inbox.put(wire.Join(epoch=7, address="nowhere"))
+    control.inbox.put(bus.Join(epoch=7, address="nowhere"))
     assert worker.run() == "the test is over"
-    assert isinstance(control.sent[0], wire.Joined)
+    assert isinstance(control.sent[0], bus.Joined)
     (told,) = control.sent[1:]
-    assert isinstance(told, wire.StepFailed)
+    assert isinstance(told, bus.StepFailed)
     assert (told.epoch, told.step, told.fault) == (7, -1, Fault.CORRUPTION)
     assert told.message == "the weights of mlp.up_proj are no longer what was loaded"
 
@@ -89,18 +90,18 @@ def test_without_a_group_nothing_is_looked_at() -> None:
         looked.set()
         return parts("a")
 
-    control = RecordingControl(ServeConfig(model="m", served_name="m"), wire.Aborted)
+    control = RecordingControl(ServeConfig(model="m", served_name="m"), bus.Aborted)
     worker = started(control, Edge(Scrub([Watched("any", look, "a")], 0.001, time.monotonic() - 10)))
-    control.inbox.put(wire.Abort(epoch=1))
+    control.inbox.put(bus.Abort(epoch=1))
     assert worker.run() == "the test is over"
     assert not looked.is_set()
 
 
 def test_a_fault_on_purpose_befalls_an_idle_worker() -> None:
     config = ServeConfig(model="m", served_name="m", allow_faults=True)
-    control = RecordingControl(config, wire.Joined)
+    control = RecordingControl(config, bus.Joined)
     worker = started(control, Edge(), allow_faults=True)
-    fault = wire.Inject(rank=0, kind=Injection.FLIP_BIT, phase=Phase.IDLE, number=3)
+    fault = Inject(rank=0, kind=Injection.FLIP_BIT, phase=FaultPhase.IDLE, number=3)
     assert control.on_inject is not None
     control.on_inject(fault)
     control.inbox.put(fault)
@@ -109,7 +110,7 @@ def test_a_fault_on_purpose_befalls_an_idle_worker() -> None:
 
 
 def test_without_permission_no_fault_is_taken() -> None:
-    control = RecordingControl(ServeConfig(model="m", served_name="m"), wire.Joined)
+    control = RecordingControl(ServeConfig(model="m", served_name="m"), bus.Joined)
     started(control, Edge())
     assert control.on_inject is None
 

@@ -8,7 +8,7 @@ from typing import Final
 from lockstep_operator.groups.group import Group
 from lockstep_operator.types.observed import GroupReport, Pod
 from lockstep_operator.types.timestamps import format_rfc3339, parse_rfc3339
-from lockstep_runtime.wire import Fault, FaultRecord, GroupState, GroupStatus, RankState
+from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, GroupStatus, RankState
 
 RECOVERING_SECONDS: Final = 120.0  # the group's own deadlines have had their turn by then
 COMING_BACK_SECONDS: Final = 300.0  # the same, by several tries

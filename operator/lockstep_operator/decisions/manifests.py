@@ -26,7 +26,7 @@ from lockstep_operator.types.names import (
     token_name,
 )
 from lockstep_operator.types.spec import Model
-from lockstep_runtime.wire import API_PORT, BUS_PORT, STATUS_PORT
+from lockstep_runtime.protocol.status import API_PORT, BUS_PORT, STATUS_PORT
 
 Manifest = dict[str, Any]
 IP_FAMILIES: Final = "PreferDualStack"  # both where the cluster has both, else its only one

@@ -25,7 +25,7 @@ from lockstep_operator.types.names import (
 from lockstep_operator.types.quantity import quantity
 from lockstep_operator.types.spec import Claim, EmptyDir, HostPath, HuggingFace, Model, SecretKey
 from lockstep_operator.types.timestamps import format_rfc3339
-from lockstep_runtime.wire import API_PORT, BUS_PORT, STATUS_PORT
+from lockstep_runtime.protocol.status import API_PORT, BUS_PORT, STATUS_PORT
 
 MODEL_MOUNT: Final = "/model"
 CACHE_MOUNT: Final = "/cache"

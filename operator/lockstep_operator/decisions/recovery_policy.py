@@ -25,7 +25,7 @@ from lockstep_operator.types.observed import GroupReport, Pod
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung
 from lockstep_operator.types.spec import Recovery
 from lockstep_operator.types.timestamps import format_rfc3339
-from lockstep_runtime.wire import GroupState, GroupStatus
+from lockstep_runtime.protocol.status import GroupState, GroupStatus
 
 PROVED_SECONDS: Final = 60.0  # a repair that holds for so long has worked
 PATIENCE_SECONDS: Final = 120.0  # for a group whose pods run again to say something new

@@ -14,7 +14,7 @@ from lockstep_operator.groups.group import Group
 from lockstep_operator.types.observed import Observed
 from lockstep_operator.types.spec import Model
 from lockstep_operator.types.timestamps import parse_rfc3339
-from lockstep_runtime.wire import GroupState, GroupStatus, Latency, RankState, RankStatus
+from lockstep_runtime.protocol.status import GroupState, GroupStatus, Latency, RankState, RankStatus
 
 UNREACHABLE_SECONDS: Final = 30.0  # a group that can't be asked for so long is unknown
 

@@ -13,7 +13,7 @@ from lockstep_operator.groups.group import Group
 from lockstep_operator.types.names import CONTAINER
 from lockstep_operator.types.observed import Pod
 from lockstep_operator.types.timestamps import format_rfc3339, parse_rfc3339
-from lockstep_runtime.wire import GroupStatus
+from lockstep_runtime.protocol.status import GroupStatus
 
 RECENT_SECONDS: Final = 600.0  # so long it may be the reason for what is wrong now
 AGAIN_SECONDS: Final = 300.0  # the same is not told anew before

@@ -18,7 +18,7 @@ from lockstep_operator.backoff import backoff
 from lockstep_operator.groups.group_view import UNREACHABLE_SECONDS, progress
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport
-from lockstep_runtime.wire import STATUS_PORT, GroupState, GroupStatus, Latency
+from lockstep_runtime.protocol.status import STATUS_PORT, GroupState, GroupStatus, Latency
 
 log = logging.getLogger(__name__)
 

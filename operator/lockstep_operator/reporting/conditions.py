@@ -17,7 +17,7 @@ from lockstep_operator.groups.process_failures import ProcessFailure
 from lockstep_operator.groups.waiting import Waiting
 from lockstep_operator.types.spec import Model
 from lockstep_operator.types.timestamps import format_rfc3339
-from lockstep_runtime.wire import GroupState, GroupStatus
+from lockstep_runtime.protocol.status import GroupState, GroupStatus
 
 MESSAGE_LIMIT: Final = 2000
 # What ends without a person or is under way, however long it takes: each has an end of its own.

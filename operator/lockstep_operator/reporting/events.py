@@ -15,7 +15,7 @@ from lockstep_operator.types.names import API_VERSION, KIND, ModelKey
 from lockstep_operator.types.observed import Observed
 from lockstep_operator.types.recovery_state import RecoveryState, from_status
 from lockstep_operator.types.timestamps import format_micro, format_rfc3339, parse_rfc3339
-from lockstep_runtime.wire import GroupStatus
+from lockstep_runtime.protocol.status import GroupStatus
 
 NOTE_LIMIT = 1000
 

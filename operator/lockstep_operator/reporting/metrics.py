@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from lockstep_operator.reporting.recovery_log import Repair
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport
-from lockstep_runtime.wire import GroupStatus
+from lockstep_runtime.protocol.status import GroupStatus
 
 STATES = ("Ready", "Progressing", "Stalled")
 CONDITIONS = ("Ready", "Available", "Poisoned", "Stalled")

@@ -15,7 +15,7 @@ from lockstep_operator.decisions.fault_detection import matches
 from lockstep_operator.groups.group_view import block_of
 from lockstep_operator.types.recovery_state import RecoveryState, Rung, from_status
 from lockstep_operator.types.timestamps import format_rfc3339, parse_rfc3339
-from lockstep_runtime.wire import FaultRecord, GroupStatus
+from lockstep_runtime.protocol.status import FaultRecord, GroupStatus
 
 DROPPED: Final = "Drop"
 FIRST_TOKEN_SECONDS: Final = 10.0  # a repair is told without its first token when that hasn't come by then

@@ -29,7 +29,7 @@ from lockstep_operator.types.observed import Observed
 from lockstep_operator.types.recovery_state import RecoveryState, from_status, to_status
 from lockstep_operator.types.spec import Model
 from lockstep_operator.types.timestamps import format_rfc3339, parse_rfc3339
-from lockstep_runtime.wire import FaultRecord, GroupState, GroupStatus, Latency, RankState, RankStatus
+from lockstep_runtime.protocol.status import FaultRecord, GroupState, GroupStatus, Latency, RankState, RankStatus
 
 Status = dict[str, Any]
 LISTED_RANKS: Final = 256  # of all groups; beyond it only those that are worth a look are listed

@@ -17,7 +17,7 @@ from lockstep_operator.types.names import (
 )
 from lockstep_operator.types.spec import Model
 from lockstep_operator.types.timestamps import parse_rfc3339
-from lockstep_runtime.wire import GroupStatus
+from lockstep_runtime.protocol.status import GroupStatus
 
 ObjectRef = tuple[str, str]  # kind and name
 Object = dict[str, Any]  # as the API server gives it

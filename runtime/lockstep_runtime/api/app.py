@@ -13,15 +13,15 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from lockstep_runtime.api.errors import ApiError, failed
-from lockstep_runtime.api.guard import Guard, HeadAsGet
 from lockstep_runtime.api.keys import ApiKeys
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.metrics import Metrics
+from lockstep_runtime.api.middleware import Guard, HeadAsGet
 from lockstep_runtime.api.routes import describe, router
 from lockstep_runtime.api.service import Service
 from lockstep_runtime.api.stream import refuse
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.engine.interface import EngineClient
+from lockstep_runtime.engine.client import EngineClient
 
 
 def create_app(config: ServeConfig, engine: EngineClient, keys: ApiKeys, limits: Limits | None = None) -> FastAPI:

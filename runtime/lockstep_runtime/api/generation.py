@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep_runtime.api.detokenizer import Detokenizer
-from lockstep_runtime.api.text import StopMatcher
+from lockstep_runtime.api.stop_matcher import StopMatcher
 from lockstep_runtime.api.tokenizer import ReasoningMarkers, TextTokenizer
-from lockstep_runtime.engine.interface import FinishReason, GenerationRequest, TokenEvent
-from lockstep_runtime.wire import SampledToken
+from lockstep_runtime.engine.client import FinishReason, GenerationRequest, TokenEvent
+from lockstep_runtime.protocol.step import SampledToken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Final
 from lockstep_runtime.api import model
 from lockstep_runtime.api.model import ModelUnavailableError, ServedModel
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.engine.interface import EngineClient
+from lockstep_runtime.engine.client import EngineClient
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 import msgspec
 
 from lockstep_runtime.api.tokenizer import TextTokenizer
-from lockstep_runtime.wire import SampledToken
+from lockstep_runtime.protocol.step import SampledToken
 
 LEAST: Final = -9999.0  # JSON has no -inf: OpenAI's stand-in for "very unlikely"
 

@@ -15,11 +15,11 @@ from lockstep_runtime.api.chat_template import ChatTemplate
 from lockstep_runtime.api.template_files import DEFAULT, Templates, find_templates
 from lockstep_runtime.api.tokenizer import TextTokenizer, UnsupportedTokenizerError
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.weights.errors import ModelError
-from lockstep_runtime.weights.files import read_bytes, read_object
-from lockstep_runtime.weights.model_config import text_config
-from lockstep_runtime.weights.source import find_model
-from lockstep_runtime.wire import LoadFailure
+from lockstep_runtime.protocol.bus import LoadFailure
+from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.sources.files import read_bytes, read_object
+from lockstep_runtime.sources.model_config import text_config
+from lockstep_runtime.sources.model_folder import find_model
 
 _EVERY_TOKEN: Final = 2**31 - 1  # and a whole number that every process takes
 _TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -15,17 +15,17 @@ from fastapi import Depends, FastAPI, Request
 
 from lockstep_runtime.api.answers import ModelCard
 from lockstep_runtime.api.errors import unavailable, unknown_model
-from lockstep_runtime.api.forms import Form
 from lockstep_runtime.api.generation import Job
 from lockstep_runtime.api.limits import Bodies, Limits, parse
 from lockstep_runtime.api.loading import ModelLoader
 from lockstep_runtime.api.metrics import Metrics
 from lockstep_runtime.api.model import ServedModel
-from lockstep_runtime.api.prepare import Preparation
+from lockstep_runtime.api.request_builder import Preparation
+from lockstep_runtime.api.response_format import Form
 from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest, validate
 from lockstep_runtime.api.stream import Answer, Services
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.engine.interface import EngineClient, Readiness
+from lockstep_runtime.engine.client import EngineClient, Readiness
 
 log = logging.getLogger(__name__)
 

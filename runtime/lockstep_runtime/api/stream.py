@@ -18,18 +18,13 @@ from starlette.types import Message, Receive, Scope, Send
 
 from lockstep_runtime.api import errors
 from lockstep_runtime.api.errors import ApiError
-from lockstep_runtime.api.forms import Form
 from lockstep_runtime.api.generation import Choice, Job, Piece
 from lockstep_runtime.api.limits import Limits
-from lockstep_runtime.api.merge import Batch, Merged
 from lockstep_runtime.api.metrics import Metrics
+from lockstep_runtime.api.multiplex import Batch, Merged
+from lockstep_runtime.api.response_format import Form
 from lockstep_runtime.api.tokenizer import TextTokenizer
-from lockstep_runtime.engine.interface import (
-    EngineBusyError,
-    EngineClient,
-    GenerationFailedError,
-    RequestTooLongError,
-)
+from lockstep_runtime.engine.client import EngineBusyError, EngineClient, GenerationFailedError, RequestTooLongError
 
 log = logging.getLogger(__name__)
 

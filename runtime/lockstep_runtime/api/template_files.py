@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from lockstep_runtime.weights.files import read_object, read_text
+from lockstep_runtime.sources.files import read_object, read_text
 
 DEFAULT: Final = "default"
 

@@ -11,9 +11,8 @@ import time
 from typing import Final
 from weakref import WeakValueDictionary
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.engine.interface import (
+from lockstep_runtime.engine.client import (
     EngineBusyError,
     EngineStats,
     GenerationFailedError,
@@ -26,6 +25,8 @@ from lockstep_runtime.engine.scheduler import Scheduler
 from lockstep_runtime.engine.sequence import Sequence
 from lockstep_runtime.engine.status_reporter import Blocker, StatusReporter
 from lockstep_runtime.engine.stream import TokenStream
+from lockstep_runtime.protocol.status import GroupState, GroupStatus
+from lockstep_runtime.protocol.step import SequenceSlice
 from lockstep_runtime.recovery.actions import Resume
 from lockstep_runtime.recovery.bounded import bounded
 from lockstep_runtime.recovery.changes import Changes
@@ -39,7 +40,7 @@ REFUSALS_IN_A_ROW: Final = 6  # steps that no rank could begin: then it is not t
 class Engine:
     """Implements `EngineClient`; its `group` listens to the bus."""
 
-    def __init__(self, config: ServeConfig, history: wire.GroupStatus | None = None) -> None:
+    def __init__(self, config: ServeConfig, history: GroupStatus | None = None) -> None:
         self._config = config
         self._wake = asyncio.Event()  # there is work, or the group broke
         self._changes = Changes()
@@ -102,7 +103,7 @@ class Engine:
             raise EngineBusyError("the server is shutting down", retry_after=1.0)
         scheduler = self._scheduler
         state, reason = self._reporter.state()
-        if scheduler is None or state is wire.GroupState.FAILED:
+        if scheduler is None or state is GroupState.FAILED:
             raise EngineBusyError(f"the model is not loaded: {reason}", retry_after=5.0)
         if poison := self.group.coordinator.poison:
             raise EngineBusyError(f"the model is recovering, try again shortly: {poison}", retry_after=5.0)
@@ -198,7 +199,7 @@ class Engine:
         """Tell every pod that it is no longer needed."""
         self.group.release()
 
-    def status(self) -> wire.GroupStatus:
+    def status(self) -> GroupStatus:
         """As of now; the supervisor that serves it adds its incarnation and the revision."""
         return self._reporter.status(self._scheduler)
 
@@ -208,7 +209,7 @@ class Engine:
 
     # --- what the group asks and tells
 
-    def in_caches(self) -> list[wire.SequenceSlice]:
+    def in_caches(self) -> list[SequenceSlice]:
         """What the caches hold: of each sequence its last computed token."""
         return self._scheduler.held() if self._scheduler else []
 
@@ -268,7 +269,7 @@ class Engine:
                 continue
             await self._step(scheduler, slices)
 
-    async def _step(self, scheduler: Scheduler, slices: list[wire.SequenceSlice]) -> None:
+    async def _step(self, scheduler: Scheduler, slices: list[SequenceSlice]) -> None:
         try:
             done, seconds = await self.group.step(slices)
         except StepRefusedError as refusal:
@@ -292,7 +293,7 @@ class Engine:
                 self._settle()
         self._changes.tell(urgent=bool(done.sampled) and self.group.faults.token(time.time()))
 
-    def _refused(self, scheduler: Scheduler, slices: list[wire.SequenceSlice], refusal: StepRefusedError) -> None:
+    def _refused(self, scheduler: Scheduler, slices: list[SequenceSlice], refusal: StepRefusedError) -> None:
         """No rank could begin the step, none was harmed: rung 0, once the request is known that is the cause."""
         self._refusals += 1
         cause = refusal.evidence[0]

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from lockstep_runtime import child, wire
 from lockstep_runtime.config import (
     API_KEY_FILE_VARIABLE,
     API_KEY_VARIABLE,
@@ -25,13 +24,15 @@ from lockstep_runtime.config import (
     ServeConfig,
 )
 from lockstep_runtime.engine.engine import Engine
-from lockstep_runtime.host import descriptors
+from lockstep_runtime.host import descriptors, process_init
 from lockstep_runtime.host.addresses import listen
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.status import GroupStatus
 from lockstep_runtime.recovery.bus import Bus
-from lockstep_runtime.weights.errors import ModelError
-from lockstep_runtime.weights.files import read_object
-from lockstep_runtime.weights.model_config import max_length
-from lockstep_runtime.weights.source import find_model, read_config
+from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.sources.files import read_object
+from lockstep_runtime.sources.model_config import max_length
+from lockstep_runtime.sources.model_folder import find_model, read_config
 
 if TYPE_CHECKING:
     import uvicorn
@@ -45,7 +46,7 @@ RELEASE_SECONDS: Final = 0.2  # for the last messages to go out
 def main() -> None:
     """Serve until SIGTERM, then drain and exit 0; exit 2 when a port is taken."""
     config = msgspec.json.decode(os.environ[CONFIG_VARIABLE], type=ServeConfig)
-    child.become("engine", f"engine model={config.model_name} group={config.group}")
+    process_init.become("engine", f"engine model={config.model_name} group={config.group}")
     try:
         bus_sockets = listen(config.host, config.bus_port)
         api_sockets = listen(config.host, config.api_port)
@@ -88,11 +89,11 @@ def _shares(config: ServeConfig) -> descriptors.Shares:
     return descriptors.shares(descriptors.limit(), peers=config.tensor_parallel_size + config.pods)
 
 
-def _history() -> wire.GroupStatus | None:
+def _history() -> GroupStatus | None:
     """What the engine before this one last said; ids and epochs go on from there."""
-    if os.environ.get(child.HISTORY_VARIABLE) != "stdin":
+    if os.environ.get(process_init.HISTORY_VARIABLE) != "stdin":
         return None
-    return msgspec.json.decode(sys.stdin.buffer.read(), type=wire.GroupStatus)
+    return msgspec.json.decode(sys.stdin.buffer.read(), type=GroupStatus)
 
 
 async def _stopped(stop: asyncio.Event, api: asyncio.Task[None]) -> None:
@@ -112,7 +113,7 @@ async def _read_model(config: ServeConfig, engine: Engine) -> None:
             return
         except Exception as error:  # whatever is in the files: the engine goes on, and says so
             known = error if isinstance(error, ModelError) else ModelError(f"{type(error).__name__}: {error}")
-            engine.set_model_error(str(known), may_pass=known.kind is wire.LoadFailure.TRANSIENT)
+            engine.set_model_error(str(known), may_pass=known.kind is bus.LoadFailure.TRANSIENT)
             retry_after = known.retry_after
         await asyncio.sleep(max(retry_after, MODEL_RETRY_SECONDS[min(attempt, len(MODEL_RETRY_SECONDS) - 1)]))
         attempt += 1

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Final
 
-from lockstep_runtime.engine.blocks import BlockBook
-from lockstep_runtime.engine.interface import FinishReason
+from lockstep_runtime.engine.block_manager import BlockBook
+from lockstep_runtime.engine.client import FinishReason
 from lockstep_runtime.engine.sequence import GUILTY, SUSPECT, Sequence
 from lockstep_runtime.engine.shares import share
-from lockstep_runtime.wire import SampledToken, SequenceSlice
+from lockstep_runtime.protocol.step import SampledToken, SequenceSlice
 
 _by_arrival = attrgetter("id")
 

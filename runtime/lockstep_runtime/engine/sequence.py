@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lockstep_runtime.engine.interface import FinishReason, GenerationRequest
-from lockstep_runtime.wire import SampledToken, Scoring
+from lockstep_runtime.engine.client import FinishReason, GenerationRequest
+from lockstep_runtime.protocol.step import SampledToken, Scoring
 
 SUSPECT = 2  # points of blame from which a sequence runs alone
 GUILTY = 4  # and from which it is given up

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.engine.interface import Readiness
+from lockstep_runtime.engine.client import Readiness
 from lockstep_runtime.engine.scheduler import Scheduler
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.status import GroupState, GroupStatus
 from lockstep_runtime.recovery.changes import Changes
 from lockstep_runtime.recovery.driver import GroupDriver
 from lockstep_runtime.recovery.group_state import group_state, is_accepting, may_pass
@@ -41,7 +42,7 @@ class StatusReporter:
         self._loading = ""  # what it still reads
         self.last_step_at: float | None = None  # unix seconds
         self._latency = LatencyWindow()
-        self._state, self._since = wire.GroupState.STARTING, time.time()
+        self._state, self._since = GroupState.STARTING, time.time()
 
     def stepped(self, seconds: float) -> None:
         """A step of requests took so long."""
@@ -54,7 +55,7 @@ class StatusReporter:
         self.api_is_awaited = False
         self._changes.tell()
 
-    def state(self) -> tuple[wire.GroupState, str]:
+    def state(self) -> tuple[GroupState, str]:
         """With a sentence."""
         problems = self._group.pod_problems
         return group_state(
@@ -74,13 +75,13 @@ class StatusReporter:
         state, reason = self.state()
         return Readiness(is_accepting(self._group.coordinator, state), reason, self._group.draining)
 
-    def status(self, scheduler: Scheduler | None) -> wire.GroupStatus:
+    def status(self, scheduler: Scheduler | None) -> GroupStatus:
         """As of now."""
         state, message = self.state()
         if state is not self._state:
             self._state, self._since = state, time.time()
         group = self._group.coordinator
-        return wire.GroupStatus(
+        return GroupStatus(
             model=self._config.model_name,
             group=self._config.group,
             incarnation="",
@@ -101,11 +102,11 @@ class StatusReporter:
             pod_problems=self._group.pod_problems,
         )
 
-    async def run(self, status: Callable[[], wire.GroupStatus]) -> None:
+    async def run(self, status: Callable[[], GroupStatus]) -> None:
         """Send it to the leader's supervisor whenever it changed, and otherwise as a sign of life, until cancelled."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_SECONDS):
                     await self._changes.next(QUIET_STATUS_SECONDS)
             if supervisor := self._group.supervisors.get(0):
-                supervisor.send(wire.StatusReport(status=status()))
+                supervisor.send(bus.StatusReport(status=status()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
-from lockstep_runtime.engine.interface import TokenEvent
+from lockstep_runtime.engine.client import TokenEvent
 
 
 class TokenStream(AsyncIterator[TokenEvent]):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lockstep_runtime.layers.cache import BLOCK_SIZE
-from lockstep_runtime.wire import SequenceSlice
+from lockstep_runtime.protocol.step import SequenceSlice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from lockstep_runtime.layers.kernels import Kernel, Multiply
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.layers.weight import PlainWeight
-from lockstep_runtime.weights.plan import Cut
+from lockstep_runtime.weights.sharding import Cut
 from lockstep_runtime.weights.weight import Weight, stacked_rows, windows
 
 PACKED_WINDOW_BYTES = 16 * 1024 * 1024  # in float32; a larger matrix is several packed ones

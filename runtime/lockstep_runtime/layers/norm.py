@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.layers.weight import PlainWeight
-from lockstep_runtime.weights.plan import Cut
+from lockstep_runtime.weights.sharding import Cut
 
 
 class RMSNorm:

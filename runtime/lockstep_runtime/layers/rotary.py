@@ -14,8 +14,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from lockstep_runtime.weights.errors import ModelError
-from lockstep_runtime.wire import LoadFailure
+from lockstep_runtime.protocol.bus import LoadFailure
+from lockstep_runtime.sources.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True)

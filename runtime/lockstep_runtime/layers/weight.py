@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.weights.checksum import checksum_in_parts
-from lockstep_runtime.weights.plan import Cut
+from lockstep_runtime.weights.sharding import Cut
 from lockstep_runtime.weights.weight import stacked_rows, windows
 
 

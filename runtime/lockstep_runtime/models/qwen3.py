@@ -14,21 +14,21 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from lockstep_runtime.distributed.communicator import Group
 from lockstep_runtime.layers.attention import attend
 from lockstep_runtime.layers.batch import Batch
 from lockstep_runtime.layers.cache import CacheShape, KVCache, LayerCache
+from lockstep_runtime.layers.embedding import VocabularyEmbedding, VocabularyHead
+from lockstep_runtime.layers.linear import ColumnLinear, RowLinear
 from lockstep_runtime.layers.norm import RMSNorm, rms_normalize
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.layers.rotary import build_rotary, rotate_
 from lockstep_runtime.layers.weight import PlainWeight
-from lockstep_runtime.parallel.communicator import Group
-from lockstep_runtime.parallel.embedding import VocabularyEmbedding, VocabularyHead
-from lockstep_runtime.parallel.linear import ColumnLinear, RowLinear
-from lockstep_runtime.weights.errors import ModelError
-from lockstep_runtime.weights.model_config import max_length, rope_parameters
-from lockstep_runtime.weights.plan import Shard, head_range, heads, split, tensor_parallel_sizes, whole
+from lockstep_runtime.protocol.bus import LoadFailure
+from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.sources.model_config import max_length, rope_parameters
+from lockstep_runtime.weights.sharding import Shard, head_range, heads, split, tensor_parallel_sizes, whole
 from lockstep_runtime.weights.weight import StoredTable, Weight
-from lockstep_runtime.wire import LoadFailure
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 _DERIVED: Final = {"rope", "max_length"}

@@ -7,13 +7,13 @@ from typing import Any, Final, Protocol
 
 from torch import Tensor
 
+from lockstep_runtime.distributed.communicator import Group
 from lockstep_runtime.layers.batch import Batch
 from lockstep_runtime.layers.cache import CacheShape, KVCache
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.models.qwen3 import Qwen3
-from lockstep_runtime.parallel.communicator import Group
-from lockstep_runtime.weights.model_config import check_supported
-from lockstep_runtime.weights.plan import Shard
+from lockstep_runtime.sources.model_config import check_supported
+from lockstep_runtime.weights.sharding import Shard
 from lockstep_runtime.weights.weight import StoredTable, Weight
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lockstep_runtime import wire
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.step import SequenceSlice
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.events import Answer
 from lockstep_runtime.recovery.policy import Recovery
@@ -34,7 +35,7 @@ class CloseConnection:
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """`reload`: as in `wire.KillWorker`."""
+    """`reload`: as in `bus.KillWorker`."""
 
     rank: int
     incarnation: str
@@ -46,7 +47,7 @@ class Kill:
 class Ask:
     """Ask these ranks, or all, under a deadline; answered by `CallDone` or `GroupFault`."""
 
-    message: wire.Rendezvous | wire.Join | wire.Scrub
+    message: bus.Rendezvous | bus.Join | bus.Scrub
     answer: type[Answer]
     deadline: Deadline
     ranks: tuple[int, ...] | None = None
@@ -66,7 +67,7 @@ class AllocateCaches:
 class RunStep:
     """The same, for a step that nobody asked for."""
 
-    slices: tuple[wire.SequenceSlice, ...]
+    slices: tuple[SequenceSlice, ...]
 
 
 @dataclass(frozen=True, slots=True)

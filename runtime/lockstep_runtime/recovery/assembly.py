@@ -11,7 +11,7 @@ import enum
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from lockstep_runtime import wire
+from lockstep_runtime.protocol import bus
 from lockstep_runtime.recovery import actions
 from lockstep_runtime.recovery.actions import Action
 from lockstep_runtime.recovery.cache_plan import CachePlan
@@ -73,26 +73,26 @@ class Assembly:
         self._epoch, self._begun, self._is_first, self._processes = epoch, now, is_first, list(processes)
         self.has_joined, self.retry_at, self.phases = False, None, {}
         self.step = Step.OPENING
-        return [actions.Ask(wire.Rendezvous(epoch=epoch), wire.RendezvousOpened, RENDEZVOUS, ranks=(0,))]
+        return [actions.Ask(bus.Rendezvous(epoch=epoch), bus.RendezvousOpened, RENDEZVOUS, ranks=(0,))]
 
     def answered(self, answers: Mapping[int, Answer], now: float) -> list[Action]:
         """Every rank that was asked has answered."""
         match self.step:
             case Step.OPENING:
-                opened = cast("wire.RendezvousOpened", answers[0])
+                opened = cast("bus.RendezvousOpened", answers[0])
                 self.step = Step.JOINING
-                join = wire.Join(epoch=self._epoch, address=opened.address)
-                return [actions.Ask(join, wire.Joined, self._timing.backend.join)]
+                join = bus.Join(epoch=self._epoch, address=opened.address)
+                return [actions.Ask(join, bus.Joined, self._timing.backend.join)]
             case Step.JOINING:
                 self._caches.choose([one.loaded.cache_blocks for one in self._handles if one.loaded is not None], now)
                 return self.allocate()
             case Step.ALLOCATING:
-                return self._allocated(cast("Mapping[int, wire.CacheAllocated]", answers), now)
+                return self._allocated(cast("Mapping[int, bus.CacheAllocated]", answers), now)
             case Step.TESTING:
-                probed = cast("wire.StepDone", answers[0])
+                probed = cast("bus.StepDone", answers[0])
                 return self._judged(self._verification.tested(probed.fingerprint), now)
             case Step.SCRUBBING:
-                return self._scrubbed([cast("wire.Scrubbed", one).tensors for one in answers.values()], now)
+                return self._scrubbed([cast("bus.Scrubbed", one).tensors for one in answers.values()], now)
             case _:
                 return self._done(now)
 
@@ -101,7 +101,7 @@ class Assembly:
         self.step, self.retry_at = Step.ALLOCATING, None
         return [actions.AllocateCaches(self._epoch, self._caches.blocks, self.unverified, ALLOCATE)]
 
-    def _allocated(self, answers: Mapping[int, wire.CacheAllocated], now: float) -> list[Action]:
+    def _allocated(self, answers: Mapping[int, bus.CacheAllocated], now: float) -> list[Action]:
         before = self._caches.blocks
         self.retry_at = self._caches.retry_at({rank: one.blocks for rank, one in answers.items()}, now)
         if self.retry_at is None:
@@ -110,7 +110,7 @@ class Assembly:
             return []
         return [actions.Log(f"a rank has no room for {before} blocks of cache: every rank gets {self._caches.blocks}")]
 
-    def _joined(self, answers: Mapping[int, wire.CacheAllocated], now: float) -> list[Action]:
+    def _joined(self, answers: Mapping[int, bus.CacheAllocated], now: float) -> list[Action]:
         self.has_joined, self.unverified = True, False
         for handle in self._handles:
             handle.joined_epoch = self._epoch
@@ -143,7 +143,7 @@ class Assembly:
                 return [self._probe()]
             case Verdict.SCRUB:
                 self.step = Step.SCRUBBING
-                return [actions.Ask(wire.Scrub(epoch=self._epoch), wire.Scrubbed, SCRUB)]
+                return [actions.Ask(bus.Scrub(epoch=self._epoch), bus.Scrubbed, SCRUB)]
             case Verdict.WRONG:
                 self.step = Step.WRONG
                 return []

@@ -16,8 +16,18 @@ from typing import Final, Protocol
 
 import msgspec
 
-from lockstep_runtime import wire
-from lockstep_runtime.transport import FrameError, Framer, decode, encode, tune
+from lockstep_runtime.protocol.bus import (
+    MAX_FRAME_BYTES,
+    MAX_HELLO_BYTES,
+    PROTOCOL,
+    FromSupervisor,
+    FromWorker,
+    Hello,
+    Refused,
+    Role,
+    Welcome,
+)
+from lockstep_runtime.protocol.framing import FrameError, Framer, decode, encode, tune
 
 logger = logging.getLogger(__name__)
 
@@ -26,17 +36,17 @@ ACCEPT_ROUNDS: Final = 10  # of the event loop; a connection that was accepted i
 CLOSE_SECONDS: Final = 1.0  # for what was sent to go out
 MAX_UNSENT_BYTES: Final = 256 * 1024 * 1024  # for a peer that does not read
 
-FromPeer = wire.FromWorker | wire.FromSupervisor
-_hello_decoder: Final[msgspec.msgpack.Decoder[wire.Hello]] = msgspec.msgpack.Decoder(wire.Hello)
-_worker_decoder: Final[msgspec.msgpack.Decoder[wire.FromWorker]] = msgspec.msgpack.Decoder(wire.FromWorker)
-_supervisor_decoder: Final[msgspec.msgpack.Decoder[wire.FromSupervisor]] = msgspec.msgpack.Decoder(wire.FromSupervisor)
+FromPeer = FromWorker | FromSupervisor
+_hello_decoder: Final[msgspec.msgpack.Decoder[Hello]] = msgspec.msgpack.Decoder(Hello)
+_worker_decoder: Final[msgspec.msgpack.Decoder[FromWorker]] = msgspec.msgpack.Decoder(FromWorker)
+_supervisor_decoder: Final[msgspec.msgpack.Decoder[FromSupervisor]] = msgspec.msgpack.Decoder(FromSupervisor)
 
 
 class Peer(Protocol):
     """One authenticated connection."""
 
     @property
-    def hello(self) -> wire.Hello: ...
+    def hello(self) -> Hello: ...
 
     def send(self, message: msgspec.Struct) -> None: ...
 
@@ -48,7 +58,7 @@ class Peer(Protocol):
 class Listener(Protocol):
     """Who is told what happens on the bus. Called on the event loop; must not raise."""
 
-    def admit(self, hello: wire.Hello) -> wire.Welcome | wire.Refused: ...
+    def admit(self, hello: Hello) -> Welcome | Refused: ...
 
     def connected(self, peer: Peer) -> None: ...
 
@@ -90,12 +100,12 @@ class Bus:
         for server in self._servers:
             await server.wait_closed()
 
-    def judge(self, hello: wire.Hello) -> wire.Welcome | wire.Refused:
+    def judge(self, hello: Hello) -> Welcome | Refused:
         """Whether a peer may speak; the token first, so that a stranger learns nothing else."""
         if not hmac.compare_digest(hello.token.encode(), self._token):
-            return wire.Refused(reason="the token is not this group's", retry=False)
-        if hello.protocol != wire.PROTOCOL:
-            return wire.Refused(reason=f"protocol {hello.protocol}; this engine speaks {wire.PROTOCOL}", retry=False)
+            return Refused(reason="the token is not this group's", retry=False)
+        if hello.protocol != PROTOCOL:
+            return Refused(reason=f"protocol {hello.protocol}; this engine speaks {PROTOCOL}", retry=False)
         return self._listener.admit(hello)
 
     def arrived(self, connection: _Connection) -> None:
@@ -126,13 +136,13 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self._framer = Framer(wire.MAX_HELLO_BYTES)
-        self._hello: wire.Hello | None = None
+        self._framer = Framer(MAX_HELLO_BYTES)
+        self._hello: Hello | None = None
         self._transport: asyncio.Transport
         self._deadline: asyncio.TimerHandle | None = None
 
     @property
-    def hello(self) -> wire.Hello:
+    def hello(self) -> Hello:
         if self._hello is None:
             raise RuntimeError("this peer has not said Hello")
         return self._hello
@@ -184,18 +194,18 @@ class _Connection(asyncio.Protocol):
         hello = decode(_hello_decoder, frame)
         answer = self._bus.judge(hello)
         self.send(answer)
-        if isinstance(answer, wire.Refused):
+        if isinstance(answer, Refused):
             logger.warning("refused %s: %s", _name(hello), answer.reason)
             self._transport.close()
             return
         if self._deadline is not None:
             self._deadline.cancel()
         self._hello = hello
-        self._framer.limit = wire.MAX_FRAME_BYTES
+        self._framer.limit = MAX_FRAME_BYTES
         self._bus.proved(self)
 
     def _decode(self, frame: bytes) -> FromPeer:
-        if self.hello.role is wire.Role.WORKER:
+        if self.hello.role is Role.WORKER:
             return decode(_worker_decoder, frame)
         return decode(_supervisor_decoder, frame)
 
@@ -204,7 +214,7 @@ class _Connection(asyncio.Protocol):
         self._transport.abort()
 
 
-def _name(hello: wire.Hello) -> str:
-    if hello.role is wire.Role.WORKER:
+def _name(hello: Hello) -> str:
+    if hello.role is Role.WORKER:
         return f"worker {hello.rank} (pid {hello.pid})"
     return f"the supervisor of pod {hello.pod_index}"

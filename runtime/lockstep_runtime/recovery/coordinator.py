@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.status import Fault, RankState
 from lockstep_runtime.recovery import actions, events
 from lockstep_runtime.recovery.actions import Action
 from lockstep_runtime.recovery.assembly import Assembly, Step
@@ -22,7 +23,6 @@ from lockstep_runtime.recovery.policy import RecoveryPolicy, invalidates_caches,
 from lockstep_runtime.recovery.rank_handle import RankHandle
 from lockstep_runtime.recovery.stage import APART, Stage
 from lockstep_runtime.recovery.timing import ACCEPTING_SECONDS, MODEL_SECONDS, Timing
-from lockstep_runtime.wire import Fault, RankState
 
 
 class Coordinator:
@@ -64,10 +64,10 @@ class Coordinator:
         """Whether ranks may come and go without being missed."""
         return self.stage in APART
 
-    def admit(self, hello: wire.Hello) -> wire.Welcome | wire.Refused:
+    def admit(self, hello: bus.Hello) -> bus.Welcome | bus.Refused:
         """Whether this peer belongs here."""
         answer = self._members.admit(hello, self.epoch)
-        if isinstance(answer, wire.Welcome):
+        if isinstance(answer, bus.Welcome):
             self.epoch = answer.epoch
         return answer
 

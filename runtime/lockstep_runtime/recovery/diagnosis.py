@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from lockstep_runtime.protocol.bus import StepDone
+from lockstep_runtime.protocol.status import Fault
 from lockstep_runtime.recovery.hang_attribution import HangReport, ranks_text
-from lockstep_runtime.wire import Fault, StepDone
 
 
 @dataclass(frozen=True, slots=True)

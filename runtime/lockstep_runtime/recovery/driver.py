@@ -12,9 +12,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.host.addresses import join
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.chaos import FaultPhase, Inject
+from lockstep_runtime.protocol.status import Fault, GroupStatus, PodProblem
+from lockstep_runtime.protocol.step import SequenceSlice
 from lockstep_runtime.recovery.actions import (
     Accuse,
     Action,
@@ -70,7 +73,7 @@ LEAVE_SECONDS: Final = 1.0  # between a member pod's Leaving and its Release
 class Requests(Protocol):
     """What the group must know of the requests, and tell them."""
 
-    def in_caches(self) -> list[wire.SequenceSlice]:
+    def in_caches(self) -> list[SequenceSlice]:
         """What the caches hold: of each sequence its last computed token."""
 
     def resume(self, resumed: Resume) -> int:
@@ -89,7 +92,7 @@ class GroupDriver:
         requests: Requests,
         wake: asyncio.Event,
         changes: Changes,
-        history: wire.GroupStatus | None,
+        history: GroupStatus | None,
     ) -> None:
         self._config, self._requests, self._changes = config, requests, changes
         self.coordinator = Coordinator(config, timing_of(config), history.epoch if history else 0)
@@ -101,7 +104,7 @@ class GroupDriver:
         self._progress = ProgressQuery(self.supervisors)
         self._rpc = RankRpc(self.coordinator, self._peers, self._progress, wake)
         self._deadlines = DeadlineModel(config.watchdog)
-        self._problems: dict[int, list[wire.PodProblem]] = {}  # by pod
+        self._problems: dict[int, list[PodProblem]] = {}  # by pod
         self._work: Work | None = None  # of the last step
         self._tasks: asyncio.TaskGroup
         self._rearm = asyncio.Event()
@@ -123,11 +126,11 @@ class GroupDriver:
     # --- for the engine
 
     @property
-    def pod_problems(self) -> list[wire.PodProblem]:
+    def pod_problems(self) -> list[PodProblem]:
         """What the pods' supervisors complain of, in the pods' order."""
         return [problem for _, problems in sorted(self._problems.items()) for problem in problems]
 
-    async def step(self, slices: Sequence[wire.SequenceSlice]) -> tuple[wire.StepDone, float]:
+    async def step(self, slices: Sequence[SequenceSlice]) -> tuple[bus.StepDone, float]:
         """One step under its own deadline, and the seconds it took, from which the next ones are learned.
 
         Raises:
@@ -161,16 +164,16 @@ class GroupDriver:
     def release(self) -> None:
         """Tell every pod that it is no longer needed."""
         for supervisor in self.supervisors.values():
-            supervisor.send(wire.Release())
+            supervisor.send(bus.Release())
 
     # --- the bus's listener
 
-    def admit(self, hello: wire.Hello) -> wire.Welcome | wire.Refused:
+    def admit(self, hello: bus.Hello) -> bus.Welcome | bus.Refused:
         return self.coordinator.admit(hello)
 
     def connected(self, peer: Peer) -> None:
         hello = peer.hello
-        if hello.role is wire.Role.SUPERVISOR:
+        if hello.role is bus.Role.SUPERVISOR:
             before, self.supervisors[hello.pod_index] = self.supervisors.get(hello.pod_index), peer
             logger.info("the supervisor of pod %d (%s) has connected", hello.pod_index, hello.pod)
             event: Event = PodConnected(hello.pod_index, hello.incarnation)
@@ -184,7 +187,7 @@ class GroupDriver:
 
     def lost(self, peer: Peer) -> None:
         hello = peer.hello
-        if hello.role is wire.Role.SUPERVISOR:
+        if hello.role is bus.Role.SUPERVISOR:
             if self.supervisors.get(hello.pod_index) is peer:
                 del self.supervisors[hello.pod_index]
                 self._problems.pop(hello.pod_index, None)
@@ -195,37 +198,37 @@ class GroupDriver:
             self._handle(RankDisconnected(hello.rank))
 
     def received(self, peer: Peer, message: FromPeer) -> None:
-        if isinstance(message, wire.FromSupervisor):
+        if isinstance(message, bus.FromSupervisor):
             self._from_supervisor(peer, message)
         elif self._peers.get(peer.hello.rank) is peer:  # else it is what a replaced connection had still under way
             self._from_worker(peer.hello.rank, message)
 
-    def _from_worker(self, rank: int, message: wire.FromWorker) -> None:
+    def _from_worker(self, rank: int, message: bus.FromWorker) -> None:
         match message:
-            case wire.StepFailed():
+            case bus.StepFailed():
                 self._rpc.failed(rank, message)
-            case wire.LoadProgress():
+            case bus.LoadProgress():
                 self._handle(RankReported(rank, message), urgent=False)
-            case wire.Aborted() | wire.Loaded() | wire.LoadFailed():
+            case bus.Aborted() | bus.Loaded() | bus.LoadFailed():
                 self._handle(RankReported(rank, message))
             case _:
                 self._rpc.answered(rank, message)
 
-    def _from_supervisor(self, peer: Peer, message: wire.FromSupervisor) -> None:
+    def _from_supervisor(self, peer: Peer, message: bus.FromSupervisor) -> None:
         pod_index = peer.hello.pod_index
         match message:
-            case wire.Inject():
+            case Inject():
                 self._inject(message)
-            case wire.Leaving():
+            case bus.Leaving():
                 asyncio.get_running_loop().call_later(LEAVE_SECONDS, self._let_go, pod_index)
-            case wire.ProgressReport():
+            case bus.ProgressReport():
                 self._progress.take(pod_index, message)
-            case wire.PodReport():
+            case bus.PodReport():
                 self._problems[pod_index] = message.problems
                 self._changes.tell()
-            case wire.ProcessStopped() if self._is_of(message.rank, pod_index):
+            case bus.ProcessStopped() if self._is_of(message.rank, pod_index):
                 self._handle(RankStopped(message.rank, message.incarnation, message.pid, signal_name(message.signal)))
-            case wire.ProcessExited() if self._is_of(message.rank, pod_index):
+            case bus.ProcessExited() if self._is_of(message.rank, pod_index):
                 self._handle(RankExited(message.rank, message.incarnation, message.pid, exit_text(message)))
             case _:
                 pass
@@ -240,14 +243,14 @@ class GroupDriver:
             return  # its rank is needed until the running requests are done; `release` follows
         logger.info("pod %d was asked to end and is released", pod_index)
         if supervisor := self.supervisors.get(pod_index):
-            supervisor.send(wire.Release())
+            supervisor.send(bus.Release())
 
-    def _inject(self, fault: wire.Inject) -> None:
+    def _inject(self, fault: Inject) -> None:
         """Hand a fault on purpose to the rank, or to its pod where the rank's next process is to find it."""
         handles = self.coordinator.handles
         if not self._config.allow_faults or not 0 <= fault.rank < len(handles):
             return
-        waits = fault.phase is wire.Phase.LOADING
+        waits = fault.phase is FaultPhase.LOADING
         pod = self.supervisors.get(handles[fault.rank].pod_index)
         if target := pod if waits else self._peers.get(fault.rank):
             target.send(fault)
@@ -269,7 +272,7 @@ class GroupDriver:
                 self._rpc.begin_epoch()
             case SendAbort():
                 if peer := self._peers.get(action.rank):
-                    peer.send(wire.Abort(epoch=action.epoch))
+                    peer.send(bus.Abort(epoch=action.epoch))
             case CloseConnection():
                 if peer := self._peers.pop(action.rank, None):
                     peer.close()
@@ -292,7 +295,7 @@ class GroupDriver:
         logger.warning("killing rank %d: %s", kill.rank, kill.reason)
         if supervisor := self.supervisors.get(self.coordinator.handles[kill.rank].pod_index):
             supervisor.send(
-                wire.KillWorker(rank=kill.rank, incarnation=kill.incarnation, reason=kill.reason, reload=kill.reload)
+                bus.KillWorker(rank=kill.rank, incarnation=kill.incarnation, reason=kill.reason, reload=kill.reload)
             )
 
     async def _call(self, action: Ask | AllocateCaches | RunStep) -> None:
@@ -314,8 +317,8 @@ class GroupDriver:
                 return await self._rpc.call_all(ranks, action.message, action.answer, action.deadline)
             case AllocateCaches():
                 doubted = self._requests.in_caches() if action.check else []
-                order = wire.AllocateCache(epoch=action.epoch, blocks=action.blocks, doubted=doubted)
-                return await self._rpc.call_all(everyone, order, wire.CacheAllocated, action.deadline)
+                order = bus.AllocateCache(epoch=action.epoch, blocks=action.blocks, doubted=doubted)
+                return await self._rpc.call_all(everyone, order, bus.CacheAllocated, action.deadline)
             case RunStep():
                 return {0: (await self.step(action.slices))[0]}
 
@@ -351,7 +354,7 @@ class GroupDriver:
                 self.faults.refine(action.before, action.message)
             case AttributeNaN():
                 words = f"it stood in the KV cache of rank {action.rank}"
-                self.faults.attribute(wire.Fault.NON_FINITE, action.rank, words)
+                self.faults.attribute(Fault.NON_FINITE, action.rank, words)
             case PhaseOver():
                 self._log_phase(action.phase, action.seconds, action.words)
             case Log() if action.phase:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lockstep_runtime import wire
+from lockstep_runtime.protocol import bus
 from lockstep_runtime.recovery.diagnosis import Evidence
 
-Answer = wire.RendezvousOpened | wire.Joined | wire.CacheAllocated | wire.StepDone | wire.Scrubbed
-Report = wire.LoadProgress | wire.Loaded | wire.LoadFailed | wire.Aborted
+Answer = bus.RendezvousOpened | bus.Joined | bus.CacheAllocated | bus.StepDone | bus.Scrubbed
+Report = bus.LoadProgress | bus.Loaded | bus.LoadFailed | bus.Aborted
 
 
 @dataclass(frozen=True, slots=True)
 class RankConnected:
-    hello: wire.Hello
+    hello: bus.Hello
 
 
 @dataclass(frozen=True, slots=True)

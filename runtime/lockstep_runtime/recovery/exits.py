@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from lockstep_runtime import wire
+from lockstep_runtime.protocol import bus
 
 
 def signal_name(number: int) -> str:
@@ -14,7 +14,7 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def exit_text(message: wire.ProcessExited) -> str:
+def exit_text(message: bus.ProcessExited) -> str:
     """`was killed by SIGKILL`, `ended with exit code 1`, or `was killed by the kernel: out of memory (…)`."""
     if message.oom:
         return f"was {message.oom}"

@@ -6,10 +6,10 @@ from typing import Final
 
 import msgspec
 
+from lockstep_runtime.protocol.status import Fault, FaultRecord
 from lockstep_runtime.recovery.bounded import bounded
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.policy import Rung
-from lockstep_runtime.wire import Fault, FaultRecord
 
 KEPT: Final = 32
 

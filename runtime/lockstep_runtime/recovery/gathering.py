@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lockstep_runtime.protocol.bus import LoadFailure
+from lockstep_runtime.protocol.status import Fault, RankState
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.rank_handle import RankHandle
 from lockstep_runtime.recovery.timing import ABSENT_SECONDS, DEATH_SECONDS, RECONNECT_SECONDS, Timing
-from lockstep_runtime.wire import Fault, LoadFailure, RankState
 
 
 @dataclass(slots=True, kw_only=True)

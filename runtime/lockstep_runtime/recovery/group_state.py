@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lockstep_runtime.protocol.bus import LoadFailure
+from lockstep_runtime.protocol.status import GroupState, RankState
 from lockstep_runtime.recovery.coordinator import Coordinator
 from lockstep_runtime.recovery.rank_handle import RankHandle
 from lockstep_runtime.recovery.stage import Stage
 from lockstep_runtime.recovery.timing import MODEL_SECONDS
-from lockstep_runtime.wire import GroupState, LoadFailure, RankState
 
 
 def group_state(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lockstep_runtime.wire import ProgressRecord
+from lockstep_runtime.protocol.bus import ProgressRecord
 
 _Place = tuple[int, int]  # 0 before the step, 1 in it, 2 after it; then twice the collective, less one while inside
 _AFTER: _Place = (2, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from lockstep_runtime.wire import Latency
+from lockstep_runtime.protocol.status import Latency
 
 
 class LatencyWindow:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.status import RankState
 from lockstep_runtime.recovery import actions
 from lockstep_runtime.recovery.admission import refusal
 from lockstep_runtime.recovery.events import PodConnected, RankExited, RankStopped, Report
 from lockstep_runtime.recovery.rank_handle import RankHandle
-from lockstep_runtime.wire import RankState
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,12 @@ class Membership:
         """Of each rank's last process."""
         return [handle.last_incarnation for handle in self.handles]
 
-    def admit(self, hello: wire.Hello, epoch: int) -> wire.Welcome | wire.Refused:
+    def admit(self, hello: bus.Hello, epoch: int) -> bus.Welcome | bus.Refused:
         """Whether this peer belongs here; the epoch rises above what it has seen under another engine."""
         if reason := refusal(hello, self._config, self.handles):
-            return wire.Refused(reason=reason, retry=False)
-        known = hello.role is wire.Role.WORKER and self.handles[hello.rank].last_incarnation == hello.incarnation
-        return wire.Welcome(epoch=max(epoch, hello.epoch if known else hello.epoch + 1))
+            return bus.Refused(reason=reason, retry=False)
+        known = hello.role is bus.Role.WORKER and self.handles[hello.rank].last_incarnation == hello.incarnation
+        return bus.Welcome(epoch=max(epoch, hello.epoch if known else hello.epoch + 1))
 
     def pod_connected(self, event: PodConnected) -> bool:
         """Whether that pod was not there before, or is another."""
@@ -85,17 +85,17 @@ class Membership:
     def reported(self, handle: RankHandle, report: Report, now: float) -> actions.Log | None:
         """A rank says how far it is; returns what is worth a line."""
         match report:
-            case wire.Aborted():
+            case bus.Aborted():
                 handle.set_aborted(report.epoch)
-            case wire.Loaded():
+            case bus.Loaded():
                 handle.set_loaded(report)
                 size, seconds = report.weight_bytes / 1e6, report.seconds
                 words = f"rank {handle.rank} has its weights: {size:.1f} MB in {seconds:.2f} s"
                 return actions.Log(words, quiet=True)
-            case wire.LoadFailed():
+            case bus.LoadFailed():
                 if handle.set_failed(report):
                     return actions.Log(f"rank {handle.rank} can't load ({report.kind}): {handle.message}")
-            case wire.LoadProgress():
+            case bus.LoadProgress():
                 before = handle.heard_at
                 handle.set_progress(report, now)
                 if handle.heard_at > before:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from lockstep_runtime.config import Strategy
+from lockstep_runtime.protocol.status import Fault
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.hang_attribution import ranks_text
-from lockstep_runtime.wire import Fault
 
 REBUILDS: Final = 5
 REBUILD_REFILL_SECONDS: Final = 5.0  # of healthy time

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-from lockstep_runtime import wire
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.status import RankState, RankStatus
 from lockstep_runtime.recovery.bounded import bounded
 from lockstep_runtime.recovery.latency import LatencyWindow
-from lockstep_runtime.wire import RankState
 
 REPLACED_KEPT: Final = 64
 
@@ -23,9 +23,9 @@ class RankHandle:
 
     rank: int
     pod_index: int
-    hello: wire.Hello | None = None
+    hello: bus.Hello | None = None
     state: RankState = RankState.ABSENT
-    loaded: wire.Loaded | None = None
+    loaded: bus.Loaded | None = None
     welcome_epoch: int = 0
     idle_epoch: int = -1
     abort_sent_at: float | None = None  # until answered
@@ -49,12 +49,12 @@ class RankHandle:
     heard_at: float = 0.0  # when its process last got further in loading
     furthest: int = 0  # the most that a process of it has loaded since the group waits for it, in bytes
     furthest_at: float = 0.0  # when that rose, or the wait began
-    load_failure: wire.LoadFailure | None = None  # of the last process, until one has loaded
+    load_failure: bus.LoadFailure | None = None  # of the last process, until one has loaded
     failed_at_bytes: int = 0  # where the last failed load had come
 
     # --- what happens to it
 
-    def arrive(self, hello: wire.Hello, epoch: int, now: float) -> None:
+    def arrive(self, hello: bus.Hello, epoch: int, now: float) -> None:
         """A process of this rank has connected: a new one, or one that lost its connection."""
         if self.last_incarnation and hello.incarnation != self.last_incarnation:
             self._replace(self.last_incarnation)
@@ -90,7 +90,7 @@ class RankHandle:
         """From now on it is waited for."""
         self.furthest, self.furthest_at = 0, now
 
-    def set_progress(self, progress: wire.LoadProgress, now: float) -> None:
+    def set_progress(self, progress: bus.LoadProgress, now: float) -> None:
         moved = max(progress.bytes_done, progress.bytes_moved)
         if progress.bytes_done != self.load_done or moved > self.furthest:
             self.heard_at = now
@@ -101,7 +101,7 @@ class RankHandle:
             self.message = ""
             self.state = RankState.LOADING if progress.bytes_total else RankState.STARTING
 
-    def set_failed(self, failure: wire.LoadFailed) -> bool:
+    def set_failed(self, failure: bus.LoadFailed) -> bool:
         """Its own words; whether they are news."""
         message, self.load_failure = bounded(failure.message), failure.kind
         news = self.state is not RankState.FAILED or self.message != message
@@ -109,7 +109,7 @@ class RankHandle:
         self.failed_at_bytes = max(self.failed_at_bytes, self.load_done)
         return news
 
-    def set_loaded(self, loaded: wire.Loaded) -> None:
+    def set_loaded(self, loaded: bus.Loaded) -> None:
         self.loaded = loaded
         self.state, self.message, self.failed_at_bytes = RankState.LOADED, "", 0
         self.load_failure = None
@@ -129,7 +129,7 @@ class RankHandle:
             self.idle_epoch = max(self.idle_epoch, epoch)
             self.state = RankState.LOADED
 
-    def stepped(self, answer: wire.StepDone, at: float) -> None:
+    def stepped(self, answer: bus.StepDone, at: float) -> None:
         """`at`: unix seconds."""
         self.last_step, self.last_step_at = answer.step, at
         self.latency.add(answer.seconds)
@@ -163,9 +163,9 @@ class RankHandle:
         """No process of it has come further than one did before."""
         return self.furthest_at + seconds if self.loaded is None else None
 
-    def status(self) -> wire.RankStatus:
+    def status(self) -> RankStatus:
         hello = self.hello
-        return wire.RankStatus(
+        return RankStatus(
             rank=self.rank,
             pod_index=self.pod_index,
             state=self.state,

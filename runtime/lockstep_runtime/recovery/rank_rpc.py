@@ -15,7 +15,10 @@ from typing import Final, NoReturn, cast
 
 import msgspec
 
-from lockstep_runtime import wire
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.framing import encode
+from lockstep_runtime.protocol.status import Fault
+from lockstep_runtime.protocol.step import SequenceSlice
 from lockstep_runtime.recovery.bus import Peer
 from lockstep_runtime.recovery.coordinator import Coordinator
 from lockstep_runtime.recovery.diagnosis import Evidence, compare, diagnose, no_answer
@@ -23,8 +26,6 @@ from lockstep_runtime.recovery.events import Answer
 from lockstep_runtime.recovery.hang_attribution import HangReport, attribute
 from lockstep_runtime.recovery.progress_query import ProgressQuery
 from lockstep_runtime.recovery.watchdog import Deadline, DeadlineTimer, extension
-from lockstep_runtime.transport import encode
-from lockstep_runtime.wire import Fault
 
 SECONDARY_SECONDS: Final = 0.5  # how long to wait for the cause when ranks only report its effect
 NOT_STARTED_SECONDS: Final = 0.1  # and for the other ranks to say that they could not begin the step either
@@ -129,7 +130,7 @@ class RankRpc:
         call = self._call
         if call is None or type(answer) is not call.kind or answer.epoch != self.epoch:
             return
-        if isinstance(answer, wire.StepDone):
+        if isinstance(answer, bus.StepDone):
             if answer.step != call.step:
                 return
             self._handles[rank].stepped(answer, time.time())
@@ -138,7 +139,7 @@ class RankRpc:
             if len(call.answers) == len(call.ranks):
                 call.settle()
 
-    def failed(self, rank: int, message: wire.StepFailed) -> None:
+    def failed(self, rank: int, message: bus.StepFailed) -> None:
         """A rank says that it failed, or that another one did."""
         if message.epoch != self.epoch:
             return
@@ -159,7 +160,7 @@ class RankRpc:
 
     # --- what is asked
 
-    async def step(self, sequences: list[wire.SequenceSlice], deadline: Callable[[], Deadline]) -> wire.StepDone:
+    async def step(self, sequences: list[SequenceSlice], deadline: Callable[[], Deadline]) -> bus.StepDone:
         """Run one step on every rank and return what rank 0 says of it, once all ranks agree. What its deadline is, is
         asked when the ranks are at work: they wait for nothing that isn't needed to begin.
 
@@ -168,9 +169,9 @@ class RankRpc:
             StepRefusedError: no rank could begin it; the group is as good as before.
         """
         self._step += 1
-        step = wire.Step(epoch=self.epoch, step=self._step, sequences=sequences)
-        call = self._put(range(len(self._handles)), step, wire.StepDone)
-        answers = cast("dict[int, wire.StepDone]", await self._answers(call, deadline()))
+        step = bus.Step(epoch=self.epoch, step=self._step, sequences=sequences)
+        call = self._put(range(len(self._handles)), step, bus.StepDone)
+        answers = cast("dict[int, bus.StepDone]", await self._answers(call, deadline()))
         if odd := compare(answers):
             self._evidence.append(odd)
             self._raise()
@@ -190,7 +191,7 @@ class RankRpc:
     def _put(self, ranks: Sequence[int], message: msgspec.Struct, kind: type[Answer]) -> _PendingCall:
         self.check()
         done = asyncio.get_running_loop().create_future()
-        step = message.step if isinstance(message, wire.Step) else -1
+        step = message.step if isinstance(message, bus.Step) else -1
         self._call = call = _PendingCall(kind, step, frozenset(ranks), done)
         frame = encode(message)
         for rank in ranks:
@@ -243,12 +244,12 @@ class RankRpc:
             return
 
 
-def _has_begun(record: wire.ProgressRecord, epoch: int, step: int) -> bool:
+def _has_begun(record: bus.ProgressRecord, epoch: int, step: int) -> bool:
     return (record.epoch, record.step) == (epoch, step) and record.collective > 0
 
 
 def _grace(call: _PendingCall, deadline: Deadline, patience: DeadlineTimer, report: HangReport) -> float:
     """Seconds more; 0: it hangs. Ranks that are all joining wait for the network, not for each other."""
-    if call.kind is wire.Joined and not report.stragglers:
+    if call.kind is bus.Joined and not report.stragglers:
         return min(deadline.seconds, max(0.0, deadline.ceiling - patience.waited))
     return extension(deadline, patience, report.moved_ago)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from lockstep_runtime.wire import SamplingParams, SequenceSlice
+from lockstep_runtime.protocol.step import SamplingParams, SequenceSlice
 
 SEQUENCE: Final = 0  # no request's: those count from 1
 PROMPT: Final = [1, 2, 3]  # token ids that every vocabulary has

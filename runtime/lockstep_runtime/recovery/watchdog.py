@@ -18,7 +18,7 @@ from typing import Final
 import msgspec
 
 from lockstep_runtime.config import Watchdog
-from lockstep_runtime.wire import SequenceSlice
+from lockstep_runtime.protocol.step import SequenceSlice
 
 CEILING_SECONDS: Final = 120.0  # of a learned deadline, and of a step of which nothing is known
 SINKING: Final = 0.9  # of what a high mark is above a shorter duration, this much is left after it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from lockstep_runtime.wire import PodProblem, PodProblemReason
+from lockstep_runtime.protocol.status import PodProblem, PodProblemReason
 
 REMEMBERED_SECONDS: Final = 60.0  # longer than the longest pause between two attempts to start a process
 MAX_TEXT: Final = 512

@@ -20,12 +20,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from lockstep_runtime import child, wire
-from lockstep_runtime.progress import Progress, Record, Stage, new_memory
-from lockstep_runtime.supervisor.machine import ENGINE, Name
+from lockstep_runtime.host import process_init
+from lockstep_runtime.host.torch_environment import NCCL_VARIABLES
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.progress_record import Progress, Record, Stage, new_memory
 from lockstep_runtime.supervisor.spare import Spare, SpareLostError
-from lockstep_runtime.supervisor.starvation import Standstill
-from lockstep_runtime.torch_environment import NCCL_VARIABLES
+from lockstep_runtime.supervisor.stall_tracker import Standstill
+from lockstep_runtime.supervisor.state_machine import ENGINE, Name
 
 logger = logging.getLogger(__name__)
 _HEALTHY_SECONDS: Final = 10.0  # of the spare's and the engine's life
@@ -87,7 +88,7 @@ class Processes:
     """All children of this supervisor."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        own = NCCL_VARIABLES | {child.PARENT_VARIABLE: str(os.getpid())}
+        own = NCCL_VARIABLES | {process_init.PARENT_VARIABLE: str(os.getpid())}
         self._environment = _ONE_THREAD | dict(environment) | own
         self._by_name: dict[Name, _Process] = {}
         self._caches: dict[int, int] = {}  # descriptors of the memory in which a rank's KV cache outlives its process
@@ -158,7 +159,7 @@ class Processes:
             ForkError: it has none.
         """
         incarnation, progress = secrets.token_hex(8), -1
-        birth = child.Birth(rank=rank, incarnation=incarnation)
+        birth = process_init.Birth(rank=rank, incarnation=incarnation)
         self._awaited[rank] = 0
         try:
             await self._wait_for_ended(rank)
@@ -176,7 +177,7 @@ class Processes:
             self.signal(rank, owed)
         return pid
 
-    async def _fork_loaded(self, birth: child.Birth, *descriptors: int) -> int | None:
+    async def _fork_loaded(self, birth: process_init.Birth, *descriptors: int) -> int | None:
         loaded = self._loaded.get(birth.rank)
         if loaded is not None and loaded.is_warm():
             try:
@@ -189,7 +190,7 @@ class Processes:
         await self._wait_for_ended(birth.rank)
         return None
 
-    async def _fork_spare(self, birth: child.Birth, *descriptors: int) -> int:
+    async def _fork_spare(self, birth: process_init.Birth, *descriptors: int) -> int:
         if self._spare is None or not self._spare.was_warm:
             raise SpareLostError("there is no spare that is warm")
         self._loaded[birth.rank] = loaded = Spare()
@@ -205,7 +206,7 @@ class Processes:
             self._caches[rank] = os.memfd_create(f"lockstep-cache-{rank}")
         return self._caches[rank]
 
-    def records(self) -> list[wire.ProgressRecord]:
+    def records(self) -> list[bus.ProgressRecord]:
         """How far every worker has come, whether it answers or not."""
         now = time.monotonic()
         return [_told(process, self._record(process), now) for process in self._ranks()]
@@ -302,7 +303,7 @@ def _spawn_engine(environment: Mapping[str, str], history: bytes) -> int:
     with os.fdopen(memory, "r+b", buffering=0) as file:
         file.write(history)
         file.seek(0)
-        return _spawn("lockstep_runtime.engine", {**environment, child.HISTORY_VARIABLE: "stdin"}, memory)
+        return _spawn("lockstep_runtime.engine", {**environment, process_init.HISTORY_VARIABLE: "stdin"}, memory)
 
 
 def _spawn(module: str, environment: Mapping[str, str], stdin: int = 0) -> int:
@@ -322,9 +323,9 @@ def _new(name: Name, pid: int, incarnation: str, progress: int) -> _Process:
     return _Process(name, pid, incarnation, now, progress, Standstill(pid, now))
 
 
-def _told(process: _Process, record: Record, now: float) -> wire.ProgressRecord:
+def _told(process: _Process, record: Record, now: float) -> bus.ProgressRecord:
     age, starved = process.standstill.look(record, now)
-    return wire.ProgressRecord(
+    return bus.ProgressRecord(
         rank=int(process.name),
         incarnation=process.incarnation,
         epoch=record.epoch,

@@ -15,12 +15,18 @@ from typing import Any, Final
 
 import msgspec
 
-from lockstep_runtime import child, fault_box, owned_files, running, wire
+from lockstep_runtime.chaos import discovery, pending
 from lockstep_runtime.config import CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
-from lockstep_runtime.supervisor import starvation
-from lockstep_runtime.supervisor.board import StatusBoard
-from lockstep_runtime.supervisor.link import Link
-from lockstep_runtime.supervisor.machine import (
+from lockstep_runtime.host import process_init, shm_files
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.chaos import Inject
+from lockstep_runtime.protocol.status import PodProblemReason
+from lockstep_runtime.supervisor import stall_tracker
+from lockstep_runtime.supervisor.bus_client import Link
+from lockstep_runtime.supervisor.oom import OutOfMemory
+from lockstep_runtime.supervisor.problems import Problems
+from lockstep_runtime.supervisor.process import Exit, ForkError, Processes, Stop
+from lockstep_runtime.supervisor.state_machine import (
     ENGINE,
     SPARE,
     Action,
@@ -32,10 +38,7 @@ from lockstep_runtime.supervisor.machine import (
     Signal,
     Spawn,
 )
-from lockstep_runtime.supervisor.oom import OutOfMemory
-from lockstep_runtime.supervisor.problems import Problems
-from lockstep_runtime.supervisor.process import Exit, ForkError, Processes, Stop
-from lockstep_runtime.wire import PodProblemReason
+from lockstep_runtime.supervisor.status_store import StatusBoard
 
 logger = logging.getLogger(__name__)
 
@@ -91,19 +94,19 @@ class Supervisor:
             await self._processes.wait_for_orphans()
             for one in listening:
                 one.close()
-            owned_files.remove(os.environ)
+            shm_files.remove(os.environ)
             for claim in self._claims:
                 os.close(claim)
-            running.forget(os.getpid())
+            discovery.forget(os.getpid())
 
     def _lay_out_files(self) -> None:
         """What supervisors that were killed left behind goes; a fault on purpose waits for its rank."""
-        owned_files.remove(os.environ)
-        self._claims = owned_files.claim(os.environ)
-        if self._config.allow_faults and (once := os.environ.get(fault_box.ONCE_VARIABLE)):
-            fault = fault_box.parse_once(once)
+        shm_files.remove(os.environ)
+        self._claims = shm_files.claim(os.environ)
+        if self._config.allow_faults and (once := os.environ.get(pending.ONCE_VARIABLE)):
+            fault = pending.parse_once(once)
             if fault.rank in self._config.ranks:
-                fault_box.leave(os.environ, fault)
+                pending.leave(os.environ, fault)
 
     async def _serve(self, listening: Sequence[socket.socket]) -> None:
         """The HTTP server is imported while the children start."""
@@ -127,7 +130,7 @@ class Supervisor:
                 self._board.check(time.monotonic())
             if self._problems.forget_old(time.time()):
                 self._tell_problems()
-            await asyncio.sleep(starvation.LOOK_SECONDS)
+            await asyncio.sleep(stall_tracker.LOOK_SECONDS)
 
     # --- what happens
 
@@ -160,7 +163,7 @@ class Supervisor:
             self._complain(PodProblemReason.OUT_OF_MEMORY, f"{who} was {oom}")
         if isinstance(gone.name, int):
             self._link.send(
-                wire.ProcessExited(
+                bus.ProcessExited(
                     rank=gone.name,
                     pid=gone.pid,
                     incarnation=gone.incarnation,
@@ -172,7 +175,7 @@ class Supervisor:
         elif gone.name == SPARE:
             self._end_spare_talk()
         hopeless = gone.name == ENGINE and gone.code == PORT_TAKEN_EXIT
-        slowly = isinstance(gone.name, int) and gone.code == child.CANT_LOAD_EXIT
+        slowly = isinstance(gone.name, int) and gone.code == process_init.CANT_LOAD_EXIT
         now = time.monotonic()
         self._do(self._machine.exited(gone.name, healthy=gone.healthy, now=now, hopeless=hopeless, slowly=slowly))
         if gone.name == ENGINE and self._board is not None:
@@ -194,27 +197,27 @@ class Supervisor:
         logger.info("asked to end by %s", signal.Signals(number).name)
         self._do(self._machine.asked_to_end(time.monotonic(), connected=self._link.connected))
 
-    def _on_message(self, message: wire.ToSupervisor) -> None:
+    def _on_message(self, message: bus.ToSupervisor) -> None:
         match message:
-            case wire.StatusReport() if self._board is not None:
+            case bus.StatusReport() if self._board is not None:
                 self._board.take(message.status)
                 self._machine.heard(time.monotonic())
-            case wire.KillWorker():
+            case bus.KillWorker():
                 if self._processes.incarnation(message.rank) == message.incarnation:
                     self._do(self._machine.kill(message.rank, message.reason))  # first: it must not join once more
                     if message.reload:
                         self._processes.end_loaded_spare(message.rank)
-            case wire.ReadProgress():
-                self._link.send(wire.ProgressReport(asked=message.asked, records=self._processes.records()))
-            case wire.Inject():
-                if self._config.allow_faults and not fault_box.leave(os.environ, message):
+            case bus.ReadProgress():
+                self._link.send(bus.ProgressReport(asked=message.asked, records=self._processes.records()))
+            case Inject():
+                if self._config.allow_faults and not pending.leave(os.environ, message):
                     logger.warning("%s on rank %d is left out: enough faults wait for it", message.kind, message.rank)
-            case wire.Release():
+            case bus.Release():
                 self._do(self._machine.released(time.monotonic()))
             case _:
                 pass
 
-    def _inject(self, fault: wire.Inject) -> bool:
+    def _inject(self, fault: Inject) -> bool:
         """A fault on purpose: the engine knows whom it concerns."""
         self._link.send(fault)
         return self._link.connected
@@ -249,7 +252,7 @@ class Supervisor:
                 logger.log(level, "%s to %s: %s", signal.Signals(action.number).name, action.name, action.reason)
                 self._processes.signal(action.name, action.number)
             case SayLeaving():
-                self._link.send(wire.Leaving(grace_seconds=action.grace_seconds))
+                self._link.send(bus.Leaving(grace_seconds=action.grace_seconds))
             case Finish():
                 logger.info("ends: %s", action.reason)
                 if not self._finished.done():
@@ -292,13 +295,13 @@ class Supervisor:
 
     def _tell_problems(self) -> None:
         """To the group's status, by the engine, and in the leader's own while there is none."""
-        self._link.send(wire.PodReport(problems=self._problems.all()))
+        self._link.send(bus.PodReport(problems=self._problems.all()))
         if self._board is not None:
             self._board.complain(self._problems.all())
 
     def _say_stopped(self, action: SayStopped) -> None:
         pid, incarnation = self._processes.pids()[action.rank], self._processes.incarnation(action.rank)
-        message = wire.ProcessStopped(rank=action.rank, pid=pid, incarnation=incarnation, signal=action.number)
+        message = bus.ProcessStopped(rank=action.rank, pid=pid, incarnation=incarnation, signal=action.number)
         self._link.send(message)
 
     def _history(self) -> bytes:

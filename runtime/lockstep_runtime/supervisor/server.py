@@ -15,10 +15,12 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from lockstep_runtime import fault_box, wire
+from lockstep_runtime.chaos import pending
 from lockstep_runtime.host import descriptors
 from lockstep_runtime.host.connections import limited
-from lockstep_runtime.supervisor.board import StatusBoard, parse_seen
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.chaos import Inject
+from lockstep_runtime.supervisor.status_store import StatusBoard, parse_seen
 
 POLL_SECONDS: Final = 30.0
 MAX_CONNECTIONS: Final = 256
@@ -26,10 +28,10 @@ BACKLOG: Final = 32
 _encoder: Final = msgspec.json.Encoder()
 
 
-Inject = Callable[[wire.Inject], bool]  # hands a fault on purpose to the engine; whether there is one
+PassOn = Callable[[Inject], bool]  # hands a fault on purpose to the engine; whether there is one
 
 
-def create_app(board: StatusBoard | None, token: str, inject: Inject | None = None) -> Starlette:
+def create_app(board: StatusBoard | None, token: str, inject: PassOn | None = None) -> Starlette:
     """`board` is None in pods other than the leader's: they have no `/status`, and are ready while they live. All pods
     of a StatefulSet have the same probes; the leader's is ready while its group accepts requests.
 
@@ -61,10 +63,10 @@ def create_app(board: StatusBoard | None, token: str, inject: Inject | None = No
         if not _authorized(request, token):
             return PlainTextResponse("a bearer token is needed\n", 401, {"WWW-Authenticate": "Bearer"})
         try:
-            fault = msgspec.json.decode(await _small_body(request), type=wire.Inject)
+            fault = msgspec.json.decode(await _small_body(request), type=Inject)
         except msgspec.MsgspecError as error:
             return PlainTextResponse(f"no fault that can be injected: {error}\n", 400)
-        if why_not := fault_box.why_not(fault):
+        if why_not := pending.why_not(fault):
             return PlainTextResponse(f"{why_not}\n", 409)
         if inject is None or not inject(fault):
             return PlainTextResponse("there is no engine just now\n", 503)
@@ -80,7 +82,7 @@ async def _small_body(request: Request) -> bytes:
     body = b""
     async for chunk in request.stream():
         body += chunk
-        if len(body) > wire.MAX_HELLO_BYTES:
+        if len(body) > bus.MAX_HELLO_BYTES:
             raise msgspec.ValidationError("it is too long")
     return body
 
@@ -93,7 +95,7 @@ def _authorized(request: Request, token: str) -> bool:
 class StatusServer(uvicorn.Server):
     """On the supervisor's own loop; signals are the supervisor's."""
 
-    def __init__(self, board: StatusBoard | None, token: str, inject: Inject | None = None) -> None:
+    def __init__(self, board: StatusBoard | None, token: str, inject: PassOn | None = None) -> None:
         app = create_app(board, token, inject)
         super().__init__(
             uvicorn.Config(

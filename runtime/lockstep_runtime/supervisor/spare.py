@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from lockstep_runtime import child
+from lockstep_runtime.host import process_init
 
 _END_SECONDS: Final = 1.0  # for the kernel, to clear up behind a large process
 _ANSWER_BYTES: Final = 512
@@ -43,11 +43,13 @@ class Spare:
         """Whether it has said so by now."""
         if not self.was_warm and not self._is_lost:
             with contextlib.suppress(OSError):
-                word, self._process, _, _ = socket.recv_fds(self._ours, len(child.WARM), 1, socket.MSG_CMSG_CLOEXEC)
-                self.was_warm = word == child.WARM
+                word, self._process, _, _ = socket.recv_fds(
+                    self._ours, len(process_init.WARM), 1, socket.MSG_CMSG_CLOEXEC
+                )
+                self.was_warm = word == process_init.WARM
         return self.was_warm
 
-    async def bear(self, seconds: float, birth: child.Birth, *descriptors: int) -> int:
+    async def bear(self, seconds: float, birth: process_init.Birth, *descriptors: int) -> int:
         """The pid of a new process. It waits for a byte, so that one of which we did not hear in time never becomes
         the rank.
 
@@ -67,7 +69,7 @@ class Spare:
             os.close(wait)
             os.close(go)
 
-    async def _ask(self, seconds: float, birth: child.Birth, *descriptors: int) -> bytes:
+    async def _ask(self, seconds: float, birth: process_init.Birth, *descriptors: int) -> bytes:
         if self._is_lost:
             raise SpareLostError("it does not answer")
         try:

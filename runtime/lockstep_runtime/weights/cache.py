@@ -28,8 +28,8 @@ from torch import Tensor
 
 from lockstep_runtime.host.memory import file_bytes, mebibytes
 from lockstep_runtime.weights.checksum import checksum
-from lockstep_runtime.weights.plan import Cut
-from lockstep_runtime.weights.threads import in_threads
+from lockstep_runtime.weights.parallel_map import in_threads
+from lockstep_runtime.weights.sharding import Cut
 
 logger = logging.getLogger(__name__)
 

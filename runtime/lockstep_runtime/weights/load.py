@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from lockstep_runtime.weights.cache import CacheWriter, Identity, Wanted, WeightCache
-from lockstep_runtime.weights.plan import Cut
-from lockstep_runtime.weights.read import Checkpoint
-from lockstep_runtime.weights.threads import in_threads
+from lockstep_runtime.weights.checkpoint import Checkpoint
+from lockstep_runtime.weights.parallel_map import in_threads
+from lockstep_runtime.weights.sharding import Cut
 from lockstep_runtime.weights.weight import StoredTable, Weight
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all

@@ -8,9 +8,9 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
+from lockstep_runtime.weights.checkpoint import StoredRows
 from lockstep_runtime.weights.checksum import checksum_in_parts
-from lockstep_runtime.weights.plan import Cut
-from lockstep_runtime.weights.read import StoredRows
+from lockstep_runtime.weights.sharding import Cut
 
 WINDOW_BYTES: Final = 16 * 1024 * 1024  # what is staged at once, so that loading needs little more than the weights
 

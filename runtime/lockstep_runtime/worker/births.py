@@ -11,10 +11,12 @@ from typing import Final, NoReturn
 
 import msgspec
 
-from lockstep_runtime import child
+from lockstep_runtime.host import process_init
 
 QUIET_SECONDS: Final = 2.0  # after a birth, in which the group has better things to do than to get ready for the next
-Life = Callable[[child.Birth, list[int]], NoReturn]  # a newborn's, with what `child.Birth` says it is given
+Life = Callable[
+    [process_init.Birth, list[int]], NoReturn
+]  # a newborn's, with what `process_init.Birth` says it is given
 
 
 def give_birth(orders: socket.socket, live: Life, prepare: Callable[[], None] | None = None) -> NoReturn:
@@ -104,7 +106,7 @@ def _begin(live: Life, order: bytes, given: list[int]) -> NoReturn:
         os._exit(0)  # the supervisor did not wait for it
     os.close(go)
     try:
-        live(msgspec.json.decode(order, type=child.Birth), descriptors)
+        live(msgspec.json.decode(order, type=process_init.Birth), descriptors)
     finally:
         os._exit(1)  # never back into the spare's loop
 

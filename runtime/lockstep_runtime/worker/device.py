@@ -10,9 +10,9 @@ from typing import Final
 import torch
 
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.weights.errors import ModelError
-from lockstep_runtime.wire import LoadFailure
-from lockstep_runtime.worker.classify import is_out_of_memory
+from lockstep_runtime.protocol.bus import LoadFailure
+from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.worker.fault_classifier import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from lockstep_runtime.wire import SamplingParams
+from lockstep_runtime.protocol.step import SamplingParams
 
 NONE: Final = float("-inf")
 NUCLEUS_GUESS: Final = 1024  # likeliest tokens tried for top_p before the whole vocabulary is sorted

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NoReturn
 
-from lockstep_runtime import child
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.host import process_init
 from lockstep_runtime.worker.births import Life, fork_orphan, give_birth
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,9 @@ def _wait(config: ServeConfig, rank: int, orders: socket.socket, live: Life, pre
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)  # the old one may be locked for ever
         _let_go(orders.fileno())
         title = f"loaded spare of rank {rank} model={config.model_name} group={config.group}"
-        child.become(f"loaded spare {rank}", title)
+        process_init.become(f"loaded spare {rank}", title)
         myself = os.pidfd_open(os.getpid())
-        socket.send_fds(orders, [child.WARM], [myself])
+        socket.send_fds(orders, [process_init.WARM], [myself])
         os.close(myself)
         give_birth(orders, live, prepare)
     finally:

@@ -13,28 +13,31 @@ from typing import Final, NoReturn, Protocol
 
 import msgspec
 
-from lockstep_runtime import child, fault_box, wire
+from lockstep_runtime.chaos import pending
+from lockstep_runtime.chaos.injector import Injector
 from lockstep_runtime.config import TOKEN_VARIABLE, ServeConfig
+from lockstep_runtime.distributed import join as collectives
+from lockstep_runtime.distributed.communicator import Group
+from lockstep_runtime.distributed.errors import GroupStuckError
+from lockstep_runtime.distributed.join import Rendezvous, join_seconds
+from lockstep_runtime.distributed.traced import WatchedGroup
+from lockstep_runtime.host import process_init
 from lockstep_runtime.layers.cache import CacheMemory
-from lockstep_runtime.parallel import group as collectives
-from lockstep_runtime.parallel.communicator import Group
-from lockstep_runtime.parallel.errors import GroupStuckError
-from lockstep_runtime.parallel.group import Rendezvous, join_seconds
-from lockstep_runtime.parallel.watched import WatchedGroup
-from lockstep_runtime.progress import Progress, Stage
-from lockstep_runtime.weights.errors import ModelError
-from lockstep_runtime.wire import Fault
-from lockstep_runtime.worker.classify import classify, is_out_of_memory, load_failure
-from lockstep_runtime.worker.control import Command, Connected, Control, Disconnected, Dismissed
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.chaos import Inject
+from lockstep_runtime.protocol.progress_record import Progress, Stage
+from lockstep_runtime.protocol.status import Fault
+from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.worker.bus_client import Command, Connected, Control, Disconnected, Dismissed
+from lockstep_runtime.worker.fault_classifier import classify, is_out_of_memory, load_failure
 from lockstep_runtime.worker.heartbeat import Heartbeat
-from lockstep_runtime.worker.inject import Injector
 from lockstep_runtime.worker.loaded_spare import leave_loaded_spare
-from lockstep_runtime.worker.runner import LoadReport, Runner
+from lockstep_runtime.worker.model_runner import LoadReport, Runner
 from lockstep_runtime.worker.scrub import CorruptionError, Scrub
 
 logger = logging.getLogger(__name__)
 
-Order = wire.Rendezvous | wire.Join | wire.AllocateCache | wire.Step | wire.Scrub
+Order = bus.Rendezvous | bus.Join | bus.AllocateCache | bus.Step | bus.Scrub
 
 JOIN_STEP: Final = -1  # joining, in the progress record
 PROGRESS_SECONDS: Final = 0.2  # between two LoadProgress messages
@@ -44,7 +47,7 @@ FAREWELL_SECONDS: Final = 5.0  # for the engine to be there to hear why loading 
 
 
 class Collectives(Protocol):
-    """What a worker needs of `parallel.group`."""
+    """What a worker needs of `distributed.join`."""
 
     def open_rendezvous(self, config: ServeConfig, epoch: int) -> Rendezvous: ...
 
@@ -69,12 +72,12 @@ class Worker:
         self._control, self._progress, self._collectives = control, progress, collectives
         self._rendezvous: Rendezvous | None = None
         self._group: Group | None = None
-        self._loaded: wire.Loaded | None = None
+        self._loaded: bus.Loaded | None = None
         self._epoch = 0  # of the communicator
         self._runner: Runner
         self._scrub: Scrub | None = None
         self._progress_sent = 0.0
-        self._load_progress = wire.LoadProgress(bytes_done=0, bytes_total=0)
+        self._load_progress = bus.LoadProgress(bytes_done=0, bytes_total=0)
         control.interrupt = self._interrupt
         self._faults: Injector | None = None
         if config.allow_faults:
@@ -86,7 +89,7 @@ class Worker:
         self._runner = runner
         self._progress.set_stage(Stage.LOADING)
         if self._faults is not None:
-            for fault in fault_box.take(os.environ, self._rank):
+            for fault in pending.take(os.environ, self._rank):
                 self._faults.arm(fault)
         begun = time.monotonic()
         with Heartbeat(self._beat):
@@ -112,21 +115,21 @@ class Worker:
                         self._control.send(self._loaded)
                 case Disconnected():
                     self._drop_group()
-                case wire.Abort():
+                case bus.Abort():
                     self._abort(command)
-                case wire.Inject():
+                case Inject():
                     if self._faults is not None:
                         self._faults.idle()
                 case _ if command.epoch >= self._control.fence:
                     self._obey(command)
 
-    def _abort(self, command: wire.Abort) -> None:
+    def _abort(self, command: bus.Abort) -> None:
         """This thread is out of whatever it was in. To say so waits for nothing: what a communicator holds may take
         seconds to be given back, and as long as its peers have not left theirs."""
         begun = time.monotonic()
         if self._group is not None:
             self._group.release()
-        self._control.send(wire.Aborted(epoch=command.epoch, seconds=time.monotonic() - begun))
+        self._control.send(bus.Aborted(epoch=command.epoch, seconds=time.monotonic() - begun))
         self._drop_group()
 
     def _next_command(self) -> Command:
@@ -145,13 +148,13 @@ class Worker:
         except CorruptionError as error:
             logger.error("%s", error)
             self._scrub = None  # once is enough: this process is to be replaced
-            message = wire.StepFailed(epoch=self._epoch, step=-1, fault=Fault.CORRUPTION, message=str(error))
+            message = bus.StepFailed(epoch=self._epoch, step=-1, fault=Fault.CORRUPTION, message=str(error))
             self._control.send(message)
 
     def _obey(self, command: Order) -> None:
         """Any exception but that of a stuck communicator is this rank's failure to report, not a reason to end: the
         engine decides what follows."""
-        step = command.step if isinstance(command, wire.Step) else -1
+        step = command.step if isinstance(command, bus.Step) else -1
         starved = False
         try:
             self._control.send(self._answer(command))
@@ -164,7 +167,7 @@ class Worker:
             starved = is_out_of_memory(error)
             untouched = step >= 0 and not self._progress.collectives
             self._control.send(  # before it is logged: a traceback takes its time
-                wire.StepFailed(epoch=command.epoch, step=step, fault=fault, message=message, untouched=untouched)
+                bus.StepFailed(epoch=command.epoch, step=step, fault=fault, message=message, untouched=untouched)
             )
             logger.log(
                 logging.WARNING if fault is Fault.RANK_LOST else logging.ERROR,
@@ -174,40 +177,40 @@ class Worker:
         if starved:  # the error is gone, and with it what its frames referred to
             self._runner.give_back_unused()
 
-    def _answer(self, command: Order) -> wire.FromWorker:
+    def _answer(self, command: Order) -> bus.FromWorker:
         match command:
-            case wire.Step():
+            case bus.Step():
                 return self._step(command)
-            case wire.Rendezvous():
+            case bus.Rendezvous():
                 self._drop_group()
                 self._rendezvous = self._collectives.open_rendezvous(self._config, command.epoch)
-                return wire.RendezvousOpened(epoch=command.epoch, address=self._rendezvous.address)
-            case wire.Join():
+                return bus.RendezvousOpened(epoch=command.epoch, address=self._rendezvous.address)
+            case bus.Join():
                 return self._join(command)
-            case wire.AllocateCache():
+            case bus.AllocateCache():
                 return self._allocate(command)
-            case wire.Scrub():
+            case bus.Scrub():
                 return self._scrub_all(command)
 
-    def _scrub_all(self, command: wire.Scrub) -> wire.Scrubbed | wire.StepFailed:
+    def _scrub_all(self, command: bus.Scrub) -> bus.Scrubbed | bus.StepFailed:
         try:
             tensors = self._scrub.whole_round() if self._scrub is not None else 0
         except CorruptionError as error:
-            return wire.StepFailed(epoch=command.epoch, step=-1, fault=Fault.CORRUPTION, message=str(error))
-        return wire.Scrubbed(epoch=command.epoch, tensors=tensors)
+            return bus.StepFailed(epoch=command.epoch, step=-1, fault=Fault.CORRUPTION, message=str(error))
+        return bus.Scrubbed(epoch=command.epoch, tensors=tensors)
 
-    def _allocate(self, command: wire.AllocateCache) -> wire.CacheAllocated:
+    def _allocate(self, command: bus.AllocateCache) -> bus.CacheAllocated:
         offered = self._loaded.cache_blocks if self._loaded is not None else command.blocks
         if command.blocks > offered:  # what a process before this one had may have been given back since
             offered = self._room()
         if command.blocks > offered:
-            return wire.CacheAllocated(epoch=command.epoch, contents="", blocks=offered, memory_bytes=0)
+            return bus.CacheAllocated(epoch=command.epoch, contents="", blocks=offered, memory_bytes=0)
         cache = self._runner.allocate(command.blocks)
         spoiled = self._runner.is_spoiled(command.doubted)
         if spoiled:
             logger.warning("NaN or infinity stood in the KV cache, which is laid out anew")
             cache = self._runner.allocate(command.blocks, anew=True)
-        return wire.CacheAllocated(
+        return bus.CacheAllocated(
             epoch=command.epoch, contents=cache.name, blocks=cache.blocks, memory_bytes=cache.nbytes, spoiled=spoiled
         )
 
@@ -217,7 +220,7 @@ class Worker:
         except ModelError:
             return 0
 
-    def _join(self, command: wire.Join) -> wire.Joined:
+    def _join(self, command: bus.Join) -> bus.Joined:
         begun = time.monotonic()
         self._progress.enter(command.epoch, JOIN_STEP)
         if self._faults is not None:
@@ -231,9 +234,9 @@ class Worker:
         self._group, self._epoch = WatchedGroup(group, self._progress), command.epoch
         if self._control.fence > command.epoch:  # an abort that came before there was a group to abort
             self._group.release()
-        return wire.Joined(epoch=command.epoch, seconds=time.monotonic() - begun)
+        return bus.Joined(epoch=command.epoch, seconds=time.monotonic() - begun)
 
-    def _step(self, command: wire.Step) -> wire.StepDone:
+    def _step(self, command: bus.Step) -> bus.StepDone:
         if self._group is None:
             raise RuntimeError("a step came before the communicator was joined")
         self._progress.enter(command.epoch, command.step)
@@ -242,7 +245,7 @@ class Worker:
         output = self._runner.step(step, group)
         seconds = time.monotonic() - begun
         self._progress.leave(command.epoch, command.step)
-        return wire.StepDone(
+        return bus.StepDone(
             epoch=command.epoch,
             step=command.step,
             seconds=seconds,
@@ -273,7 +276,7 @@ class Worker:
     def _on_progress(self, done: int, total: int) -> None:
         if self._faults is not None:
             self._faults.loading()
-        self._load_progress = wire.LoadProgress(bytes_done=done, bytes_total=total)
+        self._load_progress = bus.LoadProgress(bytes_done=done, bytes_total=total)
         now = time.monotonic()
         if now - self._progress_sent >= PROGRESS_SECONDS or done == total:
             self._progress_sent = now
@@ -284,8 +287,8 @@ class Worker:
         self._control.send(msgspec.structs.replace(self._load_progress, bytes_moved=moved))
 
 
-def _loaded(report: LoadReport, seconds: float) -> wire.Loaded:
-    return wire.Loaded(
+def _loaded(report: LoadReport, seconds: float) -> bus.Loaded:
+    return bus.Loaded(
         seconds=seconds,
         weight_bytes=report.weight_bytes,
         read_bytes=report.read_bytes,
@@ -307,17 +310,19 @@ def _say_farewell(control: Control, error: Exception) -> NoReturn:
     deadline = time.monotonic() + FAREWELL_SECONDS
     while time.monotonic() < deadline and not control.connected:
         time.sleep(0.05)
-    control.send(wire.LoadFailed(message=message, kind=kind))
-    _end(LOAD_FAILED_EXIT if kind is wire.LoadFailure.TRANSIENT else child.CANT_LOAD_EXIT)
+    control.send(bus.LoadFailed(message=message, kind=kind))
+    _end(LOAD_FAILED_EXIT if kind is bus.LoadFailure.TRANSIENT else process_init.CANT_LOAD_EXIT)
 
 
-def main(config: ServeConfig, birth: child.Birth, descriptors: list[int], runner: Runner | None = None) -> NoReturn:
+def main(
+    config: ServeConfig, birth: process_init.Birth, descriptors: list[int], runner: Runner | None = None
+) -> NoReturn:
     """A rank's process from its birth: load, then work until dismissed. Ends the process.
 
     `runner`: that of the loaded spare which this process was forked from; it has loaded.
     """
     rank = birth.rank
-    child.become(f"worker {rank}", f"worker model={config.model_name} group={config.group} rank={rank}")
+    process_init.become(f"worker {rank}", f"worker model={config.model_name} group={config.group} rank={rank}")
     record, cache, *orders = descriptors
     control = Control(config, rank, os.environ[TOKEN_VARIABLE], birth.incarnation)
     control.start()
@@ -344,7 +349,7 @@ def main(config: ServeConfig, birth: child.Birth, descriptors: list[int], runner
 def _get_ready(config: ServeConfig, rank: int, runner: Runner) -> None:
     """In a process that is not needed yet: what the rank would wait for if it were."""
     title = f"next process of rank {rank} model={config.model_name} group={config.group}"
-    child.become(f"worker {rank}", title)
+    process_init.become(f"worker {rank}", title)
     runner.touch_weights()
 
 

@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from lockstep_runtime.wire import SampledToken, SamplingParams, SequenceSlice
+from lockstep_runtime.protocol.step import SampledToken, SamplingParams, SequenceSlice
 from lockstep_runtime.worker.filters import Filter, column, filter_for
 from lockstep_runtime.worker.gumbel import gumbel_noise, keys
 

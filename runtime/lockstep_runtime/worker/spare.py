@@ -14,8 +14,8 @@ from typing import NoReturn
 
 import msgspec
 
-from lockstep_runtime import child
 from lockstep_runtime.config import CONFIG_VARIABLE, ServeConfig
+from lockstep_runtime.host import process_init
 from lockstep_runtime.worker.births import give_birth
 
 
@@ -23,13 +23,13 @@ def main() -> NoReturn:
     """Get warm and say so, then give birth to whatever rank is asked for, until nobody can ask."""
     config = msgspec.json.decode(os.environ[CONFIG_VARIABLE], type=ServeConfig)
     title = f"model={config.model_name} group={config.group}"
-    child.become("spare", f"young spare {title}")
+    process_init.become("spare", f"young spare {title}")
     orders = _take_orders_from_stdin()
     warm_up()
-    child.become("spare", f"spare {title}")
+    process_init.become("spare", f"spare {title}")
     from lockstep_runtime.worker import main as worker  # imported by `warm_up`
 
-    orders.send(child.WARM)
+    orders.send(process_init.WARM)
     give_birth(orders, functools.partial(worker.main, config))
 
 

@@ -14,9 +14,9 @@ from tests.gpu.findings import Row, answer
 from tests.support.models import QWEN3_0_6B
 from torch import Tensor
 
+from lockstep_runtime.distributed.join import SingleGroup
 from lockstep_runtime.layers.batch import build_batch
-from lockstep_runtime.parallel.group import SingleGroup
-from lockstep_runtime.worker.runner import Runner
+from lockstep_runtime.worker.model_runner import Runner
 
 BATCHES = (1, 8)
 TRIES = 20

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from tests.gpu.findings import Row, answer
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
-from lockstep_runtime.parallel.nccl import NcclGroup
-from lockstep_runtime.torch_environment import NCCL_VARIABLES
+from lockstep_runtime.distributed.nccl import NcclGroup
+from lockstep_runtime.host.torch_environment import NCCL_VARIABLES
 
 DEVICE = torch.device("cuda", 0)
 WATCHDOG = "pt_nccl_watchdg"

@@ -14,12 +14,12 @@ from tests.support.models import QWEN3_0_6B, ModelShape, write_model
 from tests.support.ranks import piece
 from torch.profiler import ProfilerActivity, profile
 
-from lockstep_runtime import wire
 from lockstep_runtime.config import Device, EngineLimits, ServeConfig
+from lockstep_runtime.distributed.join import SingleGroup
 from lockstep_runtime.layers.cache import BLOCK_SIZE
-from lockstep_runtime.parallel.group import SingleGroup
-from lockstep_runtime.wire import SamplingParams
-from lockstep_runtime.worker.runner import Runner
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.step import SamplingParams
+from lockstep_runtime.worker.model_runner import Runner
 
 BATCHES = (1, 8, 64)
 CONTEXT, STEPS, WARM = 1000, 12, 4
@@ -48,12 +48,12 @@ def loaded(directory: Path, device: Device, shape: ModelShape, batch: int) -> Ru
     return runner
 
 
-def step(number: int, batch: int, sample: SamplingParams) -> wire.Step:
+def step(number: int, batch: int, sample: SamplingParams) -> bus.Step:
     sequences = [
         piece(index + 1, CONTEXT + number, [5 + index], list(range(index * BLOCKS, (index + 1) * BLOCKS)), sample)
         for index in range(batch)
     ]
-    return wire.Step(epoch=1, step=number, sequences=sequences)
+    return bus.Step(epoch=1, step=number, sequences=sequences)
 
 
 def cost(runner: Runner, batch: int, sample: SamplingParams) -> Cost:

@@ -1,0 +1,226 @@
+"""From a validated request to a job: the prompt's ids, the bounds on its length, what each choice draws with."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from lockstep_runtime.api.chat import encode_chat
+from lockstep_runtime.api.chat_template import Chat
+from lockstep_runtime.api.errors import ApiError, invalid, too_long
+from lockstep_runtime.api.generation import Job, opens_reasoning
+from lockstep_runtime.api.limits import Limits
+from lockstep_runtime.api.model import SamplingDefaults, ServedModel
+from lockstep_runtime.api.response_format import ChatForm, Form, TextForm
+from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest
+from lockstep_runtime.api.tokenizer import TooManyTokensError
+from lockstep_runtime.engine.client import GenerationRequest
+from lockstep_runtime.protocol.step import SamplingParams
+
+_SEEDS: Final = 2**64
+_NEXT_SEED: Final = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: seeds of neighbouring choices differ in many bits
+COMPLETION_TOKENS: Final = 16  # OpenAI's default for /v1/completions
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What a job is made with. `prepare_*` block (template, tokenizer): run them in a thread."""
+
+    model: ServedModel
+    served_name: str
+    max_model_len: int
+    limits: Limits
+
+    def chat(self, request: ChatRequest) -> tuple[Job, Form]:
+        if self.model.template is None:
+            raise invalid(self.model.why_no_template, "messages")
+        chat = Chat(
+            messages=[message.for_template() for message in request.messages],
+            variables=request.chat_template_kwargs or {},
+            add_generation_prompt=request.add_generation_prompt is not False,
+        )
+        try:
+            prompt = encode_chat(
+                self.model.template,
+                self.model.tokenizer,
+                chat,
+                seconds=self.limits.render_seconds,
+                limit=self.limits.max_prompt_chars,
+                most=self.max_model_len,
+            )
+        except TooManyTokensError as error:
+            raise self._too_long(str(error), "messages") from None
+        requests = self._requests("chatcmpl", request, [tuple(prompt)], request.asked_tokens, "messages", False)
+        logprobs = request.asked_logprobs >= 0
+        job = self._job(request, requests, thinks=self._thinks(chat, prompt), reasoning=True)
+        return job, ChatForm(self.model.tokenizer, len(requests), logprobs=logprobs)
+
+    def completion(self, request: CompletionRequest) -> tuple[Job, Form]:
+        special = request.add_special_tokens is not False
+        prompts = [self._ids(prompt, special) for prompt in request.prompt]
+        prompt_only = request.max_tokens == 0
+        asked = 1 if prompt_only else request.max_tokens
+        scores = bool(request.echo) and request.logprobs is not None
+        requests = self._requests("cmpl", request, prompts, asked, "prompt", scores)
+        texts = [self._text(prompt) if request.echo else "" for prompt in request.prompt]
+        echoes = [text for text in texts for _ in range(request.choices)]
+        shown = [one.prompt for one in requests] if scores else ()
+        form = TextForm(self.model.tokenizer, echoes, shown, logprobs=request.logprobs is not None)
+        return self._job(request, requests, prompt_only=prompt_only, scores_prompt=scores), form
+
+    def _ids(self, prompt: str | list[int], special: bool) -> tuple[int, ...]:
+        """Special tokens in a completion's prompt are meant: whoever writes one writes the whole prompt."""
+        if isinstance(prompt, str):
+            try:
+                encode = self.model.tokenizer.encode
+                return tuple(encode(prompt, add_special_tokens=special, most=self.max_model_len))
+            except TooManyTokensError as error:
+                raise self._too_long(str(error), "prompt") from None
+        if len(prompt) >= self.max_model_len:
+            raise self._too_long(str(len(prompt)), "prompt")
+        if max(prompt) >= self.model.tokenizer.size:
+            raise invalid(f"prompt: token id {max(prompt)} is beyond {self.model.tokenizer.size - 1}", "prompt")
+        return tuple(prompt)
+
+    def _text(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self.model.tokenizer.decode(prompt)
+
+    def _thinks(self, chat: Chat, prompt: list[int]) -> bool:
+        """Whether the template opened the reasoning. A marker that stands in what users wrote means nothing: where
+        there is one near the end, what the template adds after the last message decides."""
+        markers, template = self.model.tokenizer.markers, self.model.template
+        if markers is None or template is None or not opens_reasoning(markers, prompt):
+            return False
+        opening = self.model.tokenizer.decode([markers.opening])
+        if not any(opening in text for message in chat.messages for text in map(str, message.values())):
+            return True
+        seconds, limit = self.limits.render_seconds, self.limits.max_prompt_chars
+        with_prompt = template.render(chat, seconds=seconds, limit=limit)
+        without = template.render(replace(chat, add_generation_prompt=False), seconds=seconds, limit=limit)
+        pairs = enumerate(zip(with_prompt, without, strict=False))
+        common = next((index for index, (one, other) in pairs if one != other), min(len(with_prompt), len(without)))
+        added = with_prompt[common:]
+        return opens_reasoning(markers, self.model.tokenizer.encode(added))
+
+    def _requests(
+        self,
+        prefix: str,
+        request: ChatRequest | CompletionRequest,
+        prompts: Sequence[tuple[int, ...]],
+        asked_tokens: int | None,
+        param: str,
+        scores_prompt: bool,
+    ) -> list[GenerationRequest]:
+        for prompt in prompts:
+            self._check_rows(prompt, param)
+        id = f"{prefix}-{secrets.token_hex(12)}"
+        seed = secrets.randbits(64) if request.seed is None else request.seed
+        return [
+            GenerationRequest(
+                request_id=f"{id}-{index * request.choices + choice}",
+                prompt=prompt,
+                max_tokens=self._room(len(prompt), asked_tokens, param),
+                sampling=sampling(
+                    request, self.model.defaults, (seed + choice * _NEXT_SEED) % _SEEDS, scores_prompt=scores_prompt
+                ),
+                stop_token_ids=self._stop_ids(request),
+            )
+            for index, prompt in enumerate(prompts)
+            for choice in range(request.choices)
+        ]
+
+    def _job(
+        self,
+        request: ChatRequest | CompletionRequest,
+        requests: Sequence[GenerationRequest],
+        *,
+        reasoning: bool = False,
+        thinks: bool = False,
+        prompt_only: bool = False,
+        scores_prompt: bool = False,
+    ) -> Job:
+        self._check_logprobs(request, requests, scores_prompt)
+        return Job(
+            id=requests[0].request_id.rpartition("-")[0],
+            created=int(time.time()),
+            model=self.served_name,
+            requests=tuple(requests),
+            prompt_tokens=sum(len(one.prompt) for one in requests[:: request.choices]),
+            stops=tuple(request.stop or ()),
+            reasoning=reasoning,
+            thinks=thinks,
+            prompt_only=prompt_only,
+            scores_prompt=scores_prompt,
+            stream=bool(request.stream),
+            include_usage=request.include_usage,
+        )
+
+    def _check_rows(self, prompt: Sequence[int], param: str) -> None:
+        """
+        Raises:
+            ApiError: 400, a token has no row in the model's embedding: the tokenizer knows more than the model.
+        """
+        rows, greatest = self.model.vocabulary, max(prompt, default=0)
+        if rows is not None and greatest >= rows:
+            token = self.model.tokenizer.token_of(greatest)
+            raise invalid(f"{param}: the model knows no token {greatest} ({token!r}): it has {rows}", param)
+
+    def _check_logprobs(
+        self, request: ChatRequest | CompletionRequest, requests: Sequence[GenerationRequest], scores_prompt: bool
+    ) -> None:
+        """A whole answer is held until it is complete, and a prompt's log probabilities come at once.
+
+        Raises:
+            ApiError: 400, they would be too many.
+        """
+        held = sum(
+            (len(one.prompt) if scores_prompt else 0) + (0 if request.stream else one.max_tokens) for one in requests
+        )
+        asked, most = held * (request.asked_logprobs + 1), self.limits.max_logprobs
+        if asked > most:
+            message = f"The answer could hold {asked} log probabilities; at most {most} are given at once"
+            raise invalid(f"{message}: ask for fewer tokens, choices or `logprobs`, or stream the answer", "logprobs")
+
+    def _room(self, prompt: int, asked: int | None, param: str) -> int:
+        """How many tokens may be drawn after a prompt of so many.
+
+        Raises:
+            ApiError: 400, they don't fit.
+        """
+        rest = self.max_model_len - prompt
+        if not prompt:
+            raise invalid(f"{param}: the prompt has no tokens", param)
+        if rest < 1:
+            raise self._too_long(str(prompt), param)
+        if asked is not None and asked > rest:
+            message = f"This model's maximum context length is {self.max_model_len} tokens, but {prompt + asked} were"
+            raise too_long(f"{message} asked for: {prompt} in the prompt and {asked} for the answer", "max_tokens")
+        return asked or (rest if param == "messages" else min(COMPLETION_TOKENS, rest))
+
+    def _too_long(self, tokens: str, param: str) -> ApiError:
+        message = f"This model's maximum context length is {self.max_model_len} tokens, but the prompt has {tokens}"
+        return too_long(f"{message}, which leaves no room for an answer", param)
+
+    def _stop_ids(self, request: ChatRequest | CompletionRequest) -> frozenset[int]:
+        own = frozenset() if request.ignore_eos else self.model.stop_ids
+        return own | frozenset(request.stop_token_ids or ())
+
+
+def sampling(
+    request: ChatRequest | CompletionRequest, defaults: SamplingDefaults, seed: int, *, scores_prompt: bool = False
+) -> SamplingParams:
+    """What the request says, then what the model's authors advise."""
+    top_p = defaults.top_p if request.top_p is None else request.top_p
+    top_k = defaults.top_k if request.top_k is None else request.top_k
+    return SamplingParams(
+        temperature=defaults.temperature if request.temperature is None else request.temperature,
+        top_p=top_p or 1.0,
+        top_k=max(0, top_k) if top_p else 1,  # the smallest nucleus there is
+        min_p=defaults.min_p if request.min_p is None else request.min_p,
+        seed=seed,
+        logprobs=request.asked_logprobs,
+        prompt_logprobs=request.asked_logprobs if scores_prompt else -1,
+    )

@@ -1,0 +1,108 @@
+"""The seam between api and engine: token ids in, token events out. The api knows no ranks, the engine no text."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from lockstep_runtime.protocol.step import SampledToken, SamplingParams
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"  # a stop token id was drawn
+    LENGTH = "length"  # max_tokens, or the model's length, was reached
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One continuation of one prompt. A request with `n` choices is n of these."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One drawn token. The last of a request carries `finish`; a stop token itself is delivered with STOP.
+
+    The first of a request with `prompt_logprobs` carries the prompt's tokens but the first, as if they had been drawn.
+    """
+
+    token: SampledToken
+    finish: FinishReason | None = None
+    prompt: Sequence[SampledToken] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether the group makes progress, or would if it were asked; the reason is a sentence."""
+
+    ready: bool
+    reason: str
+    draining: bool = False  # asked to end: clients had better open their next connection elsewhere
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for /metrics. Counters only rise."""
+
+    requests_running: int
+    requests_waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    preemptions_total: int
+    steps_total: int
+    recoveries_total: int
+    epoch: int
+    last_step_at: float | None  # unix seconds
+
+
+class RequestTooLongError(ValueError):
+    """The prompt and its answer can never fit. The message says the numbers."""
+
+
+class EngineBusyError(RuntimeError):
+    """Nothing can be queued now; try again after `retry_after` seconds."""
+
+    def __init__(self, reason: str, retry_after: float) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+class GenerationFailedError(RuntimeError):
+    """The request failed for good after it was accepted. The message is fit for the client."""
+
+
+class EngineClient(Protocol):
+    """What the api may ask of the engine; all on one event loop."""
+
+    @property
+    def max_model_len(self) -> int | None:
+        """In tokens; None until the model's configuration has been read."""
+
+    def readiness(self) -> Readiness: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def set_serving_blocker(self, reason: str, *, loading: bool = False, may_pass: bool = False) -> None:
+        """The api can't answer with this model; the sentence says why, an empty one takes it back.
+
+        Meanwhile the group's state is `Failed` with these words, or where nothing is wrong (`loading`) at most
+        `Loading`, and requests are turned away. `may_pass`: by itself, so that nobody is called.
+        """
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        """Queue the request at once and yield its tokens as they are drawn.
+
+        Closing the iterator (`aclose`, or cancelling the task that iterates) cancels the request.
+
+        Raises:
+            RequestTooLongError: before the first event.
+            EngineBusyError: before the first event; the queue is full, or the group drains or is not loaded.
+            GenerationFailedError: at any time.
+        """

@@ -1,0 +1,45 @@
+"""What one step computes: its sequences, how their next tokens are drawn, and what was drawn."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How one sequence's next token is drawn. Draws are keyed by (seed, position), never by history or batch."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # in (0, 1]
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0  # in [0, 1]
+    seed: int = 0  # 64 bits, unsigned
+    logprobs: int = -1  # -1: none; 0: the drawn token's; k: also those of the k likeliest, and of the drawn one
+    prompt_logprobs: int = -1  # the same of every token of the prompt but the first, which follows nothing
+
+
+class Scoring(msgspec.Struct, frozen=True, kw_only=True):
+    """Known tokens whose log probabilities are wanted: `targets[i]` follows the slice's token `first` + i."""
+
+    first: int
+    targets: list[int]
+    logprobs: int  # as in `SamplingParams`, 0 or more
+
+
+class SequenceSlice(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence's part of a step: feed `tokens` at `position`; with `sample` set, draw a token after the last."""
+
+    sequence_id: int
+    position: int  # of tokens[0] in the sequence
+    tokens: list[int]
+    blocks: list[int]  # the sequence's whole block table: covers position + len(tokens)
+    sample: SamplingParams | None = None
+    scoring: Scoring | None = None
+
+
+class SampledToken(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What rank 0 drew for one sequence. Log probabilities are of the unmodified distribution, natural log."""
+
+    sequence_id: int
+    token: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] = []

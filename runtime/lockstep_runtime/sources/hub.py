@@ -1,0 +1,140 @@
+"""Models by hub id: what huggingface_hub raises, in a sentence that says what to do and whether to try again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from lockstep_runtime.protocol.bus import LoadFailure
+from lockstep_runtime.sources.errors import ModelError
+
+SLOW_RETRY_SECONDS: Final = 30.0  # where a person must act: the hub is asked again, but seldom
+UNREAD: Final = ["consolidated*.safetensors", "*/*.safetensors"]  # the same weights in other layouts
+_TOKEN: Final = "the token (HF_TOKEN; in a TensorParallelModel spec.model.huggingFace.tokenSecretRef)"  # noqa: S105
+
+
+def download(model: str, revision: str | None, directory: str | None, patterns: list[str]) -> Path:
+    """The snapshot's folder, with all files that match.
+
+    Raises:
+        ModelError: the hub did not deliver it.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(
+            model,
+            revision=revision,
+            cache_dir=directory,
+            allow_patterns=patterns,
+            ignore_patterns=UNREAD,
+            endpoint=_hub(),
+        )
+        return Path(found)
+    except Exception as error:  # of the library, of its HTTP client (another one in each major version), of the disk
+        raise explain(model, revision, error) from error
+
+
+def explain(model: str, revision: str | None, error: Exception) -> ModelError:
+    """The first cause that names itself decides: the library wraps what its HTTP client raises."""
+    for cause in _chain(error):
+        if found := _explain(model, revision, cause):
+            return found
+    return _transient(f"{model} is no directory here, and the hub did not deliver it: {_words(error)}")
+
+
+def _explain(model: str, revision: str | None, error: BaseException) -> ModelError | None:
+    from huggingface_hub import errors
+
+    kinds = {cls.__name__ for cls in type(error).__mro__}
+    if isinstance(error, errors.GatedRepoError):
+        return _permanent(
+            f"{model} is gated: ask for access on its page at {_hub()}, and give {_TOKEN} of that account"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return _permanent(f"{model} has no revision {revision or 'main'} at {_hub()}: give another")
+    if isinstance(error, errors.HfHubHTTPError):
+        return _by_status(model, error)
+    if isinstance(error, errors.HFValidationError):
+        return _permanent(f"{model} is neither a directory here nor a hub id such as Qwen/Qwen3-8B")
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return _permanent(f"{model} is not in the cache, and HF_HUB_OFFLINE forbids to download it: unset that")
+    if "ProxyError" in kinds:
+        return _transient(
+            f"{model} can't be downloaded: the proxy ({_proxy()}) refuses: {_words(error)}; mend HTTPS_PROXY"
+        )
+    if kinds & {"ConnectError", "TimeoutException", "NetworkError", "RemoteProtocolError", "ReadError"}:
+        return _transient(f"{model} can't be downloaded now: {_hub()} can't be reached: {_words(error)}; tried again")
+    if isinstance(error, OSError) and error.errno is not None:
+        return _transient(f"{model} can't be stored: {error.filename or 'the cache'}: {os.strerror(error.errno)}")
+    return None
+
+
+def _by_status(model: str, error: Any) -> ModelError:
+    status = error.response.status_code
+    if status in (401, 403):
+        return _permanent(
+            f"{_hub()} refuses {model} ({status}): it needs another token, or there is no such model: check {_TOKEN}"
+        )
+    if status == 404:
+        return _permanent(
+            f"{_hub()} has no model {model}, or not for this token ({status}): check the name and {_TOKEN}"
+        )
+    if status == 407:
+        return _permanent(
+            f"{model} can't be downloaded: the proxy ({_proxy()}) wants a password (407): mend HTTPS_PROXY"
+        )
+    if status == 429:
+        wait = _retry_after(error.response.headers.get("retry-after"))
+        return _transient(
+            f"{_hub()} allows no more requests now (429) and {model} is tried again after {wait:g} s", wait
+        )
+    if status >= 500:
+        return _transient(f"{_hub()} fails ({status}) and {model} is tried again")
+    return _permanent(f"{_hub()} refuses {model}: {status} {error.response.reason_phrase}")
+
+
+def _retry_after(header: str | None) -> float:
+    return min(float(header), 600.0) if header and header.isdecimal() else SLOW_RETRY_SECONDS
+
+
+def _permanent(message: str) -> ModelError:
+    return ModelError(message, kind=LoadFailure.PERMANENT, retry_after=SLOW_RETRY_SECONDS)
+
+
+def _transient(message: str, retry_after: float = 0.0) -> ModelError:
+    return ModelError(message, kind=LoadFailure.TRANSIENT, retry_after=retry_after)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: list[BaseException] = []
+    while error not in seen:
+        seen.append(error)
+        yield error
+        error = error.__cause__ or error.__context__ or error
+
+
+def _words(error: BaseException) -> str:
+    """One line, bounded: the library's own messages go over several."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def _hub() -> str:
+    from huggingface_hub import constants
+
+    return (os.environ.get("HF_ENDPOINT") or str(constants.ENDPOINT)).rstrip("/")
+
+
+def _proxy() -> str:
+    """Without the password that it may hold."""
+    found = next(
+        (
+            os.environ[name]
+            for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy")
+            if os.environ.get(name)
+        ),
+        "of the environment",
+    )
+    return found.rpartition("@")[2]
