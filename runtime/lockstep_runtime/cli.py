@@ -18,7 +18,7 @@ import msgspec
 
 import lockstep_runtime
 from lockstep_runtime import log
-from lockstep_runtime.chaos import client, discovery, pending
+from lockstep_runtime.chaos import client, pending
 from lockstep_runtime.config import (
     TOKEN_VARIABLE,
     Backend,
@@ -30,9 +30,10 @@ from lockstep_runtime.config import (
     Watchdog,
     WeightCache,
 )
-from lockstep_runtime.host import descriptors
+from lockstep_runtime.host import descriptors, discovery
 from lockstep_runtime.host.addresses import LOOPBACK, join, listen, listen_somewhere, loopback, reach
 from lockstep_runtime.protocol.status import API_PORT, BUS_PORT, STATUS_PORT
+from lockstep_runtime.report import command
 from lockstep_runtime.supervisor import accelerator
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def build_parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     serve.add_argument("model", help="a directory with config.json and safetensors, or a hub id such as Qwen/Qwen3-8B")
     _add_flags(serve, environment)
     client.add_parser(commands)
+    command.add_parser(commands)
     return parser
 
 
@@ -354,28 +356,32 @@ def _serve(options: argparse.Namespace) -> int:
     ports = open_ports(config, may_choose=unnamed_ports(options, config))
     log.configure("supervisor")
     descriptors.raise_limit()
-    _tell_ports(ports.config)
+    _tell_ports(ports.config, token="" if os.environ.get(TOKEN_VARIABLE) else token)
     import setproctitle
 
     setproctitle.setproctitle(f"lockstep: supervisor model={config.model_name} group={config.group}")
     return asyncio.run(_supervise(ports, token))
 
 
-def _tell_ports(config: ServeConfig) -> None:
-    """Where the status is; for `lockstep inject` also in a file."""
+def _tell_ports(config: ServeConfig, *, token: str) -> None:
+    """Log where the status is; `inject` and `report` find it in a file. `token`: one that was made here."""
     url = f"http://{join(reach(config.host), config.status_port)}"
     logger.info("the status is at %s/status", url)
-    if config.allow_faults and config.is_leader:
+    if config.is_leader:
         discovery.leave(
-            discovery.Running(pid=os.getpid(), model=config.served_name, port=config.api_port, status_url=url)
-        )
+            discovery.Running(
+                pid=os.getpid(), model=config.served_name, port=config.api_port, status_url=url, token=token,
+                faults=config.allow_faults,
+            )
+        )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script; exit code 2 for what the user can mend on the command line."""
     options = build_parser(os.environ).parse_args(arguments)
     try:
-        sys.exit(_serve(options) if options.command == "serve" else client.run(options))
+        run = {"serve": _serve, "inject": client.run, "report": command.run}[options.command]
+        sys.exit(run(options))
     except UsageError as error:
         print(f"lockstep: {error}", file=sys.stderr)
         sys.exit(2)

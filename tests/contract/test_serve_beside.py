@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import httpx
 import pytest
 from tests.support.http import HTTP
 from tests.support.ports import free_port
-from tests.support.serve import END_SECONDS, START_SECONDS, TINY_CHAT, TOKEN
+from tests.support.serve import END_SECONDS, START_SECONDS, TINY_CHAT
 
 
 @dataclass
@@ -49,14 +50,29 @@ def beside(directory: Path, environment: dict[str, str]) -> Iterator[Beside]:
         assert process.wait(END_SECONDS) == 0
 
 
-def inject(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lockstep_runtime", "inject", "sigkill", "--rank", "1"]
+def lockstep(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lockstep_runtime", *words]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+
+
+def inject(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return lockstep(environment, "inject", "sigkill", "--rank", "1")
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    return os.environ | {"LOCKSTEP_TOKEN": TOKEN, "XDG_RUNTIME_DIR": str(tmp_path)}
+    """Without a token: each makes its own."""
+    variables = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)}
+    return {name: value for name, value in variables.items() if name != "LOCKSTEP_TOKEN"}
+
+
+def reported(environment: dict[str, str], one: Beside) -> str:
+    """What `lockstep report` writes of it, without its token."""
+    written = lockstep(environment, "report", "--log", str(one.log))
+    assert written.returncode == 0, written.stderr
+    [left] = (Path(environment["XDG_RUNTIME_DIR"]) / "lockstep").iterdir()
+    assert json.loads(left.read_bytes())["token"] not in written.stdout
+    return written.stdout
 
 
 def test_they_serve_beside_each_other_and_faults_find_the_one_that_is_meant(
@@ -79,4 +95,9 @@ def test_they_serve_beside_each_other_and_faults_find_the_one_that_is_meant(
         while "was killed by SIGKILL" not in first.log.read_text():
             assert time.monotonic() < deadline, first.log.read_text()
             time.sleep(0.1)
+        while "RankLost, rank 1, Respawn, recovered" not in (report := reported(environment, first)):
+            assert time.monotonic() < deadline, report
+            time.sleep(0.1)
+        assert '"served_name": "tiny-chat"' in report
+        assert ": fault 1 epoch 1: RankLost" in report.partition("== Log\n")[2]
     assert list((tmp_path / "lockstep").iterdir()) == []

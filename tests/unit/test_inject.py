@@ -18,8 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep_runtime.chaos import client as inject_client
-from lockstep_runtime.chaos import discovery, pending
+from lockstep_runtime.chaos import pending
 from lockstep_runtime.chaos.injector import InjectedError, Injector
 from lockstep_runtime.cli import UsageError, check_faults, main
 from lockstep_runtime.config import ServeConfig
@@ -27,6 +26,7 @@ from lockstep_runtime.distributed.communicator import Group
 from lockstep_runtime.distributed.errors import GroupAborted
 from lockstep_runtime.distributed.join import SingleGroup
 from lockstep_runtime.distributed.traced import WatchedGroup
+from lockstep_runtime.host import discovery
 from lockstep_runtime.host.process_init import PARENT_VARIABLE
 from lockstep_runtime.host.shm_files import FOLDER_VARIABLE, remove
 from lockstep_runtime.protocol import bus
@@ -397,10 +397,10 @@ def runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_command_finds_the_one_that_serves_on_this_machine(runtime_folder: Path) -> None:
-    assert inject_client.choose(discovery.found()) == ("http://127.0.0.1:7401", "")
+    assert discovery.choose(discovery.found(), "http://otherwise") == ("http://otherwise", "")
     here = discovery.Running(pid=os.getpid(), model="m", port=8000, status_url="http://127.0.0.1:23456")
     discovery.leave(here)
-    assert inject_client.choose(discovery.found()) == (here.status_url, "")
+    assert discovery.choose(discovery.found(), "http://otherwise") == (here.status_url, "")
     assert runtime_folder.stat().st_mode & 0o777 == 0o700
     discovery.forget(here.pid)
     assert discovery.found() == []
@@ -411,7 +411,7 @@ def test_several_are_listed_and_those_that_ended_are_forgotten(runtime_folder: P
     ended.wait()
     for pid in (os.getpid(), os.getppid(), ended.pid):
         discovery.leave(discovery.Running(pid=pid, model="m", port=pid, status_url=f"http://127.0.0.1:{pid}"))
-    url, problem = inject_client.choose(discovery.found())
+    url, problem = discovery.choose(discovery.found(), "http://otherwise")
     assert url == ""
     assert f"--url http://127.0.0.1:{os.getpid()} (m on port {os.getpid()})" in problem
     assert str(ended.pid) not in problem
@@ -426,7 +426,7 @@ def test_a_folder_of_another_user_is_not_written_to(
     elsewhere.mkdir()
     runtime_folder.symlink_to(elsewhere)
     discovery.leave(discovery.Running(pid=os.getpid(), model="m", port=1, status_url="http://x"))
-    assert "`lockstep inject` needs --url" in caplog.text
+    assert "need --url" in caplog.text
     assert list(elsewhere.iterdir()) == []
 
 

@@ -7,13 +7,12 @@ import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from lockstep_runtime.chaos import discovery
 from lockstep_runtime.config import TOKEN_VARIABLE
+from lockstep_runtime.host import discovery
 from lockstep_runtime.host.addresses import join, loopback
 from lockstep_runtime.protocol.chaos import CollectivePoint, FaultPhase, Inject, Injection
 from lockstep_runtime.protocol.status import STATUS_PORT
@@ -58,20 +57,17 @@ def run(options: argparse.Namespace) -> int:
         times=options.times,
         number=options.number,
     )
-    url, problem = (options.url, "") if options.url else choose(discovery.found())
-    if problem := problem or send(url, os.environ.get(TOKEN_VARIABLE, ""), fault):
+    serving = discovery.found()
+    in_pod = f"http://{join(loopback(), STATUS_PORT)}"
+    url, problem = (
+        (options.url, "") if options.url else discovery.choose([one for one in serving if one.faults], in_pod)
+    )
+    token = os.environ.get(TOKEN_VARIABLE) or discovery.token_of(url, serving)
+    if problem := problem or send(url, token, fault):
         print(f"lockstep: {problem}", file=sys.stderr)
         return 1
     print(f"inject: {fault.kind} on rank {fault.rank}, {fault.phase}")
     return 0
-
-
-def choose(those: Sequence[discovery.Running]) -> tuple[str, str]:
-    """The URL of the only one that lets faults happen, or where one in a pod has it; else what is wrong."""
-    if len(those) > 1:
-        listed = ", ".join(f"--url {one.status_url} ({one.model} on port {one.port})" for one in those)
-        return "", f"several serve on this machine; choose one: {listed}"
-    return (those[0].status_url if those else f"http://{join(loopback(), STATUS_PORT)}"), ""
 
 
 def send(url: str, token: str, fault: Inject) -> str:

@@ -15,9 +15,9 @@ from typing import Any, Final
 
 import msgspec
 
-from lockstep_runtime.chaos import discovery, pending
+from lockstep_runtime.chaos import pending
 from lockstep_runtime.config import CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
-from lockstep_runtime.host import process_init, shm_files
+from lockstep_runtime.host import discovery, process_init, shm_files
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import Inject
 from lockstep_runtime.protocol.status import PodProblemReason
@@ -112,7 +112,7 @@ class Supervisor:
         """The HTTP server is imported while the children start."""
         module = await asyncio.to_thread(importlib.import_module, "lockstep_runtime.supervisor.server")
         inject = self._inject if self._config.allow_faults and self._config.is_leader else None
-        await module.StatusServer(self._board, self._token, inject).run_on(listening)
+        await module.StatusServer(self._board, self._token, inject, self._config).run_on(listening)
 
     async def _keep_time(self) -> None:
         while True:

@@ -1,4 +1,5 @@
-"""The supervisor's HTTP endpoint: `/healthz` and `/readyz` in every pod, `/status` with long-poll in the leader's."""
+"""The supervisor's HTTP endpoint: `/healthz`, `/readyz` and `/config` in every pod, `/status` with long-poll in the
+leader's."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from lockstep_runtime.chaos import pending
+from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.host import descriptors
 from lockstep_runtime.host.connections import limited
 from lockstep_runtime.protocol import bus
@@ -31,11 +33,13 @@ _encoder: Final = msgspec.json.Encoder()
 PassOn = Callable[[Inject], bool]  # hands a fault on purpose to the engine; whether there is one
 
 
-def create_app(board: StatusBoard | None, token: str, inject: PassOn | None = None) -> Starlette:
+def create_app(
+    board: StatusBoard | None, token: str, inject: PassOn | None = None, config: ServeConfig | None = None
+) -> Starlette:
     """`board` is None in pods other than the leader's: they have no `/status`, and are ready while they live. All pods
     of a StatefulSet have the same probes; the leader's is ready while its group accepts requests.
 
-    `inject` is given where faults are allowed; otherwise there is no `/inject`.
+    `inject` is given where faults are allowed; otherwise there is no `/inject`. `config` holds no secrets.
     """
 
     async def healthz(_request: Request) -> Response:
@@ -59,6 +63,11 @@ def create_app(board: StatusBoard | None, token: str, inject: PassOn | None = No
         found = await board.after(seen, POLL_SECONDS)
         return Response(_encoder.encode(found), media_type="application/json")
 
+    async def settings(request: Request) -> Response:
+        if not _authorized(request, token):
+            return PlainTextResponse("a bearer token is needed\n", 401, {"WWW-Authenticate": "Bearer"})
+        return Response(_encoder.encode(config), media_type="application/json")
+
     async def take_fault(request: Request) -> Response:
         if not _authorized(request, token):
             return PlainTextResponse("a bearer token is needed\n", 401, {"WWW-Authenticate": "Bearer"})
@@ -73,6 +82,8 @@ def create_app(board: StatusBoard | None, token: str, inject: PassOn | None = No
         return PlainTextResponse("ok\n", 202)
 
     routes = [Route("/healthz", healthz), Route("/readyz", readyz), Route("/status", status)]
+    if config is not None:
+        routes.append(Route("/config", settings))
     if inject is not None:
         routes.append(Route("/inject", take_fault, methods=["POST"]))
     return Starlette(routes=routes)
@@ -95,8 +106,14 @@ def _authorized(request: Request, token: str) -> bool:
 class StatusServer(uvicorn.Server):
     """On the supervisor's own loop; signals are the supervisor's."""
 
-    def __init__(self, board: StatusBoard | None, token: str, inject: PassOn | None = None) -> None:
-        app = create_app(board, token, inject)
+    def __init__(
+        self,
+        board: StatusBoard | None,
+        token: str,
+        inject: PassOn | None = None,
+        config: ServeConfig | None = None,
+    ) -> None:
+        app = create_app(board, token, inject, config)
         super().__init__(
             uvicorn.Config(
                 app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1,

@@ -1,4 +1,4 @@
-"""What serves on this machine and lets faults happen: files that `lockstep inject` reads, one for each supervisor."""
+"""Which `lockstep serve` run on this machine: files that `lockstep inject` and `lockstep report` read, one each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -17,12 +17,14 @@ _PATTERN: Final = "serve-*.json"
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):
-    """One `lockstep serve`. `port` is its API's."""
+    """One `lockstep serve` and where its supervisor serves the status."""
 
     pid: int
     model: str
-    port: int
+    port: int  # of its API
     status_url: str
+    token: str = ""  # the group's, if it made one for itself: only this user may read the file
+    faults: bool = True  # on purpose, are allowed
 
 
 def folder(environment: Mapping[str, str] = os.environ) -> Path:
@@ -32,17 +34,19 @@ def folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def leave(one: Running) -> None:
-    """Without a place for it, `lockstep inject` must be told the URL."""
+    """Without a place for it, the two commands must be given the URL."""
     place = folder()
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         if place.stat().st_uid != os.getuid() or place.is_symlink():
             raise PermissionError(0, "it is another user's")
+        place.chmod(0o700)
         new = place / f"new-{one.pid}"
+        new.touch(mode=0o600)
         new.write_bytes(msgspec.json.encode(one))
         new.rename(_path(one.pid))
     except OSError as error:
-        logger.info("`lockstep inject` needs --url: %s: %s", place, error.strerror)
+        logger.info("`lockstep inject` and `lockstep report` need --url: %s: %s", place, error.strerror)
 
 
 def forget(pid: int) -> None:
@@ -61,6 +65,19 @@ def found() -> list[Running]:
             else:
                 path.unlink()
     return alive
+
+
+def choose(serving: Sequence[Running], otherwise: str) -> tuple[str, str]:
+    """The status URL of the only one, or `otherwise`; and what is wrong if there are several."""
+    if len(serving) > 1:
+        listed = ", ".join(f"--url {one.status_url} ({one.model} on port {one.port})" for one in serving)
+        return "", f"several serve on this machine; choose one: {listed}"
+    return (serving[0].status_url if serving else otherwise), ""
+
+
+def token_of(url: str, serving: Sequence[Running]) -> str:
+    """The token that the group at this URL made for itself; empty if it was given one."""
+    return next((one.token for one in serving if one.status_url == url), "")
 
 
 def _path(pid: int) -> Path:

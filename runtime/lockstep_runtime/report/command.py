@@ -1,0 +1,72 @@
+"""`lockstep report`: what a report of a fault needs, on stdout or in a file."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lockstep_runtime.config import TOKEN_VARIABLE
+from lockstep_runtime.host import discovery
+from lockstep_runtime.host.addresses import join, loopback
+from lockstep_runtime.protocol.status import STATUS_PORT
+from lockstep_runtime.report import group, log_lines, redaction
+from lockstep_runtime.report.group import GroupFacts
+from lockstep_runtime.report.report import write
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of `lockstep`."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "report",
+        help="write what a bug report needs",
+        description="Write what a bug report needs: versions, the machine, the group's settings, status and faults. "
+        "Secrets are left out. Where several serve on this machine, --url chooses one.",
+        epilog=f"The group's token is read from {TOKEN_VARIABLE}; a pod has it.",
+    )
+    parser.add_argument("--url", help="of the leader's status port; default: of the one that serves on this machine")
+    parser.add_argument("--log", metavar="FILE", help="the group's log, - for stdin: its lines about faults are taken")
+    parser.add_argument("--output", metavar="FILE", help="default: stdout")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the report; the exit code. A group that doesn't answer is a line of it, and no failure."""
+    try:
+        with _opened(options.log) as log:
+            text = report(os.environ, url=options.url, log=log)
+        if options.output:
+            Path(options.output).write_text(text)
+        else:
+            sys.stdout.write(text)
+    except OSError as error:
+        print(f"lockstep: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def report(environment: Mapping[str, str], *, url: str | None = None, log: Iterable[str] | None = None) -> str:
+    """The report on the group at `url`, or on the only one that serves on this machine."""
+    serving = discovery.found()
+    in_pod = f"http://{join(loopback(), STATUS_PORT)}"
+    url, problem = (url, "") if url else discovery.choose(serving, in_pod)
+    token = environment.get(TOKEN_VARIABLE) or discovery.token_of(url, serving)
+    facts = GroupFacts(problems=(problem,)) if problem else group.ask(url, token)
+    redact = redaction.redactor(redaction.known(environment) | {one.token for one in serving if one.token})
+    return write(facts, environment, redact, log=log, now=time.time())
+
+
+@contextlib.contextmanager
+def _opened(log: str | None) -> Iterator[Iterable[str] | None]:
+    if log is None:
+        yield None
+    elif log == "-":
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+        yield log_lines.read(sys.stdin)
+    else:
+        with Path(log).open(errors="replace") as file:
+            yield log_lines.read(file)

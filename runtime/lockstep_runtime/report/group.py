@@ -1,0 +1,75 @@
+"""What a report says of the group: its status, the trail of its faults and its configuration, from its supervisor."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+import msgspec
+
+from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.protocol.status import FaultRecord, GroupStatus
+from lockstep_runtime.report.redaction import Redact
+
+MAX_ANSWER_BYTES: Final = 4 << 20
+SECONDS: Final = 10.0  # for each answer
+MAX_REFUSAL_BYTES: Final = 4096
+MAX_MESSAGE: Final = 2000  # characters
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFacts:
+    """What the supervisor answered; of what it didn't, `problems` has a sentence."""
+
+    status: GroupStatus | None = None
+    config: ServeConfig | None = None
+    problems: tuple[str, ...] = ()
+
+
+def ask(url: str, token: str) -> GroupFacts:
+    """The group's status and configuration from the supervisor at this URL."""
+    problems: list[str] = []
+    status = config = None
+    try:
+        status = msgspec.json.decode(_get(f"{url}/status", token), type=GroupStatus)
+        config = msgspec.json.decode(_get(f"{url}/config", token), type=ServeConfig)
+    except urllib.error.HTTPError as error:
+        with error:
+            said = error.read(MAX_REFUSAL_BYTES).decode(errors="replace").strip()
+        hint = "; set LOCKSTEP_TOKEN to the group's token" if error.code == 401 else ""
+        problems.append(f"{error.url} answered {error.code}: {said}{hint}")
+    except (OSError, ValueError) as error:  # no connection; no URL, not HTTP, no JSON, or another's
+        problems.append(f"no status from {url}: {error}")
+    return GroupFacts(status, config, tuple(problems))
+
+
+def _get(url: str, token: str) -> bytes:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})  # noqa: S310 - the user's own
+    with urllib.request.urlopen(request, timeout=SECONDS) as answer:  # noqa: S310
+        body: bytes = answer.read(MAX_ANSWER_BYTES + 1)
+    if len(body) > MAX_ANSWER_BYTES:
+        raise ValueError(f"its answer is longer than {MAX_ANSWER_BYTES} bytes")
+    return body
+
+
+def trail(faults: Sequence[FaultRecord], redact: Redact) -> list[str]:
+    """One line for each fault: when, what, who, and what became of it."""
+    return [_line(one, redact) for one in faults] or ["no fault since the group's supervisor started"]
+
+
+def _line(fault: FaultRecord, redact: Redact) -> str:
+    who = "no rank named" if fault.rank is None else f"rank {fault.rank}"
+    phases = ", ".join(f"{name} {seconds:g} s" for name, seconds in fault.phases.items())
+    end = "open" if fault.recovered_at is None else f"recovered {rfc3339(fault.recovered_at)}"
+    resumed = f"{fault.requests_resumed} requests resumed"
+    head = f"{rfc3339(fault.at)} fault {fault.id} epoch {fault.epoch}: {fault.fault}, {who}, {fault.rung or 'no rung'}"
+    return f"{head}, {end}, {resumed} ({phases}): {redact(fault.message)[:MAX_MESSAGE]}"
+
+
+def rfc3339(seconds: float) -> str:
+    """Unix seconds as a time in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
