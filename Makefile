@@ -47,6 +47,10 @@ lint: venv ## ruff, mypy, import-linter
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+.PHONY: picture
+picture: venv ## the packages and what they import, drawn into docs/architecture.md
+	$(PY) -m dev.import_graph
+
 .PHONY: test-unit
 test-unit: venv ## the tests of the parts, and the simulations
 	$(PY) -m pytest -n 2 tests/unit tests/sim

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import pytest
 import yaml
+from dev import import_graph
 from dev.crd_reference import reference
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -136,6 +137,17 @@ def test_the_model_that_helm_prints_is_of_the_crd(namespaces: list[str], tmp_pat
 def test_the_reference_is_written_from_the_crd() -> None:
     page = (ROOT / "docs" / "crd.md").read_text()
     assert page == reference(CRD), "write it anew: .venv/bin/python -m dev.crd_reference > docs/crd.md"
+
+
+def test_the_picture_is_drawn_from_the_code() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    assert page == import_graph.drawn_into(page, import_graph.current()), "draw it anew: make picture"
+    assert page.partition(import_graph.BEGIN)[2].startswith("\n```mermaid\n")
+
+
+def test_arrows_that_follow_from_others_are_not_drawn() -> None:
+    rooms = {"a": frozenset("bcd"), "b": frozenset("c"), "c": frozenset("d"), "d": frozenset[str]()}
+    assert import_graph.reduced(rooms) == {"a": {"b"}, "b": {"c"}, "c": {"d"}, "d": set()}
 
 
 def test_the_checker_of_models_can_say_no() -> None:
