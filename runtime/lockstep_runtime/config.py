@@ -25,6 +25,10 @@ Strategy = Literal["Ladder", "RecyclePods"]
 WeightCache = Literal["Memory", "Off"]
 
 
+class UsageError(Exception):
+    """What was asked for can't be done; the sentence says what to change."""
+
+
 class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
     """None means: derived from the model and the memory there is."""
 

@@ -19,13 +19,13 @@ from dev.crd_reference import reference
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.support.chart import CHART, LEAST_VALUES, ROOT, helm
+from tests.support.command_line import options
 
 from lockstep_operator.decisions import fault_detection
 from lockstep_operator.decisions import recovery_policy as operator_recovery
 from lockstep_operator.reporting.metrics import Metrics as OperatorMetrics
 from lockstep_operator.types import spec
 from lockstep_operator.types.recovery_state import Rung as OperatorRung
-from lockstep_runtime import cli
 from lockstep_runtime.api.metrics import Metrics as EngineMetrics
 from lockstep_runtime.engine.client import EngineStats
 from lockstep_runtime.protocol.chaos import Injection
@@ -211,15 +211,10 @@ def _commands(document: Path) -> list[str]:
     return [words for words in found if not re.search(r"[A-Z]{3,}|…|--help", words)]
 
 
-def _options(words: str) -> Any:
-    """What the command line makes of them; it exits if it refuses them."""
-    return cli.build_parser({}).parse_args(shlex.split(words))
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_are_of_the_command_line(document: Path) -> None:
     for words in _commands(document):
-        _options(words)
+        options(shlex.split(words))
 
 
 def test_documents_name_commands_to_check() -> None:
@@ -232,7 +227,9 @@ RECOVERY: Final = (ROOT / "docs" / "recovery.md").read_text()
 def test_every_fault_on_purpose_is_explained() -> None:
     rows = RECOVERY.partition("| `lockstep inject …` |")[2].partition("\n\n")[0].splitlines()[2:]
     named = [words for row in rows for words in re.findall(r"`([^`]+)`", row.split("|")[1])]
-    kinds = [_options(f"inject {words}{'' if '--rank' in words else ' --rank 0'}").fault for words in named]
+    kinds = [
+        options(shlex.split(f"inject {words}{'' if '--rank' in words else ' --rank 0'}"))["kind"] for words in named
+    ]
     assert sorted(kinds) == sorted(Injection)
 
 

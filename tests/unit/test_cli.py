@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import io
 import socket
 
+import click
 import pytest
+from tests.support.command_line import configuration, options
 from tests.support.ports import free_port
 
-from lockstep_runtime.cli import (
-    Ports,
-    UsageError,
-    build_parser,
-    byte_size,
-    config_from,
-    open_ports,
-    token_for,
-    unnamed_ports,
-)
-from lockstep_runtime.config import EngineLimits, ServeConfig, Watchdog
+from lockstep_runtime.cli import config_from, main, token_for, unnamed_ports
+from lockstep_runtime.config import EngineLimits, ServeConfig, UsageError, Watchdog
+from lockstep_runtime.flags import byte_size
 from lockstep_runtime.host.addresses import listen
+from lockstep_runtime.supervisor.ports import Ports, open_ports
 
 
 def config(*arguments: str, **environment: str) -> ServeConfig:
-    return config_from(build_parser(environment).parse_args(["serve", *arguments]))
+    return configuration(["serve", *arguments], environment)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +30,7 @@ def test_sizes_are_written_as_in_kubernetes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "lots", "2gb", "-1Gi", "0", "1e9", "2 Gi"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="write it like 2Gi"):
+    with pytest.raises(click.BadParameter, match="write it like 2Gi"):
         byte_size(text)
 
 
@@ -80,12 +72,31 @@ def test_every_flag_is_a_variable_and_the_flag_goes_first() -> None:
     assert config("m", "--tensor-parallel-size", "2", "--pod-index", "0", **environment).pod_index == 0
 
 
-def test_a_variable_is_checked_like_its_flag() -> None:
-    errors = io.StringIO()
-    with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as ended:
-        config("m", LOCKSTEP_DTYPE="float8")
+@pytest.mark.parametrize("word", ["float8", ""])
+def test_a_variable_is_checked_like_its_flag(
+    word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCKSTEP_DTYPE", word)
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "m"])
     assert ended.value.code == 2
-    assert "float8" in errors.getvalue()
+    assert f"'--dtype': {word!r} is not one of 'auto', 'float32'" in capsys.readouterr().err
+
+
+def test_what_contradicts_itself_ends_the_command_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "m", "--tensor-parallel-size", "4", "--ranks-per-pod", "3"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "lockstep: --ranks-per-pod 3 does not divide --tensor-parallel-size 4\n"
+
+
+def test_origins_are_flags_given_again_or_words_of_the_variable() -> None:
+    variable = {"LOCKSTEP_CORS_ALLOW_ORIGIN": "https://a https://b"}
+    assert config("m").cors_allow_origins == ()
+    assert config("m", LOCKSTEP_CORS_ALLOW_ORIGIN="").cors_allow_origins == ()
+    assert config("m", **variable).cors_allow_origins == ("https://a", "https://b")
+    flags = ("--cors-allow-origin", "https://c", "--cors-allow-origin", "*")
+    assert config("m", *flags, **variable).cors_allow_origins == ("https://c", "*")
 
 
 def test_ranks_per_pod_must_divide() -> None:
@@ -136,15 +147,14 @@ def test_ports_that_nobody_named_are_free_ones() -> None:
 
 
 def test_a_port_is_chosen_only_where_nobody_else_must_know_it() -> None:
-    parser = build_parser({})
     for words, chosen in (
         ("", ["bus_port", "status_port"]),
         ("--bus-port 7400", ["status_port"]),
         ("--tensor-parallel-size 2 --ranks-per-pod 1", []),
     ):
-        options = parser.parse_args(["serve", "m", *words.split()])
-        assert unnamed_ports(options, config_from(options)) == chosen
-    named = build_parser({"LOCKSTEP_STATUS_PORT": "7401"}).parse_args(["serve", "m"])
+        given = options(["serve", "m", *words.split()])
+        assert unnamed_ports(given, config_from(given)) == chosen
+    named = options(["serve", "m"], {"LOCKSTEP_STATUS_PORT": "7401"})
     assert unnamed_ports(named, config_from(named)) == ["bus_port"]
 
 
@@ -160,7 +170,7 @@ def test_a_member_needs_only_its_status_port() -> None:
 
 def test_help_lists_every_flag_with_what_it_means(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        build_parser({}).parse_args(["serve", "--help"])
+        main(["serve", "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
     for name in ("--tensor-parallel-size", "--kv-cache-memory", "--grace-seconds", "LOCKSTEP_MAX_MODEL_LEN"):
@@ -171,17 +181,21 @@ def test_help_lists_every_flag_with_what_it_means(capsys: pytest.CaptureFixture[
     ("arguments", "words"),
     [
         (["--step-timeout", "0"], "'0' is not a number of seconds above 0"),
+        (["--step-timeout", "nan"], "'nan' is not a number of seconds above 0"),
+        (["--grace-seconds", "-1"], "'-1' is not a number of seconds"),
+        (["--max-sequences", "1_0"], "'1_0' is not a whole number above 0"),
+        (["--port", "65536"], "'65536' is not a port between 1 and 65535"),
+        (["--group", "x"], "'x' is not a whole number"),
         (["--watchdog-factor", "0.5"], "'0.5' is not a number of 1 or more"),
         (["--recovery-strategy", "Hope"], "Ladder"),
         (["--weight-cache", "Tape"], "Memory"),
         (["--allow-faults", "perhaps"], "'perhaps' is neither true nor false"),
     ],
 )
-def test_what_the_watchdog_cannot_use_is_refused(arguments: list[str], words: str) -> None:
-    errors = io.StringIO()
-    with contextlib.redirect_stderr(errors), pytest.raises(SystemExit):
+def test_what_cannot_be_used_is_refused(arguments: list[str], words: str) -> None:
+    with pytest.raises(click.UsageError) as refused:
         config("m", *arguments)
-    assert words in errors.getvalue()
+    assert words in refused.value.format_message()
 
 
 def test_faults_are_allowed_only_by_an_explicit_word() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.command_line import configuration
 from tests.support.models import ModelShape
 from tests.support.ranks import piece
 from torch import Tensor
@@ -14,8 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lockstep_runtime.cli import UsageError, build_parser, config_from
-from lockstep_runtime.config import Backend, Device, ServeConfig
+from lockstep_runtime.config import Backend, Device, ServeConfig, UsageError
 from lockstep_runtime.distributed.join import SingleGroup, choose_backend
 from lockstep_runtime.layers.batch import build_batch
 from lockstep_runtime.layers.cache import KVCache
@@ -75,11 +75,11 @@ def test_the_backend_follows_the_device() -> None:
 
 
 def test_the_command_line_takes_a_device() -> None:
-    parse = build_parser({"LOCKSTEP_DEVICE": "cuda"}).parse_args
-    assert config_from(parse(["serve", "m", "--backend", "gloo"])).device == "cuda"
-    assert config_from(parse(["serve", "m", "--device", "cpu"])).device == "cpu"
+    variables = {"LOCKSTEP_DEVICE": "cuda"}
+    assert configuration(["serve", "m", "--backend", "gloo"], variables).device == "cuda"
+    assert configuration(["serve", "m", "--device", "cpu"], variables).device == "cpu"
     with pytest.raises(UsageError, match="nccl computes on GPUs"):
-        config_from(parse(["serve", "m", "--backend", "nccl", "--device", "cpu"]))
+        configuration(["serve", "m", "--backend", "nccl", "--device", "cpu"], variables)
 
 
 def test_a_gpu_of_its_own_is_used_but_for_a_tenth() -> None:

@@ -9,8 +9,9 @@ from typing import Final
 import pytest
 from dev.demo_faults import FAULTS, MAX_TOKENS, PAUSE_S, TRAIL, Answer, End, LogLine, News, Piece, follow, judge
 from dev.demo_terminal import BREAK, INDENT, WIDTH, Page
+from tests.support.command_line import options
 
-from lockstep_runtime import cli, log
+from lockstep_runtime import log
 
 WORDS: Final = "An exception is raised at the point where the error is detected. "
 
@@ -90,6 +91,6 @@ def test_the_trail_is_found_in_a_log(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(("fault", "rank", "tokens"), FAULTS)
 def test_the_faults_are_of_the_command_line(fault: str, rank: int, tokens: int) -> None:
     words = ["inject", fault, f"--rank={rank}", "--phase=decode", f"--skip={tokens}"]
-    assert cli.build_parser({}).parse_args(words).fault == fault
+    assert options(words)["kind"] == fault
     assert rank in (0, 1)
     assert tokens < MAX_TOKENS

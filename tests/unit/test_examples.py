@@ -13,11 +13,11 @@ from dev.demo_faults import FAULTS, MAX_TOKENS
 from examples.training.conversations import render
 from examples.training.train import SAMPLES
 from safetensors import safe_open
+from tests.support.command_line import configuration
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lockstep_operator.decisions.strategic_merge import merge
-from lockstep_runtime.cli import build_parser
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = EXAMPLES / "tiny-chat"
@@ -131,8 +131,8 @@ def test_the_demos_patch_allows_faults_and_nothing_else() -> None:
     assert container["name"] == "lockstep"
     given = {entry["name"]: entry["value"] for entry in container["env"]}
     assert list(given) == ["LOCKSTEP_ALLOW_FAULTS"]
-    assert build_parser(given).parse_args(["serve", "m"]).allow_faults
-    assert not build_parser({}).parse_args(["serve", "m"]).allow_faults
+    assert configuration(["serve", "m"], given).allow_faults
+    assert not configuration(["serve", "m"]).allow_faults
     patched = merge(plain, patch)
     assert {**patched["spec"], "template": None} == {**plain["spec"], "template": None}
     assert "template" in schema()["properties"]["spec"]["properties"]

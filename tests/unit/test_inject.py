@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lockstep_runtime.chaos import pending
 from lockstep_runtime.chaos.injector import InjectedError, Injector
-from lockstep_runtime.cli import UsageError, check_faults, main
-from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.cli import check_faults, main
+from lockstep_runtime.config import ServeConfig, UsageError
 from lockstep_runtime.distributed.communicator import Group
 from lockstep_runtime.distributed.errors import GroupAborted
 from lockstep_runtime.distributed.join import SingleGroup

@@ -14,12 +14,12 @@ import msgspec
 import pytest
 from tests.support.ports import free_port
 
-from lockstep_runtime.cli import open_ports
 from lockstep_runtime.config import CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
 from lockstep_runtime.host import process_init
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupStatus, PodProblemReason
 from lockstep_runtime.supervisor.bus_client import Link
+from lockstep_runtime.supervisor.ports import open_ports
 from lockstep_runtime.supervisor.process import ForkError, Processes
 from lockstep_runtime.supervisor.run import Supervisor
 from lockstep_runtime.supervisor.spare import Spare

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 import urllib.error
 import urllib.request
 from typing import Any
 
+import click
 import msgspec
 
 from lockstep_runtime.config import TOKEN_VARIABLE
@@ -18,56 +17,48 @@ from lockstep_runtime.protocol.chaos import CollectivePoint, FaultPhase, Inject,
 from lockstep_runtime.protocol.status import STATUS_PORT
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of `lockstep`."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "inject",
-        help="make a rank fail, to see the group heal",
-        description="Make a rank of a group fail that was started with --allow-faults, to see the group heal. "
-        "device-assert and illegal-access break the CUDA context of a rank's GPU; without one they are refused.",
-        epilog=f"The group's token is read from {TOKEN_VARIABLE}.",
-    )
-    parser.add_argument("fault", choices=list(Injection), metavar="FAULT", help=", ".join(Injection))
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--phase", choices=list(FaultPhase), default=FaultPhase.NOW, help="when it acts (default: now)")
-    parser.add_argument(
-        "--at",
-        choices=list(CollectivePoint),
-        default=CollectivePoint.BEFORE,
-        help="seen from the collective (default: before)",
-    )
-    parser.add_argument("--place", default="", help="of the collective, such as layers.2.mlp; default: the first")
-    parser.add_argument("--skip", type=int, default=0, help="steps of that phase that pass unharmed first")
-    parser.add_argument("--seconds", type=float, default=0.1, help="slow: by how much (default: 0.1)")
-    parser.add_argument("--times", type=int, default=1, help="slow: for how many steps (default: 1)")
-    parser.add_argument("--number", type=int, default=0, help="flip-bit: which bit")
-    parser.add_argument("--url", help="of the leader's status port; default: of the one that serves on this machine")
-
-
-def run(options: argparse.Namespace) -> int:
-    """Send it; the exit code."""
-    fault = Inject(
-        rank=options.rank,
-        kind=Injection(options.fault),
-        phase=FaultPhase(options.phase),
-        at=CollectivePoint(options.at),
-        place=options.place,
-        skip=options.skip,
-        seconds=options.seconds,
-        times=options.times,
-        number=options.number,
-    )
+@click.command(
+    short_help="make a rank fail, to see the group heal", epilog=f"The group's token is read from {TOKEN_VARIABLE}."
+)
+@click.argument("kind", metavar="FAULT", type=click.Choice([kind.value for kind in Injection]))
+@click.option("--rank", type=int, required=True)
+@click.option(
+    "--phase",
+    type=click.Choice([phase.value for phase in FaultPhase]),
+    default=FaultPhase.NOW.value,
+    show_default=True,
+    help="when it acts",
+)
+@click.option(
+    "--at",
+    type=click.Choice([point.value for point in CollectivePoint]),
+    default=CollectivePoint.BEFORE.value,
+    show_default=True,
+    help="seen from the collective",
+)
+@click.option("--place", default="", help="of the collective, such as layers.2.mlp; default: the first")
+@click.option("--skip", type=int, default=0, help="steps of that phase that pass unharmed first")
+@click.option("--seconds", type=float, default=0.1, show_default=True, help="slow: by how much")
+@click.option("--times", type=int, default=1, show_default=True, help="slow: for how many steps")
+@click.option("--number", type=int, default=0, help="flip-bit: which bit")
+@click.option("--url", help="of the leader's status port; default: of the one that serves on this machine")
+@click.pass_context
+def inject(ctx: click.Context, /, url: str | None, **options: Any) -> None:
+    fault = msgspec.convert(options, Inject)
     serving = discovery.found()
     in_pod = f"http://{join(loopback(), STATUS_PORT)}"
-    url, problem = (
-        (options.url, "") if options.url else discovery.choose([one for one in serving if one.faults], in_pod)
-    )
-    token = os.environ.get(TOKEN_VARIABLE) or discovery.token_of(url, serving)
-    if problem := problem or send(url, token, fault):
-        print(f"lockstep: {problem}", file=sys.stderr)
-        return 1
-    print(f"inject: {fault.kind} on rank {fault.rank}, {fault.phase}")
-    return 0
+    url, problem = (url, "") if url else discovery.choose([one for one in serving if one.faults], in_pod)
+    if problem := problem or send(url, os.environ.get(TOKEN_VARIABLE) or discovery.token_of(url, serving), fault):
+        click.echo(f"lockstep: {problem}", err=True)
+        ctx.exit(1)
+    click.echo(f"inject: {fault.kind} on rank {fault.rank}, {fault.phase}")
+
+
+inject.help = f"""Make a rank of a group fail that was started with --allow-faults, to see the group heal.
+
+FAULT is one of {", ".join(Injection)}. device-assert and illegal-access break the CUDA context of a rank's GPU; without
+one they are refused.
+"""
 
 
 def send(url: str, token: str, fault: Inject) -> str:

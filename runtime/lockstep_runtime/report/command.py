@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+
+import click
 
 from lockstep_runtime.config import TOKEN_VARIABLE
 from lockstep_runtime.host import discovery
@@ -20,33 +20,31 @@ from lockstep_runtime.report.group import GroupFacts
 from lockstep_runtime.report.report import write
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of `lockstep`."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "report",
-        help="write what a bug report needs",
-        description="Write what a bug report needs: versions, the machine, the group's settings, status and faults. "
-        "Secrets are left out. Where several serve on this machine, --url chooses one.",
-        epilog=f"The group's token is read from {TOKEN_VARIABLE}; a pod has it.",
-    )
-    parser.add_argument("--url", help="of the leader's status port; default: of the one that serves on this machine")
-    parser.add_argument("--log", metavar="FILE", help="the group's log, - for stdin: its lines about faults are taken")
-    parser.add_argument("--output", metavar="FILE", help="default: stdout")
+@click.command(
+    "report",
+    short_help="write what a bug report needs",
+    epilog=f"The group's token is read from {TOKEN_VARIABLE}; a pod has it.",
+)
+@click.option("--url", help="of the leader's status port; default: of the one that serves on this machine")
+@click.option("--log", metavar="FILE", help="the group's log, - for stdin: its lines about faults are taken")
+@click.option("--output", metavar="FILE", help="default: stdout")
+@click.pass_context
+def command(ctx: click.Context, /, url: str | None, log: str | None, output: str | None) -> None:
+    """Write what a bug report needs: versions, the machine, the group's settings, status and faults.
 
-
-def run(options: argparse.Namespace) -> int:
-    """Write the report; the exit code. A group that doesn't answer is a line of it, and no failure."""
+    Secrets are left out. Where several serve on this machine, --url chooses one. A group that doesn't answer is a line
+    of the report, and no failure.
+    """
     try:
-        with _opened(options.log) as log:
-            text = report(os.environ, url=options.url, log=log)
-        if options.output:
-            Path(options.output).write_text(text)
+        with _opened(log) as lines:
+            text = report(os.environ, url=url, log=lines)
+        if output:
+            Path(output).write_text(text)
         else:
             sys.stdout.write(text)
     except OSError as error:
-        print(f"lockstep: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
-    return 0
+        click.echo(f"lockstep: {error.filename}: {error.strerror}", err=True)
+        ctx.exit(1)
 
 
 def report(environment: Mapping[str, str], *, url: str | None = None, log: Iterable[str] | None = None) -> str:
