@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
-from collections.abc import AsyncIterator, Callable
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from lockstep_runtime.api.model import Problem
 from lockstep_runtime.engine import main as engine_main
 from lockstep_runtime.protocol.status import GroupState
 
+NOBODY = 65532
 TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -27,6 +31,11 @@ def write(name: str, content: bytes) -> Callable[[Path], None]:
         (folder / name).write_bytes(content)
 
     return change
+
+
+def closed(name: str) -> Callable[[Path], None]:
+    """Nobody has a right to it; empty: to the folder itself."""
+    return lambda folder: (folder / name).chmod(0)
 
 
 def in_its_place(name: str) -> Callable[[Path], None]:
@@ -39,10 +48,14 @@ def in_its_place(name: str) -> Callable[[Path], None]:
 
 # For every problem: what brings it about, and words that the status has then.
 FAULTS: dict[Problem, list[tuple[Callable[[Path], None], str]]] = {
-    Problem.MODEL_NOT_FOUND: [(shutil.rmtree, "does not exist")],
+    Problem.MODEL_NOT_FOUND: [
+        (shutil.rmtree, "does not exist"),
+        (closed(""), "Permission denied: user"),
+    ],
     Problem.NO_TOKENIZER: [(lambda folder: (folder / "tokenizer.json").unlink(), "The model has no tokenizer.json")],
     Problem.TOKENIZER_UNREADABLE: [
         (in_its_place("tokenizer.json"), "tokenizer.json is a folder"),
+        (closed("tokenizer.json"), "tokenizer.json; give it the right to"),
         (write("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS pointer"),
     ],
     Problem.TOKENIZER_UNUSABLE: [
@@ -51,6 +64,7 @@ FAULTS: dict[Problem, list[tuple[Callable[[Path], None], str]]] = {
     ],
     Problem.SETTINGS_UNREADABLE: [
         (write("config.json", b"{"), "config.json is not valid JSON"),
+        (closed("config.json"), "config.json; give it the right to"),
         (write("generation_config.json", b"[]"), "generation_config.json should hold a JSON object"),
         (write("tokenizer_config.json", b"caf\xe9"), "tokenizer_config.json is not UTF-8"),
     ],
@@ -72,11 +86,38 @@ def test_no_problem_is_forgotten() -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "m"
-    folder.mkdir()
-    mend(folder)
-    return folder
+def folder() -> Iterator[Path]:
+    """A model that every user may read, where pytest's own folders are for its user alone."""
+    top = Path(tempfile.mkdtemp(prefix="lockstep-why-not-"))
+    top.chmod(0o777)
+    mend(top / "m")
+    with another_user():
+        yield top / "m"
+    shutil.rmtree(top)
+
+
+@contextlib.contextmanager
+def another_user() -> Iterator[None]:
+    """Rights bind everybody but root."""
+    was_root = os.geteuid() == 0
+    if was_root:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if was_root:
+            os.seteuid(0)
+
+
+@contextlib.contextmanager
+def owner() -> Iterator[None]:
+    user = os.geteuid()
+    if os.getuid() == 0:
+        os.seteuid(0)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
 def mend(folder: Path) -> None:
@@ -87,10 +128,12 @@ def mend(folder: Path) -> None:
 
 
 @contextlib.asynccontextmanager
-async def leader(folder: Path) -> AsyncIterator[LiveEngine]:
+async def leader(
+    model: Path | str, keys: ApiKeys | None = None, download_dir: str | None = None
+) -> AsyncIterator[LiveEngine]:
     """A group that has formed, with the api and the reader of the configuration beside it."""
-    async with live_engine(model=str(folder)) as live:
-        app = create_app(live.config, live.engine, ApiKeys(None, None))
+    async with live_engine(model=str(model), download_dir=download_dir) as live:
+        app = create_app(live.config, live.engine, keys or ApiKeys(None, None))
         reading = asyncio.create_task(engine_main._read_model(live.config, live.engine))
         async with app.router.lifespan_context(app):
             yield live
@@ -110,15 +153,28 @@ async def test_what_keeps_a_leader_from_serving_is_the_groups_state(
 ) -> None:
     monkeypatch.setattr(loading, "RETRY_SECONDS", 0.05)
     monkeypatch.setattr(engine_main, "MODEL_RETRY_SECONDS", (0.05,))
-    bring_about(folder)
+    with owner():
+        bring_about(folder)
     async with leader(folder) as live:
         await live.until(lambda: live.engine.status().state is GroupState.FAILED, f"{problem} is told")
         await live.until(lambda: words in live.engine.status().message, words)
         assert live.reports[-1].accepting is False or not live.engine.readiness().ready
         await live.until(lambda: words in live.reports[-1].message, "the supervisor has it")
-        mend(folder)
+        assert live.engine.status().may_pass is False, "none of these mends itself"
+        with owner():
+            mend(folder)
         await live.ready()
         assert live.engine.readiness().ready
+
+
+async def test_a_hub_that_is_away_may_come_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and never listens
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        async with leader("org/model", download_dir=str(tmp_path)) as live:
+            await live.until(lambda: "can't be reached" in live.engine.status().message, "it is told")
+            status = live.engine.status()
+            assert (status.state, status.may_pass) == (GroupState.FAILED, True)
 
 
 async def test_until_the_text_files_are_read_a_formed_group_is_loading() -> None:

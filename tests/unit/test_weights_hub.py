@@ -182,11 +182,22 @@ def test_what_is_neither_a_folder_nor_a_hub_id_is_said(tmp_path: Path, name: str
     assert "neither a directory here nor a hub id" in str(error)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
-def test_a_disk_that_refuses_a_download_is_named(number: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.ENOSPC, TRANSIENT),
+        (errno.EDQUOT, TRANSIENT),
+        (errno.EIO, TRANSIENT),
+        (errno.EROFS, PERMANENT),
+        (errno.EACCES, PERMANENT),
+        (errno.EPERM, PERMANENT),
+    ],
+)
+def test_a_disk_that_refuses_a_download_is_named(number: int, kind: LoadFailure) -> None:
     error = explain(MODEL, None, OSError(number, "", "/cache/blobs/x.incomplete"))
-    assert error.kind is TRANSIENT
+    assert error.kind is kind
     assert str(error).startswith("org/model can't be stored: /cache/blobs/x.incomplete: ")
+    assert ("write there, or name another cache" in str(error)) is (kind is PERMANENT)
 
 
 def test_the_fake_answers_to_the_commit(hub: FakeHub, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Folders and files that may not be read: a sentence with the path and the user, until the rights are given."""
+"""Folders and files that may not be read: a sentence with the path and the user; a person must give the rights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def told(path):
         load(ServeConfig(model=path, served_name="m"))
         return "serves"
     except ModelUnavailableError as error:
-        return str(error)
+        return f"{{'transient' if error.may_pass else 'permanent'}}: {{error}}"
     except ModelError as error:
         return f"{{load_failure(error)}}: {{error}}"
 
@@ -115,6 +115,6 @@ def test_what_may_not_be_read_is_named_until_the_rights_are_given(
     told = look(folder)
     assert f"Permission denied: user {NOBODY}" in told
     assert words.format(folder=folder) in told
-    assert not told.startswith("permanent")  # it is tried again soon
+    assert told.startswith("permanent: ")  # rights don't come back by themselves
     give_rights(folder)
     assert look(folder) == "serves"

@@ -15,8 +15,7 @@ from lockstep_runtime.api.chat_template import ChatTemplate
 from lockstep_runtime.api.template_files import DEFAULT, Templates, find_templates
 from lockstep_runtime.api.tokenizer import TextTokenizer, UnsupportedTokenizerError
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.protocol.bus import LoadFailure
-from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.sources.errors import ModelError, may_pass
 from lockstep_runtime.sources.files import read_bytes, read_object
 from lockstep_runtime.sources.model_config import text_config
 from lockstep_runtime.sources.model_folder import find_model
@@ -81,7 +80,7 @@ def load(config: ServeConfig) -> ServedModel:
         raise
     except Exception as error:  # whatever is in files that others wrote: it is told, not logged alone
         message = f"the tokenizer and the chat template can't be read: {type(error).__name__}: {error}"
-        raise ModelUnavailableError(Problem.UNEXPECTED, message) from error
+        raise ModelUnavailableError(Problem.UNEXPECTED, message, may_pass=may_pass(error)) from error
 
 
 def _load(config: ServeConfig) -> ServedModel:
@@ -110,8 +109,7 @@ def _told_as(problem: Problem) -> Iterator[None]:
     try:
         yield
     except ModelError as error:
-        may_pass = error.kind is LoadFailure.TRANSIENT
-        raise ModelUnavailableError(problem, str(error), error.retry_after, may_pass=may_pass) from error
+        raise ModelUnavailableError(problem, str(error), error.retry_after, may_pass=may_pass(error)) from error
 
 
 def _tokenizer(path: Path, rows: int | None) -> TextTokenizer:

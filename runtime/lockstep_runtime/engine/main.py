@@ -26,10 +26,9 @@ from lockstep_runtime.config import (
 from lockstep_runtime.engine.engine import Engine
 from lockstep_runtime.host import descriptors, process_init
 from lockstep_runtime.host.addresses import listen
-from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.status import GroupStatus
 from lockstep_runtime.recovery.bus import Bus
-from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.sources.errors import ModelError, may_pass
 from lockstep_runtime.sources.files import read_object
 from lockstep_runtime.sources.model_config import max_length
 from lockstep_runtime.sources.model_folder import find_model, read_config
@@ -112,9 +111,9 @@ async def _read_model(config: ServeConfig, engine: Engine) -> None:
             engine.set_model(await asyncio.to_thread(_model_length, config))
             return
         except Exception as error:  # whatever is in the files: the engine goes on, and says so
-            known = error if isinstance(error, ModelError) else ModelError(f"{type(error).__name__}: {error}")
-            engine.set_model_error(str(known), may_pass=known.kind is bus.LoadFailure.TRANSIENT)
-            retry_after = known.retry_after
+            words = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+            engine.set_model_error(words, may_pass=may_pass(error))
+            retry_after = error.retry_after if isinstance(error, ModelError) else 0.0
         await asyncio.sleep(max(retry_after, MODEL_RETRY_SECONDS[min(attempt, len(MODEL_RETRY_SECONDS) - 1)]))
         attempt += 1
 

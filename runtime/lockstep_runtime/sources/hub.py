@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from lockstep_runtime.protocol.bus import LoadFailure
-from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.sources.errors import ModelError, chain, lasts
 
 SLOW_RETRY_SECONDS: Final = 30.0  # where a person must act: the hub is asked again, but seldom
 UNREAD: Final = ["consolidated*.safetensors", "*/*.safetensors"]  # the same weights in other layouts
@@ -39,7 +38,7 @@ def download(model: str, revision: str | None, directory: str | None, patterns: 
 
 def explain(model: str, revision: str | None, error: Exception) -> ModelError:
     """The first cause that names itself decides: the library wraps what its HTTP client raises."""
-    for cause in _chain(error):
+    for cause in chain(error):
         if found := _explain(model, revision, cause):
             return found
     return _transient(f"{model} is no directory here, and the hub did not deliver it: {_words(error)}")
@@ -68,8 +67,16 @@ def _explain(model: str, revision: str | None, error: BaseException) -> ModelErr
     if kinds & {"ConnectError", "TimeoutException", "NetworkError", "RemoteProtocolError", "ReadError"}:
         return _transient(f"{model} can't be downloaded now: {_hub()} can't be reached: {_words(error)}; tried again")
     if isinstance(error, OSError) and error.errno is not None:
-        return _transient(f"{model} can't be stored: {error.filename or 'the cache'}: {os.strerror(error.errno)}")
+        return _unstored(model, error)
     return None
+
+
+def _unstored(model: str, error: OSError) -> ModelError:
+    words = f"{model} can't be stored: {error.filename or 'the cache'}: {os.strerror(error.errno or 0)}"
+    if not lasts(error):
+        return _transient(words)
+    who = f"user {os.geteuid()} (group {os.getegid()})"
+    return _permanent(f"{words}; let {who} write there, or name another cache (spec.model.cache, --download-dir)")
 
 
 def _by_status(model: str, error: Any) -> ModelError:
@@ -106,14 +113,6 @@ def _permanent(message: str) -> ModelError:
 
 def _transient(message: str, retry_after: float = 0.0) -> ModelError:
     return ModelError(message, kind=LoadFailure.TRANSIENT, retry_after=retry_after)
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: list[BaseException] = []
-    while error not in seen:
-        seen.append(error)
-        yield error
-        error = error.__cause__ or error.__context__ or error
 
 
 def _words(error: BaseException) -> str:

@@ -171,7 +171,10 @@ class Checkpoint:
 
     def _open(self, file: Path) -> int:
         if file not in self._descriptors:
-            self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:  # it was readable a moment ago
+                raise ModelError(unreadable(file, error)) from error
         return self._descriptors[file]
 
 

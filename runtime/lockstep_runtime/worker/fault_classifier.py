@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Final
 
 import torch.distributed as dist
@@ -10,7 +9,7 @@ import torch.distributed as dist
 from lockstep_runtime.distributed.errors import GroupError
 from lockstep_runtime.protocol.bus import LoadFailure
 from lockstep_runtime.protocol.status import Fault
-from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.sources.errors import ModelError, chain, lasts
 
 # After these the device context answers every call with the same error, until its process ends
 # (https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html, "the process must be terminated").
@@ -61,8 +60,9 @@ _NO_DEVICE: Final = (
 # NCCL's words for what no peer is to blame for (ncclGetErrorString; ncclInvalidArgument, ncclInvalidUsage).
 _MISUSE: Final = ("invalid argument (run with NCCL_DEBUG=WARN", "invalid usage (run with NCCL_DEBUG=WARN")
 _LAST_ERROR: Final = "Last error:\n"
-_NOT_THERE: Final = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-_AT_FAULT: Final = (ModelError, AttributeError, NotImplementedError, TypeError, LookupError, ValueError, AssertionError)
+_AT_FAULT: Final = (
+    ModelError, AttributeError, NotImplementedError, TypeError, LookupError, ValueError, AssertionError, OSError,
+)  # fmt: skip
 _OUT_OF_MEMORY: Final = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -91,15 +91,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def load_failure(error: Exception) -> LoadFailure:
     """Whether loading again can help: it may where the network, memory or a disk refused, and can't where the model,
-    the settings or the code are at fault. What caused the error counts, too."""
-    causes = list(_chain(error))
+    its files' rights, the settings or the code are at fault. What caused the error counts, too."""
+    causes = list(chain(error))
     if any(_is_device_lost(one) for one in causes):
         return LoadFailure.DEVICE_LOST
     if told := next((one.kind for one in causes if isinstance(one, ModelError) and one.kind), None):
         return told
     if any(is_out_of_memory(one) for one in causes):
         return LoadFailure.TRANSIENT
-    if any(isinstance(one, OSError) and not isinstance(one, _NOT_THERE) for one in causes):
+    if any(isinstance(one, OSError) and not lasts(one) for one in causes):
         return LoadFailure.TRANSIENT
     return LoadFailure.PERMANENT if any(isinstance(one, _AT_FAULT) for one in causes) else LoadFailure.TRANSIENT
 
@@ -107,14 +107,6 @@ def load_failure(error: Exception) -> LoadFailure:
 def _is_device_lost(error: BaseException) -> bool:
     """torch says that it was built without CUDA by an AssertionError."""
     return isinstance(error, RuntimeError | AssertionError) and _has(str(error), (*CONTEXT_IS_LOST, *_NO_DEVICE))
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: list[BaseException] = []
-    while error not in seen:
-        seen.append(error)
-        yield error
-        error = error.__cause__ or error.__context__ or error
 
 
 def _has(text: str, words: tuple[str, ...]) -> bool:
