@@ -15,7 +15,7 @@ import pytest
 from tests.support.api_server import TINY_CHAT
 from tests.support.live_engine import LiveEngine, live_engine
 
-from lockstep_runtime.api import loading
+from lockstep_runtime.api import keys, loading
 from lockstep_runtime.api.app import create_app
 from lockstep_runtime.api.keys import ApiKeys
 from lockstep_runtime.api.model import Problem
@@ -129,11 +129,11 @@ def mend(folder: Path) -> None:
 
 @contextlib.asynccontextmanager
 async def leader(
-    model: Path | str, keys: ApiKeys | None = None, download_dir: str | None = None
+    model: Path | str, api_keys: ApiKeys | None = None, download_dir: str | None = None
 ) -> AsyncIterator[LiveEngine]:
     """A group that has formed, with the api and the reader of the configuration beside it."""
     async with live_engine(model=str(model), download_dir=download_dir) as live:
-        app = create_app(live.config, live.engine, keys or ApiKeys(None, None))
+        app = create_app(live.config, live.engine, api_keys or ApiKeys(None, None))
         reading = asyncio.create_task(engine_main._read_model(live.config, live.engine))
         async with app.router.lifespan_context(app):
             yield live
@@ -165,6 +165,37 @@ async def test_what_keeps_a_leader_from_serving_is_the_groups_state(
             mend(folder)
         await live.ready()
         assert live.engine.readiness().ready
+
+
+async def test_keys_and_tokenizer_are_told_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(keys, "LOOK_SECONDS", 0.05)
+    file = folder.parent / "keys"
+    with owner():
+        (folder / "tokenizer.json").unlink()
+        file.touch()
+        file.chmod(0)
+    async with leader(folder, ApiKeys(None, file)) as live:
+
+        async def say(*words: str) -> None:
+            await live.until(lambda: all(one in live.engine.status().message for one in words), str(words))
+            status = live.engine.status()
+            assert (status.state, status.accepting, status.may_pass) == (GroupState.FAILED, False, False)
+
+        await say(f"may not read {file}; give it the right to", "The model has no tokenizer.json")
+        with owner():
+            file.chmod(0o644)
+        await say("The model has no tokenizer.json", f"{file} holds no API key")
+        with owner():
+            mend(folder)
+        await say(f"{file} holds no API key")
+        with owner():
+            file.write_text("secret")
+        await live.ready()
+        assert live.engine.status().accepting
+        with owner():
+            file.write_text("")
+        await say(f"{file} holds no API key")
 
 
 async def test_a_hub_that_is_away_may_come_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

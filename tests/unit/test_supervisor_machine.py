@@ -76,14 +76,6 @@ def test_a_dead_engine_is_started_again_and_the_workers_are_left_alone() -> None
     assert machine.exited(ENGINE, healthy=True, now=1.0) == [Spawn(ENGINE)]
 
 
-def test_an_engine_that_can_not_run_here_ends_the_pod_with_code_2() -> None:
-    machine = leader()
-    assert signalled(machine.exited(ENGINE, healthy=False, now=1.0, hopeless=True)) == [SPARE, 0, 1]
-    machine.exited(SPARE, healthy=False, now=1.1)
-    machine.exited(0, healthy=False, now=1.1)
-    assert machine.exited(1, healthy=False, now=1.2) == [Finish(2, "the engine can't run here")]
-
-
 def test_a_leader_drains_its_engine_before_it_ends_its_workers() -> None:
     machine = leader()
     assert machine.asked_to_end(10.0, connected=True) == [Signal(ENGINE, SIGTERM, "drain")]
@@ -93,7 +85,7 @@ def test_a_leader_drains_its_engine_before_it_ends_its_workers() -> None:
     assert machine.exited(ENGINE, healthy=True, now=20.0) == [Signal(name, SIGTERM, reason) for name in names]
     assert machine.exited(SPARE, healthy=True, now=20.0) == []
     assert machine.exited(0, healthy=True, now=20.1) == []
-    assert machine.exited(1, healthy=True, now=20.2) == [Finish(0, reason)]
+    assert machine.exited(1, healthy=True, now=20.2) == [Finish(reason)]
 
 
 def test_a_drain_is_over_when_the_grace_is() -> None:
@@ -113,7 +105,7 @@ def test_a_member_keeps_its_workers_until_it_is_released() -> None:
     assert signalled(machine.released(12.0)) == [SPARE, 2, 3]
     machine.exited(SPARE, healthy=True, now=12.1)
     machine.exited(2, healthy=True, now=12.1)
-    assert machine.exited(3, healthy=True, now=12.2) == [Finish(0, "released")]
+    assert machine.exited(3, healthy=True, now=12.2) == [Finish("released")]
 
 
 @pytest.mark.parametrize("how", ["disconnected", "grace", "not connected", "twice"])
@@ -202,7 +194,7 @@ def test_an_end_that_is_asked_for_meanwhile_waits_for_no_process_that_never_came
     assert signalled(machine.asked_to_end(1.1, connected=False)) == [SPARE, 2, 3]
     machine.exited(SPARE, healthy=True, now=1.2)
     machine.exited(3, healthy=True, now=1.2)
-    assert machine.spawn_failed(2, "no answer", 1.3, spare_is_lost=True) == [Finish(0, "no engine needs this pod")]
+    assert machine.spawn_failed(2, "no answer", 1.3, spare_is_lost=True) == [Finish("no engine needs this pod")]
 
 
 def test_an_engine_that_gives_no_sign_of_life_is_killed() -> None:

@@ -29,7 +29,7 @@ def create_app(config: ServeConfig, engine: EngineClient, keys: ApiKeys, limits:
     Args:
         keys: of which clients of /v1 must send one as a bearer token.
     """
-    service = Service(config, engine, limits or Limits())
+    service = Service(config, engine, limits or Limits(), keys)
 
     class Application(FastAPI):
         def openapi(self) -> dict[str, Any]:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
 from pathlib import Path
 from typing import Final
 
+from lockstep_runtime.api.blockers import Blocker, Blockers
+from lockstep_runtime.sources.errors import lasts
+from lockstep_runtime.sources.files import unreadable
+
 log = logging.getLogger(__name__)
 
 MAX_BYTES: Final = 64 * 1024
+LOOK_SECONDS: Final = 2.0
+PART: Final = "keys"
+_NOBODY: Final = "no client can be let in"
 
 
 class ApiKeys:
@@ -27,6 +35,7 @@ class ApiKeys:
         self._fixed = _digests(key.encode()) if key else ()
         self._read: tuple[bytes, ...] = ()
         self._version: object = None
+        self._problem = Blocker("")  # why the file can't be read
 
     @property
     def asked_for(self) -> bool:
@@ -37,6 +46,24 @@ class ApiKeys:
         given = _digest(key)
         return sum([hmac.compare_digest(given, valid) for valid in (*self._fixed, *self._from_file())]) > 0
 
+    def blocker(self) -> Blocker | None:
+        """Why no key is valid though one is asked for; None while there is one. It looks at the file."""
+        if not self.asked_for or self._fixed or self._from_file():
+            return None
+        if self._problem.reason:
+            return self._problem
+        return Blocker(f"{self._file} holds no API key, so {_NOBODY}: write one on each line")
+
+    async def watch(self, blockers: Blockers) -> None:
+        """Tell as long as nobody can be let in, until cancelled: no request need come for that."""
+        told: Blocker | None = None
+        while self._file is not None:
+            found = self.blocker()
+            if found != told:
+                told = found
+                blockers.set(PART, found)
+            await asyncio.sleep(LOOK_SECONDS)
+
     def _from_file(self) -> tuple[bytes, ...]:
         if self._file is None:
             return ()
@@ -46,10 +73,13 @@ class ApiKeys:
             if version != self._version:
                 with self._file.open("rb") as file:
                     self._read = _digests(file.read(MAX_BYTES))
+                self._problem = Blocker("")
                 log.info("%d API keys are valid, from %s", len(self._read), self._file)
         except OSError as error:
             version = str(error)
             if version != self._version:
+                why = f"the API keys can't be read, so {_NOBODY}: {unreadable(self._file, error)}"
+                self._problem = Blocker(why, may_pass=not lasts(error))
                 log.warning("the API keys can't be read (%s); %d stay valid", error, len(self._read))
         self._version = version
         return self._read

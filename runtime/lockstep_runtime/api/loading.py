@@ -1,4 +1,4 @@
-"""Loads the model's text files, however often it takes, and tells the engine what keeps them from being used."""
+"""Loads the model's text files, however often it takes, and tells what keeps them from being used."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ import logging
 from typing import Final
 
 from lockstep_runtime.api import model
+from lockstep_runtime.api.blockers import Blocker, Blockers
 from lockstep_runtime.api.model import ModelUnavailableError, ServedModel
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.engine.client import EngineClient
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS: Final = 2.0
+PART: Final = "model"
 _BEGUN: Final = "the tokenizer and the chat template are being read"
 
 
 class ModelLoader:
     """`why_not` is a sentence until `run` has returned."""
 
-    def __init__(self, config: ServeConfig, engine: EngineClient) -> None:
-        self._config, self._engine = config, engine
+    def __init__(self, config: ServeConfig, blockers: Blockers) -> None:
+        self._config, self._blockers = config, blockers
         self.why_not = _BEGUN
 
     async def run(self) -> ServedModel:
         """A path that is wrong now may be mended, a hub that is away comes back."""
-        self._engine.set_serving_blocker(_BEGUN, loading=True)
+        self._blockers.set(PART, Blocker(_BEGUN, loading=True))
         while True:
             try:
                 loaded = await asyncio.to_thread(model.load, self._config)
@@ -35,7 +36,7 @@ class ModelLoader:
                 await asyncio.sleep(max(RETRY_SECONDS, error.retry_after))
                 continue
             self.why_not = ""
-            self._engine.set_serving_blocker("")
+            self._blockers.set(PART, None)
             log.info("the tokenizer is loaded")
             return loaded
 
@@ -43,4 +44,4 @@ class ModelLoader:
         if self.why_not != why_not:
             log.warning("the tokenizer can't be loaded: %s", why_not)
             self.why_not = why_not
-            self._engine.set_serving_blocker(why_not, may_pass=may_pass)
+            self._blockers.set(PART, Blocker(why_not, may_pass=may_pass))

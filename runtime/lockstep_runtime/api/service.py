@@ -14,8 +14,10 @@ from typing import Annotated
 from fastapi import Depends, FastAPI, Request
 
 from lockstep_runtime.api.answers import ModelCard
+from lockstep_runtime.api.blockers import Blockers
 from lockstep_runtime.api.errors import unavailable, unknown_model
 from lockstep_runtime.api.generation import Job
+from lockstep_runtime.api.keys import ApiKeys
 from lockstep_runtime.api.limits import Bodies, Limits, parse
 from lockstep_runtime.api.loading import ModelLoader
 from lockstep_runtime.api.metrics import Metrics
@@ -35,7 +37,7 @@ _RETRY_LOADING = 5.0  # what clients are told to wait while the model is loaded
 class Service:
     """One per application, at `app.state.service`."""
 
-    def __init__(self, config: ServeConfig, engine: EngineClient, limits: Limits) -> None:
+    def __init__(self, config: ServeConfig, engine: EngineClient, limits: Limits, keys: ApiKeys) -> None:
         self.served_name = config.served_name
         self.metrics = Metrics(config.served_name, engine.stats)
         self._config = config
@@ -44,7 +46,9 @@ class Service:
         self._bodies = Bodies(limits)
         self._services = Services(engine, self.metrics, limits)
         self._model: ServedModel | None = None
-        self._loader = ModelLoader(config, engine)
+        self._blockers = Blockers(engine)
+        self._loader = ModelLoader(config, self._blockers)
+        self._keys = keys
         self._created = int(time.time())
         # Where bodies are parsed, rendered and tokenized: a large one doesn't hold up the small ones.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="lockstep-prompt")
@@ -52,12 +56,13 @@ class Service:
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(self._load())
+        tasks = [asyncio.create_task(self._load()), asyncio.create_task(self._keys.watch(self._blockers))]
         try:
             yield
         finally:
-            loading.cancel()
-            await asyncio.wait((loading,))
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
             gc.unfreeze()
             for threads in (self._threads, self._large):
                 threads.shutdown(wait=False, cancel_futures=True)
@@ -65,6 +70,8 @@ class Service:
     def readiness(self) -> Readiness:
         """Whether a request sent now would make progress."""
         readiness = self._engine.readiness()
+        if readiness.ready and (why_not := self._blockers.all.reason):
+            return Readiness(False, why_not, readiness.draining)
         if readiness.ready and self._model is None:
             return Readiness(False, self._loader.why_not, readiness.draining)
         return readiness

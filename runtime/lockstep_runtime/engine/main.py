@@ -43,16 +43,16 @@ RELEASE_SECONDS: Final = 0.2  # for the last messages to go out
 
 
 def main() -> None:
-    """Serve until SIGTERM, then drain and exit 0; exit 2 when a port is taken."""
-    config = msgspec.json.decode(os.environ[CONFIG_VARIABLE], type=ServeConfig)
-    process_init.become("engine", f"engine model={config.model_name} group={config.group}")
+    """Serve until SIGTERM, then drain and exit 0; what ends it otherwise is told to the supervisor, and exits 1."""
     try:
+        config = msgspec.json.decode(os.environ[CONFIG_VARIABLE], type=ServeConfig)
+        process_init.become("engine", f"engine model={config.model_name} group={config.group}")
         bus_sockets = listen(config.host, config.bus_port)
         api_sockets = listen(config.host, config.api_port)
-    except OSError as error:
-        logger.error("%s", error.strerror)
-        sys.exit(2)
-    asyncio.run(_serve(config, bus_sockets, api_sockets))
+        asyncio.run(_serve(config, bus_sockets, api_sockets))
+    except Exception as error:
+        process_init.say_last(error)
+        raise
 
 
 async def _serve(config: ServeConfig, bus_sockets: list[socket.socket], api_sockets: list[socket.socket]) -> None:

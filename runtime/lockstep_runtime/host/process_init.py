@@ -15,6 +15,8 @@ from lockstep_runtime import log
 PARENT_VARIABLE: Final = "LOCKSTEP_PARENT"
 CANT_LOAD_EXIT: Final = 4  # of a worker whose load can't succeed until something is mended
 HISTORY_VARIABLE: Final = "LOCKSTEP_HISTORY"  # `stdin`: what the engine before said last is read from there
+LAST_WORDS: Final = 3  # the engine's descriptor of memory in which it says why it ends, before it does
+MOST_LAST_WORDS: Final = 500
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 
@@ -40,6 +42,16 @@ def become(part: str, title: str) -> None:
     import setproctitle
 
     setproctitle.setproctitle(f"lockstep: {title}")
+
+
+def say_last(error: BaseException) -> None:
+    """Why this process ends, for its supervisor, in one line; of several errors at once the first."""
+    if PARENT_VARIABLE not in os.environ:
+        return
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    words = error.strerror if type(error) is OSError and error.strerror else f"{type(error).__name__}: {error}"
+    os.pwrite(LAST_WORDS, " ".join(words.split()).encode()[:MOST_LAST_WORDS], 0)
 
 
 def _die_with_parent() -> None:

@@ -29,6 +29,7 @@ from lockstep_runtime.supervisor.stall_tracker import Standstill
 from lockstep_runtime.supervisor.state_machine import ENGINE, Name
 
 logger = logging.getLogger(__name__)
+ENGINE_MODULE: Final = "lockstep_runtime.engine"
 _HEALTHY_SECONDS: Final = 10.0  # of the spare's and the engine's life
 FORK_SECONDS: Final = 5.0  # a spare that takes longer is of no use
 _ORPHAN_SECONDS: Final = 1.0
@@ -48,7 +49,8 @@ class ForkError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a child ended. Exactly one of `code` and `signal` is set. `used`: most resident memory it had, in bytes."""
+    """How a child ended. Exactly one of `code` and `signal` is set. `used`: most resident memory it had, in bytes.
+    `words`: why, in the engine's own words."""
 
     name: Name
     pid: int
@@ -57,6 +59,7 @@ class Exit:
     code: int | None
     signal: int | None
     used: int = 0
+    words: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ class Processes:
         self._environment = _ONE_THREAD | dict(environment) | own
         self._by_name: dict[Name, _Process] = {}
         self._caches: dict[int, int] = {}  # descriptors of the memory in which a rank's KV cache outlives its process
+        self._last_words = -1  # descriptor of memory for the engine's
         self._spare: Spare | None = None
         self._loaded: dict[int, Spare] = {}  # by rank
         self._ending: dict[int, list[Spare]] = {}  # loaded spares that have been told to
@@ -109,7 +113,7 @@ class Processes:
             OSError: the kernel refuses.
         """
         if name == ENGINE:
-            pid = _spawn_engine(self._environment, history)
+            pid = self._spawn_engine(history)
         else:
             self.dismiss_spare()
             self._spare = Spare()
@@ -117,6 +121,21 @@ class Processes:
                 pid = _spawn("lockstep_runtime.worker", self._environment, theirs.fileno())
         self._by_name[name] = _new(name, pid, secrets.token_hex(8), -1)
         return pid
+
+    def _spawn_engine(self, history: bytes) -> int:
+        if self._last_words < 0:
+            self._last_words = os.memfd_create("lockstep-last-words")
+        os.ftruncate(self._last_words, 0)
+        if not history:
+            return _spawn(ENGINE_MODULE, self._environment, last_words=self._last_words)
+        with os.fdopen(os.memfd_create("lockstep-history"), "r+b", buffering=0) as file:
+            file.write(history)
+            file.seek(0)
+            environment = {**self._environment, process_init.HISTORY_VARIABLE: "stdin"}
+            return _spawn(ENGINE_MODULE, environment, file.fileno(), last_words=self._last_words)
+
+    def _words(self) -> str:
+        return os.pread(self._last_words, process_init.MOST_LAST_WORDS, 0).decode(errors="replace")
 
     def spare_socket(self) -> int | None:
         """Readable once there is something for `hear_spare`; None where there is no spare, or none that answers."""
@@ -280,6 +299,7 @@ class Processes:
             code=None if killed else os.WEXITSTATUS(status),
             signal=os.WTERMSIG(status) if killed else None,
             used=used,
+            words=self._words() if process.name == ENGINE else "",
         )
 
     def _was_healthy(self, process: _Process) -> bool:
@@ -296,22 +316,15 @@ class Processes:
         return record
 
 
-def _spawn_engine(environment: Mapping[str, str], history: bytes) -> int:
-    if not history:
-        return _spawn("lockstep_runtime.engine", environment)
-    memory = os.memfd_create("lockstep-history")
-    with os.fdopen(memory, "r+b", buffering=0) as file:
-        file.write(history)
-        file.seek(0)
-        return _spawn("lockstep_runtime.engine", {**environment, process_init.HISTORY_VARIABLE: "stdin"}, memory)
-
-
-def _spawn(module: str, environment: Mapping[str, str], stdin: int = 0) -> int:
+def _spawn(module: str, environment: Mapping[str, str], stdin: int = 0, *, last_words: int = -1) -> int:
+    given = {0: stdin} if stdin else {}
+    if last_words >= 0:
+        given[process_init.LAST_WORDS] = last_words
     return os.posix_spawn(
         sys.executable,
         [sys.executable, "-m", module],
         environment,
-        file_actions=[(os.POSIX_SPAWN_DUP2, stdin, 0)] if stdin else [],
+        file_actions=[(os.POSIX_SPAWN_DUP2, ours, theirs) for theirs, ours in given.items()],
         setpgroup=0,
         setsigdef=[signal.SIGTERM, signal.SIGINT, signal.SIGCHLD],
         setsigmask=[],

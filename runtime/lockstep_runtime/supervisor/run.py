@@ -11,7 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Coroutine, Sequence
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
@@ -41,8 +41,6 @@ from lockstep_runtime.supervisor.state_machine import (
 from lockstep_runtime.supervisor.status_store import StatusBoard
 
 logger = logging.getLogger(__name__)
-
-PORT_TAKEN_EXIT: Final = 2  # the engine's
 
 
 class Supervisor:
@@ -174,10 +172,9 @@ class Supervisor:
             )
         elif gone.name == SPARE:
             self._end_spare_talk()
-        hopeless = gone.name == ENGINE and gone.code == PORT_TAKEN_EXIT
         slowly = isinstance(gone.name, int) and gone.code == process_init.CANT_LOAD_EXIT
         now = time.monotonic()
-        self._do(self._machine.exited(gone.name, healthy=gone.healthy, now=now, hopeless=hopeless, slowly=slowly))
+        self._do(self._machine.exited(gone.name, healthy=gone.healthy, now=now, slowly=slowly))
         if gone.name == ENGINE and self._board is not None:
             self._board.engine_lost(how, self._machine.failures(ENGINE))
 
@@ -256,7 +253,7 @@ class Supervisor:
             case Finish():
                 logger.info("ends: %s", action.reason)
                 if not self._finished.done():
-                    self._finished.set_result(action.code)
+                    self._finished.set_result(0)
 
     def _spawn(self, name: Name) -> None:
         if isinstance(name, int):
@@ -313,4 +310,6 @@ class Supervisor:
 def exit_text(gone: Exit, oom: str) -> str:
     if oom:
         return f"was {oom}"
-    return f"was killed by signal {gone.signal}" if gone.code is None else f"ended with exit code {gone.code}"
+    if gone.code is None:
+        return f"was killed by signal {gone.signal}"
+    return f"ended with exit code {gone.code}{f' ({gone.words})' if gone.words else ''}"

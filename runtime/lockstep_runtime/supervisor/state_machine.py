@@ -62,7 +62,6 @@ class SayLeaving:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    code: int
     reason: str
 
 
@@ -143,11 +142,9 @@ class Machine:
     def continued(self, name: Name) -> None:
         self._children[name].stopped_at = None
 
-    def exited(
-        self, name: Name, *, healthy: bool, now: float, hopeless: bool = False, slowly: bool = False
-    ) -> list[Action]:
-        """A child has ended. `healthy`: it had been of use before; `hopeless`: starting it again can't help; `slowly`:
-        it can't until something is mended, which is no matter of seconds."""
+    def exited(self, name: Name, *, healthy: bool, now: float, slowly: bool = False) -> list[Action]:
+        """A child has ended. `healthy`: it had been of use before; `slowly`: it can't be until something is mended,
+        which is no matter of seconds."""
         child = self._children[name]
         child.alive, child.stopped_at, child.silent_at = False, None, None
         if name == SPARE:
@@ -156,8 +153,6 @@ class Machine:
             return self._stop(now, "the engine has drained")
         if self.phase is Phase.STOPPING:
             return self._finish_if_alone()
-        if hopeless and self.phase is Phase.RUNNING:
-            return self._stop(now, "the engine can't run here", code=2)
         child.failures = 0 if healthy else child.failures + 1
         child.spawn_at = now + max(backoff(child.failures), SLOW_BACKOFF if slowly else 0.0)
         return self.tick(now)
@@ -239,22 +234,21 @@ class Machine:
         times += [child.spawn_at for name, child in children if child.spawn_at is not None and self._can_start(name)]
         return min([*times, *([self.deadline] if self.deadline is not None else [])], default=None)
 
-    def _stop(self, now: float, reason: str, code: int = 0) -> list[Action]:
+    def _stop(self, now: float, reason: str) -> list[Action]:
         self.phase, self.deadline = Phase.STOPPING, now + STOP_SECONDS
-        self._code, self._reason = code, reason
+        self._reason = reason
         for child in self._children.values():
             child.spawn_at = child.stopped_at = child.silent_at = None
         alive = [name for name, child in self._children.items() if child.alive]
         return [Signal(name, SIGTERM, reason) for name in alive] or self._finish_if_alone()
 
-    _code: int = 0
     _reason: str = ""
 
     def _finish_if_alone(self) -> list[Action]:
         if any(child.alive for child in self._children.values()):
             return []
         self.phase, self.deadline = Phase.FINISHED, None
-        return [Finish(self._code, self._reason)]
+        return [Finish(self._reason)]
 
 
 def backoff(failures: int) -> float:
