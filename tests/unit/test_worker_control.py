@@ -349,14 +349,8 @@ async def test_nonsense_from_the_engine_costs_the_connection_only(scene: Scene) 
 
 
 async def test_a_worker_that_was_replaced_ends(scene: Scene) -> None:
-    scene.script.answer = bus.Refused(reason="another process has taken the place", retry=False)
+    scene.script.answer = bus.Refused(reason="another process has taken the place")
     scene.script.peers[0].close()
-    await asyncio.to_thread(scene.thread.join, SECONDS)
-    assert not scene.thread.is_alive()
-
-
-async def test_shutdown_ends_it(scene: Scene) -> None:
-    scene.script.peers[0].send(bus.Shutdown(reason="done"))
     await asyncio.to_thread(scene.thread.join, SECONDS)
     assert not scene.thread.is_alive()
 

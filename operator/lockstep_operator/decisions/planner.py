@@ -120,10 +120,6 @@ class Decision:
         """In how many seconds recovery must look once more."""
         return min((v.requeue_after for v in self.verdicts.values() if v.requeue_after is not None), default=None)
 
-    @property
-    def sentence(self) -> str:
-        return "; ".join(action.reason for action in self.actions) or "everything is as the spec asks"
-
 
 def decide(model: Model, observed: Observed, now: float, settings: Settings) -> Decision:
     """Recovery first, then lost pods, then all else. `now` is unix seconds."""

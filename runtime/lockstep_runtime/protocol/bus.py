@@ -52,10 +52,9 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The engine closes after sending it. `retry` says whether trying again can help."""
+    """The engine closes after sending it. Trying again can't help."""
 
     reason: str
-    retry: bool
 
 
 # --- bus: engine -> worker -------------------------------------------------------------------------------------------
@@ -105,10 +104,6 @@ class Scrub(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     `StepFailed` with `Corruption`."""
 
     epoch: int
-
-
-class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    reason: str
 
 
 # --- bus: worker -> engine -------------------------------------------------------------------------------------------
@@ -295,7 +290,7 @@ class StatusReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     status: GroupStatus
 
 
-ToWorker = Welcome | Refused | Rendezvous | Join | AllocateCache | Step | Scrub | Abort | Shutdown | Inject
+ToWorker = Welcome | Refused | Rendezvous | Join | AllocateCache | Step | Scrub | Abort | Inject
 FromWorker = (
     LoadProgress | Loaded | LoadFailed | RendezvousOpened | Joined | CacheAllocated | StepDone | StepFailed | Scrubbed
     | Aborted

@@ -103,9 +103,9 @@ class Bus:
     def judge(self, hello: Hello) -> Welcome | Refused:
         """Whether a peer may speak; the token first, so that a stranger learns nothing else."""
         if not hmac.compare_digest(hello.token.encode(), self._token):
-            return Refused(reason="the token is not this group's", retry=False)
+            return Refused(reason="the token is not this group's")
         if hello.protocol != PROTOCOL:
-            return Refused(reason=f"protocol {hello.protocol}; this engine speaks {PROTOCOL}", retry=False)
+            return Refused(reason=f"protocol {hello.protocol}; this engine speaks {PROTOCOL}")
         return self._listener.admit(hello)
 
     def arrived(self, connection: _Connection) -> None:

@@ -43,7 +43,7 @@ class Membership:
     def admit(self, hello: bus.Hello, epoch: int) -> bus.Welcome | bus.Refused:
         """Whether this peer belongs here; the epoch rises above what it has seen under another engine."""
         if reason := refusal(hello, self._config, self.handles):
-            return bus.Refused(reason=reason, retry=False)
+            return bus.Refused(reason=reason)
         known = hello.role is bus.Role.WORKER and self.handles[hello.rank].last_incarnation == hello.incarnation
         return bus.Welcome(epoch=max(epoch, hello.epoch if known else hello.epoch + 1))
 

@@ -153,9 +153,6 @@ class Control:
                 self.inbox.put(Connected(self._connections, message.epoch))
             case bus.Refused():
                 logger.error("the engine refused this worker: %s", message.reason)
-                if not message.retry:
-                    self.inbox.put(Dismissed(message.reason))
-            case bus.Shutdown():
                 self.inbox.put(Dismissed(message.reason))
             case bus.Abort():
                 self.fence = max(self.fence, message.epoch)
