@@ -34,7 +34,7 @@ from lockstep_runtime.recovery import policy, timing, watchdog
 from lockstep_runtime.supervisor import state_machine
 from lockstep_runtime.worker import scrub
 
-DOCUMENTS: Final = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+DOCUMENTS: Final = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "operator" / "README.md"))
 CRD: Final = yaml.safe_load((ROOT / "crds" / "lockstep.dev_tensorparallelmodels.yaml").read_text())
 SCHEMA: Final = CRD["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
 
@@ -66,7 +66,7 @@ def _links(path: Path) -> list[str]:
     return [link for link in found if not re.match(r"[a-z]+:", link)]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document: Path) -> None:
     for link in _links(document):
         name, _, anchor = link.partition("#")
@@ -80,7 +80,7 @@ def _targets() -> set[str]:
     return {name for text in texts for name in re.findall(r"^([a-z][a-z-]*):", text, re.MULTILINE)}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_make_targets_are_there(document: Path) -> None:
     named = re.findall(r"(?:^\$ |`)make ([a-z][a-z-]*)", document.read_text(), re.MULTILINE)
     assert sorted(set(named) - _targets()) == []
@@ -91,7 +91,7 @@ def _models() -> Iterator[tuple[str, dict[str, Any]]]:
     for document in DOCUMENTS:
         for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", document.read_text(), re.DOTALL)):
             if "kind: TensorParallelModel" in block:
-                yield f"{document.name}#{number}", yaml.safe_load(block)
+                yield f"{document.relative_to(ROOT)}#{number}", yaml.safe_load(block)
     for example in sorted((ROOT / "examples").glob("*.yaml")):
         for model in yaml.safe_load_all(example.read_text()):
             if model["kind"] == "TensorParallelModel":
@@ -211,7 +211,7 @@ def _commands(document: Path) -> list[str]:
     return [words for words in found if not re.search(r"[A-Z]{3,}|…|--help", words)]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_are_of_the_command_line(document: Path) -> None:
     for words in _commands(document):
         options(shlex.split(words))
