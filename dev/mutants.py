@@ -1,31 +1,58 @@
-"""Does a test notice it when the pure modules are changed? Every small change of them is tried, in a copy of the tree.
+"""Does a test notice it when the pure modules are changed? Every small change is tried, in a process of its own.
 
 `python -m dev.mutants [WORDS]` tries the modules whose names hold one of the words, or all. It prints what no test
 noticed, and fails if that is anything but what `dev/mutants_equal.txt` lists: changes that change nothing, with why.
+The files stay as they are: a changed module is in the memory of its process, a fork of one that has imported already
+whatever isn't ours, so that most changes take a few tenths of a second.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import difflib
+import importlib
+import importlib.abc
+import importlib.machinery
 import os
-import shutil
-import sqlite3
-import subprocess
+import re
+import resource
 import sys
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection, get_context
+from multiprocessing.context import ForkProcess
 from pathlib import Path
+from types import CodeType, ModuleType
 from typing import Final
 
+import cosmic_ray.plugins
+import pytest
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+
 ROOT: Final = Path(__file__).resolve().parent.parent
-COPY: Final = ROOT / "build" / "mutants"
 EQUAL: Final = ROOT / "dev" / "mutants_equal.txt"
+OURS: Final = ("lockstep_operator", "lockstep_runtime", "tests", "dev", "__main__", "__mp_main__")
 # In annotations, which nobody evaluates; and between enum members, which have an identity and no order.
-CHANGE_NOTHING: Final = [
-    "core/ReplaceBinaryOperator_BitOr_.*",
-    "core/ReplaceComparisonOperator_Is_(Eq|NotEq|Lt|LtE|Gt|GtE)",
-    "core/ReplaceComparisonOperator_IsNot_(Eq|NotEq|Lt|LtE|Gt|GtE)",
-]
+CHANGE_NOTHING: Final = re.compile(
+    "core/(ReplaceBinaryOperator_BitOr_|ReplaceComparisonOperator_Is(Not)?_(Eq|NotEq|Lt|LtE|Gt|GtE)$)"
+)
+CONSTANT: Final = re.compile(r"[A-Z_]+: Final = ([2-9]|\d{2,})[\d.e]* ")
 SECONDS: Final = 60.0  # for a mutant's tests; one that takes longer is noticed
+BYTES: Final = 1 << 30  # of address space: one that fills the memory, too
+OPTIONS: Final = [
+    "-q",
+    "-x",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:xdist",
+    "-W",
+    "ignore::pytest.PytestAssertRewriteWarning",
+]
+SCHEDULES: Final = "300"  # random lives for each mutant
 
 RECOVERY: Final = "runtime/lockstep_runtime/recovery"
 ENGINE: Final = "runtime/lockstep_runtime/engine"
@@ -33,7 +60,7 @@ LIFE: Final = (
     "tests/unit/test_coordinator.py tests/unit/test_coordinator_proof.py tests/unit/test_coordinator_poisoned.py "
     "tests/sim/test_coordinator_lives.py"
 )
-TESTS: Final = {
+TESTS: Final = {  # the cheap ones first: the first that fails ends a mutant
     f"{RECOVERY}/bounded.py": "tests/unit/test_engine_recovery.py",
     f"{RECOVERY}/diagnosis.py": "tests/unit/test_engine_recovery.py",
     f"{RECOVERY}/policy.py": "tests/unit/test_engine_recovery.py",
@@ -50,66 +77,157 @@ TESTS: Final = {
     f"{RECOVERY}/coordinator.py": LIFE,
     f"{ENGINE}/blocks.py": "tests/unit/test_blocks.py",
     f"{ENGINE}/sequence.py": "tests/unit/test_scheduler.py",
-    f"{ENGINE}/shares.py": "tests/unit/test_scheduler.py",
+    f"{ENGINE}/shares.py": "tests/unit/test_scheduler.py tests/unit/test_shares.py",
     f"{ENGINE}/scheduler.py": "tests/unit/test_scheduler.py",
     "runtime/lockstep_runtime/supervisor/state_machine.py": "tests/unit/test_supervisor_machine.py",
     "operator/lockstep_operator/decisions/rollout.py": "tests/unit/test_operator_rollout.py",
 }
+fork = get_context("fork")
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One change: its line before and after, and the whole module as it became."""
+
+    operator: str
+    change: str
+    text: str
+
+    @property
+    def changes_nothing(self) -> bool:
+        """How a dataclass is stored, and `*` in a signature, which is no multiplication, change no result.
+
+        A constant that is one larger or smaller is another choice: tests use it by its name.
+        """
+        no_arithmetic = self.change.startswith("def ") and "BinaryOperator" in self.operator
+        other_choice = CONSTANT.match(self.change) is not None and "Number" in self.operator
+        return self.change.startswith("@dataclass(") or no_arithmetic or other_choice
 
 
 def main(words: list[str]) -> int:
-    chosen = [module for module in TESTS if not words or any(word in module for word in words)]
-    if COPY.exists():
-        shutil.rmtree(COPY)
-    for name in ("runtime", "operator", "tests", "examples", "pyproject.toml"):
-        source = ROOT / name
-        copy = shutil.copytree if source.is_dir() else shutil.copy
-        COPY.mkdir(parents=True, exist_ok=True)
-        copy(source, COPY / name)
-    alive = [line for module in chosen for line in survivors(module)]
+    os.chdir(ROOT)
+    os.environ["LOCKSTEP_SIM_SCHEDULES"] = SCHEDULES
     known = {line.split("  # ")[0].strip() for line in EQUAL.read_text().splitlines() if line.strip()}
-    for line in alive:
-        print(("equal: " if line in known else "ALIVE: ") + line)
-    return int(any(line not in known for line in alive))
+    failed = False
+    for module in [one for one in TESTS if not words or any(word in one for word in words)]:
+        for line in survivors(module):
+            failed |= line not in known
+            print(("equal: " if line in known else "ALIVE: ") + line, flush=True)
+    return int(failed)
 
 
 def survivors(module: str) -> Iterator[str]:
     """`file: operator of the mutation: the line as it is => as it became`, of each change that no test noticed."""
-    session = COPY / "session.sqlite"
-    session.unlink(missing_ok=True)
-    command = f"{sys.executable} -m pytest -q -x -p no:cacheprovider {TESTS[module]}"
-    (COPY / "mutants.toml").write_text(
-        f'[cosmic-ray]\nmodule-path = "{module}"\ntimeout = {SECONDS}\nexcluded-modules = []\n'
-        f'test-command = "{command}"\n[cosmic-ray.distributor]\nname = "local"\n'
-        f"[cosmic-ray.filters.operators-filter]\nexclude-operators = {json.dumps(CHANGE_NOTHING)}\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": "runtime:operator:."}
-    for name, arguments in (
-        ("cosmic-ray", ["init", "mutants.toml", session.name]),
-        ("cr-filter-operators", [session.name, "mutants.toml"]),
-        ("cosmic-ray", ["exec", "mutants.toml", session.name]),
-    ):
-        subprocess.run([Path(sys.executable).with_name(name), *arguments], cwd=COPY, env=environment, check=True)
-    with sqlite3.connect(session) as database:
-        rows = database.execute(
-            "select m.operator_name, m.start_pos_row, r.diff from mutation_specs m join work_results r "
-            "on m.job_id = r.job_id where upper(r.test_outcome) like '%SURVIVED' order by m.start_pos_row"
-        ).fetchall()
-        (tried,) = database.execute("select count(*) from work_results where worker_outcome != 'SKIPPED'").fetchone()
-    print(f"{module}: {tried} mutants, {len(rows)} alive", flush=True)
-    for operator, _, diff in rows:
-        change = _change(diff)
-        # How a dataclass is stored, and `*` in a signature, which is no multiplication, change no result.
-        if not change.startswith("@dataclass(") and not (change.startswith("def ") and "BinaryOperator" in operator):
-            yield f"{module}: {operator.removeprefix('core/')}: {change}"
+    limit = rehearse(module)
+    mutants, begun = [*mutants_of(module)], time.monotonic()
+    alive = [mutant for mutant in unnoticed(module, mutants, limit) if not mutant.changes_nothing]
+    print(f"{module}: {len(mutants)} mutants, {len(alive)} alive, {time.monotonic() - begun:.0f} s", flush=True)
+    for mutant in alive:
+        yield f"{module}: {mutant.operator.removeprefix('core/')}: {mutant.change}"
 
 
-def _change(diff: str) -> str:
+def mutants_of(module: str) -> Iterator[Mutant]:
+    text = (ROOT / module).read_text()
+    nodes = [*ast_nodes(get_ast(text))]
+    for name in cosmic_ray.plugins.operator_names():
+        operator = cosmic_ray.plugins.get_operator(name)
+        if CHANGE_NOTHING.match(name) or operator.arguments():
+            continue
+        for number in range(sum(len([*operator().mutation_positions(node)]) for node in nodes)):
+            if (changed := mutate_code(text, operator(), number)) is not None and changed != text:
+                yield Mutant(name, _change(text, changed), changed)
+
+
+def _change(text: str, changed: str) -> str:
     """The changed line, before and after."""
-    lines = [line for line in diff.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
-    before = " ".join(line[1:].strip() for line in lines if line[0] == "-")
-    after = " ".join(line[1:].strip() for line in lines if line[0] == "+")
+    lines = [line for line in difflib.ndiff(text.splitlines(), changed.splitlines()) if line[0] in "+-"]
+    before, after = (" ".join(line[2:].strip() for line in lines if line[0] == sign) for sign in "-+")
     return f"{before} => {after}"
+
+
+# --- running their tests
+
+
+def rehearse(module: str) -> int:
+    """The tests of the module as it is must pass. Imports what they did; returns the CPU seconds that mutants get."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ours, theirs = fork.Pipe(duplex=False)
+    process = fork.Process(target=_test, args=(module, None, None, theirs))
+    process.start()
+    theirs.close()
+    with contextlib.suppress(EOFError):
+        for name in ours.recv():
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+    process.join()
+    if process.exitcode != 0:
+        raise SystemExit(f"the tests of {module} fail without any change: {TESTS[module]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return 2 + round(2 * (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
+
+
+def unnoticed(module: str, mutants: Sequence[Mutant], cpu_seconds: int) -> Iterator[Mutant]:
+    """Runs as many at once as there are CPUs."""
+    waiting, running = deque(mutants), dict[ForkProcess, tuple[Mutant, float]]()
+    while waiting or running:
+        while waiting and len(running) < len(os.sched_getaffinity(0)):
+            mutant = waiting.popleft()
+            process = fork.Process(target=_test, args=(module, mutant.text, cpu_seconds, None))
+            process.start()
+            running[process] = mutant, time.monotonic() + SECONDS
+        connection.wait([process.sentinel for process in running], timeout=1.0)
+        for process, (mutant, end) in [*running.items()]:
+            if time.monotonic() > end:
+                process.kill()
+                process.join()
+            if process.exitcode is not None:
+                del running[process]
+                if process.exitcode == 0:
+                    yield mutant
+
+
+def _test(module: str, text: str | None, cpu_seconds: int | None, told: connection.Connection | None) -> None:
+    """In the process of a mutant: exits with 0 if nothing noticed it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    if text is not None and cpu_seconds is not None:
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+        resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+        name = ".".join(Path(module).with_suffix("").parts[1:])
+        sys.meta_path.insert(0, Changed(name, text))
+    code = int(pytest.main([*OPTIONS, *TESTS[module].split()]))
+    if told is not None:
+        told.send([name for name in sys.modules if name.split(".")[0] not in OURS])
+    os._exit(code)
+
+
+class Changed(importlib.abc.MetaPathFinder):
+    """Finds one module, whose text is another than its file's."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self._name, self._text = name, text
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        assert spec is not None
+        assert spec.origin is not None
+        spec.loader = _Loader(fullname, spec.origin, self._text)
+        return spec
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    def __init__(self, name: str, path: str, text: str) -> None:
+        super().__init__(name, path)
+        self._text = text
+
+    def get_code(self, fullname: str) -> CodeType:
+        code: CodeType = compile(self._text, self.path, "exec", dont_inherit=True)
+        return code
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ schedules, `LOCKSTEP_SIM_FIRST` the first seed; a failure names its seed.
 from __future__ import annotations
 
 import enum
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -46,6 +45,8 @@ ACTS: Final = 180.0  # a fault that new pods may end is acted upon by then
 AGAIN: Final = RECOVERING_SECONDS + POLICY.most + 120.0  # and again, after a step that has not helped
 SAYS: Final = DEADLINE + 60.0  # and what they can't is a person's by then
 MENDED: Final = 900.0  # when the cause is gone the group serves by then
+GROUP: Final = group()
+MODEL: Final = model(recovery=POLICY, progress_deadline=DEADLINE)
 GATED: Final = {"type": "PodScheduled", "status": "False", "reason": "SchedulingGated", "message": "gates"}
 UNPLACED: Final = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/4 nodes"}
 NOT_READY: Final = {"type": "Ready", "status": "False", "reason": "ContainersNotReady"}
@@ -87,7 +88,8 @@ class Lasting:
 class Life:
     random: Random
     now: float = NOW
-    status: str = "{}"
+    status: bytes = b"{}"
+    seen: dict[str, Any] = field(default_factory=dict)  # the status, as it is read back
     made: int = 0
     pods: list[Pod] = field(default_factory=list)
     lasting: list[Lasting] = field(default_factory=list)
@@ -133,17 +135,15 @@ class Life:
         elif Kind.SILENT in kinds:
             fields = {"ready": False}
             status["conditions"] = [NOT_READY]
-        spec = one.raw["spec"]
-        return replace(one, raw={"metadata": {}, "spec": spec, "status": status}, **fields)
+        return replace(one, raw={"metadata": {}, "spec": one.raw["spec"], "status": status}, **fields)
 
     @property
     def group(self) -> Group:
         refused = {fault.index for fault in self.lasting if fault.kind is Kind.REFUSED}
         pods = [self.held(one) for one in self.pods if one.index not in refused]
-        accepts = self.ill is None
-        return replace(
-            group(), pods=tuple(replace(one, ready=one.ready and (accepts or one.index > 0)) for one in pods)
-        )
+        if self.ill is not None:
+            pods = [replace(one, ready=False) if one.index == 0 else one for one in pods]
+        return replace(GROUP, pods=tuple(pods))
 
     @property
     def ill(self) -> int | None:
@@ -155,8 +155,8 @@ class Life:
                 return index
         return None
 
-    def report(self) -> GroupReport | None:
-        leader = next((one for one in self.group.pods if one.index == 0), None)
+    def report(self, found: Group) -> GroupReport | None:
+        leader = found.leader
         if leader is None or not leader.ip:
             return None
         kinds = {fault.kind for fault in self.lasting if fault.holds(leader)}
@@ -190,12 +190,13 @@ class Life:
     # --- the operator ---
 
     def _block(self) -> Mapping[str, Any]:
-        groups = json.loads(self.status).get("groups") or [{}]
-        return dict(groups[0])
+        blocks: list[Mapping[str, Any]] = self.seen.get("groups") or [{}]
+        return blocks[0]
 
     def look(self) -> RecoveryDecision:
         """A pass: what is decided is written, and what was written is done."""
-        found, report, old = self.group, self.report(), json.loads(self.status)
+        found, old = self.group, self.seen
+        report = self.report(found)
         warnings = {"uid-0": "FailedCreate: exceeded quota"} if len(found.pods) < 2 else {}
         situation = RecoveryInput(
             seed="s", group=found, memory=from_status(self._block().get("recovery")), report=report,
@@ -207,8 +208,8 @@ class Life:
             reports={0: report} if report else {},
         )  # fmt: skip
         decision = Decision(revision="new", groups=(found,), turns=plan((found,), "new", 1), verdicts={0: verdict})
-        made = model(recovery=POLICY, progress_deadline=DEADLINE)
-        self.status = json.dumps(build(made, observed, decision, None, self.now))
+        self.status = msgspec.json.encode(build(MODEL, observed, decision, None, self.now))
+        self.seen = msgspec.json.decode(self.status)
         self.largest = max(self.largest, len(self.status))
         if verdict.targets:
             self.acted = self.now
@@ -219,7 +220,8 @@ class Life:
         return verdict
 
     def condition(self, name: str) -> Mapping[str, Any]:
-        return next(one for one in json.loads(self.status)["conditions"] if one["type"] == name)
+        found: Mapping[str, Any] = next(one for one in self.seen["conditions"] if one["type"] == name)
+        return found
 
     # --- what must hold ---
 
@@ -245,12 +247,14 @@ class Life:
             assert (stalled["status"], stalled["reason"]) == ("True", "ProgressDeadlineExceeded"), stalled
 
     def mend(self) -> None:
+        """Until what is written stays and nothing is remembered: nothing can change it any more but a fault."""
         self.lasting = []
-        end = self.now + MENDED
-        while self.now < end:
+        end, before = self.now + MENDED, b""
+        while self.now < end and (self.status != before or "recovery" in self._block()):
+            before = self.status
             self.look()
-            self.now += 15
-        assert self.condition("Ready")["status"] == "True", self.status
+            self.now += 15 if end - self.now > MENDED / 2 else 60
+        assert self.condition("Ready")["status"] == "True", self.seen
         assert self.condition("Stalled")["status"] == "False"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import msgspec
 import pytest
@@ -20,6 +21,15 @@ ROWS = 16
 DRAWS = 100_000
 TEMPERATURES = (0.6, 1.0, 1.5)
 ROUNDINGS = (1e-5, 1e-2)  # how far a logit moves at most: in float32, in bfloat16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Of short operations: to share each costs more than to do it, the more so the busier the machine is."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +52,17 @@ def test_a_draw_from_the_whole_vocabulary_changes_as_rarely_as_it_must(
 ) -> None:
     """100,000 draws, each from logits and from the same logits rounded in two ways; one noise serves all rows."""
     everything = torch.arange(VOCABULARY, dtype=torch.int32)[None]
-    found, made, scores = Counter[tuple[float, float]](), Counter[float](), torch.empty(VOCABULARY)
+    found, made = Counter[tuple[float, float]](), Counter[float]()
+    races, of_rounded = Races(rows), {far: Races(others) for far, others in rounded.items()}
     for number in range(DRAWS // ROWS):
         temperature, seed = TEMPERATURES[number % 3], number // 2
         noise = gumbel_noise(keys([(seed, number)], rows.device), everything)[0]
-
-        def best(row: Tensor, noise: Tensor = noise, temperature: float = temperature) -> int:
-            return int(torch.add(row, noise, alpha=temperature, out=scores).numpy().argmax())
-
-        drawn = [best(row) for row in rows]
+        loud = torch.from_numpy((noise.numpy() > LOUD).nonzero()[0])
+        drawn = races.won(noise, loud, temperature)
         made[temperature] += ROWS
-        for far, others in rounded.items():
-            found[temperature, far] += sum(token != best(other) for token, other in zip(drawn, others, strict=True))
+        for far, others in of_rounded.items():
+            won = others.won(noise, loud, temperature)
+            found[temperature, far] += sum(one != other for one, other in zip(drawn, won, strict=True))
         if number % 100 == 0:
             params = SamplingParams(temperature=temperature, seed=seed)
             assert [one.token for one in sample(rows, [Draw(0, number, params)] * ROWS)] == drawn
@@ -64,6 +73,29 @@ def test_a_draw_from_the_whole_vocabulary_changes_as_rarely_as_it_must(
             assert odds < far / (2 * temperature)
             assert abs(found[temperature, far] - odds * draws) < 3 + 5 * (odds * draws) ** 0.5
             print(f"T {temperature}, {far}: {found[temperature, far]} of {draws}, odds {1000 * odds:.5f} in 1,000")
+
+
+LOUD = 6.0  # as one of 400 tokens' noise is
+LIKELY = 512  # tokens of each row
+
+
+class Races:
+    """Whose logit + temperature * noise is the largest of each row: a likely token's, or one's whose noise is loud."""
+
+    def __init__(self, rows: Tensor) -> None:
+        best = rows.topk(LIKELY + 1)
+        self._rows, self._likely, self._logits = rows, best.indices[:, :LIKELY], best.values[:, :LIKELY]
+        self._quiet = best.values[:, LIKELY].amax()  # no other token has a larger logit
+
+    def won(self, noise: Tensor, loud: Tensor, temperature: float) -> list[int]:
+        """noise: [vocabulary]; loud: the tokens whose noise is above `LOUD`."""
+        of_likely = torch.add(self._logits, noise[self._likely], alpha=temperature).max(dim=1)
+        of_loud = torch.add(self._rows[:, loud], noise[loud], alpha=temperature).max(dim=1)
+        assert of_likely.values.maximum(of_loud.values).min() > self._quiet + LOUD * temperature
+        likely = self._likely.gather(1, of_likely.indices[:, None])[:, 0]
+        won = torch.where(of_likely.values > of_loud.values, likely, loud[of_loud.indices])
+        tokens: list[int] = won.tolist()
+        return tokens
 
 
 def test_a_lookup_in_cumulated_probabilities_would_change_far_more(rows: Tensor, rounded: dict[float, Tensor]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
+
+import msgspec
 
 from lockstep_operator.decisions.planner import Decision
 from lockstep_operator.groups import process_failures, waiting
@@ -128,7 +129,7 @@ def essential(status: Mapping[str, Any]) -> Status:
 def compact(status: Status) -> Status:
     """The status, with less detail the larger it is: etcd takes no object above 1.5 MiB."""
     for lean in (_without_details, _without_words):
-        if len(json.dumps(status, separators=(",", ":"))) <= SIZE_LIMIT:
+        if len(msgspec.json.encode(status)) <= SIZE_LIMIT:
             break
         status = {**status, "groups": [lean(group, status["revision"]) for group in status["groups"]]}
     return status
@@ -271,7 +272,11 @@ def _moment(seconds: float | None) -> str | None:
 
 
 def _without_none(status: Status) -> Status:
-    return {name: _bare(value) for name, value in status.items() if value is not None}
+    return {
+        name: _bare(value) if isinstance(value, (dict, list)) else value
+        for name, value in status.items()
+        if value is not None
+    }
 
 
 def _bare(value: Any) -> Any:
