@@ -207,7 +207,7 @@ def test_every_alert_is_listed_with_its_severity() -> None:
 
 def _commands(document: Path) -> list[str]:
     """What a reader is told to give to `lockstep`."""
-    found = re.findall(r"lockstep ((?:serve|inject|report) [^`|#\n]+)", document.read_text())
+    found = re.findall(r"lockstep ((?:serve|inject|report) [^`|#>\n]+)", document.read_text())
     return [words for words in found if not re.search(r"[A-Z]{3,}|…|--help", words)]
 
 
