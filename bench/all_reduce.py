@@ -21,7 +21,7 @@ import torch.distributed as dist
 from bench.report import Row, report
 
 from lockstep_runtime.config import TOKEN_VARIABLE, ServeConfig
-from lockstep_runtime.distributed.communicator import Group
+from lockstep_runtime.distributed.communicator import Communicator
 from lockstep_runtime.distributed.join import join, open_rendezvous
 
 # Bytes of one tensor: a decode step's, a small prefill's and a long one's; and how many of them a round takes.
@@ -49,7 +49,7 @@ def serve_rank(pipe: Connection, rank: int, ranks: int, addresses: dict[str, str
     """Rank 0 sends, for each size, each kind's seconds per all-reduce in every round."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=addresses["gloo"], rank=rank, world_size=ranks)
-    groups: dict[str, Group | Gloo] = {
+    groups: dict[str, Communicator | Gloo] = {
         kind: join(config(kind, ranks), rank, 1, addresses[kind], JOIN_SECONDS) for kind in KINDS if kind != "gloo"
     }
     groups["gloo"] = Gloo()

@@ -18,7 +18,7 @@ import torch
 from bench.ranks import RANKS, Child, config, model_directory
 from bench.report import Row, report
 
-from lockstep_runtime.worker.model_runner import Runner
+from lockstep_runtime.worker.model_runner import ModelRunner
 
 CHUNK = 8 * 1024 * 1024
 
@@ -63,13 +63,13 @@ def measured(job: Any, model: Path, rank: int) -> dict[str, float]:
 
 
 def load_nothing(pipe: Connection, model: Path, rank: int) -> None:
-    Runner(config(model), rank)
+    ModelRunner(config(model), rank)
     torch.ones(64, 64) @ torch.ones(64, 64)  # the libraries' own buffers
     pipe.send({"peak": peak_memory()})
 
 
 def load_rank(pipe: Connection, model: Path, rank: int) -> None:
-    runner = Runner(config(model), rank)
+    runner = ModelRunner(config(model), rank)
     before, started = bytes_read(), time.perf_counter()
     loaded = runner.load(lambda done, total: None)
     seconds = time.perf_counter() - started

@@ -13,11 +13,11 @@ from bench.report import OUTPUT
 from tests.support.models import QWEN3_0_6B, write_model
 
 from lockstep_runtime.config import DType, EngineLimits, ServeConfig
-from lockstep_runtime.distributed.communicator import Group
+from lockstep_runtime.distributed.communicator import Communicator
 from lockstep_runtime.distributed.join import join, open_rendezvous
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.step import SamplingParams, SequenceSlice
-from lockstep_runtime.worker.model_runner import LoadReport, Runner, StepOutput
+from lockstep_runtime.worker.model_runner import LoadReport, ModelRunner, StepOutput
 
 RANKS: Final = 2
 BLOCKS: Final = 16  # of the KV cache, per sequence: its prompt and what is decoded
@@ -113,9 +113,9 @@ class Ranks:
         self._meeting.close()
 
 
-def start(config: ServeConfig, rank: int, address: str, sequences: int) -> tuple[Runner, LoadReport, Group]:
+def start(config: ServeConfig, rank: int, address: str, sequences: int) -> tuple[ModelRunner, LoadReport, Communicator]:
     """In the rank's process: a runner with room for so many sequences, and its end of the communicator."""
-    runner = Runner(config, rank)
+    runner = ModelRunner(config, rank)
     loaded = runner.load(lambda done, total: None)
     runner.allocate(sequences * BLOCKS)
     return runner, loaded, join(config, rank, 1, address, timeout=300)

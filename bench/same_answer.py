@@ -22,7 +22,7 @@ from tests.support.odds import of_gumbel_draws, of_lookups
 from tests.support.ranks import piece
 from torch import Tensor
 
-from lockstep_runtime.distributed.join import SingleGroup
+from lockstep_runtime.distributed.join import SingleCommunicator
 from lockstep_runtime.layers.batch import build_batch
 from lockstep_runtime.layers.cache import BLOCK_SIZE, KVCache
 from lockstep_runtime.layers.placement import choose_placement
@@ -30,7 +30,7 @@ from lockstep_runtime.models.registry import build_model
 from lockstep_runtime.protocol.step import SamplingParams, SequenceSlice
 from lockstep_runtime.sources.model_folder import read_config
 from lockstep_runtime.weights.load import load_weights
-from lockstep_runtime.weights.sharding import Shard
+from lockstep_runtime.weights.sharding import RankInfo
 from lockstep_runtime.worker.sampler import Draw, sample
 
 CPU: Final = torch.device("cpu")
@@ -48,7 +48,7 @@ class Model:
 
     def __init__(self, directory: Path, dtype: torch.dtype, tokens: int) -> None:
         settings, placement = read_config(directory), choose_placement(CPU, dtype)
-        self._model = build_model(settings, Shard(0, 1), placement)
+        self._model = build_model(settings, RankInfo(0, 1), placement)
         load_weights(directory, self._model.weights(), lambda done, total: None)
         self._model.loaded()
         self.vocabulary = self._model.vocabulary
@@ -62,8 +62,8 @@ class Model:
     def logits(self, *sequences: SequenceSlice) -> Tensor:
         """Of the first sequence's last token: [vocabulary], float32."""
         batch = build_batch(list(sequences), CPU)
-        states = self._model.forward(batch, self._cache, SingleGroup())[batch.last]
-        logits = self._model.logits(states, SingleGroup())
+        states = self._model.forward(batch, self._cache, SingleCommunicator())[batch.last]
+        logits = self._model.logits(states, SingleCommunicator())
         assert logits is not None
         return logits[0]
 

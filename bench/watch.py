@@ -22,13 +22,13 @@ from bench.report import Row, report
 from tests.support.serve import TINY_CHAT
 
 from lockstep_runtime.config import DType, ServeConfig, Watchdog
-from lockstep_runtime.distributed.communicator import Group
-from lockstep_runtime.distributed.traced import WatchedGroup
+from lockstep_runtime.distributed.communicator import Communicator
+from lockstep_runtime.distributed.traced import TracedCommunicator
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.progress_record import Progress, new_memory
 from lockstep_runtime.recovery.watchdog import DeadlineModel, work_of
 from lockstep_runtime.worker import model_runner as runner_module
-from lockstep_runtime.worker.model_runner import Runner, StepOutput
+from lockstep_runtime.worker.model_runner import ModelRunner, StepOutput
 from lockstep_runtime.worker.scrub import INTERVAL_SECONDS, Scrub
 
 PROMPT = 32
@@ -70,7 +70,7 @@ def take(ranks: Ranks, deadlines: DeadlineModel, tokens: list[int], position: in
 def serve_rank(pipe: Connection, config: ServeConfig, rank: int, address: str) -> None:
     runner, loaded, plain = start(config, rank, address, sequences=1)
     progress = Progress(new_memory("bench"))
-    watched, fingerprint = WatchedGroup(plain, progress), runner_module._fingerprint
+    watched, fingerprint = TracedCommunicator(plain, progress), runner_module._fingerprint
 
     def answer(order: Order) -> bus.StepDone | float:
         if order.step is None:
@@ -86,7 +86,7 @@ def unwatched(*_: object) -> int:
     return 0
 
 
-def watch(runner: Runner, step: bus.Step, group: Group, progress: Progress) -> StepOutput:
+def watch(runner: ModelRunner, step: bus.Step, group: Communicator, progress: Progress) -> StepOutput:
     progress.enter(step.epoch, step.step)
     output = runner.step(step, group)
     progress.leave(step.epoch, step.step)

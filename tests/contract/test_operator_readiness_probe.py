@@ -11,19 +11,19 @@ import pytest
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.protocol.status import GroupState, PodProblem, PodProblemReason
 from lockstep_runtime.supervisor.server import create_app
-from lockstep_runtime.supervisor.status_store import BELIEVED_SECONDS, Seen, StatusBoard, parse_seen
+from lockstep_runtime.supervisor.status_store import BELIEVED_SECONDS, Seen, StatusStore, parse_seen
 
 CONFIG = ServeConfig(model="m", served_name="m")
 
 
-async def probe(board: StatusBoard | None) -> httpx.Response:
+async def probe(board: StatusStore | None) -> httpx.Response:
     transport = httpx.ASGITransport(create_app(board, "secret"))
     async with httpx.AsyncClient(transport=transport, base_url="http://pod") as client:
         return await client.get("/readyz")
 
 
 async def test_the_first_pod_is_ready_while_its_group_accepts_requests() -> None:
-    board = StatusBoard(CONFIG)
+    board = StatusStore(CONFIG)
     first = await probe(board)
     assert (first.status_code, first.text) == (503, "the group takes no requests: the engine is starting\n")
     for state, accepting in ((GroupState.READY, True), (GroupState.RECOVERING, True), (GroupState.RECOVERING, False)):
@@ -32,7 +32,7 @@ async def test_the_first_pod_is_ready_while_its_group_accepts_requests() -> None
 
 
 async def test_without_its_engine_it_is_not_ready_whatever_was_said_before() -> None:
-    board = StatusBoard(CONFIG)
+    board = StatusStore(CONFIG)
     board.take(msgspec.structs.replace(board.status, state=GroupState.READY, accepting=True))
     board.engine_lost("was killed by signal 9")
     answer = await probe(board)
@@ -59,7 +59,7 @@ def test_what_is_no_revision_is_refused(text: str) -> None:
 
 
 async def test_the_same_revision_of_another_board_is_told_at_once() -> None:
-    board = StatusBoard(CONFIG)
+    board = StatusStore(CONFIG)
     begun = time.monotonic()
     assert await board.after(Seen("0" * 16, board.status.revision), 30.0) is board.status
     assert await board.after(None, 30.0) is board.status
@@ -69,7 +69,7 @@ async def test_the_same_revision_of_another_board_is_told_at_once() -> None:
 
 
 async def test_what_the_pod_complains_of_is_told_while_there_is_no_engine() -> None:
-    board = StatusBoard(CONFIG)
+    board = StatusStore(CONFIG)
     problem = PodProblem(pod_index=0, reason=PodProblemReason.SPAWN_FAILED, message="no", at=1.0)
     of_another = PodProblem(pod_index=1, reason=PodProblemReason.OUT_OF_MEMORY, message="no", at=1.0)
     board.take(msgspec.structs.replace(board.status, pod_problems=[of_another]))
@@ -83,7 +83,7 @@ async def test_what_the_pod_complains_of_is_told_while_there_is_no_engine() -> N
 
 
 async def test_a_status_that_nobody_stands_by_is_not_believed() -> None:
-    board = StatusBoard(CONFIG)
+    board = StatusStore(CONFIG)
     ready = msgspec.structs.replace(board.status, state=GroupState.READY, accepting=True, message="all is well")
     board.take(ready)
     before = board.status.revision
@@ -100,7 +100,7 @@ async def test_a_status_that_nobody_stands_by_is_not_believed() -> None:
 
 
 async def test_the_word_of_a_new_engine_counts_though_it_is_that_of_the_one_before() -> None:
-    board = StatusBoard(CONFIG)
+    board = StatusStore(CONFIG)
     ready = msgspec.structs.replace(board.status, state=GroupState.READY, accepting=True)
     board.take(ready)
     board.engine_lost("was killed by signal 9")

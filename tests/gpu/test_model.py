@@ -10,10 +10,10 @@ import torch
 from tests.support.ranks import everything, piece
 
 from lockstep_runtime.config import Device, EngineLimits, ServeConfig
-from lockstep_runtime.distributed.join import SingleGroup
+from lockstep_runtime.distributed.join import SingleCommunicator
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.step import SampledToken, SamplingParams
-from lockstep_runtime.worker.model_runner import Runner
+from lockstep_runtime.worker.model_runner import ModelRunner
 from lockstep_runtime.worker.scrub import INTERVAL_VARIABLE, CorruptionError, Scrub
 
 TINY_CHAT = Path(__file__).parents[2] / "examples" / "tiny-chat"
@@ -32,7 +32,7 @@ def config(device: Device, limits: EngineLimits | None = None) -> ServeConfig:
 
 def greedy(device: Device) -> list[SampledToken]:
     """Prefill, then token by token, with the log probabilities of all tokens."""
-    runner, group = Runner(config(device), 0), SingleGroup()
+    runner, group = ModelRunner(config(device), 0), SingleCommunicator()
     runner.load(lambda done, total: None)
     runner.allocate(16)
     drawn: list[SampledToken] = []
@@ -58,20 +58,20 @@ def test_the_same_tokens_as_on_a_cpu() -> None:
 
 def test_the_cache_is_sized_by_the_gpus_free_memory() -> None:
     free, total = torch.cuda.mem_get_info(0)
-    runner = Runner(config("cuda", EngineLimits(max_sequences=1 << 20)), 0)
+    runner = ModelRunner(config("cuda", EngineLimits(max_sequences=1 << 20)), 0)
     report = runner.load(lambda done, total: None)
     size = runner.allocate(report.cache_blocks).nbytes
     assert size <= free - 0.1 * total
     assert size > 0.8 * (free - 0.1 * total)
     step = bus.Step(epoch=1, step=0, sequences=[piece(1, 0, PROMPT, BLOCKS, SamplingParams(temperature=0))])
-    assert runner.step(step, SingleGroup()).sampled
+    assert runner.step(step, SingleCommunicator()).sampled
     del runner
     torch.cuda.empty_cache()
 
 
 def test_a_flipped_bit_in_the_gpus_memory_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(INTERVAL_VARIABLE, "0.1")
-    runner = Runner(config("cuda"), 0)
+    runner = ModelRunner(config("cuda"), 0)
     scrub = runner.load(lambda done, total: None).scrub
     assert scrub is not None
     once_round(scrub)

@@ -16,12 +16,12 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from lockstep_runtime.chaos.device_faults import provoke
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.distributed.communicator import Group
-from lockstep_runtime.distributed.errors import GroupAborted
+from lockstep_runtime.distributed.communicator import Communicator
+from lockstep_runtime.distributed.errors import CommunicatorAborted
 from lockstep_runtime.distributed.join import join, open_rendezvous
-from lockstep_runtime.distributed.nccl import NcclGroup
-from lockstep_runtime.distributed.rendezvous import Meeting, MeetingPlace
-from lockstep_runtime.distributed.rendezvous_store import MeetingStore
+from lockstep_runtime.distributed.nccl import NcclCommunicator
+from lockstep_runtime.distributed.rendezvous import RendezvousClient, RendezvousServer
+from lockstep_runtime.distributed.rendezvous_store import RendezvousStore
 from lockstep_runtime.protocol.chaos import Injection
 from lockstep_runtime.protocol.status import Fault
 from lockstep_runtime.worker.fault_classifier import classify
@@ -32,8 +32,8 @@ JOIN_SECONDS = 30.0
 ABORT_SECONDS = 10.0
 
 
-def alone(store: Store, epoch: int, seconds: float = JOIN_SECONDS) -> NcclGroup:
-    return NcclGroup(PrefixStore(f"epoch-{epoch}", store), 0, 1, DEVICE, time.monotonic() + seconds)
+def alone(store: Store, epoch: int, seconds: float = JOIN_SECONDS) -> NcclCommunicator:
+    return NcclCommunicator(PrefixStore(f"epoch-{epoch}", store), 0, 1, DEVICE, time.monotonic() + seconds)
 
 
 def work_on_gpu(seconds: float) -> None:
@@ -64,9 +64,9 @@ def abort_and_rebuild() -> list[tuple[float, int]]:
         group.close()
         seconds = time.monotonic() - begun
         control.join()
-        with pytest.raises(GroupAborted):
+        with pytest.raises(CommunicatorAborted):
             group.check()
-        with pytest.raises(GroupAborted):
+        with pytest.raises(CommunicatorAborted):
             group.all_reduce(torch.ones(1, device=DEVICE))
         del group
         found.append((seconds, torch.cuda.mem_get_info(0)[0]))
@@ -122,7 +122,7 @@ def pair(rank: int, addresses: list[str]) -> list[Any]:
     device = torch.device("cuda", rank)
     found: list[Any] = []
     for epoch, address in enumerate(addresses):
-        group: Group = join(config, rank, epoch, address, timeout=JOIN_SECONDS)
+        group: Communicator = join(config, rank, epoch, address, timeout=JOIN_SECONDS)
         found.append(group.all_reduce(torch.ones(5, device=device)).tolist())
         begun = time.monotonic()
         if epoch == 0 and rank == 0:
@@ -130,7 +130,7 @@ def pair(rank: int, addresses: list[str]) -> list[Any]:
             control.start()
             group.all_reduce(torch.ones(1 << 20, device=device)).sum().item()
             control.join()
-            with pytest.raises(GroupAborted):
+            with pytest.raises(CommunicatorAborted):
                 group.check()
             found.append(round(time.monotonic() - begun, 2))
         elif epoch == 0:
@@ -158,8 +158,8 @@ def test_it_meets_in_our_own_store() -> None:
 
 
 def meet() -> list[float]:
-    place = MeetingPlace("127.0.0.1", 1, "a token")
-    store = MeetingStore(Meeting(place.address, 0, 1, "a token", time.monotonic() + JOIN_SECONDS))
-    group = NcclGroup(store, 0, 1, DEVICE, time.monotonic() + JOIN_SECONDS)
+    place = RendezvousServer("127.0.0.1", 1, "a token")
+    store = RendezvousStore(RendezvousClient(place.address, 0, 1, "a token", time.monotonic() + JOIN_SECONDS))
+    group = NcclCommunicator(store, 0, 1, DEVICE, time.monotonic() + JOIN_SECONDS)
     store.close()  # as `join` does, when the communicator has been proved
     return [float(one) for one in group.all_reduce(torch.ones(2, device=DEVICE)).tolist()]

@@ -19,9 +19,9 @@ from lockstep_runtime.layers.placement import choose_placement
 from lockstep_runtime.models.registry import build_model
 from lockstep_runtime.weights.cache import Identity, WeightCache, open_cache
 from lockstep_runtime.weights.checksum import checksum
-from lockstep_runtime.weights.load import adopt_weights
-from lockstep_runtime.weights.sharding import Shard
-from lockstep_runtime.worker.model_runner import Runner
+from lockstep_runtime.weights.load import attach_weights
+from lockstep_runtime.weights.sharding import RankInfo
+from lockstep_runtime.worker.model_runner import ModelRunner
 
 DEVICE = torch.device("cuda", 0)
 TRIES = 3
@@ -37,7 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WeightCache:
     config = ServeConfig(
         model=str(model), served_name="m", device="cuda", backend="gloo", limits=EngineLimits(kv_cache_bytes=1 << 28)
     )
-    report = Runner(config, 0).load(lambda done, total: None)
+    report = ModelRunner(config, 0).load(lambda done, total: None)
     assert report.read_bytes > 0
     path = cache_file(os.environ, 0)
     assert path is not None
@@ -48,21 +48,21 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WeightCache:
 
 
 def test_a_respawned_rank_gets_its_weights_at_the_buss_speed(cache: WeightCache) -> None:
-    model = build_model(cache.header.settings, Shard(0, 1), choose_placement(DEVICE, torch.bfloat16))
+    model = build_model(cache.header.settings, RankInfo(0, 1), choose_placement(DEVICE, torch.bfloat16))
     weights = list(model.weights())
-    stored = [cache.tensor(weight.cuts, weight.cached_dtype) for weight in weights]
+    stored = [cache.tensor(weight.slices, weight.cached_dtype) for weight in weights]
     total = sum(one.nbytes for one in stored)
     pinned = torch.empty(total, dtype=torch.uint8, pin_memory=True)
     there = torch.empty(total, dtype=torch.uint8, device=DEVICE)
     seconds = {
-        "weight cache to device": best(lambda: adopt_weights(cache, weights, lambda done, all_of_it: None)),
+        "weight cache to device": best(lambda: attach_weights(cache, weights, lambda done, all_of_it: None)),
         "the same bytes, one pageable copy each": best(lambda: [one.to(DEVICE) for one in stored]),
         "as many bytes, one pinned copy": best(lambda: there.copy_(pinned)),
     }
     for what, each in seconds.items():
         print(f"{what}: {total / each / 1e9:.1f} GB/s ({total / 1e9:.2f} GB in {each:.3f} s)")
     for weight, one in zip(weights, stored, strict=True):
-        weight.adopt(one)
+        weight.attach(one)
         assert last(weight.checksum_in_parts()) == checksum(one)
     first, second, _ = seconds.values()
     assert first < 1.25 * second, "windows of pinned memory are to be no slower than what they replace"

@@ -96,7 +96,7 @@ class Life:
                 del self.open[drawn.sequence_id]
 
     def fault(self, slices: list[SequenceSlice]) -> None:
-        for given_up in self.scheduler.blame(slices, self.random.choice([1, 2])):
+        for given_up in self.scheduler.fault_points(slices, self.random.choice([1, 2])):
             del self.open[given_up.id]
         self.cache.clear()
         lost = self.scheduler.start_over(max_model_len=self.capacity, blocks=self.blocks, block_size=self.block_size)

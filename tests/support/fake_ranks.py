@@ -191,12 +191,12 @@ class FakeRank:
 
     def allocate(self, order: bus.AllocateCache) -> bus.CacheAllocated:
         memory = self.memory
-        spoiled = any(self._reads_nan(part, part.position + 1) for part in order.doubted)
-        if order.blocks != memory.blocks or spoiled:
+        corrupt = any(self._reads_nan(part, part.position + 1) for part in order.unverified)
+        if order.blocks != memory.blocks or corrupt:
             memory.name, memory.blocks, memory.slots = secrets.token_hex(4), order.blocks, {}
         memory.slots[order.blocks - 1] = [*range(BLOCK_SIZE)]
         return bus.CacheAllocated(
-            epoch=order.epoch, contents=memory.name, blocks=memory.blocks, memory_bytes=7, spoiled=spoiled
+            epoch=order.epoch, contents=memory.name, blocks=memory.blocks, memory_bytes=7, corrupt=corrupt
         )
 
     def _loaded(self) -> bus.Loaded:

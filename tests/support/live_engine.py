@@ -19,7 +19,7 @@ from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.status import GroupState, GroupStatus
 from lockstep_runtime.protocol.step import SamplingParams
 from lockstep_runtime.recovery.bus import Bus
-from lockstep_runtime.supervisor.bus_client import Link
+from lockstep_runtime.supervisor.bus_client import BusClient
 
 DEADLINE = 20.0
 QUICK = Watchdog(step_timeout=10.0)
@@ -32,7 +32,7 @@ class LiveEngine:
     ranks: list[FakeRank]
     reports: list[GroupStatus] = field(default_factory=list)
     told: list[bus.ToSupervisor] = field(default_factory=list)
-    links: dict[int, Link] = field(default_factory=dict)
+    links: dict[int, BusClient] = field(default_factory=dict)
     killings: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def until(self, condition: Callable[[], bool], what: str) -> None:
@@ -137,6 +137,6 @@ async def live_engine(
 
 async def _supervise(live: LiveEngine, pod_index: int) -> None:
     config = msgspec.structs.replace(live.config, pod_index=pod_index)
-    link = Link(config, TOKEN, f"s{pod_index}", lambda message: live.obey(pod_index, message), lambda: None)
+    link = BusClient(config, TOKEN, f"s{pod_index}", lambda message: live.obey(pod_index, message), lambda: None)
     live.links[pod_index] = link
     await link.run()

@@ -7,11 +7,11 @@ from pathlib import Path
 from types import TracebackType
 
 from lockstep_runtime.config import DType, EngineLimits, ServeConfig
-from lockstep_runtime.distributed.communicator import Group
+from lockstep_runtime.distributed.communicator import Communicator
 from lockstep_runtime.distributed.join import join, open_rendezvous
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.step import SamplingParams, SequenceSlice
-from lockstep_runtime.worker.model_runner import LoadReport, Runner, StepOutput
+from lockstep_runtime.worker.model_runner import LoadReport, ModelRunner, StepOutput
 
 
 class Ranks:
@@ -29,9 +29,9 @@ class Ranks:
         started = [up for up in self._pool.map(lambda rank: self._try(rank, blocks), range(size)) if up]
         if self._failed:
             raise ExceptionGroup("not every rank came up", self._failed)
-        self.runners: list[Runner] = [runner for runner, _, _ in started]
+        self.runners: list[ModelRunner] = [runner for runner, _, _ in started]
         self.reports: list[LoadReport] = [report for _, report, _ in started]
-        self.groups: list[Group] = [group for _, _, group in started]
+        self.groups: list[Communicator] = [group for _, _, group in started]
 
     def __enter__(self) -> Ranks:
         return self
@@ -65,7 +65,7 @@ class Ranks:
             drawn += feed
         return drawn
 
-    def _try(self, rank: int, blocks: int) -> tuple[Runner, LoadReport, Group] | None:
+    def _try(self, rank: int, blocks: int) -> tuple[ModelRunner, LoadReport, Communicator] | None:
         """None if it failed: then the others are called off, so that the first error is the one that shows."""
         try:
             return self._start(rank, blocks)
@@ -73,8 +73,8 @@ class Ranks:
             self._failed.append(error)
             return None
 
-    def _start(self, rank: int, blocks: int) -> tuple[Runner, LoadReport, Group]:
-        runner = Runner(self.config, rank)
+    def _start(self, rank: int, blocks: int) -> tuple[ModelRunner, LoadReport, Communicator]:
+        runner = ModelRunner(self.config, rank)
         report = runner.load(lambda done, total: None)
         runner.allocate(blocks)
         address, called_off = self._meeting.address, lambda: bool(self._failed)

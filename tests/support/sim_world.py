@@ -90,7 +90,7 @@ class SimRank:
 
     def _connect_supervisor(self) -> None:
         hello = self.world.hello(bus.Role.SUPERVISOR, self.rank, f"s{self.rank}.{self.pods}")
-        self.supervisor = Link(hello, self.world, self._obey)
+        self.supervisor = Link(hello, self.world, self._execute)
         self.world.engine.group.connected(self.supervisor)
 
     # --- the process
@@ -103,7 +103,7 @@ class SimRank:
         self.incarnation = f"{self.rank}.{self.processes}"
         self.toy = FakeRank(self.world.config, self.rank, cache_blocks=24, memory=self.memory)
         self.alive, self.silent, self.corrupt, self.joined = True, False, False, -1
-        self.epoch, self.fence = 0, 0
+        self.epoch, self.min_epoch = 0, 0
         self.place = (0, False)
         self.toy.moved_at = time.monotonic()
         self.world.later(self.world.chance.uniform(0.01, 0.3), self._connect, self.incarnation)
@@ -111,10 +111,10 @@ class SimRank:
     def _connect(self, incarnation: str) -> None:
         if not self.alive or incarnation != self.incarnation or "cut off" in self.ill:
             return
-        hello = self.world.hello(bus.Role.WORKER, self.rank, incarnation, self.fence)
+        hello = self.world.hello(bus.Role.WORKER, self.rank, incarnation, self.min_epoch)
         welcome = self.world.engine.group.admit(hello)
         assert isinstance(welcome, bus.Welcome), welcome
-        self.fence = max(self.fence, welcome.epoch)
+        self.min_epoch = max(self.min_epoch, welcome.epoch)
         self.link = Link(hello, self.world, self._receive)
         self.world.engine.group.connected(self.link)
         if self.crashes or self._takes("die in loading"):
@@ -239,23 +239,23 @@ class SimRank:
             return
         match message:
             case bus.Abort():
-                self.fence = max(self.fence, message.epoch)
+                self.min_epoch = max(self.min_epoch, message.epoch)
                 if self.joined != -2:  # -2: its main thread hangs
                     self.joined = -1
                     self._say(bus.Aborted(epoch=message.epoch, seconds=0.0), 0.001)
             case bus.Rendezvous() | bus.Join() | bus.AllocateCache() | bus.Step() | bus.Scrub() if self.joined == -2:
                 pass
-            case bus.Rendezvous() if message.epoch >= self.fence:
+            case bus.Rendezvous() if message.epoch >= self.min_epoch:
                 self._say(bus.RendezvousOpened(epoch=message.epoch, address="shm:///nowhere"), 0.001)
-            case bus.Join() if message.epoch >= self.fence:
+            case bus.Join() if message.epoch >= self.min_epoch:
                 self._join(message)
-            case bus.Scrub() if message.epoch >= self.fence and self.corrupt:
+            case bus.Scrub() if message.epoch >= self.min_epoch and self.corrupt:
                 self._fail(message.epoch, -1, Fault.CORRUPTION, "the weights are no longer what was loaded")
-            case bus.Scrub() if message.epoch >= self.fence:
+            case bus.Scrub() if message.epoch >= self.min_epoch:
                 self._say(bus.Scrubbed(epoch=message.epoch, tensors=3), 0.05)
-            case bus.AllocateCache() if message.epoch >= self.fence:
+            case bus.AllocateCache() if message.epoch >= self.min_epoch:
                 self._say(self.toy.allocate(message), 0.001)
-            case bus.Step() if message.epoch >= self.fence:
+            case bus.Step() if message.epoch >= self.min_epoch:
                 self._step(message)
             case _:
                 pass
@@ -321,7 +321,7 @@ class SimRank:
 
     # --- the supervisor
 
-    def _obey(self, message: msgspec.Struct) -> None:
+    def _execute(self, message: msgspec.Struct) -> None:
         match message:
             case bus.KillWorker() if message.incarnation == self.incarnation:
                 self.world.kills += 1

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tests.support.api_server import TINY_CHAT
 from tokenizers import AddedToken, Tokenizer
 
-from lockstep_runtime.api.generation import Choice, Job, Piece, opens_reasoning
-from lockstep_runtime.api.response_format import ChatForm, TextForm
+from lockstep_runtime.api.generation import Choice, Delta, Job, opens_reasoning
+from lockstep_runtime.api.response_format import ChatFormat, CompletionFormat
 from lockstep_runtime.api.tokenizer import TextTokenizer
 from lockstep_runtime.engine.client import FinishReason, GenerationRequest, TokenEvent
 from lockstep_runtime.protocol.step import SampledToken, SamplingParams
@@ -61,7 +61,7 @@ def as_json(entry: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def run(text: str, job: Job, finish: FinishReason = FinishReason.STOP) -> tuple[list[Piece], Choice]:
+def run(text: str, job: Job, finish: FinishReason = FinishReason.STOP) -> tuple[list[Delta], Choice]:
     """As the engine would: a stop token after the text, or the last token of the text ends it."""
     choice = Choice(job, 0, TOKENIZER)
     ids = TOKENIZER.encode(text)
@@ -70,7 +70,7 @@ def run(text: str, job: Job, finish: FinishReason = FinishReason.STOP) -> tuple[
         events.append(TokenEvent(SampledToken(sequence_id=0, token=END, logprob=-1.0), finish))
     else:
         events[-1] = TokenEvent(events[-1].token, finish)
-    pieces: list[Piece] = []
+    pieces: list[Delta] = []
     for event in events:
         if choice.finish_reason is None:
             pieces += choice.feed(event)
@@ -144,7 +144,7 @@ def test_a_finished_character_is_missing_its_rest() -> None:
     choice = Choice(job(), 0, TOKENIZER)
     id = next(id for id in range(TOKENIZER.size) if TOKENIZER.token_bytes(id) == b"\xf0")
     token = SampledToken(sequence_id=0, token=id)
-    assert choice.feed(TokenEvent(token, FinishReason.LENGTH)) == [Piece("\ufffd")]
+    assert choice.feed(TokenEvent(token, FinishReason.LENGTH)) == [Delta("\ufffd")]
 
 
 @pytest.mark.parametrize("finish", list(FinishReason))
@@ -157,13 +157,13 @@ def test_every_token_of_the_text_has_its_log_probability_once(finish: FinishReas
 
 def test_minus_infinity_is_a_number_in_json() -> None:
     token = SampledToken(sequence_id=0, token=70, logprob=float("-inf"), top=[(71, float("-inf"))])
-    form = ChatForm(TOKENIZER, 1, logprobs=True)
-    entry = as_json(form.delta(0, Piece("a", tokens=(token,))))["logprobs"]["content"][0]
+    form = ChatFormat(TOKENIZER, 1, logprobs=True)
+    entry = as_json(form.delta(0, Delta("a", tokens=(token,))))["logprobs"]["content"][0]
     assert (entry["logprob"], entry["top_logprobs"][0]["logprob"]) == (-9999.0, -9999.0)
 
 
 def test_offsets_go_on_from_chunk_to_chunk() -> None:
-    form = TextForm(TOKENIZER, [""], logprobs=True)
+    form = CompletionFormat(TOKENIZER, [""], logprobs=True)
     pieces, _ = run("one two three", job(logprobs=0))
     offsets = [offset for piece in pieces for offset in as_json(form.delta(0, piece))["logprobs"]["text_offset"]]
     assert offsets[0] == 0

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lockstep_runtime.config import Backend, Device, ServeConfig, UsageError
-from lockstep_runtime.distributed.join import SingleGroup, choose_backend
+from lockstep_runtime.distributed.join import SingleCommunicator, choose_backend
 from lockstep_runtime.layers.batch import build_batch
 from lockstep_runtime.layers.cache import KVCache
 from lockstep_runtime.layers.embedding import VocabularyEmbedding
@@ -26,7 +26,7 @@ from lockstep_runtime.layers.weight import PlainWeight
 from lockstep_runtime.models.qwen3 import Qwen3
 from lockstep_runtime.protocol.bus import LoadFailure
 from lockstep_runtime.sources.errors import ModelError
-from lockstep_runtime.weights.sharding import Shard
+from lockstep_runtime.weights.sharding import RankInfo
 from lockstep_runtime.weights.weight import stacked_rows
 from lockstep_runtime.worker.device import choose_device, sharers
 from lockstep_runtime.worker.fault_classifier import load_failure
@@ -106,16 +106,16 @@ def test_the_model_computes_wholly_on_its_device(dtype: str, size: int) -> None:
     shape = ModelShape(bias=True, dtype=dtype)
     placement = choose_placement(CUDA, getattr(torch, dtype))
     with FakeTensorMode(shape_env=ShapeEnv()), torch.inference_mode():
-        model = Qwen3.build(shape.config(), Shard(0, size), placement)
+        model = Qwen3.build(shape.config(), RankInfo(0, size), placement)
         for weight in model.weights():
             assert isinstance(weight, PlainWeight)
-            rows, rest = stacked_rows(weight.cuts), weight.cuts[0].local_shape[1:]
+            rows, rest = stacked_rows(weight.slices), weight.slices[0].local_shape[1:]
             weight.data = torch.empty((rows, *rest), dtype=placement.dtype, device=CUDA)
         model.loaded()
         cache = KVCache(model.cache_shape, 8, placement)
         apart = piece(1, 33, [1], [5, 3])  # blocks that don't lie side by side
         batch = build_batch([piece(0, 0, [1, 2, 3], [0]), apart], CUDA)
-        group = SingleGroup()  # of several ranks, too, each sums alone here
+        group = SingleCommunicator()  # of several ranks, too, each sums alone here
         hidden = model.forward(batch, cache, group)[batch.last]
         logits, best = model.logits(hidden, group), model.best(hidden, group)
     assert logits is not None
@@ -153,15 +153,15 @@ def test_a_step_has_static_shapes_and_waits_for_the_device_once(size: int, dtype
     placement = choose_placement(CUDA, getattr(torch, dtype))
     kind = candidate(CUDA, placement.activation, shape.head_dim)
     with FakeTensorMode(), torch.inference_mode():
-        model = Qwen3.build(shape.config(), Shard(0, size), placement)
+        model = Qwen3.build(shape.config(), RankInfo(0, size), placement)
         for weight in model.weights():
             assert isinstance(weight, PlainWeight)
-            rows, rest = stacked_rows(weight.cuts), weight.cuts[0].local_shape[1:]
+            rows, rest = stacked_rows(weight.slices), weight.slices[0].local_shape[1:]
             weight.data = torch.empty((rows, *rest), dtype=placement.dtype, device=CUDA)
         model.loaded()
         cache = KVCache(model.cache_shape, 8, placement, prefill=kind)
         batch = build_batch([piece(1, 33, list(range(tokens)), [1, 2]), piece(2, 3, [7], [3])], CUDA)
-        group = SingleGroup()
+        group = SingleCommunicator()
         with Watch() as watch:
             states = model.forward(batch, cache, group)
             hidden = states[batch.last]
@@ -192,9 +192,9 @@ def test_the_ranks_rows_of_an_embedding_add_up_to_the_table(vocabulary: int, siz
     placement = Placement(device=torch.device("cpu"), dtype=torch.float32, activation=torch.float32)
     total = torch.zeros(len(tokens), 6)
     for rank in range(size):
-        embedding = VocabularyEmbedding("embed.weight", vocabulary, 6, Shard(rank, size), placement)
+        embedding = VocabularyEmbedding("embed.weight", vocabulary, 6, RankInfo(rank, size), placement)
         assert isinstance(embedding.table, PlainWeight)
-        cut = embedding.table.cuts[0]
-        embedding.table.data = table[cut.start : cut.start + cut.rows]
-        total += embedding(tokens, SingleGroup())
+        tensor_slice = embedding.table.slices[0]
+        embedding.table.data = table[tensor_slice.start : tensor_slice.start + tensor_slice.rows]
+        total += embedding(tokens, SingleCommunicator())
     assert torch.equal(total, table[tokens])

@@ -10,7 +10,7 @@ import pytest
 from tests.support.network import WITHOUT_IPV4, WITHOUT_IPV6, in_network, why_not
 from tests.support.ports import free_port
 
-from lockstep_runtime.distributed.errors import GroupError
+from lockstep_runtime.distributed.errors import CommunicatorError
 from lockstep_runtime.distributed.join import own_address
 from lockstep_runtime.host import addresses
 
@@ -85,5 +85,5 @@ def test_the_way_to_a_host_is_of_its_own_family() -> None:
     assert addresses.route_to("127.0.0.1") == "127.0.0.1"
     assert addresses.route_to("::1") == "::1"
     assert own_address("::1", time.monotonic()) == "::1"
-    with pytest.raises(GroupError, match=r"the leader's name nobody\.invalid does not resolve"):
+    with pytest.raises(CommunicatorError, match=r"the leader's name nobody\.invalid does not resolve"):
         own_address("nobody.invalid", time.monotonic() - 1)

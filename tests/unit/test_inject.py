@@ -22,10 +22,10 @@ from lockstep_runtime.chaos import pending
 from lockstep_runtime.chaos.injector import InjectedError, Injector
 from lockstep_runtime.cli import check_faults, main
 from lockstep_runtime.config import ServeConfig, UsageError
-from lockstep_runtime.distributed.communicator import Group
-from lockstep_runtime.distributed.errors import GroupAborted
-from lockstep_runtime.distributed.join import SingleGroup
-from lockstep_runtime.distributed.traced import WatchedGroup
+from lockstep_runtime.distributed.communicator import Communicator
+from lockstep_runtime.distributed.errors import CommunicatorAborted
+from lockstep_runtime.distributed.join import SingleCommunicator
+from lockstep_runtime.distributed.traced import TracedCommunicator
 from lockstep_runtime.host import discovery
 from lockstep_runtime.host.process_init import PARENT_VARIABLE
 from lockstep_runtime.host.shm_files import FOLDER_VARIABLE, remove
@@ -66,7 +66,7 @@ class Bench:
 
     def run(self, one: bus.Step, *places: str, values: float = 1.0) -> tuple[bus.Step, list[Tensor]]:
         """The step as it is given on, and the result of an all-reduce of ones at each place."""
-        watched = WatchedGroup(SingleGroup(), self.progress)
+        watched = TracedCommunicator(SingleCommunicator(), self.progress)
         given, group = self.injector.step(one, watched)
         return given, [group.all_reduce(torch.full((2, 2), values), place) for place in places or ("a", "b")]
 
@@ -77,7 +77,7 @@ def bench() -> Bench:
 
 
 def test_nothing_is_changed_without_a_fault(bench: Bench) -> None:
-    watched = WatchedGroup(SingleGroup(), bench.progress)
+    watched = TracedCommunicator(SingleCommunicator(), bench.progress)
     assert bench.injector.step(PREFILL, watched) == (PREFILL, watched)
 
 
@@ -97,7 +97,7 @@ def test_it_happens_at_the_named_place_after_so_many_steps(bench: Bench) -> None
     for _ in range(2):
         bench.run(DECODE, "layers.1.mlp.down_proj")
     bench.run(PREFILL, "layers.1.mlp.down_proj")
-    watched = WatchedGroup(SingleGroup(), bench.progress)
+    watched = TracedCommunicator(SingleCommunicator(), bench.progress)
     _, group = bench.injector.step(DECODE, watched)
     group.all_reduce(torch.ones(1), "layers.0.mlp.down_proj")
     with pytest.raises(InjectedError):
@@ -129,15 +129,15 @@ def test_an_altered_input_is_another_token(bench: Bench) -> None:
 
 def test_a_hang_inside_a_collective_ends_by_an_abort_and_the_record_shows_it(bench: Bench) -> None:
     bench.arm(Injection.HANG, at="inside", place="b")
-    group = SingleGroup()
+    group = SingleCommunicator()
     caught: list[str] = []
 
     def work() -> None:
-        _, faulty = bench.injector.step(DECODE, WatchedGroup(group, bench.progress))
+        _, faulty = bench.injector.step(DECODE, TracedCommunicator(group, bench.progress))
         faulty.all_reduce(torch.ones(1), "a")
         try:
             faulty.all_reduce(torch.ones(1), "b")
-        except GroupAborted as error:
+        except CommunicatorAborted as error:
             caught.append(str(error))
 
     thread = threading.Thread(target=work)
@@ -215,13 +215,13 @@ def test_every_kind_has_a_deed(
     monkeypatch.setattr(f"{module}.harm_device", note("device"))
     monkeypatch.setattr(f"{module}.time.sleep", note("slow"))
     bench.arm(kind, phase=FaultPhase.DECODE, at=at)
-    group: Group = SingleGroup()
+    group: Communicator = SingleCommunicator()
     if kind is Injection.HANG and at is CollectivePoint.INSIDE:
         group.release()
     try:
-        given, faulty = bench.injector.step(DECODE, WatchedGroup(group, bench.progress))
+        given, faulty = bench.injector.step(DECODE, TracedCommunicator(group, bench.progress))
         changed = given != DECODE or not torch.equal(faulty.all_reduce(torch.ones(2)), torch.ones(2))
-    except (InjectedError, GroupAborted):
+    except (InjectedError, CommunicatorAborted):
         changed = True
     assert changed or deeds or bench.called
 

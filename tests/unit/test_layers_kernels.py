@@ -24,7 +24,7 @@ from lockstep_runtime.layers.kernels import (
     within_float16,
 )  # fmt: skip
 from lockstep_runtime.layers.matrix import PACKED_WINDOW_BYTES, PackedMatrix
-from lockstep_runtime.weights.sharding import whole
+from lockstep_runtime.weights.sharding import replicated
 
 CPU = torch.device("cpu")
 HALVES = (torch.bfloat16, torch.float16)
@@ -56,10 +56,10 @@ def test_a_kernel_multiplies(dtype: torch.dtype, kernel: Kernel, outputs: int, b
 def test_a_matrix_of_several_windows_is_one(dtype: torch.dtype, kernel: Kernel) -> None:
     columns = 2048
     rows = torch.randn(PACKED_WINDOW_BYTES // (columns * 4) + 21, columns).to(dtype)
-    packed = PackedMatrix(whole("w", *rows.shape), kernel=runnable(kernel))
+    packed = PackedMatrix(replicated("w", *rows.shape), kernel=runnable(kernel))
     x = torch.randn(3, columns).to(kernel.activation)
     with torch.inference_mode():
-        packed.adopt(rows)
+        packed.attach(rows)
         product = packed(x)
     expected = F.linear(x.float(), rows.float())
     torch.testing.assert_close(product.float(), expected, rtol=2 * torch.finfo(product.dtype).eps, atol=1e-3)

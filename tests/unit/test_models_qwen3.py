@@ -13,7 +13,7 @@ from tests.support.ranks import Ranks, everything, piece
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
-from lockstep_runtime.distributed.join import SingleGroup
+from lockstep_runtime.distributed.join import SingleCommunicator
 from lockstep_runtime.layers.batch import build_batch
 from lockstep_runtime.layers.cache import KVCache
 from lockstep_runtime.layers.kernels import Kernel, candidates, trial
@@ -22,7 +22,7 @@ from lockstep_runtime.models.registry import build_model
 from lockstep_runtime.sources.errors import ModelError
 from lockstep_runtime.sources.model_folder import read_config
 from lockstep_runtime.weights.load import load_weights
-from lockstep_runtime.weights.sharding import Shard
+from lockstep_runtime.weights.sharding import RankInfo
 
 CPU = torch.device("cpu")
 
@@ -164,18 +164,18 @@ def test_a_whole_model_computes_with_any_kernel(tmp_path: Path, dtype: torch.dty
 
 def logits_of(path: Path, placement: Placement, prompt: list[int]) -> Tensor:
     with torch.inference_mode():
-        model = build_model(read_config(path), Shard(0, 1), placement)
+        model = build_model(read_config(path), RankInfo(0, 1), placement)
         load_weights(path, model.weights(), lambda done, total: None)
         model.loaded()
         cache = KVCache(model.cache_shape, 4, placement)
         batch = build_batch([piece(0, 0, prompt, [0, 1])], CPU)
-        logits = model.logits(model.forward(batch, cache, SingleGroup())[batch.last], SingleGroup())
+        logits = model.logits(model.forward(batch, cache, SingleCommunicator())[batch.last], SingleCommunicator())
     assert logits is not None
     return logits[0]
 
 
 def build(config: dict[str, Any], size: int = 1) -> None:
-    build_model(config, Shard(0, size), choose_placement(torch.device("cpu"), torch.float32))
+    build_model(config, RankInfo(0, size), choose_placement(torch.device("cpu"), torch.float32))
 
 
 def test_a_size_that_the_heads_can_not_take_is_refused_with_those_they_can() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 
 from lockstep_runtime.engine.client import FinishReason, GenerationRequest
-from lockstep_runtime.engine.scheduler import Drawn, Scheduler
+from lockstep_runtime.engine.scheduler import SampledOutput, Scheduler
 from lockstep_runtime.engine.sequence import Sequence
 from lockstep_runtime.protocol.step import SampledToken, SamplingParams, SequenceSlice
 
@@ -33,7 +33,7 @@ def sequence(number: int, prompt: int, max_tokens: int = 8, stop: frozenset[int]
     return Sequence(number, request)
 
 
-def step(planner: Scheduler, token: int = 7) -> tuple[list[SequenceSlice], list[Drawn]]:
+def step(planner: Scheduler, token: int = 7) -> tuple[list[SequenceSlice], list[SampledOutput]]:
     slices = planner.plan()
     sampled = [SampledToken(sequence_id=part.sequence_id, token=token) for part in slices if part.sample]
     return slices, planner.apply(slices, sampled)
@@ -185,7 +185,7 @@ def test_after_a_fault_suspects_run_alone_until_they_draw() -> None:
     for number in (1, 2, 3):
         planner.add(sequence(number, prompt=4))
     slices = planner.plan()
-    assert planner.blame(slices, 2) == []
+    assert planner.fault_points(slices, 2) == []
     planner.start_over(max_model_len=1000, blocks=16, block_size=4)
     for number in (1, 2, 3):
         assert shape(step(planner)[0]) == [(number, 0, 4, True)]
@@ -196,10 +196,10 @@ def test_a_sequence_that_fails_again_alone_is_given_up_and_no_other() -> None:
     planner = scheduler()
     for number in (1, 2):
         planner.add(sequence(number, prompt=4))
-    planner.blame(planner.plan(), 2)
+    planner.fault_points(planner.plan(), 2)
     planner.start_over(max_model_len=1000, blocks=16, block_size=4)
     alone = planner.plan()
-    assert [one.id for one in planner.blame(alone, 2)] == [1]
+    assert [one.id for one in planner.fault_points(alone, 2)] == [1]
     planner.start_over(max_model_len=1000, blocks=16, block_size=4)
     assert [part.sequence_id for part in step(planner)[0]] == [2]
     assert planner.waiting == 0
@@ -209,19 +209,19 @@ def test_lost_processes_are_held_against_nobody_too_soon() -> None:
     planner = scheduler()
     planner.add(sequence(1, prompt=4))
     for _ in range(3):
-        assert planner.blame(planner.plan(), 1) == []
+        assert planner.fault_points(planner.plan(), 1) == []
         planner.start_over(max_model_len=1000, blocks=16, block_size=4)
-    assert [one.id for one in planner.blame(planner.plan(), 1)] == [1]
+    assert [one.id for one in planner.fault_points(planner.plan(), 1)] == [1]
 
 
 def test_a_suspect_takes_blocks_from_the_others_when_it_must() -> None:
     planner = scheduler(blocks=4)
     planner.add(sequence(1, prompt=4, max_tokens=8))
     planner.add(sequence(2, prompt=12, max_tokens=4))
-    planner.blame(planner.plan(), 2)
+    planner.fault_points(planner.plan(), 2)
     planner.remove(1)
     planner.add(sequence(0, prompt=4, max_tokens=8))
-    planner.blame([SequenceSlice(sequence_id=0, position=0, tokens=[], blocks=[])], 2)
+    planner.fault_points([SequenceSlice(sequence_id=0, position=0, tokens=[], blocks=[])], 2)
     planner.start_over(max_model_len=1000, blocks=4, block_size=4)
     assert shape(step(planner)[0]) == [(0, 0, 4, True)]
     assert shape(step(planner)[0]) == [(2, 0, 12, True)]

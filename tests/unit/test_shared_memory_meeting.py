@@ -10,9 +10,9 @@ import torch
 
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.distributed import join
-from lockstep_runtime.distributed.errors import GroupAborted, GroupError
-from lockstep_runtime.distributed.shared_memory import SharedFile, SharedMemoryGroup
-from lockstep_runtime.distributed.traced import WatchedGroup
+from lockstep_runtime.distributed.errors import CommunicatorAborted, CommunicatorError
+from lockstep_runtime.distributed.shared_memory import SharedFile, SharedMemoryCommunicator
+from lockstep_runtime.distributed.traced import TracedCommunicator
 from lockstep_runtime.protocol.progress_record import Progress, Record, new_memory
 
 
@@ -20,16 +20,16 @@ def test_a_meeting_that_is_called_off_is_left_at_once() -> None:
     place, cancelled = SharedFile(2), threading.Event()
     threading.Timer(0.1, cancelled.set).start()
     begun = time.monotonic()
-    with pytest.raises(GroupAborted, match="called off"):
-        SharedMemoryGroup(place.address, 0, 2, 60.0, cancelled.is_set)
+    with pytest.raises(CommunicatorAborted, match="called off"):
+        SharedMemoryCommunicator(place.address, 0, 2, 60.0, cancelled.is_set)
     assert time.monotonic() - begun < 30
     place.close()
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
     place = SharedFile(2)
-    with pytest.raises(GroupError, match="rank 1 did not join in time"):
-        SharedMemoryGroup(place.address, 0, 2, 0.05)
+    with pytest.raises(CommunicatorError, match="rank 1 did not join in time"):
+        SharedMemoryCommunicator(place.address, 0, 2, 0.05)
     place.close()
 
 
@@ -41,7 +41,7 @@ def test_ranks_that_meet_are_watched_in_every_collective() -> None:
 
     def live(rank: int) -> None:
         progress = Progress(new_memory(f"rank-{rank}"))
-        watched = WatchedGroup(join.join(config, rank, 1, rendezvous.address, 30.0, lambda: False), progress)
+        watched = TracedCommunicator(join.join(config, rank, 1, rendezvous.address, 30.0, lambda: False), progress)
         progress.enter(1, 7)
         sums[rank] = watched.all_reduce(torch.full((3,), float(rank + 1)), "layers.0.mlp.down_proj").tolist()
         records[rank] = progress.read()

@@ -18,7 +18,7 @@ from lockstep_runtime.config import CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
 from lockstep_runtime.host import process_init
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupStatus, PodProblemReason
-from lockstep_runtime.supervisor.bus_client import Link
+from lockstep_runtime.supervisor.bus_client import BusClient
 from lockstep_runtime.supervisor.ports import open_ports
 from lockstep_runtime.supervisor.process import ForkError, Processes
 from lockstep_runtime.supervisor.run import Supervisor
@@ -112,7 +112,7 @@ async def test_an_engine_gets_a_history_of_any_length() -> None:
         if isinstance(message, bus.StatusReport):
             told.append(message.status)
 
-    link = asyncio.create_task(Link(settings, "token", "i", hear, lambda: None).run())
+    link = asyncio.create_task(BusClient(settings, "token", "i", hear, lambda: None).run())
     try:
         await holds(lambda: bool(told))
     finally:

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from tests.support.models import ModelShape, write_model
 
 from lockstep_runtime.config import EngineLimits, ServeConfig, WeightCache
-from lockstep_runtime.distributed.join import SingleGroup
+from lockstep_runtime.distributed.join import SingleCommunicator
 from lockstep_runtime.host import shm_files
 from lockstep_runtime.host.process_init import PARENT_VARIABLE
 from lockstep_runtime.layers.weight import PlainWeight
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.step import SampledToken, SamplingParams, SequenceSlice
 from lockstep_runtime.weights.checksum import PAGE_BYTES, PART_BYTES, checksum
-from lockstep_runtime.worker.model_runner import LoadReport, Runner
+from lockstep_runtime.worker.model_runner import LoadReport, ModelRunner
 from lockstep_runtime.worker.scrub import CorruptionError, Scrub, Watched
 
 STEP = bus.Step(
@@ -57,14 +57,14 @@ def config(model: Path, cache: WeightCache = "Memory", *, size: int = 1) -> Serv
     )
 
 
-def load(config: ServeConfig, rank: int = 0) -> tuple[Runner, LoadReport]:
-    runner = Runner(config, rank)
+def load(config: ServeConfig, rank: int = 0) -> tuple[ModelRunner, LoadReport]:
+    runner = ModelRunner(config, rank)
     return runner, runner.load(lambda done, total: None)
 
 
-def output(runner: Runner) -> tuple[int, list[SampledToken]]:
+def output(runner: ModelRunner) -> tuple[int, list[SampledToken]]:
     runner.allocate(2)
-    step = runner.step(STEP, SingleGroup())
+    step = runner.step(STEP, SingleCommunicator())
     return step.fingerprint, step.sampled
 
 

@@ -11,12 +11,12 @@ import pytest
 
 from lockstep_runtime.chaos.injector import InjectedError
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.distributed.join import SingleGroup
+from lockstep_runtime.distributed.join import SingleCommunicator
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import FaultPhase, Inject, Injection
 from lockstep_runtime.protocol.progress_record import Progress, new_memory
 from lockstep_runtime.protocol.status import Fault
-from lockstep_runtime.worker.bus_client import Control, Dismissed
+from lockstep_runtime.worker.bus_client import BusClient, ShutdownRequested
 from lockstep_runtime.worker.main import Worker
 from lockstep_runtime.worker.model_runner import LoadReport
 from lockstep_runtime.worker.scrub import CorruptionError, Parts, Scrub, Watched
@@ -24,7 +24,7 @@ from lockstep_runtime.worker.scrub import CorruptionError, Parts, Scrub, Watched
 SECONDS = 10.0
 
 
-class RecordingControl(Control):
+class RecordingControl(BusClient):
     """No connection: what is sent is kept, and the worker is dismissed after the last."""
 
     def __init__(self, config: ServeConfig, last: type) -> None:
@@ -35,7 +35,7 @@ class RecordingControl(Control):
     def send(self, message: bus.FromWorker) -> None:
         self.sent.append(message)
         if isinstance(message, self._last):
-            self.inbox.put(Dismissed("the test is over"))
+            self.inbox.put(ShutdownRequested("the test is over"))
 
 
 class Edge:
@@ -47,8 +47,8 @@ class Edge:
     def load(self, progress: Callable[[int, int], None]) -> LoadReport:
         return LoadReport(weight_bytes=1, read_bytes=1, cache_blocks=1, block_size=1, memory_bytes=1, scrub=self._scrub)
 
-    def join(self, *_: Any) -> SingleGroup:
-        return SingleGroup()
+    def join(self, *_: Any) -> SingleCommunicator:
+        return SingleCommunicator()
 
     def open_rendezvous(self, *_: Any) -> Any:
         raise NotImplementedError
@@ -57,7 +57,7 @@ class Edge:
         raise InjectedError(f"bit {number}")
 
 
-def started(control: Control, edge: Edge, *, allow_faults: bool = False) -> Worker:
+def started(control: BusClient, edge: Edge, *, allow_faults: bool = False) -> Worker:
     config = ServeConfig(model="m", served_name="m", allow_faults=allow_faults)
     worker = Worker(config, 0, control, Progress(new_memory("test")), edge)
     worker.load(edge)  # type: ignore[arg-type] # the edge plays the runner too

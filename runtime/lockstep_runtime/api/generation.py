@@ -31,7 +31,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Delta:
     """Text to let out, and the tokens drawn since the last piece, if log probabilities were asked for."""
 
     text: str
@@ -61,13 +61,13 @@ class Choice:
         self._trim = self._reasoning  # newlines beside a marker belong to the markup
         self._newlines = ""
 
-    def feed(self, event: TokenEvent) -> list[Piece]:
+    def feed(self, event: TokenEvent) -> list[Delta]:
         """Sets `finish_reason` when the choice is complete; nothing may be fed after that."""
         if self._prompt_only:
             self.finish_reason = FinishReason.LENGTH
             return []
         self.tokens += 1
-        pieces: list[Piece] = []
+        pieces: list[Delta] = []
         if event.finish is not FinishReason.STOP:  # a stop token is no text
             self._take(event.token, pieces)
         if event.finish is not None and self.finish_reason is None:
@@ -77,7 +77,7 @@ class Choice:
             self._append("", pieces)
         return pieces
 
-    def _take(self, sampled: SampledToken, pieces: list[Piece]) -> None:
+    def _take(self, sampled: SampledToken, pieces: list[Delta]) -> None:
         if self._keep_tokens:
             self._pending.append(sampled)
         token = sampled.token
@@ -87,26 +87,26 @@ class Choice:
             if token == self._markers.opening and not self._reasoning and not self._answered:
                 return self._turn(token, True, pieces)
         if text := self._detokenizer.feed(token):
-            self._let_out(self._stops.feed(text), pieces)
+            self._emit(self._stops.feed(text), pieces)
             self._check_stopped()
         return None
 
-    def _turn(self, marker: int, reasoning: bool, pieces: list[Piece]) -> None:
+    def _turn(self, marker: int, reasoning: bool, pieces: list[Delta]) -> None:
         """Stop strings don't reach across a marker."""
         self._flush(pieces)
         self._detokenizer = Detokenizer(self._tokenizer, (marker,))
         self._reasoning, self._trim, self._newlines = reasoning, True, ""
 
-    def _flush(self, pieces: list[Piece]) -> None:
+    def _flush(self, pieces: list[Delta]) -> None:
         text = self._stops.feed(self._detokenizer.finish())
-        self._let_out(text if self._stops.stopped else text + self._stops.finish(), pieces)
+        self._emit(text if self._stops.stopped else text + self._stops.finish(), pieces)
         self._check_stopped()
 
     def _check_stopped(self) -> None:
         if self._stops.stopped:
             self.finish_reason = FinishReason.STOP
 
-    def _let_out(self, text: str, pieces: list[Piece]) -> None:
+    def _emit(self, text: str, pieces: list[Delta]) -> None:
         if self._trim:
             text = text.lstrip("\n")
             self._trim = not text
@@ -119,8 +119,8 @@ class Choice:
         if text:
             self._append(text, pieces)
 
-    def _append(self, text: str, pieces: list[Piece]) -> None:
-        pieces.append(Piece(text, self._reasoning, tuple(self._pending)))
+    def _append(self, text: str, pieces: list[Delta]) -> None:
+        pieces.append(Delta(text, self._reasoning, tuple(self._pending)))
         self._pending.clear()
 
 

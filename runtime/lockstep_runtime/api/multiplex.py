@@ -10,7 +10,7 @@ from lockstep_runtime.engine.client import EngineClient, GenerationFailedError, 
 Batch = list[tuple[int, TokenEvent]]
 
 
-class Merged:
+class Multiplexed:
     """Queues all requests at once. Use as an async context: leaving it cancels those that still run."""
 
     def __init__(self, engine: EngineClient, requests: Sequence[GenerationRequest]) -> None:
@@ -21,7 +21,7 @@ class Merged:
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    async def __aenter__(self) -> Merged:
+    async def __aenter__(self) -> Multiplexed:
         for index, request in enumerate(self._requests):
             self._pumps.append(asyncio.create_task(self._pump(index, request)))
         return self

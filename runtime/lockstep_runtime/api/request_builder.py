@@ -14,7 +14,7 @@ from lockstep_runtime.api.errors import ApiError, invalid, too_long
 from lockstep_runtime.api.generation import Job, opens_reasoning
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.model import SamplingDefaults, ServedModel
-from lockstep_runtime.api.response_format import ChatForm, Form, TextForm
+from lockstep_runtime.api.response_format import ChatFormat, CompletionFormat, ResponseFormat
 from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest
 from lockstep_runtime.api.tokenizer import TooManyTokensError
 from lockstep_runtime.engine.client import GenerationRequest
@@ -26,7 +26,7 @@ COMPLETION_TOKENS: Final = 16  # OpenAI's default for /v1/completions
 
 
 @dataclass(frozen=True, slots=True)
-class Preparation:
+class RequestBuilder:
     """What a job is made with. `prepare_*` block (template, tokenizer): run them in a thread."""
 
     model: ServedModel
@@ -34,7 +34,7 @@ class Preparation:
     max_model_len: int
     limits: Limits
 
-    def chat(self, request: ChatRequest) -> tuple[Job, Form]:
+    def chat(self, request: ChatRequest) -> tuple[Job, ResponseFormat]:
         if self.model.template is None:
             raise invalid(self.model.why_no_template, "messages")
         chat = Chat(
@@ -56,9 +56,9 @@ class Preparation:
         requests = self._requests("chatcmpl", request, [tuple(prompt)], request.asked_tokens, "messages", False)
         logprobs = request.asked_logprobs >= 0
         job = self._job(request, requests, thinks=self._thinks(chat, prompt), reasoning=True)
-        return job, ChatForm(self.model.tokenizer, len(requests), logprobs=logprobs)
+        return job, ChatFormat(self.model.tokenizer, len(requests), logprobs=logprobs)
 
-    def completion(self, request: CompletionRequest) -> tuple[Job, Form]:
+    def completion(self, request: CompletionRequest) -> tuple[Job, ResponseFormat]:
         special = request.add_special_tokens is not False
         prompts = [self._ids(prompt, special) for prompt in request.prompt]
         prompt_only = request.max_tokens == 0
@@ -68,7 +68,7 @@ class Preparation:
         texts = [self._text(prompt) if request.echo else "" for prompt in request.prompt]
         echoes = [text for text in texts for _ in range(request.choices)]
         shown = [one.prompt for one in requests] if scores else ()
-        form = TextForm(self.model.tokenizer, echoes, shown, logprobs=request.logprobs is not None)
+        form = CompletionFormat(self.model.tokenizer, echoes, shown, logprobs=request.logprobs is not None)
         return self._job(request, requests, prompt_only=prompt_only, scores_prompt=scores), form
 
     def _ids(self, prompt: str | list[int], special: bool) -> tuple[int, ...]:

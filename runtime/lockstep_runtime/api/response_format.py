@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from lockstep_runtime.api.generation import Piece
+from lockstep_runtime.api.generation import Delta
 from lockstep_runtime.api.logprobs import ChatLogprobs, TextLogprobs
 from lockstep_runtime.api.tokenizer import TextTokenizer
 from lockstep_runtime.protocol.step import SampledToken
@@ -16,7 +16,7 @@ from lockstep_runtime.protocol.step import SampledToken
 Json = dict[str, Any]
 
 
-class Form(Protocol):
+class ResponseFormat(Protocol):
     """Entries of `choices`: in chunks (`opening`, `delta`, `closing`), or whole (`take`, then `choice`)."""
 
     whole: str  # `object` of a whole answer
@@ -31,16 +31,16 @@ class Form(Protocol):
     def echo(self, index: int) -> Json | None:
         """The chunk with what `describe_prompt` was told."""
 
-    def delta(self, index: int, piece: Piece) -> Json: ...
+    def delta(self, index: int, piece: Delta) -> Json: ...
 
     def closing(self, index: int, reason: str) -> Json: ...
 
-    def take(self, index: int, piece: Piece) -> None: ...
+    def take(self, index: int, piece: Delta) -> None: ...
 
     def choice(self, index: int, reason: str) -> Json: ...
 
 
-class ChatForm:
+class ChatFormat:
     whole = "chat.completion"
     chunk = "chat.completion.chunk"
 
@@ -58,7 +58,7 @@ class ChatForm:
     def echo(self, index: int) -> Json | None:
         return None
 
-    def delta(self, index: int, piece: Piece) -> Json:
+    def delta(self, index: int, piece: Delta) -> Json:
         name = "reasoning_content" if piece.reasoning else "content"
         logprobs = None if self._described is None else self._described[index].of(piece.tokens)
         return self._part(index, {name: piece.text}, logprobs, None)
@@ -66,7 +66,7 @@ class ChatForm:
     def closing(self, index: int, reason: str) -> Json:
         return self._part(index, {}, None, reason)
 
-    def take(self, index: int, piece: Piece) -> None:
+    def take(self, index: int, piece: Delta) -> None:
         (self._thoughts if piece.reasoning else self._answers)[index].append(piece.text)
         if self._described is not None:
             self._described[index].add(piece.tokens)
@@ -82,7 +82,7 @@ class ChatForm:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
-class TextForm:
+class CompletionFormat:
     """
     Args:
         echoes: for each choice, the prompt's text if it is to be part of the answer.
@@ -119,13 +119,13 @@ class TextForm:
         logprobs = None if self._described is None else self._described[index].take()
         return self._part(index, self._echoes[index], logprobs, None)
 
-    def delta(self, index: int, piece: Piece) -> Json:
+    def delta(self, index: int, piece: Delta) -> Json:
         return self._part(index, piece.text, self._logprobs(index, piece), None)
 
     def closing(self, index: int, reason: str) -> Json:
         return self._part(index, "", None, reason)
 
-    def take(self, index: int, piece: Piece) -> None:
+    def take(self, index: int, piece: Delta) -> None:
         self._texts[index].append(piece.text)
         if self._described is not None:
             self._described[index].add(piece.tokens)
@@ -137,7 +137,7 @@ class TextForm:
     def _part(self, index: int, text: str, logprobs: Json | None, reason: str | None) -> Json:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, index: int, piece: Piece) -> Json | None:
+    def _logprobs(self, index: int, piece: Delta) -> Json | None:
         if self._described is None:
             return None
         self._described[index].add(piece.tokens)

@@ -22,8 +22,8 @@ from lockstep_runtime.api.limits import Bodies, Limits, parse
 from lockstep_runtime.api.loading import ModelLoader
 from lockstep_runtime.api.metrics import Metrics
 from lockstep_runtime.api.model import ServedModel
-from lockstep_runtime.api.request_builder import Preparation
-from lockstep_runtime.api.response_format import Form
+from lockstep_runtime.api.request_builder import RequestBuilder
+from lockstep_runtime.api.response_format import ResponseFormat
 from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest, validate
 from lockstep_runtime.api.stream import Answer, Services
 from lockstep_runtime.config import ServeConfig
@@ -100,7 +100,9 @@ class Service:
             job, form, model = await asyncio.get_running_loop().run_in_executor(threads, self._prepare, kind, body)
         return Answer(job, form, model.tokenizer, self._services, arrived)
 
-    def _prepare(self, kind: type[ChatRequest] | type[CompletionRequest], body: bytes) -> tuple[Job, Form, ServedModel]:
+    def _prepare(
+        self, kind: type[ChatRequest] | type[CompletionRequest], body: bytes
+    ) -> tuple[Job, ResponseFormat, ServedModel]:
         asked = validate(kind, parse(body, self._limits))
         if asked.model != self.served_name:
             raise unknown_model(asked.model[:200], self.served_name)
@@ -108,7 +110,7 @@ class Service:
         job, form = preparation.chat(asked) if isinstance(asked, ChatRequest) else preparation.completion(asked)
         return job, form, preparation.model
 
-    def _preparation(self) -> Preparation:
+    def _preparation(self) -> RequestBuilder:
         """
         Raises:
             ApiError: 503, the model is still being loaded.
@@ -117,7 +119,7 @@ class Service:
         if model is None or max_model_len is None:
             why = self._loader.why_not if model is None else self._engine.readiness().reason
             raise unavailable(f"The model is not loaded yet: {why}", _RETRY_LOADING, "loading")
-        return Preparation(model, self.served_name, max_model_len, self._limits)
+        return RequestBuilder(model, self.served_name, max_model_len, self._limits)
 
     async def _load(self) -> None:
         self._model = await self._loader.run()

@@ -18,11 +18,11 @@ from starlette.types import Message, Receive, Scope, Send
 
 from lockstep_runtime.api import errors
 from lockstep_runtime.api.errors import ApiError
-from lockstep_runtime.api.generation import Choice, Job, Piece
+from lockstep_runtime.api.generation import Choice, Delta, Job
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.metrics import Metrics
-from lockstep_runtime.api.multiplex import Batch, Merged
-from lockstep_runtime.api.response_format import Form
+from lockstep_runtime.api.multiplex import Batch, Multiplexed
+from lockstep_runtime.api.response_format import ResponseFormat
 from lockstep_runtime.api.tokenizer import TextTokenizer
 from lockstep_runtime.engine.client import EngineBusyError, EngineClient, GenerationFailedError, RequestTooLongError
 
@@ -70,7 +70,9 @@ def refuse(error: Exception, metrics: Metrics) -> ApiError:
 class Answer(Response):
     """Generates and sends. Nothing runs before it is called as an ASGI application, and nothing after."""
 
-    def __init__(self, job: Job, form: Form, tokenizer: TextTokenizer, services: Services, arrived: float) -> None:
+    def __init__(
+        self, job: Job, form: ResponseFormat, tokenizer: TextTokenizer, services: Services, arrived: float
+    ) -> None:
         super().__init__()
         self._job = job
         self._form = form
@@ -96,7 +98,7 @@ class Answer(Response):
             work.result()
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with Merged(self._engine, self._job.requests) as merged:
+        async with Multiplexed(self._engine, self._job.requests) as merged:
             try:
                 batch = await merged.next(self._limits.headers_seconds)
                 parts = None if self._job.stream else await self._whole(batch, merged)
@@ -108,7 +110,7 @@ class Answer(Response):
             else:
                 await _send_parts(parts, send)
 
-    async def _whole(self, batch: Batch, merged: Merged) -> list[bytes]:
+    async def _whole(self, batch: Batch, merged: Multiplexed) -> list[bytes]:
         """The body in parts, one for each choice: together they may be very long."""
         while True:
             await self._describe_prompts(batch)
@@ -126,7 +128,7 @@ class Answer(Response):
         parts.append(b'],"usage":' + msgspec.json.encode(self._usage()) + b"}")
         return parts
 
-    async def _stream(self, batch: Batch, merged: Merged, send: Send) -> None:
+    async def _stream(self, batch: Batch, merged: Multiplexed, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         openings = [self._form.opening(choice.index) for choice in self._choices]
         events = b"".join(self._event(opening) for opening in openings if opening)
@@ -155,7 +157,7 @@ class Answer(Response):
             await asyncio.to_thread(self._form.describe_prompt, index, event.prompt)
         return [index for index, _ in begun]
 
-    def _events(self, batch: Batch, merged: Merged) -> bytes:
+    def _events(self, batch: Batch, merged: Multiplexed) -> bytes:
         parts: list[bytes] = []
         for choice, pieces in self._feed(batch, merged):
             parts += [self._event(self._form.delta(choice.index, piece)) for piece in pieces]
@@ -163,7 +165,7 @@ class Answer(Response):
                 parts.append(self._event(self._form.closing(choice.index, choice.finish_reason)))
         return b"".join(parts)
 
-    def _feed(self, batch: Batch, merged: Merged) -> Iterator[tuple[Choice, list[Piece]]]:
+    def _feed(self, batch: Batch, merged: Multiplexed) -> Iterator[tuple[Choice, list[Delta]]]:
         """Each choice with its new pieces; its `finish_reason` is set the last time."""
         now = monotonic()
         for index, event in batch:

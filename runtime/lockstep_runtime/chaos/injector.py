@@ -22,7 +22,7 @@ from lockstep_runtime.protocol.progress_record import Progress
 if TYPE_CHECKING:  # the control thread connects before torch is imported
     from torch import Tensor
 
-    from lockstep_runtime.distributed.communicator import Group
+    from lockstep_runtime.distributed.communicator import Communicator
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Injector:
         """Before a communicator is joined."""
         self._act_on(FaultPhase.JOINING)
 
-    def step(self, step: bus.Step, group: Group) -> tuple[bus.Step, Group]:
+    def step(self, step: bus.Step, group: Communicator) -> tuple[bus.Step, Communicator]:
         """The step and the group as they are, or as the faults that are due make them."""
         prefill = any(len(one.tokens) > 1 for one in step.sequences)
         due = self._due(FaultPhase.PREFILL if prefill else FaultPhase.DECODE)
@@ -131,7 +131,9 @@ class Injector:
 class FaultyGroup:
     """A communicator in which something goes wrong, once, at a place."""
 
-    def __init__(self, group: Group, progress: Progress, faults: list[Inject], act: Callable[[Inject], None]) -> None:
+    def __init__(
+        self, group: Communicator, progress: Progress, faults: list[Inject], act: Callable[[Inject], None]
+    ) -> None:
         self.rank, self.size = group.rank, group.size
         self._group, self._progress, self._faults, self._act = group, progress, faults, act
 

@@ -18,7 +18,7 @@ class Rendezvous(Protocol):
     def close(self) -> None: ...
 
 
-class Group(Protocol):
+class Communicator(Protocol):
     """One rank's end of the communicator. `place` names the caller, for who watches it (`distributed.traced`)."""
 
     rank: int
@@ -31,14 +31,14 @@ class Group(Protocol):
         """Every rank's tensor (all of one shape), in rank order, on rank 0; None elsewhere."""
 
     def check(self) -> None:
-        """Raise GroupAborted if it was aborted: on a GPU collectives return before they are done."""
+        """Raise CommunicatorAborted if it was aborted: on a GPU collectives return before they are done."""
 
     def release(self) -> None:
-        """Leave: from any thread, any number of times, at once. A collective that is waiting raises GroupAborted."""
+        """Leave: from any thread, any number of times, at once. A waiting collective raises CommunicatorAborted."""
 
     def close(self) -> None:
         """Leave, and give back what it holds. By the thread that computes, when nothing refers to it any more.
 
         Raises:
-            GroupStuckError: it can't be given back; only a new process can go on.
+            CommunicatorStuckError: it can't be given back; only a new process can go on.
         """

@@ -36,7 +36,7 @@ class Slots:
         return found
 
 
-class ExchangeGroup(ABC):
+class HostCommunicator(ABC):
     """One rank's end; see `distributed.communicator`. All methods but `release` belong to one thread."""
 
     def __init__(self, rank: int, size: int) -> None:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lockstep_runtime.distributed.communicator import Group
+    from lockstep_runtime.distributed.communicator import Communicator
 
 
-class HostGroup:
+class HostStagedCommunicator:
     """Any group of CPU tensors, for tensors of any device: each is copied to the host and back."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Communicator) -> None:
         self.rank, self.size = group.rank, group.size
         self.check, self.release, self.close = group.check, group.release, group.close
         self._group = group

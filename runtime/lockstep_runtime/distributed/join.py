@@ -19,27 +19,27 @@ import torch
 from torch import Tensor
 
 from lockstep_runtime.config import TOKEN_VARIABLE, ServeConfig
-from lockstep_runtime.distributed.communicator import Group, Rendezvous
-from lockstep_runtime.distributed.errors import GroupAborted, GroupError
-from lockstep_runtime.distributed.host_staged import HostGroup
-from lockstep_runtime.distributed.nccl import NcclGroup
+from lockstep_runtime.distributed.communicator import Communicator, Rendezvous
+from lockstep_runtime.distributed.errors import CommunicatorAborted, CommunicatorError
+from lockstep_runtime.distributed.host_staged import HostStagedCommunicator
+from lockstep_runtime.distributed.nccl import NcclCommunicator
 from lockstep_runtime.distributed.networks import tell_networks
-from lockstep_runtime.distributed.rendezvous import Meeting, MeetingPlace
-from lockstep_runtime.distributed.rendezvous_store import MeetingStore
+from lockstep_runtime.distributed.rendezvous import RendezvousClient, RendezvousServer
+from lockstep_runtime.distributed.rendezvous_store import RendezvousStore
 from lockstep_runtime.distributed.shared_memory import (
     SCHEME,
     SharedFile,
-    SharedMemoryGroup,
+    SharedMemoryCommunicator,
     exchange_bytes,
     is_supported,
 )
-from lockstep_runtime.distributed.tcp import TcpGroup
+from lockstep_runtime.distributed.tcp import TcpCommunicator
 from lockstep_runtime.host.addresses import loopback, route_to
 
 __all__ = [
-    "Group",
-    "GroupAborted",
-    "GroupError",
+    "Communicator",
+    "CommunicatorAborted",
+    "CommunicatorError",
     "Rendezvous",
     "choose_backend",
     "exchange_reserve",
@@ -85,15 +85,15 @@ def open_rendezvous(config: ServeConfig, epoch: int) -> Rendezvous:
     """Rank 0 opens the meeting place of an epoch. One rank alone meets nobody.
 
     Raises:
-        GroupError: no room in shared memory, or the leader's own address can't be told.
+        CommunicatorError: no room in shared memory, or the leader's own address can't be told.
     """
     if choose_backend(config) == "gloo" and config.pods == 1 and is_supported():
         try:
             return SharedFile(config.tensor_parallel_size)
-        except GroupError as error:
+        except CommunicatorError as error:
             logger.warning("the ranks exchange over TCP, which takes longer: %s", error)
     host = loopback() if config.pods == 1 else own_address(config.leader, time.monotonic() + 10.0)
-    return MeetingPlace(host, config.tensor_parallel_size, _token())
+    return RendezvousServer(host, config.tensor_parallel_size, _token())
 
 
 def join(
@@ -103,43 +103,43 @@ def join(
     address: str,
     timeout: float,
     cancelled: Callable[[], bool] = lambda: False,
-) -> Group:
+) -> Communicator:
     """Meet the other ranks there, and prove the communicator: an all-reduce of ones must give the group's size.
 
     `cancelled` is asked while the others are waited for.
 
     Raises:
-        GroupError: not everyone came within `timeout` seconds, it was cancelled, or the proof failed.
-        GroupStuckError: NCCL's initialisation can't be left; the process must end.
+        CommunicatorError: not everyone came within `timeout` seconds, it was cancelled, or the proof failed.
+        CommunicatorStuckError: NCCL's initialisation can't be left; the process must end.
     """
     if config.tensor_parallel_size == 1:
-        return SingleGroup()
+        return SingleCommunicator()
     group = _meet(config, rank, epoch, address, timeout, cancelled)
-    return HostGroup(group) if config.device == "cuda" and choose_backend(config) == "gloo" else group
+    return HostStagedCommunicator(group) if config.device == "cuda" and choose_backend(config) == "gloo" else group
 
 
 def _meet(
     config: ServeConfig, rank: int, epoch: int, address: str, timeout: float, cancelled: Callable[[], bool]
-) -> Group:
+) -> Communicator:
     size = config.tensor_parallel_size
     if address.startswith(SCHEME):
-        return SharedMemoryGroup(address, rank, size, timeout, cancelled)
+        return SharedMemoryCommunicator(address, rank, size, timeout, cancelled)
     deadline = time.monotonic() + timeout
     try:
-        meeting = Meeting(address, rank, size, _token(), deadline, cancelled)
+        meeting = RendezvousClient(address, rank, size, _token(), deadline, cancelled)
         if choose_backend(config) == "gloo":
-            return TcpGroup(meeting)
+            return TcpCommunicator(meeting)
         tell_networks()
         device = torch.device("cuda", rank % config.ranks_per_pod)
-        with contextlib.closing(MeetingStore(meeting)) as store:
-            return NcclGroup(store, rank, size, device, deadline, cancelled)
+        with contextlib.closing(RendezvousStore(meeting)) as store:
+            return NcclCommunicator(store, rank, size, device, deadline, cancelled)
     except (RuntimeError, OSError, ValueError) as error:  # torch raises subclasses of RuntimeError for all of it
-        if isinstance(error, GroupError):
+        if isinstance(error, CommunicatorError):
             raise
-        raise GroupError(f"rank {rank} could not join epoch {epoch} at {address}: {error}") from error
+        raise CommunicatorError(f"rank {rank} could not join epoch {epoch} at {address}: {error}") from error
 
 
-class SingleGroup:
+class SingleCommunicator:
     """One rank alone."""
 
     rank = 0
@@ -158,7 +158,7 @@ class SingleGroup:
 
     def check(self) -> None:
         if self._aborted:
-            raise GroupAborted("the communicator was aborted")
+            raise CommunicatorAborted("the communicator was aborted")
 
     def release(self) -> None:
         self._aborted = True
@@ -177,7 +177,7 @@ def own_address(leader: str, deadline: float) -> str:
             return route_to(leader)
         except OSError as error:
             if time.monotonic() > deadline:
-                raise GroupError(f"the leader's name {leader} does not resolve: {error}") from error
+                raise CommunicatorError(f"the leader's name {leader} does not resolve: {error}") from error
             time.sleep(0.1)
 
 

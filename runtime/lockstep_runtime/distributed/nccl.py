@@ -24,7 +24,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from lockstep_runtime.distributed.errors import GroupAborted, GroupError, GroupStuckError, check_proof
+from lockstep_runtime.distributed.errors import (
+    CommunicatorAborted,
+    CommunicatorError,
+    CommunicatorStuckError,
+    check_proof,
+)
 from lockstep_runtime.host.torch_environment import missing_nccl_variables
 
 logger = logging.getLogger(__name__)
@@ -37,7 +42,7 @@ FREE_SECONDS: Final = 10.0  # for an abort to free what the communicator holds
 QUEUE_SECONDS: Final = 0.1  # an abort waits so long for a collective that is just being queued
 
 
-class NcclGroup:
+class NcclCommunicator:
     """Collectives are queued on the device; a fault or an abort shows when they are waited for."""
 
     def __init__(
@@ -51,13 +56,13 @@ class NcclGroup:
     ) -> None:
         """
         Raises:
-            GroupError: the proof failed or did not end in PROOF_SECONDS, or it was cancelled.
-            GroupStuckError: NCCL's initialisation did not end by `deadline` (monotonic), or goes on although it was
-                cancelled: it has no time-out, and nothing can end it but the process.
+            CommunicatorError: the proof failed or did not end in PROOF_SECONDS, or it was cancelled.
+            CommunicatorStuckError: NCCL's initialisation did not end by `deadline` (monotonic), or goes on although it
+                was cancelled: it has no time-out, and nothing can end it but the process.
             RuntimeError, ValueError: torch's own, of what can't be made.
         """
         if missing := missing_nccl_variables(os.environ):
-            raise GroupError(f"NCCL would end this process at a fault: set {' '.join(missing)} before it starts")
+            raise CommunicatorError(f"NCCL would end this process at a fault: set {' '.join(missing)} before it starts")
         self.rank, self.size, self._device, self._store = rank, size, device, store
         self._released = threading.Event()
         self._releasing = threading.Lock()
@@ -73,7 +78,7 @@ class NcclGroup:
         try:
             self._connect(deadline, cancelled)
             self._prove(time.monotonic() + PROOF_SECONDS, cancelled)
-        except GroupStuckError:
+        except CommunicatorStuckError:
             raise
         except BaseException:
             self.close()  # what is left half made would hold memory, and its peers
@@ -90,7 +95,7 @@ class NcclGroup:
 
     def check(self) -> None:
         if self._released.is_set():
-            raise GroupAborted("the communicator was aborted")
+            raise CommunicatorAborted("the communicator was aborted")
 
     def release(self) -> None:
         """Returns at once. There is one communicator, so nothing else has to be aborted."""
@@ -105,13 +110,13 @@ class NcclGroup:
         """Never torch's `shutdown`, which waits for collectives that may wait for ever.
 
         Raises:
-            GroupStuckError: NCCL does not let go of the communicator.
+            CommunicatorStuckError: NCCL does not let go of the communicator.
         """
         self.release()
         if self._freeing is not None:
             self._freeing.join(FREE_SECONDS)
             if self._freeing.is_alive():
-                raise GroupStuckError(f"NCCL has not freed an aborted communicator within {FREE_SECONDS:g} s")
+                raise CommunicatorStuckError(f"NCCL has not freed an aborted communicator within {FREE_SECONDS:g} s")
             self._freeing = None
         self._group = None  # its last reference: torch's destructor has nothing left to wait for
 
@@ -135,7 +140,7 @@ class NcclGroup:
                 work.wait()  # queues; it does not block
         except dist.DistError as error:
             self.check()  # aborted since
-            raise GroupError(str(error)) from error
+            raise CommunicatorError(str(error)) from error
         except RuntimeError:
             self.check()
             raise
@@ -160,7 +165,7 @@ class NcclGroup:
             if time.monotonic() > deadline:
                 break
         if thread.is_alive():
-            raise GroupStuckError("NCCL's initialisation did not end, and can't be left")
+            raise CommunicatorStuckError("NCCL's initialisation did not end, and can't be left")
         if failed:
             raise failed[0]
 
@@ -171,8 +176,8 @@ class NcclGroup:
         done.record()
         while not done.query():  # type: ignore[no-untyped-call]
             if cancelled():
-                raise GroupAborted("the meeting was called off")
+                raise CommunicatorAborted("the meeting was called off")
             if time.monotonic() > deadline:
-                raise GroupError("the first all-reduce did not end in time")
+                raise CommunicatorError("the first all-reduce did not end in time")
             time.sleep(LOOK_SECONDS)
         check_proof(ones.item(), self.size)

@@ -21,7 +21,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from lockstep_runtime.distributed.errors import GroupAborted, GroupError
+from lockstep_runtime.distributed.errors import CommunicatorAborted, CommunicatorError
 from lockstep_runtime.host.addresses import family_of, join, split
 from lockstep_runtime.protocol.framing import HEADER_BYTES, FrameError, decode, encode
 
@@ -35,7 +35,7 @@ Address = tuple[str, int]
 _M = TypeVar("_M")
 
 
-class Hello(msgspec.Struct, frozen=True):
+class PeerHello(msgspec.Struct, frozen=True):
     """Who connects, where it listens, and the proof that it knows the token."""
 
     rank: int
@@ -43,17 +43,17 @@ class Hello(msgspec.Struct, frozen=True):
     proof: bytes
 
 
-class Present(msgspec.Struct, frozen=True):
+class PeerList(msgspec.Struct, frozen=True):
     """Where every rank listens, in rank order."""
 
     addresses: list[Address]
 
 
-_hello: Final = msgspec.msgpack.Decoder(Hello)
-_present: Final = msgspec.msgpack.Decoder(Present)
+_hello: Final = msgspec.msgpack.Decoder(PeerHello)
+_present: Final = msgspec.msgpack.Decoder(PeerList)
 
 
-class MeetingPlace:
+class RendezvousServer:
     """Rank 0's. It is served by a thread of its own until all ranks have come, or it is closed."""
 
     def __init__(self, host: str, size: int, token: str) -> None:
@@ -79,13 +79,13 @@ class MeetingPlace:
                     came[hello.rank] = (stack.enter_context(peer), hello.address)
                 else:
                     peer.close()
-            present = encode(Present([address for _, (_, address) in sorted(came.items())]))
+            present = encode(PeerList([address for _, (_, address) in sorted(came.items())]))
             for peer, _ in came.values():
                 with contextlib.suppress(OSError):  # it has left: the others will notice
                     peer.sendall(present)
 
 
-class Meeting:
+class RendezvousClient:
     """One rank's part in it. `deadline` is monotonic; `cancelled` is asked while the others are waited for."""
 
     def __init__(
@@ -105,7 +105,7 @@ class Meeting:
         """A connection to every other rank, each with a time-out of LOOK_SECONDS.
 
         Raises:
-            GroupError: not everyone came in time, or it was called off.
+            CommunicatorError: not everyone came in time, or it was called off.
             FrameError, OSError: the others', and the network's own.
         """
         with contextlib.ExitStack() as undo:
@@ -136,12 +136,12 @@ class Meeting:
     def check(self) -> None:
         """
         Raises:
-            GroupError: it is too late to wait any longer, or the meeting was called off.
+            CommunicatorError: it is too late to wait any longer, or the meeting was called off.
         """
         if self._cancelled():
-            raise GroupAborted("the meeting was called off")
+            raise CommunicatorAborted("the meeting was called off")
         if time.monotonic() > self._deadline:
-            raise GroupError("not every rank joined in time")
+            raise CommunicatorError("not every rank joined in time")
 
     def _reach(self, address: Address) -> socket.socket:
         return socket.create_connection(address, timeout=max(0.1, self._deadline - time.monotonic()))
@@ -149,7 +149,7 @@ class Meeting:
     def _introduce(self, peer: socket.socket, mine: Address) -> None:
         self._await(peer)
         nonce = _read_bytes(peer, NONCE_BYTES)
-        peer.sendall(encode(Hello(self.rank, mine, _proof(self._token, nonce, self.rank))))
+        peer.sendall(encode(PeerHello(self.rank, mine, _proof(self._token, nonce, self.rank))))
 
     def _await(self, peer: socket.socket) -> None:
         """Until it says something, however busy with others it is."""
@@ -176,7 +176,7 @@ class Meeting:
         return None
 
 
-def admit(peer: socket.socket, token: str) -> Hello | None:
+def admit(peer: socket.socket, token: str) -> PeerHello | None:
     """Ask one that has connected for its name and its proof; None if it has none, or takes too long."""
     nonce = secrets.token_bytes(NONCE_BYTES)
     try:

@@ -13,8 +13,8 @@ from typing import Final
 import msgspec
 from torch._C._distributed_c10d import Store
 
-from lockstep_runtime.distributed.errors import GroupError
-from lockstep_runtime.distributed.rendezvous import Meeting
+from lockstep_runtime.distributed.errors import CommunicatorError
+from lockstep_runtime.distributed.rendezvous import RendezvousClient
 from lockstep_runtime.protocol.framing import HEADER_BYTES, FrameError, Framer, decode, encode
 
 ENTRY_BYTES: Final = 64 * 1024  # the longest; NCCL's has 128
@@ -31,17 +31,17 @@ class Entry(msgspec.Struct, frozen=True):
 _entry: Final = msgspec.msgpack.Decoder(Entry)
 
 
-class MeetingStore(Store):
+class RendezvousStore(Store):
     """One rank's end, from when all ranks have met until `close`. It must outlive what uses it: torch keeps the C++
     half of it only.
 
     A key is set by one rank, once. There is no `add`, which would need an owner.
     """
 
-    def __init__(self, meeting: Meeting) -> None:
+    def __init__(self, meeting: RendezvousClient) -> None:
         """
         Raises:
-            GroupError, FrameError, OSError: as `Meeting.connect`.
+            CommunicatorError, FrameError, OSError: as `RendezvousClient.connect`.
         """
         super().__init__()
         self._meeting = meeting
@@ -59,13 +59,13 @@ class MeetingStore(Store):
         stored = value.encode() if isinstance(value, str) else value
         frame = encode(Entry(key, stored))
         if len(frame) > ENTRY_BYTES:
-            raise GroupError(f"a store's entry of {len(frame)} bytes; allowed are {ENTRY_BYTES}")
+            raise CommunicatorError(f"a store's entry of {len(frame)} bytes; allowed are {ENTRY_BYTES}")
         self._entries[key] = stored
         for rank, peer in self._peers.items():
             try:
                 peer.sendall(frame)
             except OSError as error:
-                raise GroupError(f"rank {rank} left before the communicator was made: {error}") from error
+                raise CommunicatorError(f"rank {rank} left before the communicator was made: {error}") from error
 
     def get(self, key: str) -> bytes:
         """Waits for it; the meeting says for how long."""
@@ -82,18 +82,18 @@ class MeetingStore(Store):
     def wait(self, keys: list[str], timeout: datetime.timedelta | None = None) -> None:
         """
         Raises:
-            GroupError: they did not come in time, a rank has left meanwhile, or the meeting was called off.
+            CommunicatorError: they did not come in time, a rank has left meanwhile, or the meeting was called off.
         """
         deadline = time.monotonic() + timeout.total_seconds() if timeout else None
         while not self.check(keys):
             if not self._peers or (deadline is not None and time.monotonic() > deadline):
-                raise GroupError(f"nobody has set {', '.join(keys)}")
+                raise CommunicatorError(f"nobody has set {', '.join(keys)}")
             gone = [rank for rank, peer in self._peers.items() if not self._is_there(rank, peer)]
             if gone and not self.check(keys):  # what one has said last may be what is waited for
-                raise GroupError(f"rank {gone[0]} left before the communicator was made")
+                raise CommunicatorError(f"rank {gone[0]} left before the communicator was made")
             self._meeting.check()
 
-    def clone(self) -> MeetingStore:
+    def clone(self) -> RendezvousStore:
         return self
 
     def _is_there(self, rank: int, peer: socket.socket) -> bool:

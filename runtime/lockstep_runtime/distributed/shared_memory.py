@@ -26,8 +26,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from lockstep_runtime.distributed.errors import GroupAborted, GroupError, check_proof
-from lockstep_runtime.distributed.host_collectives import PIECE_BYTES, ExchangeGroup, Slots
+from lockstep_runtime.distributed.errors import CommunicatorAborted, CommunicatorError, check_proof
+from lockstep_runtime.distributed.host_collectives import PIECE_BYTES, HostCommunicator, Slots
 from lockstep_runtime.host.cgroup import cpus
 from lockstep_runtime.host.memory import file_bytes, mebibytes
 from lockstep_runtime.host.shm_files import SHARED_MEMORY, owner, owner_of
@@ -56,13 +56,13 @@ class SharedFile:
     """The meeting place: rank 0 makes it, every rank maps it, and it is unlinked when all have.
 
     Raises:
-        GroupError: there is no room for it.
+        CommunicatorError: there is no room for it.
     """
 
     def __init__(self, size: int) -> None:
         path, needed = _new_path(), exchange_bytes(size)
         if (room := file_bytes(FOLDER)) < needed:
-            raise GroupError(
+            raise CommunicatorError(
                 f"{FOLDER} has no room for the exchange of {size} ranks: it takes {mebibytes(needed)}, and "
                 f"{mebibytes(room)} are left; give the pod or container more of it"
             )
@@ -71,7 +71,7 @@ class SharedFile:
             os.posix_fallocate(descriptor, 0, needed)
         except OSError as error:
             path.unlink()
-            raise GroupError(f"{FOLDER} has no room for the ranks' exchange: {error}") from error
+            raise CommunicatorError(f"{FOLDER} has no room for the ranks' exchange: {error}") from error
         finally:
             os.close(descriptor)
         self.path = path
@@ -81,7 +81,7 @@ class SharedFile:
         self.path.unlink(missing_ok=True)
 
 
-class SharedMemoryGroup(ExchangeGroup):
+class SharedMemoryCommunicator(HostCommunicator):
     """One rank's end. All methods but `release` belong to one thread."""
 
     def __init__(
@@ -89,10 +89,10 @@ class SharedMemoryGroup(ExchangeGroup):
     ) -> None:
         """
         Raises:
-            GroupError: no such meeting place, not everyone was there in time, or it was cancelled meanwhile.
+            CommunicatorError: no such meeting place, not everyone was there in time, or it was cancelled meanwhile.
         """
         if size > MAX_RANKS:
-            raise GroupError(f"shared memory serves {MAX_RANKS} ranks at most, not {size}")
+            raise CommunicatorError(f"shared memory serves {MAX_RANKS} ranks at most, not {size}")
         super().__init__(rank, size)
         self._map = _map_file(Path(address.removeprefix(SCHEME)), exchange_bytes(size))
         self._words = memoryview(self._map)[:COUNTERS_BYTES].cast("q")
@@ -111,7 +111,7 @@ class SharedMemoryGroup(ExchangeGroup):
 
     def check(self) -> None:
         if self._words[ABORTED]:
-            raise GroupAborted("the communicator was aborted")
+            raise CommunicatorAborted("the communicator was aborted")
 
     def release(self) -> None:
         """Release every rank, whichever collective it is in; from any thread, any number of times."""
@@ -127,7 +127,7 @@ class SharedMemoryGroup(ExchangeGroup):
     def _exchange(self, piece: Tensor, *, for_rank_0: bool = False) -> tuple[Tensor, ...]:
         words = self._words
         if words[ABORTED]:
-            raise GroupAborted("the communicator was aborted")
+            raise CommunicatorAborted("the communicator was aborted")
         self._sequence = sequence = self._sequence + 1
         slots = self._slots[sequence & 1].like(piece)
         slots[self.rank].copy_(piece)
@@ -147,7 +147,7 @@ class SharedMemoryGroup(ExchangeGroup):
                     return
             now = time.monotonic()
             if words[ABORTED]:
-                raise GroupAborted("the communicator was aborted in a collective")
+                raise CommunicatorAborted("the communicator was aborted in a collective")
             if self._deadline is not None:
                 self._check_meeting(other, now, self._deadline)
             if now - started >= self._spin:
@@ -164,9 +164,9 @@ class SharedMemoryGroup(ExchangeGroup):
 
     def _check_meeting(self, other: int, now: float, deadline: float) -> None:
         if self._cancelled():
-            raise GroupAborted("the meeting was called off")
+            raise CommunicatorAborted("the meeting was called off")
         if now > deadline:
-            raise GroupError(f"rank {other // CACHE_LINE_WORDS - 1} did not join in time")
+            raise CommunicatorError(f"rank {other // CACHE_LINE_WORDS - 1} did not join in time")
 
 
 def _new_path() -> Path:
@@ -180,14 +180,14 @@ def _new_path() -> Path:
 
 def _map_file(path: Path, size: int) -> mmap.mmap:
     if path.parent != FOLDER:
-        raise GroupError(f"{path} is not in {FOLDER}")
+        raise CommunicatorError(f"{path} is not in {FOLDER}")
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
-        raise GroupError(f"the ranks' meeting place {path} can't be opened: {error}") from error
+        raise CommunicatorError(f"the ranks' meeting place {path} can't be opened: {error}") from error
     try:
         if os.fstat(descriptor).st_size != size:
-            raise GroupError(f"{path} has {os.fstat(descriptor).st_size} bytes, not the {size} of this group")
+            raise CommunicatorError(f"{path} has {os.fstat(descriptor).st_size} bytes, not the {size} of this group")
         return mmap.mmap(descriptor, size)
     finally:
         os.close(descriptor)

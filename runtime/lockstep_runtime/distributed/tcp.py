@@ -19,21 +19,21 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from lockstep_runtime.distributed.errors import GroupAborted, GroupError, check_proof
-from lockstep_runtime.distributed.host_collectives import PIECE_BYTES, ExchangeGroup, Slots, add
-from lockstep_runtime.distributed.rendezvous import Meeting
+from lockstep_runtime.distributed.errors import CommunicatorAborted, CommunicatorError, check_proof
+from lockstep_runtime.distributed.host_collectives import PIECE_BYTES, HostCommunicator, Slots, add
+from lockstep_runtime.distributed.rendezvous import RendezvousClient
 
 HEADER: Final = struct.Struct("<QQ")  # of every piece: which exchange of this communicator it belongs to, and its bytes
 SCATTERED_BYTES: Final = 128 * 1024  # from here on the network counts, not how often a rank is woken
 
 
-class TcpGroup(ExchangeGroup):
+class TcpCommunicator(HostCommunicator):
     """One rank's end: a connection to every other rank."""
 
-    def __init__(self, meeting: Meeting) -> None:
+    def __init__(self, meeting: RendezvousClient) -> None:
         """
         Raises:
-            GroupError: not everyone came, the meeting was called off, or the proof failed.
+            CommunicatorError: not everyone came, the meeting was called off, or the proof failed.
             FrameError, OSError: the others', and the network's own.
         """
         super().__init__(meeting.rank, meeting.size)
@@ -42,7 +42,7 @@ class TcpGroup(ExchangeGroup):
         self._sequence = 0
         self._aborted = False
         self._closing = threading.Lock()  # so that no abort shuts down what has a closed connection's number by now
-        self._meeting: Meeting | None = meeting
+        self._meeting: RendezvousClient | None = meeting
         self._peers = meeting.connect()
         try:
             check_proof(self.all_reduce(torch.ones(1)).item(), self.size)
@@ -55,7 +55,7 @@ class TcpGroup(ExchangeGroup):
 
     def check(self) -> None:
         if self._aborted:
-            raise GroupAborted("the communicator was aborted")
+            raise CommunicatorAborted("the communicator was aborted")
 
     def release(self) -> None:
         """Release this rank, and whoever waits for it; from any thread, any number of times."""
@@ -113,7 +113,9 @@ class TcpGroup(ExchangeGroup):
         self.on_wait(None)
         for other, nbytes in incoming.items():
             if (found := HEADER.unpack_from(self._frames[other])) != (self._sequence, nbytes):
-                raise GroupError(f"rank {other} sent {found} where {(self._sequence, nbytes)} was due: (number, bytes)")
+                raise CommunicatorError(
+                    f"rank {other} sent {found} where {(self._sequence, nbytes)} was due: (number, bytes)"
+                )
 
     def _send(self, unsent: dict[int, memoryview]) -> None:
         """As much as the kernel takes at once: a small piece as a whole. What is left, stays."""
@@ -164,10 +166,10 @@ class TcpGroup(ExchangeGroup):
             raise self._lost(other)
         return room[read:]
 
-    def _lost(self, other: int) -> GroupError:
+    def _lost(self, other: int) -> CommunicatorError:
         """What to raise, unless it was our own doing."""
         self.check()
-        return GroupError(f"rank {other} left the communicator")
+        return CommunicatorError(f"rank {other} left the communicator")
 
 
 def _frames(count: int) -> tuple[list[memoryview], Slots]:

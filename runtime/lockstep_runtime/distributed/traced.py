@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lockstep_runtime.distributed.communicator import Group
-from lockstep_runtime.distributed.host_collectives import ExchangeGroup
+from lockstep_runtime.distributed.communicator import Communicator
+from lockstep_runtime.distributed.host_collectives import HostCommunicator
 from lockstep_runtime.protocol.progress_record import Progress
 
 
-class WatchedGroup:
+class TracedCommunicator:
     """Any group, watched. What leaves by an exception has not left: the record shows where it was."""
 
-    def __init__(self, group: Group, progress: Progress) -> None:
+    def __init__(self, group: Communicator, progress: Progress) -> None:
         self.rank, self.size = group.rank, group.size
-        if isinstance(group, ExchangeGroup):
+        if isinstance(group, HostCommunicator):
             group.on_wait = progress.wait_for
         self._enter, self._leave = progress.enter_collective, progress.leave_collective
         self._all_reduce, self._gather = group.all_reduce, group.gather

@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 
 
-class BlockBook:
+class BlockManager:
     """Blocks 0 … total-1, each free or held by exactly one sequence."""
 
     def __init__(self, total: int) -> None:

@@ -276,7 +276,7 @@ class Engine:
             self._refused(scheduler, slices, refusal)
             return
         except GroupFaultError as fault:
-            guilty = scheduler.blame(slices, blame_points(fault.cause))
+            guilty = scheduler.fault_points(slices, blame_points(fault.cause))
             for sequence in guilty:
                 self._fail(sequence.id, f"the step of this request fails again and again: {fault}")
             self._break(fault, by_request=bool(guilty))
@@ -299,6 +299,6 @@ class Engine:
         cause = refusal.evidence[0]
         if self._refusals > REFUSALS_IN_A_ROW:
             raise GroupFaultError(cause, refusal.evidence)
-        for sequence in scheduler.blame(slices, blame_points(cause)):
+        for sequence in scheduler.fault_points(slices, blame_points(cause)):
             self.group.drop(cause)
             self._fail(sequence.id, f"no rank can compute this request: {refusal}")

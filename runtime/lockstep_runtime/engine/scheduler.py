@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Final
 
-from lockstep_runtime.engine.block_manager import BlockBook
+from lockstep_runtime.engine.block_manager import BlockManager
 from lockstep_runtime.engine.client import FinishReason
-from lockstep_runtime.engine.sequence import GUILTY, SUSPECT, Sequence
+from lockstep_runtime.engine.sequence import QUARANTINE_AT, REJECT_AT, Sequence
 from lockstep_runtime.engine.shares import share
 from lockstep_runtime.protocol.step import SampledToken, SequenceSlice
 
@@ -32,7 +32,7 @@ SCORED_CHUNK: Final = 256  # tokens of a prompt in one step whose log probabilit
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class SampledOutput:
     """One token let out of a step; with the first of a sequence, its prompt's tokens, if they were to be scored."""
 
     sequence_id: int
@@ -55,7 +55,7 @@ class Scheduler:
         self._lay_out(max_model_len, blocks, block_size)
 
     def _lay_out(self, max_model_len: int, blocks: int, block_size: int) -> None:
-        self.book = BlockBook(blocks)
+        self.book = BlockManager(blocks)
         self._block_size = block_size
         self.max_model_len = min(max_model_len, blocks * block_size)
 
@@ -82,7 +82,7 @@ class Scheduler:
 
     def plan(self) -> list[SequenceSlice]:
         """The next step's parts; empty when there is nothing to do."""
-        suspect = next((one for one in (*self._running, *self._waiting) if one.blame >= SUSPECT), None)
+        suspect = next((one for one in (*self._running, *self._waiting) if one.fault_points >= QUARANTINE_AT), None)
         if suspect is not None:
             return self._plan_alone(suspect)
         self._admit()
@@ -90,7 +90,7 @@ class Scheduler:
 
     def apply(
         self, slices: list[SequenceSlice], sampled: Iterable[SampledToken], scored: Iterable[SampledToken] = ()
-    ) -> list[Drawn]:
+    ) -> list[SampledOutput]:
         """Book a finished step: what it computed, the tokens it drew, and the sequences that are complete."""
         running = {sequence.id: sequence for sequence in self._running}
         for part in slices:
@@ -103,19 +103,19 @@ class Scheduler:
         for token in sampled:
             if sequence := running.get(token.sequence_id):
                 finish = sequence.append(token, self.max_model_len)
-                drawn.append(Drawn(sequence.id, token, finish, sequence.take_scores()))
+                drawn.append(SampledOutput(sequence.id, token, finish, sequence.take_scores()))
                 if finish is not None:
                     self.remove(sequence.id)
         return drawn
 
-    def blame(self, slices: list[SequenceSlice], points: int) -> list[Sequence]:
+    def fault_points(self, slices: list[SequenceSlice], points: int) -> list[Sequence]:
         """Blame a failed step on the sequences in it; those that are guilty by now are removed and returned."""
         members = {part.sequence_id for part in slices}
         guilty = []
         for sequence in (*self._running, *self._waiting):
             if sequence.id in members:
-                sequence.blame += points
-                if sequence.blame >= GUILTY:
+                sequence.fault_points += points
+                if sequence.fault_points >= REJECT_AT:
                     guilty.append(sequence)
         for sequence in guilty:
             self.remove(sequence.id)

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from lockstep_runtime.engine.client import FinishReason, GenerationRequest
 from lockstep_runtime.protocol.step import SampledToken, Scoring
 
-SUSPECT = 2  # points of blame from which a sequence runs alone
-GUILTY = 4  # and from which it is given up
+QUARANTINE_AT = 2  # points of blame from which a sequence runs alone
+REJECT_AT = 4  # and from which it is given up
 
 
 @dataclass(slots=True)
 class Sequence:
     """Owned by the scheduler; `id` rises with arrival and so is the order of service.
 
-    `blame` counts faults of steps that it took part in since it last drew a token: 2 for a fault that a step can
+    `fault_points` counts faults of steps that it took part in since it last drew a token: 2 for a fault that a step can
     cause, 1 for the loss of a process.
     """
 
@@ -23,7 +23,7 @@ class Sequence:
     request: GenerationRequest
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
-    blame: int = 0
+    fault_points: int = 0
     overtaken: int = 0  # blocks that went to later ones while it waited as the first in line
     scored: int = 1  # tokens of the prompt whose log probabilities are known; the first has none
     scores: list[SampledToken] = field(default_factory=list)  # those that were not handed on yet
@@ -70,7 +70,7 @@ class Sequence:
     def append(self, token: SampledToken, max_model_len: int) -> FinishReason | None:
         """Take the drawn token; the reason when it was the last."""
         self.tokens.append(token.token)
-        self.blame = 0
+        self.fault_points = 0
         if token.token in self.request.stop_token_ids:
             return FinishReason.STOP
         if self.drawn >= self.request.max_tokens or len(self.tokens) >= max_model_len:

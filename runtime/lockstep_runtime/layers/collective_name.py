@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lockstep_runtime.weights.sharding import Cut
+from lockstep_runtime.weights.sharding import TensorSlice
 
 
-def place_of(cut: Cut) -> str:
+def collective_name(tensor_slice: TensorSlice) -> str:
     """`model.layers.12.mlp.down_proj.weight` is the place `layers.12.mlp.down_proj`."""
-    return cut.tensor.removeprefix("model.").removesuffix(".weight")
+    return tensor_slice.tensor.removeprefix("model.").removesuffix(".weight")

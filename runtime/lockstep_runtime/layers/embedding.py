@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from lockstep_runtime.distributed.communicator import Group
-from lockstep_runtime.layers.collective_name import place_of
+from lockstep_runtime.distributed.communicator import Communicator
+from lockstep_runtime.layers.collective_name import collective_name
 from lockstep_runtime.layers.matrix import PlainMatrix, matrix
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.layers.weight import PlainWeight
-from lockstep_runtime.weights.sharding import Shard, padded_vocabulary, vocabulary
+from lockstep_runtime.weights.sharding import RankInfo, padded_vocabulary, vocabulary_slice
 from lockstep_runtime.weights.weight import StoredTable, Weight
 
 
@@ -19,19 +19,23 @@ class VocabularyEmbedding:
     """Looks up the rows it holds, gives zeros for the others, and sums over ranks."""
 
     def __init__(
-        self, tensor: str, size: int, hidden: int, shard: Shard, placement: Placement, *, stored: bool = False
+        self, tensor: str, size: int, hidden: int, shard: RankInfo, placement: Placement, *, stored: bool = False
     ) -> None:
         """`stored`: leave the table in the checkpoint's file."""
-        cut = vocabulary(tensor, size, hidden, shard=shard)
-        self.table = StoredTable(cut) if stored else PlainWeight(cut, placement=placement, dtype=placement.dtype)
-        self._first, self._rows, self._activation = cut.start, cut.rows, placement.activation
+        tensor_slice = vocabulary_slice(tensor, size, hidden, shard=shard)
+        self.table = (
+            StoredTable(tensor_slice)
+            if stored
+            else PlainWeight(tensor_slice, placement=placement, dtype=placement.dtype)
+        )
+        self._first, self._rows, self._activation = tensor_slice.start, tensor_slice.rows, placement.activation
         self._hidden, self._alone = hidden, shard.size == 1
-        self._place = place_of(cut)
+        self._place = collective_name(tensor_slice)
 
     def weights(self) -> list[Weight | StoredTable]:
         return [self.table]
 
-    def __call__(self, tokens: Tensor, group: Group) -> Tensor:
+    def __call__(self, tokens: Tensor, group: Communicator) -> Tensor:
         """tokens: [n] -> [n, hidden]."""
         if self._alone:
             return self.table.lookup(tokens).to(self._activation)
@@ -48,12 +52,12 @@ class VocabularyEmbedding:
 class VocabularyHead:
     """Scores of the whole vocabulary, on rank 0."""
 
-    def __init__(self, tensor: str, size: int, hidden: int, shard: Shard, placement: Placement) -> None:
-        cut = vocabulary(tensor, size, hidden, shard=shard)
-        self._size, self._first, self._held = size, cut.start, cut.rows
-        self._matrix = matrix(cut, placement=placement)
-        self._place = "lm_head" if "embed" in tensor else place_of(cut)
-        self._padding = padded_vocabulary(size, shard) // shard.size - cut.rows
+    def __init__(self, tensor: str, size: int, hidden: int, shard: RankInfo, placement: Placement) -> None:
+        tensor_slice = vocabulary_slice(tensor, size, hidden, shard=shard)
+        self._size, self._first, self._held = size, tensor_slice.start, tensor_slice.rows
+        self._matrix = matrix(tensor_slice, placement=placement)
+        self._place = "lm_head" if "embed" in tensor else collective_name(tensor_slice)
+        self._padding = padded_vocabulary(size, shard) // shard.size - tensor_slice.rows
 
     def weights(self) -> list[Weight]:
         return [self._matrix]
@@ -63,12 +67,12 @@ class VocabularyHead:
         if isinstance(self._matrix, PlainMatrix) and isinstance(embedding.table, PlainWeight):
             self._matrix.data = embedding.table.data
 
-    def __call__(self, hidden: Tensor, group: Group) -> Tensor | None:
+    def __call__(self, hidden: Tensor, group: Communicator) -> Tensor | None:
         """hidden: [n, hidden] -> logits [n, vocabulary] in float32 on rank 0, None elsewhere."""
         parts = group.gather(F.pad(self._matrix(hidden).float(), (0, self._padding)), self._place)
         return None if parts is None else torch.cat(parts, dim=1)[:, : self._size]
 
-    def best(self, hidden: Tensor, group: Group) -> tuple[Tensor, Tensor] | None:
+    def best(self, hidden: Tensor, group: Communicator) -> tuple[Tensor, Tensor] | None:
         """hidden: [n, hidden] -> the likeliest token and its logit, [n] each, on rank 0; None elsewhere.
 
         The first of equals, as argmax over the whole vocabulary gives; NaN when any logit of the row is NaN.

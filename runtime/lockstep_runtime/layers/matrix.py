@@ -17,24 +17,24 @@ from torch import Tensor
 from lockstep_runtime.layers.kernels import Kernel, Multiply
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.layers.weight import PlainWeight
-from lockstep_runtime.weights.sharding import Cut
+from lockstep_runtime.weights.sharding import TensorSlice
 from lockstep_runtime.weights.weight import Weight, stacked_rows, windows
 
 PACKED_WINDOW_BYTES = 16 * 1024 * 1024  # in float32; a larger matrix is several packed ones
 
 
 class Matrix(Weight, Protocol):
-    """As many outputs as the cuts have rows, as many inputs as they have columns."""
+    """As many outputs as the slices have rows, as many inputs as they have columns."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [tokens, inputs] -> [tokens, outputs]."""
 
 
-def matrix(*cuts: Cut, placement: Placement) -> Matrix:
+def matrix(*slices: TensorSlice, placement: Placement) -> Matrix:
     """The kind of matrix that suits the placement."""
     if placement.kernel is None:
-        return PlainMatrix(*cuts, placement=placement)
-    return PackedMatrix(*cuts, kernel=placement.kernel)
+        return PlainMatrix(*slices, placement=placement)
+    return PackedMatrix(*slices, kernel=placement.kernel)
 
 
 class PlainMatrix(PlainWeight):
@@ -49,21 +49,21 @@ class PackedMatrix:
 
     cached_dtype: Final = None  # packed again from the checkpoint's own values, so that the result is the same
 
-    def __init__(self, *cuts: Cut, kernel: Kernel) -> None:
-        self.cuts = cuts
+    def __init__(self, *slices: TensorSlice, kernel: Kernel) -> None:
+        self.slices = slices
         self._kernel = kernel
         self._windows: list[Multiply] = []
 
-    def receive(self) -> Iterator[tuple[int, int, Tensor]]:
+    def load(self) -> Iterator[tuple[int, int, Tensor]]:
         self._windows = []
-        filled, columns = stacked_rows(self.cuts), self.cuts[0].local_shape[1]
+        filled, columns = stacked_rows(self.slices), self.slices[0].local_shape[1]
         for start, stop in windows(filled, columns * 4, PACKED_WINDOW_BYTES, multiple=16):
             staging = torch.empty((stop - start, columns), dtype=self._kernel.rows)
             yield start, stop, staging
             self._windows.append(self._kernel.pack(staging))
 
-    def adopt(self, stored: Tensor) -> None:
-        for start, stop, staging in self.receive():
+    def attach(self, stored: Tensor) -> None:
+        for start, stop, staging in self.load():
             staging.copy_(stored[start:stop])
 
     def checksum_in_parts(self) -> Generator[None, None, str]:
@@ -72,7 +72,7 @@ class PackedMatrix:
         A change that is lost in a product's rounding shows in no other product either.
         """
         hashed = hashlib.blake2b(digest_size=8)
-        ramp = torch.linspace(-1.0, 1.0, self.cuts[0].local_shape[1], dtype=torch.float32)[None]
+        ramp = torch.linspace(-1.0, 1.0, self.slices[0].local_shape[1], dtype=torch.float32)[None]
         for window in self._windows:
             product = window(ramp.to(self._kernel.activation))
             hashed.update(product.contiguous().view(torch.uint8).numpy().data)

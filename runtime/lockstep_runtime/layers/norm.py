@@ -8,14 +8,14 @@ from torch import Tensor
 
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.layers.weight import PlainWeight
-from lockstep_runtime.weights.sharding import Cut
+from lockstep_runtime.weights.sharding import TensorSlice
 
 
 class RMSNorm:
     """x / rms(x) · weight over the last dimension."""
 
-    def __init__(self, cut: Cut, epsilon: float, placement: Placement) -> None:
-        self.weight = PlainWeight(cut, placement=placement)
+    def __init__(self, tensor_slice: TensorSlice, epsilon: float, placement: Placement) -> None:
+        self.weight = PlainWeight(tensor_slice, placement=placement)
         self._epsilon = epsilon
 
     def __call__(self, x: Tensor) -> Tensor:

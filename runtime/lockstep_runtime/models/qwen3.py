@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from lockstep_runtime.distributed.communicator import Group
+from lockstep_runtime.distributed.communicator import Communicator
 from lockstep_runtime.layers.attention import attend
 from lockstep_runtime.layers.batch import Batch
 from lockstep_runtime.layers.cache import CacheShape, KVCache, LayerCache
@@ -27,7 +27,14 @@ from lockstep_runtime.layers.weight import PlainWeight
 from lockstep_runtime.protocol.bus import LoadFailure
 from lockstep_runtime.sources.errors import ModelError
 from lockstep_runtime.sources.model_config import max_length, rope_parameters
-from lockstep_runtime.weights.sharding import Shard, head_range, heads, split, tensor_parallel_sizes, whole
+from lockstep_runtime.weights.sharding import (
+    RankInfo,
+    head_range,
+    head_slice,
+    replicated,
+    split_slice,
+    tensor_parallel_sizes,
+)
 from lockstep_runtime.weights.weight import StoredTable, Weight
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -92,7 +99,7 @@ def read_settings(raw: Mapping[str, Any]) -> Qwen3Config:
 class Qwen3:
     """One rank's part of the model."""
 
-    def __init__(self, config: Qwen3Config, shard: Shard, placement: Placement) -> None:
+    def __init__(self, config: Qwen3Config, shard: RankInfo, placement: Placement) -> None:
         _check(config, shard)
         self._config, self._placement = config, placement
         vocabulary = (config.vocab_size, config.hidden_size, shard, placement)
@@ -100,7 +107,7 @@ class Qwen3:
         self._share = tied and placement.kernel is None  # one tensor for both; a packed one can't be looked up
         self._embedding = VocabularyEmbedding("model.embed_tokens.weight", *vocabulary, stored=tied and not self._share)
         self._layers = [Layer(config, index, shard, placement) for index in range(config.num_hidden_layers)]
-        self._norm = RMSNorm(whole("model.norm.weight", config.hidden_size), config.rms_norm_eps, placement)
+        self._norm = RMSNorm(replicated("model.norm.weight", config.hidden_size), config.rms_norm_eps, placement)
         self._head = VocabularyHead("model.embed_tokens.weight" if tied else "lm_head.weight", *vocabulary)
         rotary = build_rotary(config.head_dim, config.rope, config.max_position_embeddings)
         self._rotary = rotary.on(placement.device)
@@ -110,7 +117,7 @@ class Qwen3:
         self.cache_shape = CacheShape(layers=config.num_hidden_layers, kv_heads=last - first, head_dim=config.head_dim)
 
     @classmethod
-    def build(cls, raw: Mapping[str, Any], shard: Shard, placement: Placement) -> Qwen3:
+    def build(cls, raw: Mapping[str, Any], shard: RankInfo, placement: Placement) -> Qwen3:
         return cls(read_settings(raw), shard, placement)
 
     def weights(self) -> Iterator[Weight | StoredTable]:
@@ -127,29 +134,29 @@ class Qwen3:
         for layer in self._layers:
             layer.loaded()
 
-    def forward(self, batch: Batch, cache: KVCache, group: Group) -> Tensor:
+    def forward(self, batch: Batch, cache: KVCache, group: Communicator) -> Tensor:
         cos, sin = self._rotary.table(batch.positions, self._placement.activation)
         hidden = self._embedding(batch.tokens, group)
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
             hidden = layer(hidden, layer_cache, batch, cos, sin, group)
         return self._norm(hidden)
 
-    def logits(self, hidden: Tensor, group: Group) -> Tensor | None:
+    def logits(self, hidden: Tensor, group: Communicator) -> Tensor | None:
         return self._head(hidden, group)
 
-    def best(self, hidden: Tensor, group: Group) -> tuple[Tensor, Tensor] | None:
+    def best(self, hidden: Tensor, group: Communicator) -> tuple[Tensor, Tensor] | None:
         return self._head.best(hidden, group)
 
 
 class Layer:
     """Attention, then MLP, each normed before and added to what came in."""
 
-    def __init__(self, config: Qwen3Config, index: int, shard: Shard, placement: Placement) -> None:
+    def __init__(self, config: Qwen3Config, index: int, shard: RankInfo, placement: Placement) -> None:
         prefix = f"model.layers.{index}"
         norm = (config.rms_norm_eps, placement)
-        self._input_norm = RMSNorm(whole(f"{prefix}.input_layernorm.weight", config.hidden_size), *norm)
+        self._input_norm = RMSNorm(replicated(f"{prefix}.input_layernorm.weight", config.hidden_size), *norm)
         self._attention = Attention(config, f"{prefix}.self_attn", shard, placement)
-        self._post_norm = RMSNorm(whole(f"{prefix}.post_attention_layernorm.weight", config.hidden_size), *norm)
+        self._post_norm = RMSNorm(replicated(f"{prefix}.post_attention_layernorm.weight", config.hidden_size), *norm)
         self._mlp = MLP(config, f"{prefix}.mlp", shard, placement)
 
     def weights(self) -> list[Weight]:
@@ -160,7 +167,7 @@ class Layer:
         self._attention.loaded()
 
     def __call__(
-        self, hidden: Tensor, cache: LayerCache, batch: Batch, cos: Tensor, sin: Tensor, group: Group
+        self, hidden: Tensor, cache: LayerCache, batch: Batch, cos: Tensor, sin: Tensor, group: Communicator
     ) -> Tensor:
         hidden.add_(self._attention(self._input_norm(hidden), cache, batch, cos, sin, group))
         return hidden.add_(self._mlp(self._post_norm(hidden), group))
@@ -169,24 +176,29 @@ class Layer:
 class Attention:
     """Grouped-query attention; every head of q and k is normed before it is rotated."""
 
-    def __init__(self, config: Qwen3Config, prefix: str, shard: Shard, placement: Placement) -> None:
+    def __init__(self, config: Qwen3Config, prefix: str, shard: RankInfo, placement: Placement) -> None:
         hidden, width = config.hidden_size, config.head_dim
         counts = {"q": config.num_attention_heads, "k": config.kv_heads, "v": config.kv_heads}
         bias = config.attention_bias
         self._qkv = ColumnLinear(
-            *(heads(f"{prefix}.{n}_proj.weight", c * width, hidden, count=c, shard=shard) for n, c in counts.items()),
-            bias=tuple(heads(f"{prefix}.{n}_proj.bias", c * width, count=c, shard=shard) for n, c in counts.items())
+            *(
+                head_slice(f"{prefix}.{n}_proj.weight", c * width, hidden, count=c, shard=shard)
+                for n, c in counts.items()
+            ),
+            bias=tuple(
+                head_slice(f"{prefix}.{n}_proj.bias", c * width, count=c, shard=shard) for n, c in counts.items()
+            )
             if bias
             else (),
             placement=placement,
         )
         self._out = RowLinear(
-            heads(f"{prefix}.o_proj.weight", hidden, counts["q"] * width, count=counts["q"], shard=shard, dim=1),
-            whole(f"{prefix}.o_proj.bias", hidden) if bias else None,
+            head_slice(f"{prefix}.o_proj.weight", hidden, counts["q"] * width, count=counts["q"], shard=shard, dim=1),
+            replicated(f"{prefix}.o_proj.bias", hidden) if bias else None,
             placement=placement,
         )
-        self._q_norm = PlainWeight(whole(f"{prefix}.q_norm.weight", width), placement=placement)
-        self._k_norm = PlainWeight(whole(f"{prefix}.k_norm.weight", width), placement=placement)
+        self._q_norm = PlainWeight(replicated(f"{prefix}.q_norm.weight", width), placement=placement)
+        self._k_norm = PlainWeight(replicated(f"{prefix}.k_norm.weight", width), placement=placement)
         self._epsilon = config.rms_norm_eps
         first, last = head_range(counts["k"], shard)
         self._q_heads, self._kv_heads, self._width = counts["q"] // shard.size, last - first, width
@@ -199,7 +211,9 @@ class Attention:
         q, k = self._q_norm.data, self._k_norm.data
         self._norms = torch.cat((q.expand(self._q_heads, -1), k.expand(self._kv_heads, -1)))
 
-    def __call__(self, x: Tensor, cache: LayerCache, batch: Batch, cos: Tensor, sin: Tensor, group: Group) -> Tensor:
+    def __call__(
+        self, x: Tensor, cache: LayerCache, batch: Batch, cos: Tensor, sin: Tensor, group: Communicator
+    ) -> Tensor:
         qkv = self._qkv(x).view(x.shape[0], -1, self._width)
         normed = self._q_heads + self._kv_heads
         turned = rotate_(rms_normalize(qkv[:, :normed], self._epsilon, self._norms), cos, sin)
@@ -210,26 +224,26 @@ class Attention:
 class MLP:
     """down(silu(gate(x)) · up(x))."""
 
-    def __init__(self, config: Qwen3Config, prefix: str, shard: Shard, placement: Placement) -> None:
+    def __init__(self, config: Qwen3Config, prefix: str, shard: RankInfo, placement: Placement) -> None:
         hidden, inner = config.hidden_size, config.intermediate_size
         self._gate_up = ColumnLinear(
-            split(f"{prefix}.gate_proj.weight", inner, hidden, shard=shard),
-            split(f"{prefix}.up_proj.weight", inner, hidden, shard=shard),
+            split_slice(f"{prefix}.gate_proj.weight", inner, hidden, shard=shard),
+            split_slice(f"{prefix}.up_proj.weight", inner, hidden, shard=shard),
             placement=placement,
         )
         self._down = RowLinear(
-            split(f"{prefix}.down_proj.weight", hidden, inner, shard=shard, dim=1), placement=placement
+            split_slice(f"{prefix}.down_proj.weight", hidden, inner, shard=shard, dim=1), placement=placement
         )
 
     def weights(self) -> list[Weight]:
         return [*self._gate_up.weights(), *self._down.weights()]
 
-    def __call__(self, x: Tensor, group: Group) -> Tensor:
+    def __call__(self, x: Tensor, group: Communicator) -> Tensor:
         gate, up = self._gate_up(x).chunk(2, dim=-1)
         return self._down(F.silu(gate).mul_(up), group)
 
 
-def _check(config: Qwen3Config, shard: Shard) -> None:
+def _check(config: Qwen3Config, shard: RankInfo) -> None:
     if config.hidden_act != "silu":
         raise ModelError(f"config.json: hidden_act is {config.hidden_act}; Qwen3 is supported with silu")
     if config.slides:

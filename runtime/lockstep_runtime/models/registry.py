@@ -7,13 +7,13 @@ from typing import Any, Final, Protocol
 
 from torch import Tensor
 
-from lockstep_runtime.distributed.communicator import Group
+from lockstep_runtime.distributed.communicator import Communicator
 from lockstep_runtime.layers.batch import Batch
 from lockstep_runtime.layers.cache import CacheShape, KVCache
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.models.qwen3 import Qwen3
 from lockstep_runtime.sources.model_config import check_supported
-from lockstep_runtime.weights.sharding import Shard
+from lockstep_runtime.weights.sharding import RankInfo
 from lockstep_runtime.weights.weight import StoredTable, Weight
 
 
@@ -35,25 +35,25 @@ class Model(Protocol):
     def loaded(self) -> None:
         """All weights have been filled."""
 
-    def forward(self, batch: Batch, cache: KVCache, group: Group) -> Tensor:
+    def forward(self, batch: Batch, cache: KVCache, group: Communicator) -> Tensor:
         """Run the batch's tokens, write their keys and values, and return every token's last hidden state, normed.
 
         [tokens, hidden], the same bits on every rank.
         """
 
-    def logits(self, hidden: Tensor, group: Group) -> Tensor | None:
+    def logits(self, hidden: Tensor, group: Communicator) -> Tensor | None:
         """[n, hidden] -> [n, vocabulary] in float32 on rank 0; None on the others."""
 
-    def best(self, hidden: Tensor, group: Group) -> tuple[Tensor, Tensor] | None:
+    def best(self, hidden: Tensor, group: Communicator) -> tuple[Tensor, Tensor] | None:
         """The likeliest token of each row and its logit, [n] both, on rank 0: cheaper than all the logits."""
 
 
-ARCHITECTURES: Final[Mapping[str, Callable[[Mapping[str, Any], Shard, Placement], Model]]] = {
+ARCHITECTURES: Final[Mapping[str, Callable[[Mapping[str, Any], RankInfo, Placement], Model]]] = {
     "Qwen3ForCausalLM": Qwen3.build,
 }
 
 
-def build_model(config: Mapping[str, Any], shard: Shard, placement: Placement) -> Model:
+def build_model(config: Mapping[str, Any], shard: RankInfo, placement: Placement) -> Model:
     """
     Raises:
         ModelError: an unknown architecture, a setting that is missing or not supported, or a model that can't be split

@@ -77,12 +77,12 @@ class AllocateCache(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """To every rank: have a KV cache of this many blocks (the least that any rank offered), the one there is if it is
     of that size, and fill the last block as always: it is the probe's. Answered by `CacheAllocated`.
 
-    `doubted`: sequences whose contexts may hold a NaN or an infinity, each with its last computed token. A cache in
+    `unverified`: sequences whose contexts may hold a NaN or an infinity, each with its last computed token. A cache in
     which one stands is laid out anew."""
 
     epoch: int
     blocks: int
-    doubted: list[SequenceSlice] = []
+    unverified: list[SequenceSlice] = []
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -164,7 +164,7 @@ class CacheAllocated(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     contents: str
     blocks: int
     memory_bytes: int
-    spoiled: bool = False  # what was doubted was no number
+    corrupt: bool = False  # what was doubted was no number
 
 
 class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):

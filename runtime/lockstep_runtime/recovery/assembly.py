@@ -121,9 +121,9 @@ class Assembly:
         incarnations = [handle.last_incarnation for handle in self._handles]
         self.step, self._tested_at = Step.TESTING, now
         self._verification.begin(incarnations)
-        spoiled = [rank for rank, one in answers.items() if one.spoiled]
+        corrupt = [rank for rank, one in answers.items() if one.corrupt]
         return [
-            *([actions.AttributeNaN(spoiled[0])] if len(spoiled) == 1 else []),  # all had the same to compute it from
+            *([actions.AttributeNaN(corrupt[0])] if len(corrupt) == 1 else []),  # all had the same to compute it from
             actions.PhaseOver("rebuild", self.phases["rebuild"], words),
             *([actions.ProcessesChanged()] if incarnations != self._processes else []),
             self._probe(),

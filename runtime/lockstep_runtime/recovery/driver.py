@@ -316,8 +316,8 @@ class GroupDriver:
                 ranks = everyone if action.ranks is None else action.ranks
                 return await self._rpc.call_all(ranks, action.message, action.answer, action.deadline)
             case AllocateCaches():
-                doubted = self._requests.in_caches() if action.check else []
-                order = bus.AllocateCache(epoch=action.epoch, blocks=action.blocks, doubted=doubted)
+                unverified = self._requests.in_caches() if action.check else []
+                order = bus.AllocateCache(epoch=action.epoch, blocks=action.blocks, unverified=unverified)
                 return await self._rpc.call_all(everyone, order, bus.CacheAllocated, action.deadline)
             case RunStep():
                 return {0: (await self.step(action.slices))[0]}

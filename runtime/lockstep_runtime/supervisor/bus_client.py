@@ -22,7 +22,7 @@ RETRY_SECONDS: Final = (0.05, 1.0)
 _decoder: Final = msgspec.msgpack.Decoder(bus.ToSupervisor)
 
 
-class Link:
+class BusClient:
     """`on_message`, `on_lost` and `on_welcome` are called on the event loop."""
 
     def __init__(

@@ -25,7 +25,7 @@ from lockstep_runtime.host.torch_environment import NCCL_VARIABLES
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.progress_record import Progress, Record, Stage, new_memory
 from lockstep_runtime.supervisor.spare import Spare, SpareLostError
-from lockstep_runtime.supervisor.stall_tracker import Standstill
+from lockstep_runtime.supervisor.stall_tracker import StallTracker
 from lockstep_runtime.supervisor.state_machine import ENGINE, Name
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class _Process:
     incarnation: str
     started: float
     progress: int  # a rank's descriptor; -1 for others
-    standstill: Standstill
+    standstill: StallTracker
 
 
 class Processes:
@@ -333,7 +333,7 @@ def _spawn(module: str, environment: Mapping[str, str], stdin: int = 0, *, last_
 
 def _new(name: Name, pid: int, incarnation: str, progress: int) -> _Process:
     now = time.monotonic()
-    return _Process(name, pid, incarnation, now, progress, Standstill(pid, now))
+    return _Process(name, pid, incarnation, now, progress, StallTracker(pid, now))
 
 
 def _told(process: _Process, record: Record, now: float) -> bus.ProgressRecord:

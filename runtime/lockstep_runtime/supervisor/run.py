@@ -22,7 +22,7 @@ from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import Inject
 from lockstep_runtime.protocol.status import PodProblemReason
 from lockstep_runtime.supervisor import stall_tracker
-from lockstep_runtime.supervisor.bus_client import Link
+from lockstep_runtime.supervisor.bus_client import BusClient
 from lockstep_runtime.supervisor.oom import OutOfMemory
 from lockstep_runtime.supervisor.problems import Problems
 from lockstep_runtime.supervisor.process import Exit, ForkError, Processes, Stop
@@ -33,12 +33,12 @@ from lockstep_runtime.supervisor.state_machine import (
     Finish,
     Machine,
     Name,
-    SayLeaving,
+    NotifyLeaving,
     SayStopped,
     Signal,
     Spawn,
 )
-from lockstep_runtime.supervisor.status_store import StatusBoard
+from lockstep_runtime.supervisor.status_store import StatusStore
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +55,9 @@ class Supervisor:
             is_leader=config.is_leader,
             grace_seconds=config.grace_seconds + (config.lame_duck_seconds if config.is_leader else 0.0),
         )
-        self._board = StatusBoard(config) if config.is_leader else None
+        self._board = StatusStore(config) if config.is_leader else None
         incarnation = self._board.incarnation if self._board else f"pod-{config.pod_index}-{os.getpid()}"
-        self._link = Link(config, token, incarnation, self._on_message, self._on_lost, self._tell_problems)
+        self._link = BusClient(config, token, incarnation, self._on_message, self._on_lost, self._tell_problems)
         self._out_of_memory = OutOfMemory()
         self._problems = Problems(config.pod_index)
         self._forks: set[asyncio.Task[None]] = set()
@@ -248,7 +248,7 @@ class Supervisor:
                 level = logging.WARNING if action.number == signal.SIGKILL else logging.DEBUG
                 logger.log(level, "%s to %s: %s", signal.Signals(action.number).name, action.name, action.reason)
                 self._processes.signal(action.name, action.number)
-            case SayLeaving():
+            case NotifyLeaving():
                 self._link.send(bus.Leaving(grace_seconds=action.grace_seconds))
             case Finish():
                 logger.info("ends: %s", action.reason)

@@ -22,7 +22,7 @@ from lockstep_runtime.host import descriptors
 from lockstep_runtime.host.connections import limited
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import Inject
-from lockstep_runtime.supervisor.status_store import StatusBoard, parse_seen
+from lockstep_runtime.supervisor.status_store import StatusStore, parse_seen
 
 POLL_SECONDS: Final = 30.0
 MAX_CONNECTIONS: Final = 256
@@ -34,7 +34,7 @@ PassOn = Callable[[Inject], bool]  # hands a fault on purpose to the engine; whe
 
 
 def create_app(
-    board: StatusBoard | None, token: str, inject: PassOn | None = None, config: ServeConfig | None = None
+    board: StatusStore | None, token: str, inject: PassOn | None = None, config: ServeConfig | None = None
 ) -> Starlette:
     """`board` is None in pods other than the leader's: they have no `/status`, and are ready while they live. All pods
     of a StatefulSet have the same probes; the leader's is ready while its group accepts requests.
@@ -108,7 +108,7 @@ class StatusServer(uvicorn.Server):
 
     def __init__(
         self,
-        board: StatusBoard | None,
+        board: StatusStore | None,
         token: str,
         inject: PassOn | None = None,
         config: ServeConfig | None = None,

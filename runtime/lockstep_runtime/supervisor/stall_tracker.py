@@ -19,7 +19,7 @@ def run_delay(pid: int) -> float:
         return 0.0
 
 
-class Standstill:
+class StallTracker:
     """Of one process, whose progress record is looked at often."""
 
     def __init__(self, pid: int, now: float) -> None:

@@ -54,7 +54,7 @@ class Signal:
 
 
 @dataclass(frozen=True, slots=True)
-class SayLeaving:
+class NotifyLeaving:
     """Tell the engine that this pod was asked to end."""
 
     grace_seconds: float
@@ -65,7 +65,7 @@ class Finish:
     reason: str
 
 
-Action = Spawn | Signal | SayStopped | SayLeaving | Finish
+Action = Spawn | Signal | SayStopped | NotifyLeaving | Finish
 
 
 class Phase(enum.StrEnum):
@@ -173,7 +173,7 @@ class Machine:
             return [Signal(ENGINE, SIGTERM, "drain")]
         if not self.is_leader and connected:
             self.phase, self.deadline = Phase.LEAVING, now + self.grace_seconds
-            return [SayLeaving(self.grace_seconds)]
+            return [NotifyLeaving(self.grace_seconds)]
         return self._stop(now, "no engine needs this pod")
 
     def released(self, now: float) -> list[Action]:
@@ -202,7 +202,7 @@ class Machine:
         for name, child in self._children.items():
             if child.stopped_at is not None and now >= child.stopped_at:
                 child.stopped_at = now + STOPPED_AGAIN_SECONDS
-                actions.append(self._unstick(name, child))
+                actions.append(self._resume_or_kill(name, child))
             if child.alive and child.silent_at is not None and now >= child.silent_at:
                 actions += self._judge_silence(name, child, now)
             if child.spawn_at is not None and now >= child.spawn_at and self._can_start(name):
@@ -220,7 +220,7 @@ class Machine:
     def _can_start(self, name: Name) -> bool:
         return self._is_warm or not isinstance(name, int)
 
-    def _unstick(self, name: Name, child: _Child) -> Action:
+    def _resume_or_kill(self, name: Name, child: _Child) -> Action:
         """What becomes of a stopped worker is the engine's to decide; of any other child, ours."""
         if isinstance(name, int):
             return SayStopped(name, child.stopped_by)

@@ -53,7 +53,7 @@ def parse_seen(text: str) -> Seen:
     return Seen(match[1] or "", int(match[2]))
 
 
-class StatusBoard:
+class StatusStore:
     """Readers wait for the next revision; the engine's reports and its death are what changes it."""
 
     def __init__(self, config: ServeConfig) -> None:

@@ -1,4 +1,4 @@
-"""A rank's own slices, converted and laid out, in one file on tmpfs that outlives the rank.
+"""A rank's own tensors, converted and laid out, in one file on tmpfs that outlives the rank.
 
 On a CPU the rank's parameters are this file, mapped privately, so that a stray write damages neither the file nor the
 next process; matrices that are packed, and those of a GPU, are made from it. A rank that is started again reads neither
@@ -29,7 +29,7 @@ from torch import Tensor
 from lockstep_runtime.host.memory import file_bytes, mebibytes
 from lockstep_runtime.weights.checksum import checksum
 from lockstep_runtime.weights.parallel_map import in_threads
-from lockstep_runtime.weights.sharding import Cut
+from lockstep_runtime.weights.sharding import TensorSlice
 
 logger = logging.getLogger(__name__)
 
@@ -54,17 +54,17 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """A stack of cuts in one type: what one or several of a rank's tensors are made from."""
+    """A stack of slices in one type: what one or several of a rank's tensors are made from."""
 
-    cuts: tuple[Cut, ...]
+    slices: tuple[TensorSlice, ...]
     dtype: str  # torch's name without the prefix
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (sum(cut.rows for cut in self.cuts), *self.cuts[0].local_shape[1:])
+        return (sum(tensor_slice.rows for tensor_slice in self.slices), *self.slices[0].local_shape[1:])
 
 
-class Slice(msgspec.Struct, frozen=True, kw_only=True):
+class CachedTensor(msgspec.Struct, frozen=True, kw_only=True):
     wanted: Wanted
     offset: int
     checksum: str = _UNKNOWN
@@ -78,44 +78,46 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     identity: Identity
     settings: dict[str, Any]  # config.json
     weight_bytes: int  # what the slices take in the checkpoint
-    slices: list[Slice]
+    tensors: list[CachedTensor]
 
 
 class WeightCache:
-    """An open file: `tensor` of every stack of cuts in it."""
+    """An open file: `tensor` of every stack of slices in it."""
 
     def __init__(self, path: Path, header: Header, memory: mmap.mmap) -> None:
         self.path, self.header = path, header
         self._memory = memory  # lives as long as any tensor over it
-        self._slices = {one.wanted.cuts: one for one in header.slices}
+        self._tensors = {one.wanted.slices: one for one in header.tensors}
 
     @property
     def nbytes(self) -> int:
         return len(self._memory)
 
-    def tensor(self, cuts: tuple[Cut, ...], dtype: torch.dtype | None) -> Tensor:
+    def tensor(self, slices: tuple[TensorSlice, ...], dtype: torch.dtype | None) -> Tensor:
         """The stack, over the file's memory. `dtype` None: whatever it is kept in.
 
         Raises:
             CacheError: there is no such stack.
         """
-        found = self._slices.get(cuts)
+        found = self._tensors.get(slices)
         if found is None or (dtype is not None and dtype != _dtype(found.wanted.dtype)):
-            raise CacheError(f"{self.path} holds no {cuts[0].tensor} as this rank needs it")
+            raise CacheError(f"{self.path} holds no {slices[0].tensor} as this rank needs it")
         return _over(self._memory, found)
 
-    def checksum(self, cuts: tuple[Cut, ...]) -> str:
-        return self._slices[cuts].checksum
+    def checksum(self, slices: tuple[TensorSlice, ...]) -> str:
+        return self._tensors[slices].checksum
 
     def verify(self) -> None:
         """
         Raises:
             CacheError: a tensor is not what was written, and which.
         """
-        slices = self.header.slices
-        for one, found in zip(slices, in_threads(lambda one: checksum(_over(self._memory, one)), slices), strict=True):
+        tensors = self.header.tensors
+        for one, found in zip(
+            tensors, in_threads(lambda one: checksum(_over(self._memory, one)), tensors), strict=True
+        ):
             if found != one.checksum:
-                raise CacheError(f"{self.path} is damaged: {one.wanted.cuts[0].tensor} is not what was written")
+                raise CacheError(f"{self.path} is damaged: {one.wanted.slices[0].tensor} is not what was written")
 
 
 def open_cache(path: Path, identity: Identity) -> WeightCache | None:
@@ -144,7 +146,7 @@ def _open(path: Path) -> WeightCache:
     finally:
         os.close(descriptor)
     header = _read_header(path, memory)
-    if any(one.offset + one.nbytes > size for one in header.slices):
+    if any(one.offset + one.nbytes > size for one in header.tensors):
         raise CacheError(f"{path} is truncated: {size} bytes")
     return WeightCache(path, header, memory)
 
@@ -181,7 +183,7 @@ class CacheWriter:
         """
         self._path, self._new = path, path.with_name(path.name + ".new")
         self._header = _lay_out(identity, settings, weight_bytes, wanted)
-        size = max((one.offset + one.nbytes for one in self._header.slices), default=_PREFIX.size)
+        size = max((one.offset + one.nbytes for one in self._header.tensors), default=_PREFIX.size)
         self._new.unlink(missing_ok=True)  # of a predecessor that was killed
         _check_room(path.parent, size, reserve)
         descriptor = os.open(self._new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -197,15 +199,15 @@ class CacheWriter:
 
     def tensors(self) -> Iterable[tuple[Wanted, Tensor]]:
         """To be filled, each."""
-        return ((one.wanted, _over(self._memory, one)) for one in self._header.slices)
+        return ((one.wanted, _over(self._memory, one)) for one in self._header.tensors)
 
     def publish(self) -> WeightCache:
         """Take the checksums, and give the file its name."""
-        sums = in_threads(lambda one: checksum(_over(self._memory, one)), self._header.slices)
-        slices = [
-            msgspec.structs.replace(one, checksum=found) for one, found in zip(self._header.slices, sums, strict=True)
+        sums = in_threads(lambda one: checksum(_over(self._memory, one)), self._header.tensors)
+        tensors = [
+            msgspec.structs.replace(one, checksum=found) for one, found in zip(self._header.tensors, sums, strict=True)
         ]
-        raw = msgspec.json.encode(msgspec.structs.replace(self._header, slices=slices))
+        raw = msgspec.json.encode(msgspec.structs.replace(self._header, tensors=tensors))
         self._memory[: _PREFIX.size + len(raw)] = _PREFIX.pack(MAGIC, len(raw), _digest(raw)) + raw
         self._new.rename(self._path)
         return _open(self._path)
@@ -228,23 +230,23 @@ def _check_room(folder: Path, size: int, reserve: int) -> None:
 
 def _lay_out(identity: Identity, settings: Mapping[str, Any], weight_bytes: int, wanted: Iterable[Wanted]) -> Header:
     """Where everything goes; checksums and offsets have room in the header before they are known."""
-    apart = {one.cuts: one for one in wanted}  # what is asked for twice is kept once
+    apart = {one.slices: one for one in wanted}  # what is asked for twice is kept once
     header = Header(
         identity=identity,
         settings=dict(settings),
         weight_bytes=weight_bytes,
-        slices=[Slice(wanted=one, offset=1 << 62) for one in apart.values()],
+        tensors=[CachedTensor(wanted=one, offset=1 << 62) for one in apart.values()],
     )
     at = _PREFIX.size + len(msgspec.json.encode(header))
-    slices = []
-    for one in header.slices:
+    tensors = []
+    for one in header.tensors:
         at = -(-at // ALIGNMENT) * ALIGNMENT
-        slices.append(msgspec.structs.replace(one, offset=at))
+        tensors.append(msgspec.structs.replace(one, offset=at))
         at += one.nbytes
-    return msgspec.structs.replace(header, slices=slices)
+    return msgspec.structs.replace(header, tensors=tensors)
 
 
-def _over(memory: mmap.mmap, one: Slice) -> Tensor:
+def _over(memory: mmap.mmap, one: CachedTensor) -> Tensor:
     shape, dtype = one.wanted.shape, _dtype(one.wanted.dtype)
     if not one.nbytes:  # a rank beyond the vocabulary's end
         return torch.empty(shape, dtype=dtype)

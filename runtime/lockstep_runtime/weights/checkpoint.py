@@ -1,8 +1,8 @@
 """Safetensors, read by the slice: parse the header, then `pread` a rank's bytes straight to where they belong.
 
 The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian length, a JSON header, then the tensors'
-bytes, row-major. A cut by rows is one contiguous range; a cut by columns is one range per row. Nothing else is read,
-and nothing is ever unpickled.
+bytes, row-major. A slice by rows is one contiguous range; a slice by columns is one range per row. Nothing else is
+read, and nothing is ever unpickled.
 
 The format's own library would map the files and hand out tensors of its own memory. Here a rank's bytes go where they
 belong, the mapped weight cache or a pinned window; they are counted as they come, so that a load that stands still is
@@ -26,7 +26,7 @@ from torch import Tensor
 from lockstep_runtime.sources.errors import ModelError
 from lockstep_runtime.sources.files import LFS_POINTER, lfs_pointer, read_object, unreadable
 from lockstep_runtime.sources.model_config import dtype_name
-from lockstep_runtime.weights.sharding import Cut, Rows, rows_of
+from lockstep_runtime.weights.sharding import Rows, TensorSlice, rows_of
 
 MAX_HEADER_BYTES: Final = 100_000_000  # the format's own bound
 STAGING_BYTES: Final = 4 * 1024 * 1024  # for tensors that are converted on the way
@@ -79,25 +79,25 @@ class Checkpoint:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
-    def find(self, cut: Cut) -> Entry:
-        """The cut's tensor, checked.
+    def find(self, tensor_slice: TensorSlice) -> Entry:
+        """The slice's tensor, checked.
 
         Raises:
             ModelError: it is missing, of a type that is not computed with, or has another shape than the model's
                 configuration implies.
         """
-        entry = self._entries.get(cut.tensor)
+        entry = self._entries.get(tensor_slice.tensor)
         if entry is None:
-            raise ModelError(self._missing(cut.tensor))
+            raise ModelError(self._missing(tensor_slice.tensor))
         if isinstance(entry, Unread):
             raise ModelError(
-                f"the tensor {cut.tensor} in {entry.file.name} has the type {entry.stored}; Lockstep reads "
+                f"the tensor {tensor_slice.tensor} in {entry.file.name} has the type {entry.stored}; Lockstep reads "
                 f"{', '.join(DTYPES)}: give the model's checkpoint that is not quantised or converted"
             )
-        if entry.shape != cut.shape:
+        if entry.shape != tensor_slice.shape:
             raise ModelError(
-                f"the tensor {cut.tensor} in {entry.file.name} has shape {list(entry.shape)}; "
-                f"config.json implies {list(cut.shape)}"
+                f"the tensor {tensor_slice.tensor} in {entry.file.name} has shape {list(entry.shape)}; "
+                f"config.json implies {list(tensor_slice.shape)}"
             )
         return entry
 
@@ -118,34 +118,36 @@ class Checkpoint:
             return f"{words}: {INDEX} places it in {file}, which does not hold it; fetch both files again"
         return words
 
-    def nbytes(self, cut: Cut) -> int:
-        """How many bytes of storage the cut is."""
-        return math.prod(cut.local_shape) * self.find(cut).dtype.itemsize
+    def nbytes(self, tensor_slice: TensorSlice) -> int:
+        """How many bytes of storage the slice is."""
+        return math.prod(tensor_slice.local_shape) * self.find(tensor_slice).dtype.itemsize
 
-    def read(self, cuts: tuple[Cut, ...], start: int, stop: int, out: Tensor) -> None:
-        """Fill `out` (contiguous, on the CPU, any float type) with rows [start, stop) of the stacked cuts."""
-        for rows in rows_of(cuts, start, stop):
-            entry = self.find(rows.cut)
+    def read(self, slices: tuple[TensorSlice, ...], start: int, stop: int, out: Tensor) -> None:
+        """Fill `out` (contiguous, on the CPU, any float type) with rows [start, stop) of the stacked slices."""
+        for rows in rows_of(slices, start, stop):
+            entry = self.find(rows.tensor_slice)
             target = out[rows.at : rows.at + rows.stop - rows.start]
             if entry.dtype == out.dtype:
                 self._read_rows(entry, rows, target)
             else:
                 self._read_converted(entry, rows, target)
 
-    def rows(self, cut: Cut) -> StoredRows:
-        """The cut's rows, left where they are and read when asked for."""
-        entry = self.find(cut)
-        row_bytes = math.prod(cut.shape[1:]) * entry.dtype.itemsize
+    def rows(self, tensor_slice: TensorSlice) -> StoredRows:
+        """The slice's rows, left where they are and read when asked for."""
+        entry = self.find(tensor_slice)
+        row_bytes = math.prod(tensor_slice.shape[1:]) * entry.dtype.itemsize
         descriptor = os.dup(self._open(entry.file))
-        return StoredRows(entry, descriptor, entry.offset + cut.start * row_bytes, cut.rows, cut.shape[1])
+        return StoredRows(
+            entry, descriptor, entry.offset + tensor_slice.start * row_bytes, tensor_slice.rows, tensor_slice.shape[1]
+        )
 
     def _read_converted(self, entry: Entry, rows: Rows, out: Tensor) -> None:
-        row_bytes = math.prod(rows.cut.local_shape[1:]) * entry.dtype.itemsize
+        row_bytes = math.prod(rows.tensor_slice.local_shape[1:]) * entry.dtype.itemsize
         at_once = max(1, STAGING_BYTES // row_bytes)
         for first in range(rows.start, rows.stop, at_once):
             last = min(first + at_once, rows.stop)
             staging = self._stage((last - first) * row_bytes).view(entry.dtype).view(last - first, *out.shape[1:])
-            self._read_rows(entry, Rows(rows.cut, first, last, 0), staging)
+            self._read_rows(entry, Rows(rows.tensor_slice, first, last, 0), staging)
             out[first - rows.start : last - rows.start].copy_(staging)
 
     def _stage(self, size: int) -> Tensor:
@@ -154,16 +156,18 @@ class Checkpoint:
         return self._staging[:size]
 
     def _read_rows(self, entry: Entry, rows: Rows, out: Tensor) -> None:
-        """Rows [start, stop) of the cut, in the tensor's own dtype."""
+        """Rows [start, stop) of the slice, in the tensor's own dtype."""
         buffer = out.view(torch.uint8).reshape(-1).numpy().data
-        cut, descriptor = rows.cut, self._open(entry.file)
-        inner = math.prod(cut.shape[cut.dim + 1 :]) * entry.dtype.itemsize  # bytes of one step along the cut
-        if cut.dim == 0:
-            _fill(entry, descriptor, buffer, entry.offset + (cut.start + rows.start) * inner)
+        tensor_slice, descriptor = rows.tensor_slice, self._open(entry.file)
+        inner = (
+            math.prod(tensor_slice.shape[tensor_slice.dim + 1 :]) * entry.dtype.itemsize
+        )  # bytes of a step along dim
+        if tensor_slice.dim == 0:
+            _fill(entry, descriptor, buffer, entry.offset + (tensor_slice.start + rows.start) * inner)
         else:
-            part, whole = (cut.stop - cut.start) * inner, cut.shape[cut.dim] * inner
-            pieces = math.prod(cut.shape[1 : cut.dim])  # of each row, that lie apart
-            offset = entry.offset + rows.start * pieces * whole + cut.start * inner
+            part, whole = (tensor_slice.stop - tensor_slice.start) * inner, tensor_slice.shape[tensor_slice.dim] * inner
+            pieces = math.prod(tensor_slice.shape[1 : tensor_slice.dim])  # of each row, that lie apart
+            offset = entry.offset + rows.start * pieces * whole + tensor_slice.start * inner
             for piece in range((rows.stop - rows.start) * pieces):
                 _fill(entry, descriptor, buffer[piece * part : (piece + 1) * part], offset + piece * whole)
         self.bytes_read += len(buffer)

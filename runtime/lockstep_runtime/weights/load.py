@@ -12,19 +12,19 @@ import torch
 from lockstep_runtime.weights.cache import CacheWriter, Identity, Wanted, WeightCache
 from lockstep_runtime.weights.checkpoint import Checkpoint
 from lockstep_runtime.weights.parallel_map import in_threads
-from lockstep_runtime.weights.sharding import Cut
+from lockstep_runtime.weights.sharding import TensorSlice
 from lockstep_runtime.weights.weight import StoredTable, Weight
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadResult:
     weight_bytes: int  # what this rank's slices take in the checkpoint
     read_bytes: int
 
 
-def load_weights(directory: Path, weights: Iterable[Weight | StoredTable], progress: Progress) -> Loaded:
+def load_weights(directory: Path, weights: Iterable[Weight | StoredTable], progress: Progress) -> LoadResult:
     """Fill every weight. `progress(done, total)` is called often, in bytes of the checkpoint.
 
     All tensors are looked up before the first is read, so that what is missing is told at once.
@@ -38,14 +38,14 @@ def load_weights(directory: Path, weights: Iterable[Weight | StoredTable], progr
         wanted: list[Weight] = []
         for weight in weights:
             if isinstance(weight, StoredTable):
-                weight.rows = checkpoint.rows(weight.cut)
+                weight.rows = checkpoint.rows(weight.tensor_slice)
             else:
                 wanted.append(weight)
-        total = sum(checkpoint.nbytes(cut) for weight in wanted for cut in weight.cuts)
+        total = sum(checkpoint.nbytes(tensor_slice) for weight in wanted for tensor_slice in weight.slices)
         for weight in wanted:
-            for start, stop, buffer in weight.receive():
-                checkpoint.read(weight.cuts, start, stop, buffer)
-        return Loaded(weight_bytes=total, read_bytes=checkpoint.bytes_read)
+            for start, stop, buffer in weight.load():
+                checkpoint.read(weight.slices, start, stop, buffer)
+        return LoadResult(weight_bytes=total, read_bytes=checkpoint.bytes_read)
     finally:
         checkpoint.close()
 
@@ -58,7 +58,7 @@ def fill_cache(
     weights: Iterable[Weight | StoredTable],
     progress: Progress,
     reserve: int,
-) -> tuple[WeightCache, Loaded]:
+) -> tuple[WeightCache, LoadResult]:
     """Read what the weights are made of into a new cache file, beside which `reserve` bytes are left; the weights are
     not filled yet.
 
@@ -69,46 +69,46 @@ def fill_cache(
     total = 0
     checkpoint = Checkpoint(directory, lambda _: progress(checkpoint.bytes_read, total))
     try:
-        wanted = {weight.cuts: _wanted(checkpoint, weight) for weight in weights}
-        total = sum(checkpoint.nbytes(cut) for cuts in wanted for cut in cuts)
+        wanted = {weight.slices: _wanted(checkpoint, weight) for weight in weights}
+        total = sum(checkpoint.nbytes(tensor_slice) for slices in wanted for tensor_slice in slices)
         writer = CacheWriter(path, identity, settings, total, wanted.values(), reserve)
         try:
             for one, tensor in writer.tensors():
-                checkpoint.read(one.cuts, 0, one.shape[0], tensor)
+                checkpoint.read(one.slices, 0, one.shape[0], tensor)
             cache = writer.publish()
         except BaseException:
             writer.discard()
             raise
-        return cache, Loaded(weight_bytes=total, read_bytes=checkpoint.bytes_read)
+        return cache, LoadResult(weight_bytes=total, read_bytes=checkpoint.bytes_read)
     finally:
         checkpoint.close()
 
 
-def adopt_weights(cache: WeightCache, weights: Sequence[Weight | StoredTable], progress: Progress) -> Loaded:
+def attach_weights(cache: WeightCache, weights: Sequence[Weight | StoredTable], progress: Progress) -> LoadResult:
     """Fill every weight from the cache.
 
     Raises:
         CacheError: it does not hold what the weights are made of.
     """
-    stored = [cache.tensor(weight.cuts, weight.cached_dtype) for weight in weights]
+    stored = [cache.tensor(weight.slices, weight.cached_dtype) for weight in weights]
     done, total = 0, sum(one.nbytes for one in stored)
 
-    def adopt(index: int) -> int:
-        weights[index].adopt(stored[index])
+    def attach(index: int) -> int:
+        weights[index].attach(stored[index])
         return stored[index].nbytes
 
-    for nbytes in in_threads(adopt, range(len(weights))):
+    for nbytes in in_threads(attach, range(len(weights))):
         done += nbytes
         progress(done, total)
-    return Loaded(weight_bytes=cache.header.weight_bytes, read_bytes=0)
+    return LoadResult(weight_bytes=cache.header.weight_bytes, read_bytes=0)
 
 
 def _wanted(checkpoint: Checkpoint, weight: Weight | StoredTable) -> Wanted:
-    dtype = weight.cached_dtype or _common_dtype(checkpoint, weight.cuts)
-    return Wanted(cuts=weight.cuts, dtype=str(dtype).removeprefix("torch."))
+    dtype = weight.cached_dtype or _common_dtype(checkpoint, weight.slices)
+    return Wanted(slices=weight.slices, dtype=str(dtype).removeprefix("torch."))
 
 
-def _common_dtype(checkpoint: Checkpoint, cuts: tuple[Cut, ...]) -> torch.dtype:
+def _common_dtype(checkpoint: Checkpoint, slices: tuple[TensorSlice, ...]) -> torch.dtype:
     """The tensors' own; of several the widest, in which each is exact."""
-    dtypes = {checkpoint.find(cut).dtype for cut in cuts}
+    dtypes = {checkpoint.find(tensor_slice).dtype for tensor_slice in slices}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32

@@ -1,7 +1,7 @@
 """Which part of which checkpoint tensor a rank holds. Pure.
 
-A `Cut` is the part of one tensor; a rank's matrix is one or several cuts stacked by rows (q, k and v read as one).
-Every layer makes the cuts of its own weights with the functions here, so the loader is one loop that knows no layer.
+A `TensorSlice` is a part of one tensor; a rank's matrix is one or several slices stacked by rows (q, k, v read as one).
+Every layer makes the slices of its own weights with the functions here, so the loader is one loop that knows no layer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class RankInfo:
     """One rank among `size`."""
 
     rank: int
@@ -19,7 +19,7 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
+class TensorSlice:
     """The range [start, stop) of `tensor` along `dim`; everything along its other dimensions."""
 
     tensor: str
@@ -39,67 +39,67 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows [start, stop) of a cut, and where they lie in the stack it is part of."""
+    """Rows [start, stop) of a slice, and where they lie in the stack it is part of."""
 
-    cut: Cut
+    tensor_slice: TensorSlice
     start: int
     stop: int
     at: int
 
 
-def whole(tensor: str, *shape: int) -> Cut:
+def replicated(tensor: str, *shape: int) -> TensorSlice:
     """Every rank holds all of it."""
-    return Cut(tensor=tensor, shape=shape, start=0, stop=shape[0])
+    return TensorSlice(tensor=tensor, shape=shape, start=0, stop=shape[0])
 
 
-def span(total: int, shard: Shard) -> tuple[int, int]:
+def even_range(total: int, shard: RankInfo) -> tuple[int, int]:
     """Rank's part of `total` things that need not divide evenly: sizes differ by one at most."""
     return total * shard.rank // shard.size, total * (shard.rank + 1) // shard.size
 
 
-def split(tensor: str, *shape: int, shard: Shard, dim: int = 0) -> Cut:
+def split_slice(tensor: str, *shape: int, shard: RankInfo, dim: int = 0) -> TensorSlice:
     """An even share of the rows (dim 0: a column-parallel layer) or columns (dim 1: a row-parallel layer)."""
-    start, stop = span(shape[dim], shard)
-    return Cut(tensor=tensor, shape=shape, dim=dim, start=start, stop=stop)
+    start, stop = even_range(shape[dim], shard)
+    return TensorSlice(tensor=tensor, shape=shape, dim=dim, start=start, stop=stop)
 
 
-def heads(tensor: str, *shape: int, count: int, shard: Shard, dim: int = 0) -> Cut:
+def head_slice(tensor: str, *shape: int, count: int, shard: RankInfo, dim: int = 0) -> TensorSlice:
     """The share that belongs to the rank's heads; with fewer heads than ranks, ranks share a head.
 
     `shape[dim]` is `count` heads side by side.
     """
     width = shape[dim] // count
     first, last = head_range(count, shard)
-    return Cut(tensor=tensor, shape=shape, dim=dim, start=first * width, stop=last * width)
+    return TensorSlice(tensor=tensor, shape=shape, dim=dim, start=first * width, stop=last * width)
 
 
-def head_range(count: int, shard: Shard) -> tuple[int, int]:
+def head_range(count: int, shard: RankInfo) -> tuple[int, int]:
     """[first, last) of the heads that a rank holds; neighbouring ranks hold the same one where there are too few."""
     if count >= shard.size:
-        return span(count, shard)
+        return even_range(count, shard)
     head = shard.rank // (shard.size // count)
     return head, head + 1
 
 
-def vocabulary(tensor: str, *shape: int, shard: Shard) -> Cut:
+def vocabulary_slice(tensor: str, *shape: int, shard: RankInfo) -> TensorSlice:
     """A rank's rows of a table padded to a multiple of the ranks: the last ranks may hold fewer, or none."""
     rows = padded_vocabulary(shape[0], shard) // shard.size
     start = min(shard.rank * rows, shape[0])
-    return Cut(tensor=tensor, shape=shape, start=start, stop=min(start + rows, shape[0]))
+    return TensorSlice(tensor=tensor, shape=shape, start=start, stop=min(start + rows, shape[0]))
 
 
-def padded_vocabulary(size: int, shard: Shard) -> int:
+def padded_vocabulary(size: int, shard: RankInfo) -> int:
     return -(-size // shard.size) * shard.size
 
 
-def rows_of(cuts: tuple[Cut, ...], start: int, stop: int) -> Iterator[Rows]:
-    """The pieces of cuts that make up rows [start, stop) of their stack; `at` counts from `start`."""
+def rows_of(slices: tuple[TensorSlice, ...], start: int, stop: int) -> Iterator[Rows]:
+    """The pieces of slices that make up rows [start, stop) of their stack; `at` counts from `start`."""
     base = 0
-    for cut in cuts:
-        first, last = max(start, base), min(stop, base + cut.rows)
+    for tensor_slice in slices:
+        first, last = max(start, base), min(stop, base + tensor_slice.rows)
         if first < last:
-            yield Rows(cut, first - base, last - base, first - start)
-        base += cut.rows
+            yield Rows(tensor_slice, first - base, last - base, first - start)
+        base += tensor_slice.rows
 
 
 def tensor_parallel_sizes(attention_heads: int, kv_heads: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What the loader and the weight cache fill: a rank's tensors, each a stack of cuts."""
+"""What the loader and the weight cache fill: a rank's tensors, each a stack of slices."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor
 
 from lockstep_runtime.weights.checkpoint import StoredRows
 from lockstep_runtime.weights.checksum import checksum_in_parts
-from lockstep_runtime.weights.sharding import Cut
+from lockstep_runtime.weights.sharding import TensorSlice
 
 WINDOW_BYTES: Final = 16 * 1024 * 1024  # what is staged at once, so that loading needs little more than the weights
 
 
 class Weight(Protocol):
-    """One tensor of a rank: a stack of cuts. Nothing changes it once it has been filled: a scrub compares it."""
+    """One tensor of a rank: a stack of slices. Nothing changes it once it has been filled: a scrub compares it."""
 
     @property
-    def cuts(self) -> tuple[Cut, ...]: ...
+    def slices(self) -> tuple[TensorSlice, ...]: ...
 
     @property
     def cached_dtype(self) -> torch.dtype | None:
-        """The type in which the weight cache keeps the stack for `adopt`; None: the checkpoint's own."""
+        """The type in which the weight cache keeps the stack for `attach`; None: the checkpoint's own."""
 
-    def receive(self) -> Iterator[tuple[int, int, Tensor]]:
+    def load(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yield (start, stop, buffer): the caller fills the buffer with those rows, then asks for the next."""
 
-    def adopt(self, stored: Tensor) -> None:
-        """Take the whole stack over from the weight cache, instead of `receive`."""
+    def attach(self, stored: Tensor) -> None:
+        """Take the whole stack over from the weight cache, instead of `load`."""
 
     def checksum_in_parts(self) -> Generator[None, None, str]:
         """What tells that nothing has changed; a pause after every few milliseconds."""
@@ -45,29 +45,29 @@ class StoredTable:
 
     cached_dtype: Final = None  # the head's own stack in the cache serves as the table too
 
-    def __init__(self, cut: Cut) -> None:
-        self.cut = cut
+    def __init__(self, tensor_slice: TensorSlice) -> None:
+        self.tensor_slice = tensor_slice
         self.rows: StoredRows | None = None
-        self._adopted: Tensor
+        self._attached: Tensor
 
     @property
-    def cuts(self) -> tuple[Cut, ...]:
-        return (self.cut,)
+    def slices(self) -> tuple[TensorSlice, ...]:
+        return (self.tensor_slice,)
 
-    def adopt(self, stored: Tensor) -> None:
-        self._adopted = stored
+    def attach(self, stored: Tensor) -> None:
+        self._attached = stored
 
     def checksum_in_parts(self) -> Generator[None, None, str]:
         """Of an adopted table; a checkpoint's file is not ours to watch."""
-        return checksum_in_parts(torch.empty(0) if self.rows else self._adopted)
+        return checksum_in_parts(torch.empty(0) if self.rows else self._attached)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """indices: [n] -> [n, columns], in the file's type."""
-        return self._adopted.index_select(0, indices) if self.rows is None else self.rows.read(indices.tolist())
+        return self._attached.index_select(0, indices) if self.rows is None else self.rows.read(indices.tolist())
 
 
-def stacked_rows(cuts: tuple[Cut, ...]) -> int:
-    return sum(cut.rows for cut in cuts)
+def stacked_rows(slices: tuple[TensorSlice, ...]) -> int:
+    return sum(tensor_slice.rows for tensor_slice in slices)
 
 
 def windows(rows: int, row_bytes: int, at_most: int = WINDOW_BYTES, multiple: int = 1) -> Iterator[tuple[int, int]]:

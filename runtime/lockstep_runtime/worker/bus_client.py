@@ -44,25 +44,25 @@ class Disconnected:
 
 
 @dataclass(frozen=True, slots=True)
-class Dismissed:
+class ShutdownRequested:
     """The process must end; `reason` says why."""
 
     reason: str
 
 
 Command = (
-    Connected | Disconnected | Dismissed
+    Connected | Disconnected | ShutdownRequested
     | bus.Rendezvous | bus.Join | bus.AllocateCache | bus.Step | bus.Scrub | bus.Abort | Inject
 )  # fmt: skip
 
 
-class Control:
+class BusClient:
     """`interrupt` is called from the control thread: it must make a blocked collective raise, and return at once."""
 
     def __init__(self, config: ServeConfig, rank: int, token: str, incarnation: str) -> None:
         self._config, self._rank, self._token, self._incarnation = config, rank, token, incarnation
         self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self.fence = 0  # commands of epochs below this are void
+        self.min_epoch = 0  # commands of epochs below this are void
         self.interrupt: Callable[[], None] = lambda: None
         self.on_inject: Callable[[Inject], None] | None = None  # a fault on purpose; None: none are taken
         self.resolving = threading.Lock()  # held while the engine's name is looked up: a fork would copy locks of C's
@@ -149,13 +149,13 @@ class Control:
                 with self._send_lock:
                     self._socket = connection
                     self._connections += 1
-                self.fence = max(self.fence, message.epoch)
+                self.min_epoch = max(self.min_epoch, message.epoch)
                 self.inbox.put(Connected(self._connections, message.epoch))
             case bus.Refused():
                 logger.error("the engine refused this worker: %s", message.reason)
-                self.inbox.put(Dismissed(message.reason))
+                self.inbox.put(ShutdownRequested(message.reason))
             case bus.Abort():
-                self.fence = max(self.fence, message.epoch)
+                self.min_epoch = max(self.min_epoch, message.epoch)
                 self.inbox.put(message)
                 self.interrupt()
             case Inject():
@@ -176,6 +176,6 @@ class Control:
             node=self._config.node,
             pid=os.getpid(),
             incarnation=self._incarnation,
-            epoch=self.fence,
+            epoch=self.min_epoch,
             rank=self._rank,
         )

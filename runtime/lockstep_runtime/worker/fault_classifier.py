@@ -6,7 +6,7 @@ from typing import Final
 
 import torch.distributed as dist
 
-from lockstep_runtime.distributed.errors import GroupError
+from lockstep_runtime.distributed.errors import CommunicatorError
 from lockstep_runtime.protocol.bus import LoadFailure
 from lockstep_runtime.protocol.status import Fault
 from lockstep_runtime.sources.errors import ModelError, chain, lasts
@@ -80,7 +80,7 @@ def classify(error: Exception) -> tuple[Fault, str]:
         return Fault.CONTEXT_FAULT, f"the device context is lost: {text}"
     if is_out_of_memory(error):
         return Fault.STEP_FAILED, f"out of memory: {text}" if words else "out of memory"
-    if isinstance(error, GroupError | dist.DistError) and not _has(words, _MISUSE):
+    if isinstance(error, CommunicatorError | dist.DistError) and not _has(words, _MISUSE):
         return Fault.RANK_LOST, f"the collective broke: {_first_line(error)}{_last_error(words)}"
     return Fault.STEP_FAILED, text
 

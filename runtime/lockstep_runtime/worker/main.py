@@ -17,10 +17,10 @@ from lockstep_runtime.chaos import pending
 from lockstep_runtime.chaos.injector import Injector
 from lockstep_runtime.config import TOKEN_VARIABLE, ServeConfig
 from lockstep_runtime.distributed import join as collectives
-from lockstep_runtime.distributed.communicator import Group
-from lockstep_runtime.distributed.errors import GroupStuckError
+from lockstep_runtime.distributed.communicator import Communicator
+from lockstep_runtime.distributed.errors import CommunicatorStuckError
 from lockstep_runtime.distributed.join import Rendezvous, join_seconds
-from lockstep_runtime.distributed.traced import WatchedGroup
+from lockstep_runtime.distributed.traced import TracedCommunicator
 from lockstep_runtime.host import process_init
 from lockstep_runtime.layers.cache import CacheMemory
 from lockstep_runtime.protocol import bus
@@ -28,11 +28,11 @@ from lockstep_runtime.protocol.chaos import Inject
 from lockstep_runtime.protocol.progress_record import Progress, Stage
 from lockstep_runtime.protocol.status import Fault
 from lockstep_runtime.sources.errors import ModelError
-from lockstep_runtime.worker.bus_client import Command, Connected, Control, Disconnected, Dismissed
+from lockstep_runtime.worker.bus_client import BusClient, Command, Connected, Disconnected, ShutdownRequested
 from lockstep_runtime.worker.fault_classifier import classify, is_out_of_memory, load_failure
 from lockstep_runtime.worker.heartbeat import Heartbeat
 from lockstep_runtime.worker.loaded_spare import leave_loaded_spare
-from lockstep_runtime.worker.model_runner import LoadReport, Runner
+from lockstep_runtime.worker.model_runner import LoadReport, ModelRunner
 from lockstep_runtime.worker.scrub import CorruptionError, Scrub
 
 logger = logging.getLogger(__name__)
@@ -59,22 +59,22 @@ class Collectives(Protocol):
         address: str,
         timeout: float,
         cancelled: Callable[[], bool],
-    ) -> Group: ...
+    ) -> Communicator: ...
 
 
 class Worker:
     """One rank: its weights and, within an epoch, its place in the communicator."""
 
     def __init__(
-        self, config: ServeConfig, rank: int, control: Control, progress: Progress, collectives: Collectives
+        self, config: ServeConfig, rank: int, control: BusClient, progress: Progress, collectives: Collectives
     ) -> None:
         self._config, self._rank = config, rank
         self._control, self._progress, self._collectives = control, progress, collectives
         self._rendezvous: Rendezvous | None = None
-        self._group: Group | None = None
+        self._group: Communicator | None = None
         self._loaded: bus.Loaded | None = None
         self._epoch = 0  # of the communicator
-        self._runner: Runner
+        self._runner: ModelRunner
         self._scrub: Scrub | None = None
         self._progress_sent = 0.0
         self._load_progress = bus.LoadProgress(bytes_done=0, bytes_total=0)
@@ -84,7 +84,7 @@ class Worker:
             self._faults = Injector(progress, control.disconnect, lambda number: self._runner.flip_bit(number))
             control.on_inject = self._faults.arm
 
-    def load(self, runner: Runner) -> None:
+    def load(self, runner: ModelRunner) -> None:
         """Read this rank's weights."""
         self._runner = runner
         self._progress.set_stage(Stage.LOADING)
@@ -102,12 +102,12 @@ class Worker:
         """Work until dismissed; returns the reason.
 
         Raises:
-            GroupStuckError: this process is in something that only its end can end.
+            CommunicatorStuckError: this process is in something that only its end can end.
         """
         while True:
             command = self._next_command()
             match command:
-                case Dismissed():
+                case ShutdownRequested():
                     return command.reason
                 case Connected():
                     self._drop_group()
@@ -120,8 +120,8 @@ class Worker:
                 case Inject():
                     if self._faults is not None:
                         self._faults.idle()
-                case _ if command.epoch >= self._control.fence:
-                    self._obey(command)
+                case _ if command.epoch >= self._control.min_epoch:
+                    self._execute(command)
 
     def _abort(self, command: bus.Abort) -> None:
         """This thread is out of whatever it was in. To say so waits for nothing: what a communicator holds may take
@@ -151,17 +151,17 @@ class Worker:
             message = bus.StepFailed(epoch=self._epoch, step=-1, fault=Fault.CORRUPTION, message=str(error))
             self._control.send(message)
 
-    def _obey(self, command: Order) -> None:
+    def _execute(self, command: Order) -> None:
         """Any exception but that of a stuck communicator is this rank's failure to report, not a reason to end: the
         engine decides what follows."""
         step = command.step if isinstance(command, bus.Step) else -1
         starved = False
         try:
             self._control.send(self._answer(command))
-        except GroupStuckError:
+        except CommunicatorStuckError:
             raise
         except Exception as error:
-            if self._control.fence > command.epoch:
+            if self._control.min_epoch > command.epoch:
                 return  # it was aborted; `Abort` is next in the inbox and is answered
             fault, message = classify(error)
             starved = is_out_of_memory(error)
@@ -206,12 +206,12 @@ class Worker:
         if command.blocks > offered:
             return bus.CacheAllocated(epoch=command.epoch, contents="", blocks=offered, memory_bytes=0)
         cache = self._runner.allocate(command.blocks)
-        spoiled = self._runner.is_spoiled(command.doubted)
-        if spoiled:
+        corrupt = self._runner.is_spoiled(command.unverified)
+        if corrupt:
             logger.warning("NaN or infinity stood in the KV cache, which is laid out anew")
             cache = self._runner.allocate(command.blocks, anew=True)
         return bus.CacheAllocated(
-            epoch=command.epoch, contents=cache.name, blocks=cache.blocks, memory_bytes=cache.nbytes, spoiled=spoiled
+            epoch=command.epoch, contents=cache.name, blocks=cache.blocks, memory_bytes=cache.nbytes, corrupt=corrupt
         )
 
     def _room(self) -> int:
@@ -228,11 +228,11 @@ class Worker:
         self._progress.enter_collective("the meeting place")
         group = self._collectives.join(
             self._config, self._rank, command.epoch, command.address, join_seconds(self._config),
-            lambda: self._control.fence > command.epoch,
+            lambda: self._control.min_epoch > command.epoch,
         )  # fmt: skip
         self._progress.leave(command.epoch, JOIN_STEP)
-        self._group, self._epoch = WatchedGroup(group, self._progress), command.epoch
-        if self._control.fence > command.epoch:  # an abort that came before there was a group to abort
+        self._group, self._epoch = TracedCommunicator(group, self._progress), command.epoch
+        if self._control.min_epoch > command.epoch:  # an abort that came before there was a group to abort
             self._group.release()
         return bus.Joined(epoch=command.epoch, seconds=time.monotonic() - begun)
 
@@ -268,7 +268,7 @@ class Worker:
                 rendezvous.close()
             if group is not None:
                 group.close()
-        except GroupStuckError:
+        except CommunicatorStuckError:
             raise
         except Exception as error:  # what can't be closed is left behind; the next epoch uses nothing of it
             logger.warning("closing the communicator: %s: %s", type(error).__name__, error)
@@ -303,7 +303,7 @@ def load_error(error: Exception) -> str:
     return str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
 
 
-def _say_farewell(control: Control, error: Exception) -> NoReturn:
+def _report_load_failure(control: BusClient, error: Exception) -> NoReturn:
     """Tell the engine why, as soon as it can be reached: this process has nothing else to do."""
     message, kind = load_error(error), load_failure(error)
     logger.error("can't load (%s): %s", kind, message)
@@ -315,7 +315,7 @@ def _say_farewell(control: Control, error: Exception) -> NoReturn:
 
 
 def main(
-    config: ServeConfig, birth: process_init.Birth, descriptors: list[int], runner: Runner | None = None
+    config: ServeConfig, birth: process_init.Birth, descriptors: list[int], runner: ModelRunner | None = None
 ) -> NoReturn:
     """A rank's process from its birth: load, then work until dismissed. Ends the process.
 
@@ -324,29 +324,29 @@ def main(
     rank = birth.rank
     process_init.become(f"worker {rank}", f"worker model={config.model_name} group={config.group} rank={rank}")
     record, cache, *orders = descriptors
-    control = Control(config, rank, os.environ[TOKEN_VARIABLE], birth.incarnation)
+    control = BusClient(config, rank, os.environ[TOKEN_VARIABLE], birth.incarnation)
     control.start()
     worker = Worker(config, rank, control, Progress(record), collectives)
     try:
         memory = CacheMemory(cache)
-        runner = runner or Runner(config, rank, memory)
+        runner = runner or ModelRunner(config, rank, memory)
         runner.memory = memory
         worker.load(runner)
     except Exception as error:
-        _say_farewell(control, error)
+        _report_load_failure(control, error)
     if orders and runner.on_cpu:
         with control.resolving:
             live = functools.partial(main, config, runner=runner)
             leave_loaded_spare(config, rank, orders[0], live, functools.partial(_get_ready, config, rank, runner))
     try:
         logger.info("ends: %s", worker.run())
-    except GroupStuckError as error:
+    except CommunicatorStuckError as error:
         logger.error("ends, so that another process takes its place: %s", error)
         _end(STUCK_EXIT)
     _end(0)
 
 
-def _get_ready(config: ServeConfig, rank: int, runner: Runner) -> None:
+def _get_ready(config: ServeConfig, rank: int, runner: ModelRunner) -> None:
     """In a process that is not needed yet: what the rank would wait for if it were."""
     title = f"next process of rank {rank} model={config.model_name} group={config.group}"
     process_init.become(f"worker {rank}", title)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.distributed.communicator import Group
+from lockstep_runtime.distributed.communicator import Communicator
 from lockstep_runtime.distributed.join import choose_backend, exchange_reserve
 from lockstep_runtime.host.cgroup import cpus
 from lockstep_runtime.host.shm_files import cache_file
@@ -34,9 +34,9 @@ from lockstep_runtime.sources.model_config import dtype_name
 from lockstep_runtime.sources.model_folder import find_model, read_config
 from lockstep_runtime.weights.cache import CacheError, Identity, WeightCache, open_cache
 from lockstep_runtime.weights.checkpoint import with_dtype
-from lockstep_runtime.weights.load import Loaded, adopt_weights, fill_cache, load_weights
+from lockstep_runtime.weights.load import LoadResult, attach_weights, fill_cache, load_weights
 from lockstep_runtime.weights.parallel_map import in_own_thread
-from lockstep_runtime.weights.sharding import Shard
+from lockstep_runtime.weights.sharding import RankInfo
 from lockstep_runtime.weights.weight import StoredTable, Weight
 from lockstep_runtime.worker.device import choose_device, prepare, sharers, wait_for_memory
 from lockstep_runtime.worker.memory import (
@@ -74,7 +74,7 @@ class StepOutput:
     scored: list[SampledToken]  # rank 0 only
 
 
-class Runner:
+class ModelRunner:
     """All methods belong to one thread. `memory` is for the KV cache of a rank that computes on the CPU.
 
     One that has loaded may be forked before its first step; then its copy needs a memory of its own.
@@ -85,7 +85,7 @@ class Runner:
         self._device = _device(config, rank)
         self.memory = memory or CacheMemory()
         self.on_cpu = self._device.type == "cpu"
-        self._loaded: Loaded | None = None
+        self._loaded: LoadResult | None = None
         self._watched: list[Watched] = []
         self._model: Model
         self._cache: KVCache | None = None
@@ -127,7 +127,7 @@ class Runner:
         needed = needed_bytes(self.memory.footprint(), total, sharers(self._config, torch.cuda.device_count()))
         wait_for_memory(lambda: int(torch.cuda.mem_get_info(self._device)[0]), needed)
 
-    def _load(self, progress: Callable[[int, int], None]) -> Loaded:
+    def _load(self, progress: Callable[[int, int], None]) -> LoadResult:
         if not self.on_cpu:
             self._wait_for_device()
         give_back_freed_memory()
@@ -137,7 +137,7 @@ class Runner:
         self._watched = self._watch(cache) if _interval() > 0 else []
         return loaded
 
-    def _load_cached(self, path: Path, progress: Callable[[int, int], None]) -> tuple[Loaded, WeightCache | None]:
+    def _load_cached(self, path: Path, progress: Callable[[int, int], None]) -> tuple[LoadResult, WeightCache | None]:
         """Through the weight cache, which is filled first if need be; without it where there is no room."""
         identity = self._identity()
         if cache := open_cache(path, identity):
@@ -160,13 +160,13 @@ class Runner:
         self._adopt(cache, lambda done, total: None)
         return loaded, cache
 
-    def _adopt(self, cache: WeightCache, progress: Callable[[int, int], None]) -> Loaded:
+    def _adopt(self, cache: WeightCache, progress: Callable[[int, int], None]) -> LoadResult:
         with torch.inference_mode():
-            loaded = adopt_weights(cache, list(self._model.weights()), progress)
+            loaded = attach_weights(cache, list(self._model.weights()), progress)
             self._model.loaded()
         return loaded
 
-    def _load_plainly(self, progress: Callable[[int, int], None]) -> Loaded:
+    def _load_plainly(self, progress: Callable[[int, int], None]) -> LoadResult:
         directory, settings = self._find()
         self._build(settings)
         with torch.inference_mode():
@@ -182,7 +182,7 @@ class Runner:
     def _build(self, settings: Mapping[str, Any]) -> None:
         dtype = _dtype(self._config.dtype, dtype_name(settings) or "float32")
         self._placement = choose_placement(self._device, dtype)
-        shard = Shard(self._rank, self._config.tensor_parallel_size)
+        shard = RankInfo(self._rank, self._config.tensor_parallel_size)
         with torch.inference_mode():
             self._model = build_model(settings, shard, self._placement)
             shape = self._model.cache_shape
@@ -201,7 +201,7 @@ class Runner:
     def _watch(self, cache: WeightCache | None) -> list[Watched]:
         def known(weight: Weight | StoredTable) -> str | None:
             kept_as_it_is = cache is not None and isinstance(weight, PlainWeight | StoredTable)
-            return cache.checksum(weight.cuts) if cache is not None and kept_as_it_is else None
+            return cache.checksum(weight.slices) if cache is not None and kept_as_it_is else None
 
         with torch.inference_mode():
             return watch(self._model.weights(), known)
@@ -221,21 +221,21 @@ class Runner:
             self._cache.fill_last_block()
         return self._cache
 
-    def is_spoiled(self, doubted: Sequence[SequenceSlice]) -> bool:
+    def is_spoiled(self, unverified: Sequence[SequenceSlice]) -> bool:
         """Whether the cache holds a NaN or an infinity in the context of any of these. One that has fewer blocks is
         not theirs any more."""
         cache = self._cache
         if cache is None:
             raise RuntimeError("there is no cache to look at yet")
-        held = [one for one in doubted if max(one.blocks) < cache.blocks]
+        held = [one for one in unverified if max(one.blocks) < cache.blocks]
         with torch.inference_mode():
             return not is_finite(cache, build_batch(held, self._device))
 
-    def step(self, step: bus.Step, group: Group) -> StepOutput:
+    def step(self, step: bus.Step, group: Communicator) -> StepOutput:
         """Run one step with all ranks of the group.
 
         Raises:
-            GroupAborted: a collective was left.
+            CommunicatorAborted: a collective was left.
             NonFiniteError: rank 0 found NaN or infinity in the logits, or where nothing is drawn in the last states.
             ValueError: a slice that can't be run; raised before any collective.
         """
@@ -282,7 +282,7 @@ class Runner:
             raw[bit // 8] ^= 1 << bit % 8
         return name_of(weight)
 
-    def _draw(self, sequences: list[SequenceSlice], hidden: Tensor, group: Group) -> list[SampledToken]:
+    def _draw(self, sequences: list[SequenceSlice], hidden: Tensor, group: Communicator) -> list[SampledToken]:
         drawn = [row for row, sequence in enumerate(sequences) if sequence.sample is not None]
         if not drawn:
             if group.rank == 0:

@@ -92,7 +92,7 @@ def watch(
 
 def name_of(weight: Weight | StoredTable) -> str:
     """As the checkpoint calls what it is made of."""
-    return " + ".join(cut.tensor for cut in weight.cuts)
+    return " + ".join(tensor_slice.tensor for tensor_slice in weight.slices)
 
 
 def _exhaust(parts: Parts) -> str:

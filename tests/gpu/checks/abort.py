@@ -10,7 +10,7 @@ import torch
 from tests.gpu.findings import Row, answer
 from torch._C._distributed_c10d import HashStore
 
-from lockstep_runtime.distributed.nccl import NcclGroup
+from lockstep_runtime.distributed.nccl import NcclCommunicator
 from lockstep_runtime.host.torch_environment import NCCL_VARIABLES
 
 DEVICE = torch.device("cuda", 0)
@@ -28,7 +28,7 @@ def queue_work(seconds: float) -> None:
 
 
 def rows() -> list[Row]:
-    group = NcclGroup(HashStore(), 0, 1, DEVICE, time.monotonic() + 60)
+    group = NcclCommunicator(HashStore(), 0, 1, DEVICE, time.monotonic() + 60)
     queue_work(QUEUED_SECONDS)
     tensor = group.all_reduce(torch.ones(1 << 20, device=DEVICE))
     begun = time.monotonic()

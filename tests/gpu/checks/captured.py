@@ -14,9 +14,9 @@ from tests.gpu.findings import Row, answer
 from tests.support.models import QWEN3_0_6B
 from torch import Tensor
 
-from lockstep_runtime.distributed.join import SingleGroup
+from lockstep_runtime.distributed.join import SingleCommunicator
 from lockstep_runtime.layers.batch import build_batch
-from lockstep_runtime.worker.model_runner import Runner
+from lockstep_runtime.worker.model_runner import ModelRunner
 
 BATCHES = (1, 8)
 TRIES = 20
@@ -33,9 +33,9 @@ def milliseconds(work: Callable[[], object]) -> float:
     return statistics.median(found)
 
 
-def captured(runner: Runner, batch: int) -> tuple[bool, float, float, float]:
+def captured(runner: ModelRunner, batch: int) -> tuple[bool, float, float, float]:
     """Whether it gives the same, and the milliseconds of: eager, replayed, capturing."""
-    cache, group = runner._cache, SingleGroup()
+    cache, group = runner._cache, SingleCommunicator()
     assert cache is not None
     given = build_batch(step(0, batch, GREEDY).sequences, torch.device("cuda", 0))
 

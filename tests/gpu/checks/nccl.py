@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tests.gpu.findings import Row, answer
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
-from lockstep_runtime.distributed.nccl import NcclGroup
+from lockstep_runtime.distributed.nccl import NcclCommunicator
 from lockstep_runtime.host.torch_environment import NCCL_VARIABLES
 
 DEVICE = torch.device("cuda", 0)
@@ -64,7 +64,7 @@ def rows() -> list[Row]:
     begun, made, freed, seen = time.monotonic(), [], [], False
     for epoch in range(EPOCHS):
         begun = time.monotonic()
-        group = NcclGroup(PrefixStore(f"epoch-{epoch}", store), 0, 1, DEVICE, time.monotonic() + 60)
+        group = NcclCommunicator(PrefixStore(f"epoch-{epoch}", store), 0, 1, DEVICE, time.monotonic() + 60)
         made.append(time.monotonic() - begun)
         seen |= WATCHDOG in threads()
         ours = microseconds(group.all_reduce)

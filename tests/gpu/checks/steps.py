@@ -15,11 +15,11 @@ from tests.support.ranks import piece
 from torch.profiler import ProfilerActivity, profile
 
 from lockstep_runtime.config import Device, EngineLimits, ServeConfig
-from lockstep_runtime.distributed.join import SingleGroup
+from lockstep_runtime.distributed.join import SingleCommunicator
 from lockstep_runtime.layers.cache import BLOCK_SIZE
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.step import SamplingParams
-from lockstep_runtime.worker.model_runner import Runner
+from lockstep_runtime.worker.model_runner import ModelRunner
 
 BATCHES = (1, 8, 64)
 CONTEXT, STEPS, WARM = 1000, 12, 4
@@ -37,12 +37,12 @@ class Cost:
         return f"{self.wall_ms:.1f} ms, the device {self.device_ms:.1f}, {self.kernels} kernels"
 
 
-def loaded(directory: Path, device: Device, shape: ModelShape, batch: int) -> Runner:
+def loaded(directory: Path, device: Device, shape: ModelShape, batch: int) -> ModelRunner:
     config = ServeConfig(
         model=str(write_model(directory / "model", shape)), served_name="m", device=device, weight_cache="Off",
         backend="gloo", limits=EngineLimits(kv_cache_bytes=1 << 30),
     )  # fmt: skip
-    runner = Runner(config, 0)
+    runner = ModelRunner(config, 0)
     runner.load(lambda done, total: None)
     runner.allocate(batch * BLOCKS + 1)
     return runner
@@ -56,8 +56,8 @@ def step(number: int, batch: int, sample: SamplingParams) -> bus.Step:
     return bus.Step(epoch=1, step=number, sequences=sequences)
 
 
-def cost(runner: Runner, batch: int, sample: SamplingParams) -> Cost:
-    group, found = SingleGroup(), []
+def cost(runner: ModelRunner, batch: int, sample: SamplingParams) -> Cost:
+    group, found = SingleCommunicator(), []
     for number in range(WARM + STEPS):
         begun = time.monotonic()
         runner.step(step(number, batch, sample), group)

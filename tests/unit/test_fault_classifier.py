@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lockstep_runtime.distributed.errors import GroupAborted, GroupError
+from lockstep_runtime.distributed.errors import CommunicatorAborted, CommunicatorError
 from lockstep_runtime.protocol.bus import LoadFailure
 from lockstep_runtime.protocol.status import Fault
 from lockstep_runtime.sources.errors import ModelError
@@ -55,7 +55,7 @@ def test_other_errors_of_cuda_fail_the_step_only(text: str) -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        GroupError("rank 1 could not join epoch 4 at tcp://h:1: CUDA error: device-side assert triggered"),
+        CommunicatorError("rank 1 could not join epoch 4 at tcp://h:1: CUDA error: device-side assert triggered"),
         RuntimeError("NCCL error in: NCCLUtils.cpp:93, unhandled cuda error\nLast error:\nCuda failure 700 'an illegal "
                      "memory access was encountered'"),
     ],
@@ -83,10 +83,10 @@ def test_out_of_memory_fails_the_step_and_says_so(error: Exception) -> None:
 
 
 def test_a_broken_collective_is_hearsay_of_a_lost_peer() -> None:
-    assert classify(GroupError("gloo: connection closed by peer")) == (
+    assert classify(CommunicatorError("gloo: connection closed by peer")) == (
         Fault.RANK_LOST, "the collective broke: gloo: connection closed by peer",
     )  # fmt: skip
-    assert classify(GroupAborted("the communicator was aborted"))[0] is Fault.RANK_LOST
+    assert classify(CommunicatorAborted("the communicator was aborted"))[0] is Fault.RANK_LOST
     assert classify(NonFiniteError("2 rows")) == (Fault.NON_FINITE, "2 rows")
 
 
@@ -154,7 +154,9 @@ OF_COLLECTIVES = [
     ),
     (
         "joining, which names its epoch: distributed/join.py",
-        GroupError(f"rank 1 could not join epoch 4 at tcp://h:1: {NCCL}remote process exited or there was a network"),
+        CommunicatorError(
+            f"rank 1 could not join epoch 4 at tcp://h:1: {NCCL}remote process exited or there was a network"
+        ),
         Fault.RANK_LOST,
         "could not join epoch 4",
     ),
@@ -169,13 +171,13 @@ OF_COLLECTIVES = [
     ),
     (
         "a GPU that fell off the bus: checks.h",
-        GroupError(f"{NCCL}unhandled cuda error{VERSION}Last error:\nCuda failure 999 'unknown error'"),
+        CommunicatorError(f"{NCCL}unhandled cuda error{VERSION}Last error:\nCuda failure 999 'unknown error'"),
         Fault.CONTEXT_FAULT,
         "the device context is lost",
     ),
     (
         "no memory for a communicator: checks.h",
-        GroupError(f"{NCCL}unhandled cuda error{VERSION}Last error:\nCuda failure 2 'out of memory'"),
+        CommunicatorError(f"{NCCL}unhandled cuda error{VERSION}Last error:\nCuda failure 2 'out of memory'"),
         Fault.STEP_FAILED,
         "out of memory",
     ),

@@ -14,7 +14,7 @@ from lockstep_runtime.api.chat_template import ChatTemplate
 from lockstep_runtime.api.errors import ApiError
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.model import SamplingDefaults, ServedModel
-from lockstep_runtime.api.request_builder import Preparation
+from lockstep_runtime.api.request_builder import RequestBuilder
 from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest, validate
 from lockstep_runtime.api.tokenizer import TextTokenizer, TooManyTokensError
 
@@ -28,7 +28,7 @@ def raw() -> Tokenizer:
     return Tokenizer.from_file(str(TINY_CHAT / "tokenizer.json"))
 
 
-def preparation(template: str = PLAIN, max_model_len: int = 2048) -> Preparation:
+def preparation(template: str = PLAIN, max_model_len: int = 2048) -> RequestBuilder:
     tokenizer = raw()
     tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
     model = ServedModel(
@@ -37,7 +37,7 @@ def preparation(template: str = PLAIN, max_model_len: int = 2048) -> Preparation
         stop_ids=frozenset(),
         defaults=SamplingDefaults(),
     )
-    return Preparation(model, "m", max_model_len, Limits())
+    return RequestBuilder(model, "m", max_model_len, Limits())
 
 
 def thinks(template: str, *messages: tuple[str, str]) -> bool:

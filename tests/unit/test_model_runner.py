@@ -19,7 +19,7 @@ from lockstep_runtime.protocol.progress_record import Progress, new_memory
 from lockstep_runtime.protocol.step import SamplingParams
 from lockstep_runtime.recovery.self_test import probe
 from lockstep_runtime.sources.errors import ModelError
-from lockstep_runtime.worker.model_runner import Runner
+from lockstep_runtime.worker.model_runner import ModelRunner
 from lockstep_runtime.worker.sampler import NonFiniteError
 from lockstep_runtime.worker.scrub import name_of
 
@@ -37,14 +37,14 @@ def config(model: Path, limits: EngineLimits | None = None) -> ServeConfig:
 
 def test_progress_ends_at_the_total(model: Path) -> None:
     seen: list[tuple[int, int]] = []
-    report = Runner(config(model), 0).load(lambda done, total: seen.append((done, total)))
+    report = ModelRunner(config(model), 0).load(lambda done, total: seen.append((done, total)))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1] == (report.weight_bytes, report.weight_bytes)
 
 
 def test_one_that_has_loaded_reads_nothing_again(model: Path) -> None:
     seen: list[tuple[int, int]] = []
-    runner = Runner(config(model), 0)
+    runner = ModelRunner(config(model), 0)
     first, tensors = runner.load(lambda done, total: None), runner.weights()
     again = runner.load(lambda done, total: seen.append((done, total)))
     assert (again.weight_bytes, again.read_bytes) == (first.weight_bytes, 0)
@@ -55,13 +55,15 @@ def test_one_that_has_loaded_reads_nothing_again(model: Path) -> None:
 
 def test_the_cache_is_what_was_asked_for_or_what_can_be_used(model: Path) -> None:
     block = 2 * 2 * 2 * 16 * 4 * BLOCK_SIZE  # keys and values, layers, kv heads, width, bytes
-    report = Runner(config(model, EngineLimits(kv_cache_bytes=block * 10 + 5)), 0).load(lambda done, total: None)
+    report = ModelRunner(config(model, EngineLimits(kv_cache_bytes=block * 10 + 5)), 0).load(lambda done, total: None)
     assert report.cache_blocks == 10
-    report = Runner(config(model, EngineLimits(max_model_len=100, max_sequences=3)), 0).load(lambda done, total: None)
+    report = ModelRunner(config(model, EngineLimits(max_model_len=100, max_sequences=3)), 0).load(
+        lambda done, total: None
+    )
     assert report.cache_blocks == 3 * 4 + 1
     with pytest.raises(ModelError, match="no room for a KV cache"):
-        Runner(config(model, EngineLimits(kv_cache_bytes=10)), 0).load(lambda done, total: None)
-    runner = Runner(config(model), 0)
+        ModelRunner(config(model, EngineLimits(kv_cache_bytes=10)), 0).load(lambda done, total: None)
+    runner = ModelRunner(config(model), 0)
     runner.load(lambda done, total: None)
     assert runner.allocate(7).nbytes == 7 * block
     assert runner.allocate(5).nbytes == 5 * block
@@ -73,7 +75,7 @@ def write(cache: KVCache) -> None:
 
 
 def test_a_cache_is_laid_out_anew_only_for_another_size(model: Path) -> None:
-    runner = Runner(config(model), 0)
+    runner = ModelRunner(config(model), 0)
     runner.load(lambda done, total: None)
     cache = runner.allocate(4)
     write(cache)
@@ -85,7 +87,7 @@ def test_a_cache_is_laid_out_anew_only_for_another_size(model: Path) -> None:
 
 def test_the_next_process_of_a_rank_finds_what_stood_in_its_cache(model: Path) -> None:
     descriptor = os.memfd_create("test")
-    before, after = (Runner(config(model), 0, CacheMemory(descriptor)) for _ in range(2))
+    before, after = (ModelRunner(config(model), 0, CacheMemory(descriptor)) for _ in range(2))
     offered = before.load(lambda done, total: None).cache_blocks
     cache = before.allocate(offered - 2)  # another rank had less room
     write(cache)
@@ -129,7 +131,7 @@ def test_a_cache_of_another_model_is_not_taken_over(model: Path, tmp_path: Path)
     other = write_model(tmp_path / "other", ModelShape(layers=3))
     names = []
     for path in (model, other):
-        runner = Runner(config(path), 0, CacheMemory(descriptor))
+        runner = ModelRunner(config(path), 0, CacheMemory(descriptor))
         runner.load(lambda done, total: None)
         names.append(runner.allocate(4).name)
     assert len(set(names)) == 2
@@ -248,4 +250,4 @@ def test_an_unknown_type_is_named(tmp_path: Path) -> None:
     settings = path / "config.json"
     settings.write_text(settings.read_text().replace('"float32"', '"float8_e4m3fn"'))
     with pytest.raises(ModelError, match="the model's type is float8_e4m3fn"):
-        Runner(config(path), 0).load(lambda done, total: None)
+        ModelRunner(config(path), 0).load(lambda done, total: None)

@@ -8,21 +8,21 @@ import pytest
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState
 from lockstep_runtime.recovery.fault_log import FaultLog
-from lockstep_runtime.supervisor.status_store import FAULTS_KEPT, GIVE_UP_AFTER, StatusBoard
+from lockstep_runtime.supervisor.status_store import FAULTS_KEPT, GIVE_UP_AFTER, StatusStore
 
 
 @pytest.fixture
-def board(monkeypatch: pytest.MonkeyPatch) -> StatusBoard:
+def board(monkeypatch: pytest.MonkeyPatch) -> StatusStore:
     clock = iter(range(1_000, 100_000))
     monkeypatch.setattr("lockstep_runtime.supervisor.status_store.time.time", lambda: float(next(clock)))
-    return StatusBoard(ServeConfig(model="m", served_name="m", tensor_parallel_size=2))
+    return StatusStore(ServeConfig(model="m", served_name="m", tensor_parallel_size=2))
 
 
-def serving(board: StatusBoard) -> None:
+def serving(board: StatusStore) -> None:
     board.take(msgspec.structs.replace(board.status, state=GroupState.READY, accepting=True, since=1.0, epoch=7))
 
 
-def test_an_engine_that_served_is_missed_and_one_that_never_did_is_awaited(board: StatusBoard) -> None:
+def test_an_engine_that_served_is_missed_and_one_that_never_did_is_awaited(board: StatusStore) -> None:
     board.engine_lost("was killed by SIGKILL", 1)
     assert (board.status.state, board.status.accepting) == (GroupState.STARTING, False)
     serving(board)
@@ -31,7 +31,7 @@ def test_an_engine_that_served_is_missed_and_one_that_never_did_is_awaited(board
     assert board.status.message == "the engine was killed by SIGKILL and is started again"
 
 
-def test_how_long_it_has_been_gone_is_counted_from_the_first_loss(board: StatusBoard) -> None:
+def test_how_long_it_has_been_gone_is_counted_from_the_first_loss(board: StatusStore) -> None:
     serving(board)
     board.engine_lost("ended", 0)
     since = board.status.since
@@ -39,7 +39,7 @@ def test_how_long_it_has_been_gone_is_counted_from_the_first_loss(board: StatusB
     assert board.status.since == since
 
 
-def test_one_that_ends_again_and_again_poisons_the_group_with_one_fault(board: StatusBoard) -> None:
+def test_one_that_ends_again_and_again_poisons_the_group_with_one_fault(board: StatusStore) -> None:
     serving(board)
     for failures in range(GIVE_UP_AFTER):
         board.engine_lost("ended with exit code 1", failures)
@@ -54,7 +54,7 @@ def test_one_that_ends_again_and_again_poisons_the_group_with_one_fault(board: S
     assert (board.status.faults, board.status.since) == ([fault], since)
 
 
-def test_the_next_engine_goes_on_from_that_fault_and_repairs_it(board: StatusBoard) -> None:
+def test_the_next_engine_goes_on_from_that_fault_and_repairs_it(board: StatusStore) -> None:
     serving(board)
     board.engine_lost("ended", GIVE_UP_AFTER)
     history = board.from_engine
@@ -65,7 +65,7 @@ def test_the_next_engine_goes_on_from_that_fault_and_repairs_it(board: StatusBoa
     assert [one.recovered_at for one in log.records] == [5.0]
 
 
-def test_faults_that_are_kept_are_bounded(board: StatusBoard) -> None:
+def test_faults_that_are_kept_are_bounded(board: StatusStore) -> None:
     old = [
         FaultRecord(id=n, fault=Fault.HANG, rank=0, message="m", at=1.0, epoch=n, recovered_at=2.0)
         for n in range(1, FAULTS_KEPT + 1)

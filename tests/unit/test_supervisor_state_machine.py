@@ -19,8 +19,8 @@ from lockstep_runtime.supervisor.state_machine import (
     Finish,
     Machine,
     Name,
+    NotifyLeaving,
     Phase,
-    SayLeaving,
     SayStopped,
     Signal,
     Spawn,
@@ -100,7 +100,7 @@ def test_a_drain_is_over_when_the_grace_is() -> None:
 def test_a_member_keeps_its_workers_until_it_is_released() -> None:
     machine = member()
     assert machine.released(1.0) == []  # it was not asked to end
-    assert machine.asked_to_end(10.0, connected=True) == [SayLeaving(30.0)]
+    assert machine.asked_to_end(10.0, connected=True) == [NotifyLeaving(30.0)]
     assert machine.phase is Phase.LEAVING
     assert signalled(machine.released(12.0)) == [SPARE, 2, 3]
     machine.exited(SPARE, healthy=True, now=12.1)

@@ -4,16 +4,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep_runtime.weights.sharding import (
-    Shard,
+    RankInfo,
+    even_range,
     head_range,
-    heads,
+    head_slice,
     padded_vocabulary,
+    replicated,
     rows_of,
-    span,
-    split,
+    split_slice,
     tensor_parallel_sizes,
-    vocabulary,
-    whole,
+    vocabulary_slice,
 )
 
 sizes = st.integers(1, 16)
@@ -21,7 +21,7 @@ sizes = st.integers(1, 16)
 
 @given(st.integers(0, 1000), sizes)
 def test_spans_cover_everything_once_and_differ_by_one_at_most(total: int, size: int) -> None:
-    spans = [span(total, Shard(rank, size)) for rank in range(size)]
+    spans = [even_range(total, RankInfo(rank, size)) for rank in range(size)]
     assert [n for start, stop in spans for n in range(start, stop)] == list(range(total))
     lengths = [stop - start for start, stop in spans]
     assert max(lengths) - min(lengths) <= 1
@@ -29,10 +29,10 @@ def test_spans_cover_everything_once_and_differ_by_one_at_most(total: int, size:
 
 @given(st.integers(1, 1000), sizes)
 def test_vocabulary_parts_are_padded_to_one_size(total: int, size: int) -> None:
-    cuts = [vocabulary("t", total, 4, shard=Shard(rank, size)) for rank in range(size)]
-    assert [n for cut in cuts for n in range(cut.start, cut.stop)] == list(range(total))
-    each = padded_vocabulary(total, Shard(0, size)) // size
-    assert all(cut.rows <= each for cut in cuts)
+    slices = [vocabulary_slice("t", total, 4, shard=RankInfo(rank, size)) for rank in range(size)]
+    assert [n for tensor_slice in slices for n in range(tensor_slice.start, tensor_slice.stop)] == list(range(total))
+    each = padded_vocabulary(total, RankInfo(0, size)) // size
+    assert all(tensor_slice.rows <= each for tensor_slice in slices)
     assert each * size - total < size
 
 
@@ -42,9 +42,9 @@ def test_each_rank_holds_the_kv_heads_that_its_heads_read(kv_heads: int, group: 
     if size not in tensor_parallel_sizes(attention_heads, kv_heads):
         return
     for rank in range(size):
-        first, last = head_range(attention_heads, Shard(rank, size))
+        first, last = head_range(attention_heads, RankInfo(rank, size))
         assert last - first == attention_heads // size
-        held = range(*head_range(kv_heads, Shard(rank, size)))
+        held = range(*head_range(kv_heads, RankInfo(rank, size)))
         assert {head // group for head in range(first, last)} == set(held)
 
 
@@ -56,15 +56,15 @@ def test_the_sizes_that_a_shape_can_take() -> None:
 
 
 def test_cuts_by_rows_columns_and_heads() -> None:
-    second = Shard(1, 2)
-    assert split("gate", 10, 4, shard=second).local_shape == (5, 4)
-    assert split("down", 4, 10, shard=second, dim=1).local_shape == (4, 5)
-    assert whole("norm", 7).local_shape == (7,)
-    shared = heads("k", 32, 4, count=2, shard=Shard(3, 4))
+    second = RankInfo(1, 2)
+    assert split_slice("gate", 10, 4, shard=second).local_shape == (5, 4)
+    assert split_slice("down", 4, 10, shard=second, dim=1).local_shape == (4, 5)
+    assert replicated("norm", 7).local_shape == (7,)
+    shared = head_slice("k", 32, 4, count=2, shard=RankInfo(3, 4))
     assert (shared.start, shared.stop) == (16, 32)
 
 
 def test_rows_of_a_stack() -> None:
-    stack = (whole("a", 3, 2), whole("b", 4, 2), whole("c", 2, 2))
-    found = [(rows.cut.tensor, rows.start, rows.stop, rows.at) for rows in rows_of(stack, 2, 8)]
+    stack = (replicated("a", 3, 2), replicated("b", 4, 2), replicated("c", 2, 2))
+    found = [(rows.tensor_slice.tensor, rows.start, rows.stop, rows.at) for rows in rows_of(stack, 2, 8)]
     assert found == [("a", 2, 3, 0), ("b", 0, 4, 1), ("c", 0, 1, 5)]

@@ -17,7 +17,7 @@ from lockstep_runtime.sources.errors import ModelError
 from lockstep_runtime.sources.model_folder import find_model, read_config
 from lockstep_runtime.weights import checkpoint
 from lockstep_runtime.weights.checkpoint import Checkpoint, read_header
-from lockstep_runtime.weights.sharding import Cut, Shard, split, whole
+from lockstep_runtime.weights.sharding import RankInfo, TensorSlice, replicated, split_slice
 
 A = torch.arange(60, dtype=torch.float32).view(12, 5)
 B = torch.arange(100, 160, dtype=torch.float32).view(12, 5)
@@ -29,23 +29,23 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def take(directory: Path, *cuts: Cut, start: int = 0, stop: int | None = None) -> tuple[torch.Tensor, int]:
+def take(directory: Path, *slices: TensorSlice, start: int = 0, stop: int | None = None) -> tuple[torch.Tensor, int]:
     checkpoint = Checkpoint(directory)
-    stop = sum(cut.rows for cut in cuts) if stop is None else stop
-    out = torch.full((stop - start, *cuts[0].local_shape[1:]), float("nan"))
-    checkpoint.read(cuts, start, stop, out)
+    stop = sum(tensor_slice.rows for tensor_slice in slices) if stop is None else stop
+    out = torch.full((stop - start, *slices[0].local_shape[1:]), float("nan"))
+    checkpoint.read(slices, start, stop, out)
     checkpoint.close()
     return out, checkpoint.bytes_read
 
 
 def test_rows_columns_and_stacks_are_read_to_the_byte(directory: Path) -> None:
-    rows, count = take(directory, split("a", 12, 5, shard=Shard(1, 3)))
+    rows, count = take(directory, split_slice("a", 12, 5, shard=RankInfo(1, 3)))
     assert rows.equal(A[4:8])
     assert count == rows.nbytes
-    columns, count = take(directory, split("a", 12, 5, shard=Shard(1, 2), dim=1))
+    columns, count = take(directory, split_slice("a", 12, 5, shard=RankInfo(1, 2), dim=1))
     assert columns.equal(A[:, 2:])
     assert count == columns.nbytes
-    stacked, count = take(directory, whole("a", 12, 5), whole("b", 12, 5), start=10, stop=15)
+    stacked, count = take(directory, replicated("a", 12, 5), replicated("b", 12, 5), start=10, stop=15)
     assert stacked.equal(torch.cat((A, B))[10:15])
     assert count == 2 * 5 * 4 + 3 * 5 * 2  # b is bfloat16 in the file
 
@@ -57,24 +57,24 @@ def test_a_cut_along_any_dimension_is_what_slicing_gives(tmp_path: Path, dim: in
     experts = torch.arange(4 * 6 * 8 * 2, dtype=torch.float32).view(shape).to(dtype)
     save_file({"experts": experts}, tmp_path / "model.safetensors")
     for rank in range(2):
-        cut = split("experts", *shape, shard=Shard(rank, 2), dim=dim)
-        found, count = take(tmp_path, cut)
-        wanted = experts.float().narrow(dim, cut.start, cut.stop - cut.start)
+        tensor_slice = split_slice("experts", *shape, shard=RankInfo(rank, 2), dim=dim)
+        found, count = take(tmp_path, tensor_slice)
+        wanted = experts.float().narrow(dim, tensor_slice.start, tensor_slice.stop - tensor_slice.start)
         assert found.equal(wanted)
         assert count == wanted.numel() * dtype.itemsize
-        if cut.rows > 1:
-            assert take(tmp_path, cut, start=1, stop=cut.rows)[0].equal(wanted[1:])
+        if tensor_slice.rows > 1:
+            assert take(tmp_path, tensor_slice, start=1, stop=tensor_slice.rows)[0].equal(wanted[1:])
 
 
 def test_conversion_goes_by_bounded_pieces(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "STAGING_BYTES", 30)  # three rows
-    assert take(directory, whole("b", 12, 5))[0].equal(B)
-    assert take(directory, split("b", 12, 5, shard=Shard(0, 2), dim=1))[0].equal(B[:, :2])
+    assert take(directory, replicated("b", 12, 5))[0].equal(B)
+    assert take(directory, split_slice("b", 12, 5, shard=RankInfo(0, 2), dim=1))[0].equal(B[:, :2])
 
 
 def test_stored_rows_outlive_the_file_name(directory: Path) -> None:
     checkpoint = Checkpoint(directory)
-    rows = checkpoint.rows(split("b", 12, 5, shard=Shard(1, 2)))
+    rows = checkpoint.rows(split_slice("b", 12, 5, shard=RankInfo(1, 2)))
     checkpoint.close()
     (directory / "model.safetensors").unlink()
     assert rows.read([5, 0, 5]).float().equal(B[[11, 6, 11]])
@@ -84,11 +84,11 @@ def test_stored_rows_outlive_the_file_name(directory: Path) -> None:
 
 def test_missing_tensor_and_wrong_shape_are_named(directory: Path) -> None:
     with pytest.raises(ModelError, match=r"the tensor q is missing from"):
-        take(directory, whole("q", 2))
+        take(directory, replicated("q", 2))
     with pytest.raises(
         ModelError, match=r"tensor a in model.safetensors has shape \[12, 5\]; config.json implies \[5, 12\]"
     ):
-        take(directory, whole("a", 5, 12))
+        take(directory, replicated("a", 5, 12))
 
 
 def test_truncated_files_are_named(directory: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(directory: Path) -> None:
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(ModelError, match="is truncated: it ends at byte"):
-        checkpoint.read((whole("a", 12, 5), whole("b", 12, 5)), 0, 24, torch.empty(24, 5))
+        checkpoint.read((replicated("a", 12, 5), replicated("b", 12, 5)), 0, 24, torch.empty(24, 5))
 
 
 def header(entries: Any) -> bytes:
@@ -207,18 +207,18 @@ ODD_TYPES = {
 def test_tensors_that_nobody_needs_may_be_of_any_type(tmp_path: Path, name: str) -> None:
     a = torch.arange(6.0).view(2, 3)
     stored(tmp_path, {"a": a, "other": ODD_TYPES[name]})
-    checkpoint, cut = Checkpoint(tmp_path), whole("a", 2, 3)
+    checkpoint, tensor_slice = Checkpoint(tmp_path), replicated("a", 2, 3)
     out = torch.empty(2, 3)
-    checkpoint.read((cut,), 0, 2, out)
+    checkpoint.read((tensor_slice,), 0, 2, out)
     assert torch.equal(out, a)
     with pytest.raises(ModelError, match=r"the tensor other in model.safetensors has the type \w+; Lockstep reads"):
-        checkpoint.find(whole("other", *ODD_TYPES[name].shape))
+        checkpoint.find(replicated("other", *ODD_TYPES[name].shape))
 
 
 def test_double_precision_is_read(tmp_path: Path) -> None:
     stored(tmp_path, {"a": torch.arange(6.0, dtype=torch.float64)})
     out = torch.empty(6)
-    Checkpoint(tmp_path).read((whole("a", 6),), 0, 6, out)
+    Checkpoint(tmp_path).read((replicated("a", 6),), 0, 6, out)
     assert out.tolist() == list(range(6))
 
 
@@ -226,7 +226,7 @@ def test_double_precision_is_read(tmp_path: Path) -> None:
 def test_a_quantised_tensor_in_a_weights_place_is_named(tmp_path: Path, sibling: str) -> None:
     stored(tmp_path, {f"layer.q_proj.{sibling}": torch.zeros(2, dtype=torch.int32)})
     with pytest.raises(ModelError, match=rf"holds layer.q_proj.{sibling}: it is quantised"):
-        Checkpoint(tmp_path).find(whole("layer.q_proj.weight", 2))
+        Checkpoint(tmp_path).find(replicated("layer.q_proj.weight", 2))
 
 
 def indexed(folder: Path, **places: str) -> None:
@@ -240,13 +240,13 @@ def test_a_stale_index_is_named(tmp_path: Path) -> None:
         Checkpoint(tmp_path)
     indexed(tmp_path, a="one.safetensors", b="one.safetensors")
     with pytest.raises(ModelError, match=r"b is missing .* places it in one.safetensors, which does not hold it"):
-        Checkpoint(tmp_path).find(whole("b", 2))
+        Checkpoint(tmp_path).find(replicated("b", 2))
 
 
 def test_one_whole_file_goes_before_an_index_that_was_left_behind(tmp_path: Path) -> None:
     stored(tmp_path, {"a": torch.zeros(2)})
     indexed(tmp_path, a="gone.safetensors")
-    assert Checkpoint(tmp_path).find(whole("a", 2)).file.name == "model.safetensors"
+    assert Checkpoint(tmp_path).find(replicated("a", 2)).file.name == "model.safetensors"
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 6564160\n"

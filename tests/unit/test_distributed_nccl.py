@@ -21,11 +21,11 @@ from torch._C._distributed_c10d import HashStore
 
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.distributed import nccl
-from lockstep_runtime.distributed.errors import GroupAborted, GroupError, GroupStuckError
-from lockstep_runtime.distributed.host_staged import HostGroup
+from lockstep_runtime.distributed.errors import CommunicatorAborted, CommunicatorError, CommunicatorStuckError
+from lockstep_runtime.distributed.host_staged import HostStagedCommunicator
 from lockstep_runtime.distributed.join import join, open_rendezvous
-from lockstep_runtime.distributed.nccl import NcclGroup
-from lockstep_runtime.distributed.shared_memory import SharedFile, SharedMemoryGroup
+from lockstep_runtime.distributed.nccl import NcclCommunicator
+from lockstep_runtime.distributed.shared_memory import SharedFile, SharedMemoryCommunicator
 from lockstep_runtime.host.torch_environment import NCCL_VARIABLES
 
 SECONDS = 10.0
@@ -91,8 +91,8 @@ def edge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Edge.Event)
 
 
-def make(size: int = 2, seconds: float = SECONDS, cancelled: Callable[[], bool] = lambda: False) -> NcclGroup:
-    return NcclGroup(HashStore(), 0, size, CPU, time.monotonic() + seconds, cancelled)
+def make(size: int = 2, seconds: float = SECONDS, cancelled: Callable[[], bool] = lambda: False) -> NcclCommunicator:
+    return NcclCommunicator(HashStore(), 0, size, CPU, time.monotonic() + seconds, cancelled)
 
 
 def test_sums_and_gathers_go_through_torchs_group() -> None:
@@ -107,7 +107,7 @@ def test_after_an_abort_everything_raises() -> None:
     group = make()
     group.release()
     for use in (group.check, lambda: group.all_reduce(torch.ones(1)), lambda: group.gather(torch.ones(1))):
-        with pytest.raises(GroupAborted):
+        with pytest.raises(CommunicatorAborted):
             use()
     group.close()
     group.release()  # from the control thread, which may come late
@@ -118,7 +118,7 @@ def test_leaving_returns_at_once_however_long_nccl_takes_to_abort() -> None:
     group = make()
     Edge.made[0].let_abort_end.clear()
     group.release()
-    with pytest.raises(GroupAborted):
+    with pytest.raises(CommunicatorAborted):
         group.check()
     group.release()
     Edge.made[0].let_abort_end.set()
@@ -144,7 +144,7 @@ def test_an_abort_that_does_not_end_is_stuck(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(nccl, "FREE_SECONDS", 0.05)
     group = make()
     Edge.made[0].let_abort_end.clear()
-    with pytest.raises(GroupStuckError, match="has not freed an aborted communicator"):
+    with pytest.raises(CommunicatorStuckError, match="has not freed an aborted communicator"):
         group.close()
     Edge.made[0].let_abort_end.set()
 
@@ -185,16 +185,16 @@ def test_one_that_waits_for_room_on_the_device_is_not_waited_for(monkeypatch: py
         queued = pool.submit(group.all_reduce, torch.ones(1))
         until("it is being queued", lambda: group._queueing.locked(), SECONDS)
         group.release()
-        with pytest.raises(GroupAborted):
+        with pytest.raises(CommunicatorAborted):
             queued.result(SECONDS)
 
 
 def test_an_error_of_torchs_is_an_abort_only_when_there_was_one() -> None:
     group = make()
     Edge.made[0].broken = dist.DistBackendError("NCCL communicator was aborted on rank 0")
-    with pytest.raises(GroupError, match="NCCL communicator was aborted on rank 0") as found:
+    with pytest.raises(CommunicatorError, match="NCCL communicator was aborted on rank 0") as found:
         group.all_reduce(torch.ones(1))
-    assert not isinstance(found.value, GroupAborted)
+    assert not isinstance(found.value, CommunicatorAborted)
     Edge.made[0].broken = torch.AcceleratorError("CUDA error: invalid argument")
     with pytest.raises(torch.AcceleratorError):
         group.all_reduce(torch.ones(1))
@@ -205,7 +205,7 @@ def test_the_proofs_time_counts_from_when_it_begins() -> None:
     Edge.let_init_end.clear()
     begun = time.monotonic()
     threading.Timer(0.2, Edge.let_init_end.set).start()
-    group = NcclGroup(HashStore(), 0, 2, CPU, begun + 60.0)
+    group = NcclCommunicator(HashStore(), 0, 2, CPU, begun + 60.0)
     assert time.monotonic() - begun >= 0.2
     assert group.all_reduce(torch.ones(1)).item() == 2
 
@@ -217,7 +217,7 @@ def test_an_initialisation_that_does_not_end_is_left_behind(
     """It has no time-out, and nothing ends it but the process."""
     monkeypatch.setattr(nccl, "LEAVE_SECONDS", 0.05)
     Edge.let_init_end.clear()
-    with pytest.raises(GroupStuckError, match="initialisation did not end"):
+    with pytest.raises(CommunicatorStuckError, match="initialisation did not end"):
         make(seconds=SECONDS if cancelled else 0.05, cancelled=lambda: cancelled)
     assert Edge.made[0].aborts == 0  # which would wait for it
     Edge.let_init_end.set()
@@ -243,7 +243,9 @@ def test_without_the_variables_that_keep_torch_from_ending_the_process_nothing_i
 ) -> None:
     monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "0")
     monkeypatch.delenv("TORCH_FR_BUFFER_SIZE")
-    with pytest.raises(GroupError, match="set TORCH_NCCL_BLOCKING_WAIT=1 TORCH_FR_BUFFER_SIZE=0 before it starts"):
+    with pytest.raises(
+        CommunicatorError, match="set TORCH_NCCL_BLOCKING_WAIT=1 TORCH_FR_BUFFER_SIZE=0 before it starts"
+    ):
         make()
     assert not Edge.made
 
@@ -268,7 +270,7 @@ def test_what_fails_its_proof_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(nccl, "PROOF_SECONDS", SECONDS if cancelled else 0.05)
     Edge.completes = completes
-    with pytest.raises(GroupError, match=message):
+    with pytest.raises(CommunicatorError, match=message):
         make(size, cancelled=lambda: cancelled)
     assert Edge.made[0].aborts == 1
 
@@ -283,7 +285,7 @@ def test_without_a_gpu_joining_fails_with_torchs_words(monkeypatch: pytest.Monke
     meeting = open_rendezvous(config, 1)
 
     def rank(number: int) -> None:
-        with pytest.raises(GroupError, match=rf"rank {number} could not join epoch 1 at tcp://.*no GPUs found"):
+        with pytest.raises(CommunicatorError, match=rf"rank {number} could not join epoch 1 at tcp://.*no GPUs found"):
             join(config, number, 1, meeting.address, timeout=SECONDS)
 
     with ThreadPoolExecutor(2) as pool:
@@ -296,7 +298,7 @@ def test_ranks_that_share_a_gpu_meet_on_the_host() -> None:
     meeting = SharedFile(2)
 
     def rank(number: int) -> tuple[list[float], list[list[float]] | None]:
-        group = HostGroup(SharedMemoryGroup(meeting.address, number, 2, timeout=SECONDS))
+        group = HostStagedCommunicator(SharedMemoryCommunicator(meeting.address, number, 2, timeout=SECONDS))
         tensor = torch.tensor([1.0, 2.0]) * (number + 1)
         parts = group.gather(tensor)
         total = group.all_reduce(tensor)
@@ -318,9 +320,9 @@ def test_gloo_and_cuda_together_give_a_group_of_the_host() -> None:
     assert meeting.address.startswith("shm://")
     with ThreadPoolExecutor(2) as pool:
         groups = list(pool.map(lambda rank: join(config, rank, 1, meeting.address, timeout=SECONDS), range(2)))
-    assert [type(group) for group in groups] == [HostGroup, HostGroup]
+    assert [type(group) for group in groups] == [HostStagedCommunicator, HostStagedCommunicator]
     groups[0].release()
-    with pytest.raises(GroupAborted):
+    with pytest.raises(CommunicatorAborted):
         groups[1].check()
     for group in groups:
         group.close()

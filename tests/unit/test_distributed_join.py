@@ -17,13 +17,13 @@ import torch
 from tests.support.wait import until
 
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.distributed.communicator import Group
-from lockstep_runtime.distributed.host_collectives import PIECE_BYTES, ExchangeGroup
-from lockstep_runtime.distributed.join import GroupAborted, GroupError, join, open_rendezvous
-from lockstep_runtime.distributed.shared_memory import SharedFile, SharedMemoryGroup
+from lockstep_runtime.distributed.communicator import Communicator
+from lockstep_runtime.distributed.host_collectives import PIECE_BYTES, HostCommunicator
+from lockstep_runtime.distributed.join import CommunicatorAborted, CommunicatorError, join, open_rendezvous
+from lockstep_runtime.distributed.shared_memory import SharedFile, SharedMemoryCommunicator
 
 KINDS = ["shared memory", "TCP"]
-Job = Callable[[Group], Any]
+Job = Callable[[Communicator], Any]
 
 
 def config(kind: str, size: int) -> ServeConfig:
@@ -61,7 +61,7 @@ def run(kind: str, size: int, job: Job) -> list[Any]:
             process.kill()
 
 
-def sums_and_gathers(group: Group) -> Any:
+def sums_and_gathers(group: Communicator) -> Any:
     results = []
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for shape in ((1,), (3, 5), (2, PIECE_BYTES // 4 + 1)):
@@ -79,11 +79,11 @@ def sums_and_gathers(group: Group) -> Any:
 @pytest.mark.parametrize(("kind", "size"), [("shared memory", 2), ("shared memory", 5), ("TCP", 3)])
 def test_every_rank_gets_the_same_bits(kind: str, size: int) -> None:
     results = run(kind, size, sums_and_gathers)
-    assert results[0][0] == ("SharedMemoryGroup" if kind == "shared memory" else "TcpGroup")
+    assert results[0][0] == ("SharedMemoryCommunicator" if kind == "shared memory" else "TcpCommunicator")
     assert all(result == results[0] for result in results)
 
 
-def blocked_then_aborted(group: Group) -> Any:
+def blocked_then_aborted(group: Communicator) -> Any:
     """The last rank never comes; every other is released by its own abort from another thread."""
     if group.rank == group.size - 1:
         time.sleep(3)
@@ -91,11 +91,11 @@ def blocked_then_aborted(group: Group) -> Any:
     threading.Timer(0.3, group.release).start()
     try:
         group.all_reduce(torch.ones(100))
-    except GroupAborted:
+    except CommunicatorAborted:
         group.release()
         try:
             group.gather(torch.ones(1))
-        except GroupAborted:
+        except CommunicatorAborted:
             return "released"
     return "not released"
 
@@ -105,9 +105,9 @@ def test_abort_releases_a_rank_that_waits(kind: str) -> None:
     assert run(kind, 3, blocked_then_aborted) == ["released", "released", "late"]
 
 
-def say_who_is_waited_for(folder: Path, group: Group) -> Any:
+def say_who_is_waited_for(folder: Path, group: Communicator) -> Any:
     """Rank 1 comes when the others have said, by a file each, that they wait for it."""
-    assert isinstance(group, ExchangeGroup)
+    assert isinstance(group, HostCommunicator)
     told: list[int | None] = []
 
     def note(rank: int | None) -> None:
@@ -133,7 +133,7 @@ def test_joining_has_a_deadline(kind: str) -> None:
     lonely = config(kind, 2)
     meeting = open_rendezvous(lonely, 1)
     started = time.monotonic()
-    with pytest.raises(GroupError):
+    with pytest.raises(CommunicatorError):
         join(lonely, 0, 1, meeting.address, timeout=1.0)
     meeting.close()
     assert time.monotonic() - started < 20
@@ -143,19 +143,19 @@ def test_nothing_is_left_in_shared_memory() -> None:
     meeting = SharedFile(2)
     assert meeting.path.exists()
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda rank: SharedMemoryGroup(meeting.address, rank, 2, timeout=30), range(2)))
+        list(pool.map(lambda rank: SharedMemoryCommunicator(meeting.address, rank, 2, timeout=30), range(2)))
     assert not meeting.path.exists()
     meeting.close()
-    with pytest.raises(GroupError, match="can't be opened"):
-        SharedMemoryGroup(meeting.address, 0, 2, timeout=5)
+    with pytest.raises(CommunicatorError, match="can't be opened"):
+        SharedMemoryCommunicator(meeting.address, 0, 2, timeout=5)
 
 
 def test_only_a_meeting_place_of_the_right_kind_is_mapped(tmp_path: Path) -> None:
-    with pytest.raises(GroupError, match="is not in"):
-        SharedMemoryGroup(f"shm://{tmp_path}/x", 0, 1, timeout=1)
+    with pytest.raises(CommunicatorError, match="is not in"):
+        SharedMemoryCommunicator(f"shm://{tmp_path}/x", 0, 1, timeout=1)
     meeting = SharedFile(2)
-    with pytest.raises(GroupError, match="not the"):
-        SharedMemoryGroup(meeting.address, 0, 3, timeout=1)
+    with pytest.raises(CommunicatorError, match="not the"):
+        SharedMemoryCommunicator(meeting.address, 0, 3, timeout=1)
     meeting.close()
 
 
@@ -165,5 +165,5 @@ def test_one_rank_alone() -> None:
     assert group.all_reduce(tensor).equal(torch.ones(3))
     assert group.gather(tensor) == [tensor]
     group.release()
-    with pytest.raises(GroupAborted):
+    with pytest.raises(CommunicatorAborted):
         group.all_reduce(tensor)

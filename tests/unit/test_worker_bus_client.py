@@ -15,15 +15,15 @@ import pytest
 from tests.support.ports import free_port
 
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.distributed.errors import GroupAborted, GroupError, GroupStuckError
-from lockstep_runtime.distributed.traced import WatchedGroup
+from lockstep_runtime.distributed.errors import CommunicatorAborted, CommunicatorError, CommunicatorStuckError
+from lockstep_runtime.distributed.traced import TracedCommunicator
 from lockstep_runtime.host.addresses import listen
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.progress_record import Progress, Stage, new_memory
 from lockstep_runtime.protocol.status import Fault
 from lockstep_runtime.protocol.step import SequenceSlice
 from lockstep_runtime.recovery.bus import Bus, FromPeer, Peer
-from lockstep_runtime.worker.bus_client import Control, Dismissed
+from lockstep_runtime.worker.bus_client import BusClient, ShutdownRequested
 from lockstep_runtime.worker.fault_classifier import classify
 from lockstep_runtime.worker.main import Worker
 from lockstep_runtime.worker.model_runner import LoadReport, StepOutput
@@ -84,13 +84,13 @@ class FakeGroup:
 
     def close(self) -> None:
         if self.stuck:
-            raise GroupStuckError("NCCL has not freed it")
+            raise CommunicatorStuckError("NCCL has not freed it")
         assert self.let_close_end.wait(SECONDS)
         self.closed = True
 
     def all_reduce(self, tensor: Any, place: str = "") -> Any:
         assert self.aborted.wait(SECONDS)
-        raise GroupAborted("aborted")
+        raise CommunicatorAborted("aborted")
 
     gather = all_reduce
 
@@ -109,7 +109,7 @@ class FakeEdge:
     """Stands in for torch: `step` is what the next steps do."""
 
     groups: list[FakeGroup] = field(default_factory=list)
-    step_work: Callable[[WatchedGroup], Any] = lambda group: 42
+    step_work: Callable[[TracedCommunicator], Any] = lambda group: 42
 
     def open_rendezvous(self, config: ServeConfig, epoch: int) -> Any:
         return FakeRendezvous()
@@ -130,8 +130,8 @@ class FakeEdge:
 
     def give_back_unused(self) -> None: ...
 
-    def is_spoiled(self, doubted: list[SequenceSlice]) -> bool:
-        return [one.tokens for one in doubted] == [[13]]
+    def is_spoiled(self, unverified: list[SequenceSlice]) -> bool:
+        return [one.tokens for one in unverified] == [[13]]
 
     def step(self, step: bus.Step, group: Any) -> StepOutput:
         return StepOutput(fingerprint=self.step_work(group), sampled=[], scored=[])
@@ -142,9 +142,9 @@ class Scene:
     script: Script
     edge: FakeEdge
     progress: Progress
-    control: Control
+    control: BusClient
     thread: threading.Thread
-    ended_by: list[GroupStuckError]
+    ended_by: list[CommunicatorStuckError]
 
     async def joined(self, epoch: int) -> Peer:
         peer = self.script.peers[-1]
@@ -163,16 +163,16 @@ async def scene() -> Any:
     server = Bus(TOKEN, script)
     await server.open(listen("127.0.0.1", config.bus_port))
     progress = Progress(new_memory("test"))
-    control = Control(config, 0, TOKEN, "incarnation")
+    control = BusClient(config, 0, TOKEN, "incarnation")
     worker = Worker(config, 0, control, progress, edge)
 
-    ended_by: list[GroupStuckError] = []
+    ended_by: list[CommunicatorStuckError] = []
 
     def live() -> None:
         worker.load(edge)  # type: ignore[arg-type] # the edge plays the runner too
         try:
             worker.run()
-        except GroupStuckError as error:
+        except CommunicatorStuckError as error:
             ended_by.append(error)
 
     control.start()
@@ -181,7 +181,7 @@ async def scene() -> Any:
     await script.meet(1)
     await script.hear(bus.Loaded)
     yield Scene(script, edge, progress, control, thread, ended_by)
-    control.inbox.put(Dismissed("the test is over"))
+    control.inbox.put(ShutdownRequested("the test is over"))
     await asyncio.to_thread(thread.join, SECONDS)
     control.stop()
     await server.close()
@@ -217,13 +217,13 @@ async def test_the_dance_and_a_step(scene: Scene) -> None:
     assert (record.epoch, record.step, record.in_step) == (1, 7, False)
 
 
-@pytest.mark.parametrize("spoiled", [False, True])
-async def test_a_cache_that_is_found_spoiled_is_laid_out_anew(scene: Scene, *, spoiled: bool) -> None:
+@pytest.mark.parametrize("corrupt", [False, True])
+async def test_a_cache_that_is_found_spoiled_is_laid_out_anew(scene: Scene, *, corrupt: bool) -> None:
     peer = await scene.joined(1)
-    doubted = SequenceSlice(sequence_id=1, position=4, tokens=[13 if spoiled else 14], blocks=[0])
-    peer.send(bus.AllocateCache(epoch=1, blocks=3, doubted=[doubted]))
+    unverified = SequenceSlice(sequence_id=1, position=4, tokens=[13 if corrupt else 14], blocks=[0])
+    peer.send(bus.AllocateCache(epoch=1, blocks=3, unverified=[unverified]))
     laid_out = await scene.script.hear(bus.CacheAllocated)
-    assert (laid_out.contents, laid_out.spoiled) == (("anew", True) if spoiled else ("fresh", False))
+    assert (laid_out.contents, laid_out.corrupt) == (("anew", True) if corrupt else ("fresh", False))
 
 
 async def test_an_abort_ends_a_blocked_collective_and_is_answered_once(scene: Scene) -> None:
@@ -297,13 +297,13 @@ async def test_a_communicator_that_is_stuck_ends_the_process(scene: Scene) -> No
             Fault.NON_FINITE,
             "the logits of 1 of 2 sequences hold NaN",
         ),
-        (GroupError("peer closed"), Fault.RANK_LOST, "the collective broke: peer closed"),
+        (CommunicatorError("peer closed"), Fault.RANK_LOST, "the collective broke: peer closed"),
     ],
 )
 async def test_a_step_that_raises_is_reported_and_the_process_goes_on(
     scene: Scene, error: Exception, fault: Fault, message: str
 ) -> None:
-    def fail(group: WatchedGroup) -> int:
+    def fail(group: TracedCommunicator) -> int:
         raise error
 
     scene.edge.step_work = fail
@@ -356,7 +356,7 @@ async def test_a_worker_that_was_replaced_ends(scene: Scene) -> None:
 
 
 async def test_a_step_that_raises_after_a_collective_has_touched_the_others(scene: Scene) -> None:
-    def fail(group: WatchedGroup) -> int:
+    def fail(group: TracedCommunicator) -> int:
         scene.edge.groups[-1].aborted.set()
         return int(group.all_reduce(None))  # type: ignore[arg-type]
 
@@ -376,7 +376,7 @@ def test_while_it_looks_for_the_engine_the_process_may_not_be_forked(monkeypatch
         raise OSError("nobody is there")
 
     monkeypatch.setattr(socket, "create_connection", look)
-    control = Control(ServeConfig(model="toy", served_name="toy", bus_port=1), 0, TOKEN, "incarnation")
+    control = BusClient(ServeConfig(model="toy", served_name="toy", bus_port=1), 0, TOKEN, "incarnation")
     control.start()
     assert looking.wait(SECONDS)
     assert control.resolving.locked()

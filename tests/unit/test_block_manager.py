@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep_runtime.engine.block_manager import BlockBook
+from lockstep_runtime.engine.block_manager import BlockManager
 
 OPERATIONS = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 12)), max_size=200)
 
@@ -13,7 +13,7 @@ OPERATIONS = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 12)), max_size
 @given(total=st.integers(0, 60), operations=OPERATIONS)
 @settings(max_examples=500, deadline=None)
 def test_no_block_is_lost_or_used_twice(total: int, operations: list[tuple[int, int]]) -> None:
-    book = BlockBook(total)
+    book = BlockManager(total)
     wanted: dict[int, int] = {}
     for owner, blocks in operations:
         if blocks == 0:
@@ -40,14 +40,14 @@ def test_no_block_is_lost_or_used_twice(total: int, operations: list[tuple[int, 
 
 
 def test_a_sequence_alone_is_contiguous_however_it_grows() -> None:
-    book = BlockBook(100)
+    book = BlockManager(100)
     for blocks in range(1, 101):
         assert book.grow(1, blocks)
     assert book.table(1) == list(range(100))
 
 
 def test_sequences_that_grow_in_turn_stay_contiguous_while_there_is_room() -> None:
-    book = BlockBook(256)
+    book = BlockManager(256)
     for blocks in range(1, 17):
         for owner in range(8):
             assert book.grow(owner, blocks)
@@ -57,13 +57,13 @@ def test_sequences_that_grow_in_turn_stay_contiguous_while_there_is_room() -> No
 
 
 def test_a_table_is_a_copy() -> None:
-    book = BlockBook(4)
+    book = BlockManager(4)
     book.grow(1, 2)
     book.table(1).append(99)
     assert book.table(1) == [0, 1]
 
 
 def test_releasing_an_unknown_owner_changes_nothing() -> None:
-    book = BlockBook(4)
+    book = BlockManager(4)
     book.release(5)
     assert (book.free, book.used) == (4, 0)

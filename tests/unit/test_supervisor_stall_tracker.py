@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lockstep_runtime.protocol.progress_record import Record, Stage
-from lockstep_runtime.supervisor.stall_tracker import Standstill, run_delay
+from lockstep_runtime.supervisor.stall_tracker import StallTracker, run_delay
 
 BURN = "while True: pass"
 SLEEP = "import time; time.sleep(1000)"
@@ -45,7 +45,7 @@ def until_delayed(pid: int, seconds: float) -> None:
 
 def test_of_a_process_that_shares_its_core_the_wait_counts_from_its_last_move() -> None:
     with running(BURN, BURN, BURN) as pids:
-        standstill = Standstill(pids[0], now=0.0)
+        standstill = StallTracker(pids[0], now=0.0)
         assert standstill.look(at_step(1), now=10.0) == (0.0, 0.0)
         until_delayed(pids[0], 0.5)
         stood, starved = standstill.look(at_step(1), now=13.0)
@@ -57,7 +57,7 @@ def test_of_a_process_that_shares_its_core_the_wait_counts_from_its_last_move() 
 def test_of_a_process_that_sleeps_hardly_any() -> None:
     with running(SLEEP, BURN, BURN) as [sleeper, burner, _]:
         until_delayed(burner, 0.3)  # all have begun
-        standstill = Standstill(sleeper, now=0.0)
+        standstill = StallTracker(sleeper, now=0.0)
         standstill.look(at_step(1), now=0.0)
         until_delayed(burner, 0.5)
         assert standstill.look(at_step(1), now=1.0)[1] < 0.1
