@@ -5,6 +5,11 @@ from __future__ import annotations
 import random
 
 
+def exponential(failures: int, first: float, most: float) -> float:
+    """Seconds to wait after so many failures in a row: doubling."""
+    return float(min(most, first * 2 ** min(failures - 1, 30)))
+
+
 def backoff(failures: int, first: float, most: float) -> float:
-    """Seconds to wait after so many failures in a row: doubling, with jitter so that not all come back at once."""
-    return float(min(most, first * 2 ** min(failures - 1, 20))) * random.uniform(0.5, 1.0)
+    """The same, with jitter so that not all come back at once."""
+    return exponential(failures, first, most) * random.uniform(0.5, 1.0)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
+import msgspec
+
 from lockstep_operator.cluster.client import Kube, KubeError
 from lockstep_operator.cluster.executor import Applied, execute
 from lockstep_operator.cluster.failures import Failures
@@ -16,13 +18,16 @@ from lockstep_operator.decisions.planner import Decision, decide
 from lockstep_operator.groups.group import groups_of
 from lockstep_operator.groups.pod_issues import needs_events
 from lockstep_operator.groups.status_poller import PollTarget as Leader
-from lockstep_operator.reporting import events, status
+from lockstep_operator.reporting import document, events
 from lockstep_operator.reporting.conditions import Obstacle
 from lockstep_operator.reporting.metrics import Metrics
+from lockstep_operator.reporting.transition import transition
 from lockstep_operator.settings import Settings
 from lockstep_operator.types import spec
+from lockstep_operator.types.model_status import ModelStatus, parse
 from lockstep_operator.types.names import API_VERSION, KIND, ModelKey, token_name
 from lockstep_operator.types.observed import GroupReport, Object, ObjectRef, Observed
+from lockstep_operator.types.reasons import ConditionType, Reason
 from lockstep_operator.types.timestamps import format_rfc3339
 
 log = logging.getLogger(__name__)
@@ -31,7 +36,7 @@ UNSETTLED_SECONDS: Final = 10.0  # a model that isn't Ready is looked at again, 
 
 
 class Groups(Protocol):
-    """How groups are asked; see `group_client`."""
+    """How groups are asked; see `status_poller`."""
 
     def watch(self, key: ModelKey, targets: Mapping[int, Leader]) -> None: ...
 
@@ -40,7 +45,7 @@ class Groups(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ReconcileOutcome:
-    """`again` is in how many seconds to look once more at the latest; None when the model is gone."""
+    """`requeue_after` is in how many seconds to reconcile again at the latest; None when the model is gone."""
 
     requeue_after: float | None
     wrote: bool = False
@@ -86,16 +91,16 @@ class Reconciler:
         try:
             return await self._pass(spec.parse(resource), resource)
         except spec.SpecError as error:
-            return await self._halt(key, resource, "InvalidSpec", str(error))
+            return await self._halt(key, resource, Reason.INVALID_SPEC, str(error))
         except KubeError as error:
             if error.transient:
                 raise
             words = f"the API server refuses what the operator must read or write: {error}"
-            return await self._halt(key, resource, "Refused", words)
+            return await self._halt(key, resource, Reason.REFUSED, words)
         except Exception as error:  # a bug: it is told where people look, and stops no other model
             log.exception("%s: reconciling failed", key)
             words = f"the operator can't work on this model ({type(error).__name__}: {str(error)[:300]}): see its log"
-            return await self._halt(key, resource, "OperatorError", words)
+            return await self._halt(key, resource, Reason.OPERATOR_ERROR, words)
 
     async def _pass(self, model: spec.Model, resource: Object) -> ReconcileOutcome:
         known = self._known.setdefault(model.key, _Known(Failures(self._now)))
@@ -118,7 +123,7 @@ class Reconciler:
     async def _observe(self, model: spec.Model, resource: Object, known: _Known) -> Observed:
         children = await read_children(self._kube, model)
         observed = Observed(
-            status=known.unwritten or resource.get("status") or {},
+            status=parse(_last_document(resource, known)),
             resource_version=resource["metadata"].get("resourceVersion", ""),
             token=token_of(children.get(("Secret", token_name(model.name)))),
             children=children,
@@ -144,55 +149,55 @@ class Reconciler:
     ) -> ReconcileOutcome:
         now, failures = self._now(), known.failures
         obstacle = obstacle_of(model, decision, failures, observed, now)
-        built = self._schema.fitting(status.build(model, observed, decision, obstacle, now))
-        memories = status.memories_of(decision, observed)
-        seen = events.ReconcileResult(observed=observed, new=built, done=applied.effective, memories=memories, now=now)
-        for occurrence in events.event_drafts(seen):
-            await self._record(events.manifest(model.key, model.uid, occurrence, now))
-        if known.unwritten is not None or status.worth_writing(observed.status, built):
+        change = transition(model, decision, observed.status, obstacle, applied.effective, now)
+        built = self._schema.fitting(document.document(change.after))
+        for draft in events.event_drafts(change):
+            await self._record(events.manifest(model.key, model.uid, draft, now))
+        if known.unwritten is not None or document.worth_writing(_last_document(resource, known), built):
             known.unwritten = None if await self._written(resource, built) else built
         failing = obstacle is not None or known.unwritten is not None
-        self._metrics.model(model.key, built)
-        self._metrics.repaired(model.key, seen.repairs)
+        self._metrics.model(model.key, change.after)
+        self._metrics.repaired(model.key, change.repairs)
         self._metrics.stepped(model.key, observed.reports)
         if applied.done:
             return ReconcileOutcome(requeue_after=0.0, wrote=True, failing=failing)
-        settled = (
-            self._settings.resync_seconds if _ready(built) else min(UNSETTLED_SECONDS, self._settings.resync_seconds)
-        )
+        ready = change.after.is_true(ConditionType.READY)
+        settled = self._settings.resync_seconds if ready else min(UNSETTLED_SECONDS, self._settings.resync_seconds)
         requeue_after = min(
             seconds for seconds in (settled, failures.due, decision.requeue_after) if seconds is not None
         )
         planned = decision.requeue_after == 0.0  # a step is written now, and taken in the next pass
         return ReconcileOutcome(requeue_after=requeue_after, wrote=planned, failing=failing)
 
-    async def _halt(self, key: ModelKey, resource: Object, reason: str, message: str) -> ReconcileOutcome:
+    async def _halt(self, key: ModelKey, resource: Object, reason: Reason, message: str) -> ReconcileOutcome:
         """What is known stays, and the conditions say why nothing is done."""
         old, now = resource.get("status") or {}, self._now()
-        built = status.halted(resource["metadata"].get("generation", 1), old, reason, message, now)
-        if status.worth_writing(old, built):
-            for occurrence in events.turns(old, built):
-                await self._record(events.manifest(key, resource["metadata"]["uid"], occurrence, now))
+        before = _readable(old)
+        built = document.halted(old, before, resource["metadata"].get("generation", 1), reason, message, now)
+        after = _readable(built)
+        if document.worth_writing(old, built):
+            for draft in events.condition_changes(before, after):
+                await self._record(events.manifest(key, resource["metadata"]["uid"], draft, now))
             await self._written(resource, self._schema.fitting(built))
-        self._metrics.model(key, built)
+        self._metrics.model(key, after)
         return ReconcileOutcome(requeue_after=self._settings.resync_seconds, failing=True)
 
-    async def _written(self, resource: Object, document: Mapping[str, Any]) -> bool:
+    async def _written(self, resource: Object, built: Mapping[str, Any]) -> bool:
         """Whether the API server has taken the status, or what recovery needs of it. Counts and budgets are made from
         what was read: what someone else wrote since is never overwritten. Raises KubeError for what may pass soon."""
         try:
-            await self._write_status(resource, document)
+            await self._write_status(resource, built)
         except KubeError as error:
             if error.transient:
                 raise
             lacking = error.unknown_fields and self._schema.lacks(error.unknown_fields)
-            less = self._schema.fitting(document) if lacking else status.essential(document)
+            less = self._schema.fitting(built) if lacking else document.essential(built)
             return await self._less_written(resource, less)
         return True
 
-    async def _less_written(self, resource: Object, document: Mapping[str, Any]) -> bool:
+    async def _less_written(self, resource: Object, less: Mapping[str, Any]) -> bool:
         try:
-            await self._write_status(resource, document)
+            await self._write_status(resource, less)
         except KubeError as error:
             if error.transient:
                 raise
@@ -200,11 +205,11 @@ class Reconciler:
             return False
         return True
 
-    async def _write_status(self, resource: Object, document: Mapping[str, Any]) -> None:
+    async def _write_status(self, resource: Object, built: Mapping[str, Any]) -> None:
         identity = ("name", "namespace", "uid", "resourceVersion")
         metadata = {name: resource["metadata"][name] for name in identity}
         await self._kube.apply_status(
-            KIND, {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "status": document}
+            KIND, {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "status": built}
         )
         self._metrics.writes.labels(KIND, "Status").inc()
 
@@ -223,30 +228,39 @@ def obstacle_of(
 ) -> Obstacle | None:
     """What keeps the operator itself from doing what the spec asks; None if nothing does."""
     if model.flaw:
-        return Obstacle("InvalidSpec", model.flaw, stalled=True)
+        return Obstacle(Reason.INVALID_SPEC, model.flaw, stalled=True)
     if decision.bugs:
-        return Obstacle("OperatorError", "; ".join(bug.sentence for bug in decision.bugs[:3]), stalled=True)
+        return Obstacle(Reason.OPERATOR_ERROR, "; ".join(bug.sentence for bug in decision.bugs[:3]), stalled=True)
     if failures.refused:
-        return Obstacle("Refused", failures.refused, stalled=True)
+        return Obstacle(Reason.REFUSED, failures.refused, stalled=True)
     retrying = failures.retrying(observed.status)
     if retrying is None:
         return None
     if now - retrying.since < model.progress_deadline:
-        return Obstacle("Retrying", retrying.sentence, stalled=False)
+        return Obstacle(Reason.RETRYING, retrying.sentence, stalled=False)
     words = f"{retrying.sentence}; nothing has moved since {format_rfc3339(retrying.since)}"
-    return Obstacle("ProgressDeadlineExceeded", words, stalled=True)
+    return Obstacle(Reason.PROGRESS_DEADLINE_EXCEEDED, words, stalled=True)
 
 
 def targets(decision: Decision, observed: Observed) -> dict[int, Leader]:
     """Whom to ask: the first pod of every group that has an address."""
-    if observed.token is None or decision.token_taken:
+    if observed.token is None or decision.conflicts.token:
         return {}
     return {
-        group.index: Leader(leader.uid, leader.ip, observed.token)
-        for group in decision.groups
-        if (leader := group.leader) and leader.ip and leader.deleting is None
+        facts.group.index: Leader(leader.uid, leader.ip, observed.token)
+        for facts in decision.groups
+        if (leader := facts.group.leader) and leader.ip and leader.deleting is None
     }
 
 
-def _ready(built: Mapping[str, Any]) -> bool:
-    return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in built["conditions"])
+def _last_document(resource: Object, known: _Known) -> Mapping[str, Any]:
+    """The status as last written, or as it would be if the API server took it."""
+    return known.unwritten or resource.get("status") or {}
+
+
+def _readable(status: Mapping[str, Any]) -> ModelStatus:
+    """An empty one, where an older or newer version has written what this one can't read."""
+    try:
+        return parse(status)
+    except (ValueError, msgspec.ValidationError):
+        return ModelStatus()

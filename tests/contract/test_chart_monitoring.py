@@ -17,6 +17,7 @@ from lockstep_operator.decisions.pod_template import pod_template
 from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.reporting.recovery_log import Repair
 from lockstep_operator.settings import Settings
+from lockstep_operator.types.model_status import Condition, ModelStatus
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport
 from lockstep_operator.types.spec import parse
@@ -56,7 +57,8 @@ def monitor(kind: str) -> dict[str, Any]:
 def series() -> dict[str, set[str]]:
     """Every series that Prometheus has of operator and engine, with the labels that it can be asked for."""
     operator = Metrics(lambda: 5.0)
-    operator.model(KEY, {"conditions": [{"type": "Ready", "status": "True"}]})
+    ready = Condition(type="Ready", status="True", reason="Ready", message="", last_transition_time=5.0)
+    operator.model(KEY, ModelStatus(conditions=(ready,)))
     operator.reconciles.labels("wrote").inc()
     operator.reconciled(KEY, failed=True)
     operator.namespace("team", served=False)

@@ -14,7 +14,8 @@ import yaml
 from tests.support.kube_world import World, well
 
 from lockstep_operator.cluster.served_schema import WRITTEN
-from lockstep_operator.groups import process_failures, waiting
+from lockstep_operator.types.documents import write
+from lockstep_operator.types.model_status import ProcessFailure, Waiting
 from lockstep_operator.types.names import GROUP, KIND, PLURAL, VERSION
 from lockstep_operator.types.observed import GroupReport
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung, to_status
@@ -95,14 +96,12 @@ async def test_the_schema_keeps_every_field_of_the_status_that_the_operator_writ
         noticed=world.time,
     )  # fmt: skip
     everything = RecoveryState(
-        plan=plan, attempts_used={Rung.MOVE_AWAY: 1}, failures=1, next_try=world.time, healthy_since=world.time,
+        action=plan, attempts_used={Rung.MOVE_AWAY: 1}, failures=1, next_try=world.time, healthy_since=world.time,
         node_fault_counts={"n1": 1}, avoided={"n1": world.time},
     )  # fmt: skip
     status: dict[str, Any] = dict(world.status(key))
-    waits = waiting.to_status(waiting.Waiting("Unschedulable", world.time, "new"))
-    complains = process_failures.to_status(
-        process_failures.ProcessFailure("OutOfMemory", "pod chat-0-1 was killed", world.time)
-    )
+    waits = write(Waiting("Unschedulable", world.time, "new"))
+    complains = write(ProcessFailure("OutOfMemory", "pod chat-0-1 was killed", world.time))
     more = {"recovery": to_status(everything), "waiting": waits, "podProblem": complains}
     status["groups"] = [status["groups"][0] | more]
     assert status["lastFault"]["rung"] == "Rebuild"

@@ -24,6 +24,7 @@ from lockstep_operator.cluster.served_schema import ServedSchema
 from lockstep_operator.groups.status_poller import MAX_STATUS_BYTES, PollTarget, StatusPoller, significant_part
 from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.server import application
+from lockstep_operator.types.model_status import Condition, ModelStatus
 from lockstep_operator.types.names import ModelKey
 from lockstep_runtime.protocol.status import GroupState, GroupStatus, Latency
 
@@ -387,7 +388,8 @@ async def test_its_own_port() -> None:
             assert (answer.status, await answer.text()) == (503, "models aren't watched yet\n")
             unready = ""
             assert (await session.get("/readyz")).status == 200
-            metrics.model(KEY, {"conditions": [{"type": "Ready", "status": "True"}], "replicas": 2, "readyReplicas": 1})
+            ready = Condition(type="Ready", status="True", reason="Ready", message="", last_transition_time=1.0)
+            metrics.model(KEY, ModelStatus(conditions=(ready,), replicas=2, ready_replicas=1))
             page = await (await session.get("/metrics")).text()
             assert 'lockstep_operator_models{state="Ready"} 1.0' in page
             assert "lockstep_operator_groups_ready 1.0" in page

@@ -17,11 +17,13 @@ import pytest
 from tests.support.kube_world import well
 from tests.support.operator_models import NOW, group, pod
 
-from lockstep_operator.decisions.recovery_policy import PROVED_SECONDS, RecoveryDecision, RecoveryInput, decide
+from lockstep_operator.decisions.recovery_budget import PROVED_SECONDS
+from lockstep_operator.decisions.recovery_policy import RecoveryDecision, RecoveryInput, decide
 from lockstep_operator.groups.group import Group
 from lockstep_operator.groups.pod_issues import PodIssue
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Pod
+from lockstep_operator.types.reasons import Reason
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung, from_status, to_status
 from lockstep_operator.types.spec import Recovery
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState
@@ -112,20 +114,20 @@ class Life:
         """One pass. `seen` is a status read before others wrote; `lost` ends the operator before its writes."""
         status, version = seen or (self.status, self.version)
         pending = any(one.phase == "Pending" for one in self.pods)
-        trouble = PodIssue("Unschedulable", "no node") if pending else None
+        trouble = PodIssue(Reason.UNSCHEDULABLE, "no node") if pending else None
         situation = RecoveryInput(
             seed="uid/0",
             group=self.group,
-            memory=from_status(json.loads(status)),
+            state=from_status(json.loads(status)),
             report=self.report(),
-            trouble=trouble,
+            issue=trouble,
         )
         verdict = decide(self.policy, situation, self.now)
         if lost:
             return verdict
         self._delete(verdict)
         if version == self.version:
-            self._write(verdict.memory)
+            self._write(verdict.state)
         return verdict
 
     def _delete(self, verdict: RecoveryDecision) -> None:
@@ -140,9 +142,9 @@ class Life:
             return
         self.status, self.version = document, self.version + 1
         assert all(count <= self.policy.attempts for count in memory.attempts_used.values()), "a budget is overdrawn"
-        if memory.plan and memory.plan.pods and (not self.plans or memory.plan != self.plans[-1][0]):
-            self._check_pace(memory, memory.plan)
-            self.plans.append((memory.plan, memory))
+        if memory.action and memory.action.pods and (not self.plans or memory.action != self.plans[-1][0]):
+            self._check_pace(memory, memory.action)
+            self.plans.append((memory.action, memory))
 
     def _check_pace(self, memory: RecoveryState, plan: RecoveryAction) -> None:
         if self.plans and memory.failures > 1 and "used again" not in plan.reason:

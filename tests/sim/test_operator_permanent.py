@@ -17,16 +17,15 @@ from typing import Any, Final
 import msgspec
 import pytest
 from tests.support.kube_world import well
-from tests.support.operator_models import NOW, group, model, pod
+from tests.support.operator_models import NOW, group, model, pass_of, pod
 
 from lockstep_operator.decisions.fault_detection import COMING_BACK_SECONDS, HUNG_SECONDS, RECOVERING_SECONDS
-from lockstep_operator.decisions.planner import Decision
 from lockstep_operator.decisions.recovery_policy import RecoveryDecision, RecoveryInput, decide
-from lockstep_operator.decisions.rollout import plan
 from lockstep_operator.groups.group import Group
 from lockstep_operator.groups.pod_issues import find_issue
 from lockstep_operator.groups.waiting import recovering_since
-from lockstep_operator.reporting.status import build
+from lockstep_operator.reporting.document import document
+from lockstep_operator.types.model_status import parse
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Observed, Pod
 from lockstep_operator.types.recovery_state import from_status
@@ -195,20 +194,20 @@ class Life:
 
     def look(self) -> RecoveryDecision:
         """A pass: what is decided is written, and what was written is done."""
-        found, old = self.group, self.seen
+        found, before = self.group, parse(self.seen)
         report = self.report(found)
         warnings = {"uid-0": "FailedCreate: exceeded quota"} if len(found.pods) < 2 else {}
         situation = RecoveryInput(
-            seed="s", group=found, memory=from_status(self._block().get("recovery")), report=report,
-            trouble=find_issue(found, warnings, self.now), recovering_since=recovering_since(self._block()),
+            seed="s", group=found, state=before.group(0).recovery, report=report,
+            issue=find_issue(found, warnings, self.now), recovering_since=recovering_since(before.group(0).waiting),
         )  # fmt: skip
         verdict = decide(POLICY, situation, self.now)
         observed = Observed(
-            status=old, resource_version="1", token="t", children={}, pods=found.pods, warnings=warnings,
+            status=before, resource_version="1", token="t", children={}, pods=found.pods, warnings=warnings,
             reports={0: report} if report else {},
         )  # fmt: skip
-        decision = Decision(revision="new", groups=(found,), turns=plan((found,), "new", 1), verdicts={0: verdict})
-        self.status = msgspec.json.encode(build(MODEL, observed, decision, None, self.now))
+        after = pass_of(MODEL, observed, found, now=self.now, recoveries={0: verdict}).after
+        self.status = msgspec.json.encode(document(after))
         self.seen = msgspec.json.decode(self.status)
         self.largest = max(self.largest, len(self.status))
         if verdict.targets:

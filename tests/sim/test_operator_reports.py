@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -9,7 +10,7 @@ import pytest
 from tests.support.kube_world import World, well
 
 from lockstep_operator.cluster.client import KubeError
-from lockstep_operator.decisions import planner, recovery_policy
+from lockstep_operator.decisions import manifests, recovery_policy
 from lockstep_operator.types.names import KIND, ModelKey
 from lockstep_operator.types.observed import GroupReport, Object
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState
@@ -183,23 +184,21 @@ async def test_with_a_status_that_is_refused_in_every_form_recovery_still_goes_o
     assert world.condition(key, "Ready")["status"] == "True"
 
 
-@pytest.mark.parametrize("where", ["_group", "decide", "_shared"])
-async def test_a_bug_is_told_and_holds_up_no_other_decision(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "where"), [(manifests, "of_group"), (recovery_policy, "decide"), (manifests, "shared")]
+)
+async def test_a_bug_is_told_and_holds_up_no_other_decision(
+    module: ModuleType, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world, key = await serving()
-    module = recovery_policy if where == "decide" else planner
     real = getattr(module, where)
 
     def broken(*arguments: object) -> object:
-        if where == "_shared" or "chat-1" in str(arguments) or "/1" in str(getattr(arguments[1], "seed", "")):
+        if where == "shared" or arguments[1] == 1 or "/1" in str(getattr(arguments[1], "seed", "")):
             raise ZeroDivisionError("division by zero")
         return real(*arguments)
 
-    def broken_group(*arguments: object) -> object:
-        if getattr(arguments[2], "index", 0) == 1:
-            raise ZeroDivisionError("division by zero")
-        return real(*arguments)
-
-    monkeypatch.setattr(module, where, broken_group if where == "_group" else broken)
+    monkeypatch.setattr(module, where, broken)
     await recycled(world, key, 0, 30.0)
     stalled = world.condition(key, "Stalled")
     assert (stalled["status"], stalled["reason"]) == ("True", "OperatorError")
@@ -215,7 +214,7 @@ async def test_a_bug_outside_of_decisions_is_in_the_status_too(monkeypatch: pyte
     def broken(*arguments: object, **named: object) -> None:
         raise AttributeError("'str' object has no attribute 'get'")
 
-    monkeypatch.setattr("lockstep_operator.reporting.status.build", broken)
+    monkeypatch.setattr("lockstep_operator.reporting.document.document", broken)
     await live(world, key, 15.0)
     stalled = world.condition(key, "Stalled")
     assert (stalled["status"], stalled["reason"]) == ("True", "OperatorError")

@@ -16,7 +16,7 @@ from tests.support.kube_fake import FakeKube, Identity, Killed, clone, is_ready,
 from tests.support.kube_world import Groups, World, well
 
 from lockstep_operator.cluster.client import KubeError
-from lockstep_operator.decisions.recovery_policy import PROVED_SECONDS
+from lockstep_operator.decisions.recovery_budget import PROVED_SECONDS
 from lockstep_operator.types.names import GROUP_LABEL, MODEL_LABEL, POD_INDEX_LABEL, REVISION_LABEL, ModelKey
 from lockstep_operator.types.observed import GroupReport, Object
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, from_status
@@ -151,8 +151,8 @@ class FaultWorld(World):
         for block in self.status(key).get("groups") or []:
             memory = from_status(block.get("recovery"))
             known = self._plans.setdefault(block["group"], [])
-            if memory.plan and not any(same(memory.plan, plan) for plan, _ in known):
-                self._new_plan(known, memory, memory.plan)
+            if memory.action and not any(same(memory.action, plan) for plan, _ in known):
+                self._new_plan(known, memory, memory.action)
             assert all(count <= policy.attempts for count in memory.attempts_used.values()), "a budget is overdrawn"
         self._only_planned_pods_go()
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from lockstep_operator.decisions.planner import Decision
+from lockstep_operator.decisions.rollout import plan
+from lockstep_operator.groups.facts import facts_of
 from lockstep_operator.groups.group import Group
+from lockstep_operator.reporting.conditions import Obstacle
+from lockstep_operator.reporting.transition import Transition, transition
 from lockstep_operator.settings import Settings
 from lockstep_operator.types.names import ModelKey
-from lockstep_operator.types.observed import Pod
+from lockstep_operator.types.observed import Observed, Pod
 from lockstep_operator.types.spec import HostPath, Model
 
 NOW = 1_800_000_000.0
@@ -49,3 +54,12 @@ def group(
     of_pods = revision if pods is None else pods
     made = tuple(pod(index, number, of_pods, ready=ready) for number in range(size)) if of_pods else ()
     return Group(index=index, workload=workload, pods=made)
+
+
+def pass_of(
+    made: Model, observed: Observed, *groups: Group, obstacle: Obstacle | None = None, now: float = NOW, **fields: Any
+) -> Transition:
+    """What one pass makes of the status; `fields` are of its decision."""
+    facts = tuple(facts_of(one, observed, made, now) for one in groups)
+    defaults: dict[str, Any] = {"revision": "new", "groups": facts, "rollout": plan(groups, "new", 1)}
+    return transition(made, Decision(**(defaults | fields)), observed.status, obstacle, (), now)

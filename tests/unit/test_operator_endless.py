@@ -15,6 +15,7 @@ from lockstep_operator.decisions.recovery_policy import PATIENCE_SECONDS, Recove
 from lockstep_operator.groups.pod_issues import PodIssue, find_issue
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport
+from lockstep_operator.types.reasons import Reason
 from lockstep_operator.types.recovery_state import RecoveryState, Rung
 from lockstep_operator.types.spec import Recovery
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, RankState
@@ -33,15 +34,15 @@ def recovering(since: float, rank: RankState = RankState.ABSENT, **fields: Any) 
 def decided(
     report: GroupReport,
     now: float = NOW,
-    memory: RecoveryState = RecoveryState(),  # noqa: B008 - frozen
+    state: RecoveryState = RecoveryState(),  # noqa: B008 - frozen
     **fields: Any,
 ) -> RecoveryDecision:
     found = fields.pop("of", None) or group(ready=False)
-    return decide(Recovery(), RecoveryInput(seed="s", group=found, memory=memory, report=report, **fields), now)
+    return decide(Recovery(), RecoveryInput(seed="s", group=found, state=state, report=report, **fields), now)
 
 
 def rung(verdict: RecoveryDecision) -> tuple[Rung, tuple[str, ...]] | None:
-    plan = verdict.memory.plan
+    plan = verdict.state.action
     return (plan.rung, plan.pods) if plan else None
 
 
@@ -69,7 +70,7 @@ def test_without_anybody_to_suspect_all_pods_go() -> None:
 
 
 def test_the_new_pod_is_given_its_time_though_the_group_calls_itself_poisoned_meanwhile() -> None:
-    planned = decided(recovering(NOW - 130)).memory
+    planned = decided(recovering(NOW - 130)).state
     anew = replace(group(ready=False), pods=(pod(ready=False), pod(0, 1, uid="anew", ready=False, created=NOW + 10)))
     still = recovering(NOW - 130)
     poisoned = recovering(NOW + 20, state=GroupState.POISONED)
@@ -89,7 +90,7 @@ def crashing(index: int = 1, **fields: Any) -> dict[str, Any]:
     well_enough = pod(ready=False).raw
     pods = tuple(pod(0, number, ready=False, raw=raw if number == index else well_enough) for number in range(2))
     found = replace(group(ready=False), pods=pods)
-    return {"of": found, "trouble": find_issue(found, {}, NOW), **fields}
+    return {"of": found, "issue": find_issue(found, {}, NOW), **fields}
 
 
 def test_a_pod_that_keeps_ending_is_replaced_first_and_waited_for_only_then() -> None:
@@ -100,7 +101,7 @@ def test_a_pod_that_keeps_ending_is_replaced_first_and_waited_for_only_then() ->
     silent = GroupReport(unreachable_since=NOW - 5, error="refused")
     assert rung(decided(silent, **crashing(0))) == (Rung.RECYCLE_POD, ("uid-0-0",))
     attempts_used = RecoveryState(attempts_used=dict.fromkeys(Rung, 3), failures=9, next_try=NOW + 600)
-    assert decided(report, memory=attempts_used, **crashing()).memory.stalled, (
+    assert decided(report, state=attempts_used, **crashing()).state.stalled, (
         "and then it is said that it needs a person"
     )
 
@@ -112,7 +113,7 @@ def test_a_pod_that_keeps_ending_is_left_while_something_else_must_come_first() 
     both = replace(found, pods=(first, found.pods[1]))
     both_ways = [find_issue(both, {}, NOW), find_issue(replace(both, pods=both.pods[::-1]), {}, NOW)]
     assert [one.reason if one else None for one in both_ways] == ["Unschedulable", "Unschedulable"]
-    assert rung(decided(recovering(NOW - 30), of=both, trouble=both_ways[0])) is None
+    assert rung(decided(recovering(NOW - 30), of=both, issue=both_ways[0])) is None
 
 
 def test_scheduling_gates_are_named() -> None:
@@ -120,6 +121,6 @@ def test_scheduling_gates_are_named() -> None:
     raw = {"metadata": {}, "spec": {"schedulingGates": [{"name": "queue.dev/wait"}]}, "status": gated}
     found = replace(group(ready=False), pods=(pod(ready=False, phase="Pending", raw=raw),))
     assert find_issue(found, {}, NOW) == PodIssue(
-        "SchedulingGated",
+        Reason.SCHEDULING_GATED,
         "pod chat-0-0 is held back by its scheduling gates (queue.dev/wait): whoever set them lets it go",
     )

@@ -9,10 +9,12 @@ from tests.support.operator_models import NOW, SETTINGS, model, pod
 
 from lockstep_operator.cluster.observe import token_of
 from lockstep_operator.decisions import manifests
-from lockstep_operator.decisions.planner import Apply, CreateToken, Decision, Delete, decide
+from lockstep_operator.decisions.actions import Apply, CreateToken, Delete
+from lockstep_operator.decisions.planner import Decision, decide
+from lockstep_operator.types.model_status import GroupSummary, ModelStatus
 from lockstep_operator.types.names import API_VERSION, KIND
 from lockstep_operator.types.observed import Observed, Pod
-from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung, to_status
+from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung
 from lockstep_operator.types.spec import Model, Network, Recovery
 
 Child = dict[str, Any]
@@ -41,7 +43,13 @@ def pods(made: Model, revision: str, groups: int | None = None) -> tuple[Pod, ..
 
 
 def decided(made: Model, children: dict[tuple[str, str], Child], of: tuple[Pod, ...] = (), **fields: Any) -> Decision:
-    found: dict[str, Any] = {"status": {}, "resource_version": "1", "token": TOKEN, "children": children, "pods": of}
+    found: dict[str, Any] = {
+        "status": ModelStatus(),
+        "resource_version": "1",
+        "token": TOKEN,
+        "children": children,
+        "pods": of,
+    }
     return decide(made, Observed(**(found | fields)), NOW, SETTINGS)
 
 
@@ -53,6 +61,7 @@ def test_nothing_is_done_when_everything_is_as_the_spec_asks() -> None:
     made = model(replicas=2)
     decision = decided(made, everything(made), pods(made, REVISION))
     assert decision.actions == ()
+    assert (decision.revision, decision.bugs) == (REVISION, ())
 
 
 def test_a_new_model_gets_its_token_first_and_no_pods_before_it() -> None:
@@ -155,7 +164,7 @@ def test_somebody_elses_network_policy_is_left_alone() -> None:
     children = everything(model())
     children["NetworkPolicy", "chat-0"]["metadata"]["ownerReferences"] = []
     decision = decided(made, children, pods(made, REVISION))
-    assert (decision.actions, decision.conflict) == ((), "")
+    assert (decision.actions, decision.conflicts.sentence) == ((), "")
 
 
 OLDER = {"apiVersion": API_VERSION, "kind": KIND, "name": "chat", "uid": "uid-older", "controller": True}
@@ -180,7 +189,7 @@ def test_what_belongs_to_others_is_never_touched(owners: list[Child], words: str
     service = children["Service", "chat"]
     children["Service", "chat"] = service | {"metadata": service["metadata"] | {"ownerReferences": owners}}
     decision = decided(made, children, pods(made, "old"))
-    assert (decision.actions, decision.conflict, decision.conflict_ends) == ((), words, ends)
+    assert (decision.actions, decision.conflicts.sentence, decision.conflicts.ends) == ((), words, ends)
 
 
 def test_a_child_on_its_way_out_is_waited_for() -> None:
@@ -196,7 +205,8 @@ def test_a_child_on_its_way_out_is_waited_for() -> None:
 def test_pods_of_an_earlier_statefulset_do_not_count() -> None:
     made = model()
     strays = tuple(pod(0, index, REVISION, owner_uid="uid-gone") for index in range(2))
-    (found,) = decided(made, everything(made), strays).groups
+    (facts,) = decided(made, everything(made), strays).groups
+    found = facts.group
     assert (found.pods, found.strays, found.ready) == ((), 2, False)
 
 
@@ -214,13 +224,13 @@ def test_the_token_is_read_from_its_secret(secret: Child | None, token: str | No
     assert token_of(secret) == token
 
 
-def recovering(rung: Rung = Rung.RECYCLE_POD, **fields: Any) -> dict[str, Any]:
+def recovering(rung: Rung = Rung.RECYCLE_POD, **fields: Any) -> ModelStatus:
     """A status with a written step against the pod of rank 1."""
     plan = RecoveryAction(
         rung=rung, trigger="inc/1", fault="Hang", rank=1, reason="because of Hang", pods=("uid-0-1",), since=NOW,
         noticed=NOW,
     )  # fmt: skip
-    return {"groups": [{"group": 0, "recovery": to_status(RecoveryState(plan=plan, **fields))}]}
+    return ModelStatus(groups=(GroupSummary(group=0, recovery=RecoveryState(action=plan, **fields)),))
 
 
 UNREADY = tuple(pod(0, index, REVISION, ready=index > 0) for index in range(2))

@@ -13,9 +13,9 @@ from tests.support.kube_world import well
 from tests.support.operator_models import NOW, group, pod
 
 from lockstep_operator.decisions.fault_detection import HUNG_SECONDS, detect_fault
+from lockstep_operator.decisions.recovery_budget import PROVED_SECONDS
 from lockstep_operator.decisions.recovery_policy import (
     PATIENCE_SECONDS,
-    PROVED_SECONDS,
     RecoveryDecision,
     RecoveryInput,
     decide,
@@ -24,6 +24,7 @@ from lockstep_operator.groups.group import Group
 from lockstep_operator.groups.pod_issues import PodIssue
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Pod
+from lockstep_operator.types.reasons import Reason
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung, from_status, to_status
 from lockstep_operator.types.spec import Recovery
 from lockstep_operator.types.timestamps import format_rfc3339
@@ -64,20 +65,20 @@ def decided(
 ) -> RecoveryDecision:
     found = of or on_nodes("n1", "n2")
     said = poisoned() if report is None else report
-    return decide(policy, RecoveryInput(seed="uid/0", group=found, memory=memory, report=said, **fields), now)
+    return decide(policy, RecoveryInput(seed="uid/0", group=found, state=memory, report=said, **fields), now)
 
 
 def rungs(verdict: RecoveryDecision) -> Rung | None:
-    return verdict.memory.plan.rung if verdict.memory.plan else None
+    return verdict.state.action.rung if verdict.state.action else None
 
 
 def test_a_group_that_serves_needs_nothing() -> None:
-    assert decided(of=group(), report=serving()) == RecoveryDecision(memory=RecoveryState())
+    assert decided(of=group(), report=serving()) == RecoveryDecision(state=RecoveryState())
 
 
 def test_the_suspects_pod_is_replaced_first() -> None:
     verdict = decided()
-    plan = verdict.memory.plan
+    plan = verdict.state.action
     assert plan is not None
     assert (plan.rung, plan.pods, plan.fault, plan.rank) == (Rung.RECYCLE_POD, ("uid-0-1",), "Hang", 1)
     assert verdict.reason == (
@@ -85,20 +86,20 @@ def test_the_suspects_pod_is_replaced_first() -> None:
     )
     assert verdict.targets == (), "what isn't written yet isn't done"
     assert verdict.requeue_after == 0.0
-    assert verdict.memory.attempts_used == {Rung.RECYCLE_POD: 1}
+    assert verdict.state.attempts_used == {Rung.RECYCLE_POD: 1}
 
 
 def test_what_was_written_is_done_and_done_once() -> None:
-    planned = decided().memory
+    planned = decided().state
     verdict = decided(planned)
     assert [target.uid for target in verdict.targets] == ["uid-0-1"]
-    assert verdict.memory == planned
+    assert verdict.state == planned
     ending = replace(on_nodes("n1", "n2"), pods=(placed(0, "n1"), placed(1, "n2", deleting=NOW + 5)))
-    assert decided(planned, of=ending) == RecoveryDecision(memory=planned, reason=verdict.reason)
+    assert decided(planned, of=ending) == RecoveryDecision(state=planned, reason=verdict.reason)
 
 
 def test_a_pod_of_the_same_name_made_since_is_not_the_one_that_was_meant() -> None:
-    planned = decided().memory
+    planned = decided().state
     assert (
         decided(planned, of=replace(on_nodes("n1", "n2"), pods=(placed(0, "n1"), placed(1, "n2", uid="later")))).targets
         == ()
@@ -116,8 +117,8 @@ def test_without_a_suspect_or_with_a_single_pod_the_whole_group_is_replaced(foun
     verdict = decided(of=found, report=report)
     assert rungs(verdict) is Rung.RECYCLE_GROUP
     assert verdict.reason.endswith("(rank 1 stopped): all its pods are replaced")
-    assert verdict.memory.plan
-    assert verdict.memory.plan.pods == tuple(pod.uid for pod in found.pods)
+    assert verdict.state.action
+    assert verdict.state.action.pods == tuple(pod.uid for pod in found.pods)
 
 
 def test_the_plain_strategy_replaces_all_pods() -> None:
@@ -125,7 +126,7 @@ def test_the_plain_strategy_replaces_all_pods() -> None:
 
 
 def test_the_same_fault_is_given_time_while_ranks_load_and_then_patience() -> None:
-    planned = decided().memory
+    planned = decided().state
     anew = replace(on_nodes("n1", "n2"), pods=(placed(0, "n1"), placed(1, "n2", uid="later", created=NOW + 8)))
     loading = poisoned()
     assert loading.status
@@ -138,11 +139,11 @@ def test_the_same_fault_is_given_time_while_ranks_load_and_then_patience() -> No
 
 
 def test_a_new_fault_after_a_repair_means_that_it_failed_and_the_next_rung_waits_its_turn() -> None:
-    planned = decided().memory
+    planned = decided().state
     anew = on_nodes("n1", "n2", created=NOW + 1)
     anew = replace(anew, pods=(anew.pods[0], replace(anew.pods[1], uid="later")))
     early = decided(planned, of=anew, report=poisoned(2), now=NOW + 3)
-    assert early.memory == planned
+    assert early.state == planned
     assert planned.next_try is not None
     assert NOW + 8 <= planned.next_try <= NOW + 10
     assert early.reason == (
@@ -151,12 +152,12 @@ def test_a_new_fault_after_a_repair_means_that_it_failed_and_the_next_rung_waits
     assert early.requeue_after == planned.next_try - (NOW + 3)
     later = decided(planned, of=anew, report=poisoned(2), now=NOW + 11)
     assert rungs(later) is Rung.RECYCLE_GROUP
-    assert later.memory.attempts_used == {Rung.RECYCLE_POD: 1, Rung.RECYCLE_GROUP: 1}
-    assert later.memory.failures == 2
+    assert later.state.attempts_used == {Rung.RECYCLE_POD: 1, Rung.RECYCLE_GROUP: 1}
+    assert later.state.failures == 2
 
 
 def test_the_same_fault_after_another_try_is_a_new_one() -> None:
-    planned = decided(report=poisoned(since=NOW - 5)).memory
+    planned = decided(report=poisoned(since=NOW - 5)).state
     anew = replace(on_nodes("n1", "n2"), pods=(placed(0, "n1"), placed(1, "n2", uid="later", created=NOW + 1)))
     assert rungs(decided(planned, of=anew, report=poisoned(since=NOW - 5), now=NOW + 20)) is Rung.RECYCLE_POD
     assert rungs(decided(planned, of=anew, report=poisoned(since=NOW + 15), now=NOW + 20)) is Rung.RECYCLE_GROUP
@@ -172,71 +173,71 @@ def plan(rung: Rung, **fields: Any) -> RecoveryAction:
 
 def test_a_node_that_keeps_failing_is_left() -> None:
     memory = RecoveryState(
-        plan=plan(Rung.RECYCLE_GROUP), attempts_used={Rung.RECYCLE_GROUP: 1}, node_fault_counts={"n2": 1}, failures=1
+        action=plan(Rung.RECYCLE_GROUP), attempts_used={Rung.RECYCLE_GROUP: 1}, node_fault_counts={"n2": 1}, failures=1
     )
     verdict = decided(memory, report=poisoned(2))
     assert rungs(verdict) is Rung.MOVE_AWAY
-    assert verdict.memory.avoided == {"n2": NOW + 3600}
+    assert verdict.state.avoided == {"n2": NOW + 3600}
     assert verdict.reason.endswith(
         f"all its pods are replaced and kept away from node n2, which keeps failing, until {format_rfc3339(NOW + 3600)}"
     )
-    expired = decided(verdict.memory, of=group(), report=serving(), now=NOW + 3600)
-    assert expired.memory.avoided == {}
+    expired = decided(verdict.state, of=group(), report=serving(), now=NOW + 3600)
+    assert expired.state.avoided == {}
 
 
 def test_where_there_is_no_other_node_the_old_one_is_used_again() -> None:
     memory = RecoveryState(
-        plan=plan(Rung.MOVE_AWAY, pods=("old",)), attempts_used={Rung.MOVE_AWAY: 1}, avoided={"n1": NOW + 3600}
+        action=plan(Rung.MOVE_AWAY, pods=("old",)), attempts_used={Rung.MOVE_AWAY: 1}, avoided={"n1": NOW + 3600}
     )
     pending = on_nodes("", "", phase="Pending", created=NOW - 31)
-    trouble = PodIssue("Unschedulable", "pod chat-0-0 finds no node")
-    verdict = decided(memory, of=pending, report=GroupReport(), trouble=trouble)
+    trouble = PodIssue(Reason.UNSCHEDULABLE, "pod chat-0-0 finds no node")
+    verdict = decided(memory, of=pending, report=GroupReport(), issue=trouble)
     assert verdict.reason == "no other node can take the pods, so n1 is used again"
-    assert verdict.memory.avoided == {}
-    assert verdict.memory.attempts_used == {Rung.MOVE_AWAY: 3}, "the rung is of no use here"
-    assert verdict.memory.plan
-    assert verdict.memory.plan.pods == ("uid-0-0", "uid-0-1"), "which ask for another node still"
+    assert verdict.state.avoided == {}
+    assert verdict.state.attempts_used == {Rung.MOVE_AWAY: 3}, "the rung is of no use here"
+    assert verdict.state.action
+    assert verdict.state.action.pods == ("uid-0-0", "uid-0-1"), "which ask for another node still"
     young = on_nodes("", "", phase="Pending", created=NOW - 5)
-    assert decided(memory, of=young, report=GroupReport(), trouble=trouble).memory.avoided == memory.avoided
+    assert decided(memory, of=young, report=GroupReport(), issue=trouble).state.avoided == memory.avoided
 
 
 def test_when_the_budget_is_spent_it_says_so_and_tries_again_slowly() -> None:
     attempts_used = {Rung.RECYCLE_POD: 3, Rung.RECYCLE_GROUP: 3}
-    memory = RecoveryState(plan=plan(Rung.RECYCLE_GROUP), attempts_used=attempts_used, failures=6, next_try=NOW + 300)
+    memory = RecoveryState(action=plan(Rung.RECYCLE_GROUP), attempts_used=attempts_used, failures=6, next_try=NOW + 300)
     stalled = decided(memory, report=poisoned(2))
-    assert stalled.memory.stalled
+    assert stalled.state.stalled
     assert stalled.reason == (
         "nothing has helped against Hang (rank 1 stopped) and the budget of 3 attempts for each rung is spent: "
         f"the next try is at {format_rfc3339(NOW + 300)}, later ones ever more seldom"
     )
-    late = decided(stalled.memory, report=poisoned(2), now=NOW + 300)
-    assert late.memory.attempts_used == attempts_used, "never overdrawn"
-    assert (rungs(late), late.memory.stalled, late.memory.failures) == (Rung.RECYCLE_GROUP, True, 7)
+    late = decided(stalled.state, report=poisoned(2), now=NOW + 300)
+    assert late.state.attempts_used == attempts_used, "never overdrawn"
+    assert (rungs(late), late.state.stalled, late.state.failures) == (Rung.RECYCLE_GROUP, True, 7)
     assert "a late try: all its pods are replaced" in late.reason
-    assert late.memory.next_try is not None
-    assert late.memory.next_try >= NOW + 300 + 480
+    assert late.state.next_try is not None
+    assert late.state.next_try >= NOW + 300 + 480
 
 
 def test_a_repair_that_holds_is_proved_and_budgets_come_back_with_healthy_time() -> None:
     memory = RecoveryState(
-        plan=plan(Rung.RECYCLE_POD, pods=("x",)), attempts_used={Rung.RECYCLE_POD: 3}, failures=2, next_try=NOW
+        action=plan(Rung.RECYCLE_POD, pods=("x",)), attempts_used={Rung.RECYCLE_POD: 3}, failures=2, next_try=NOW
     )
-    begun = decided(memory, of=group(), report=serving()).memory
-    assert begun.plan
-    assert (begun.healthy_since, begun.plan.healed, begun.plan.pods) == (NOW, True, ())
-    proved = decided(begun, of=group(), report=serving(), now=NOW + PROVED_SECONDS).memory
-    assert (proved.plan, proved.failures, proved.next_try) == (None, 0, None)
+    begun = decided(memory, of=group(), report=serving()).state
+    assert begun.action
+    assert (begun.healthy_since, begun.action.healed, begun.action.pods) == (NOW, True, ())
+    proved = decided(begun, of=group(), report=serving(), now=NOW + PROVED_SECONDS).state
+    assert (proved.action, proved.failures, proved.next_try) == (None, 0, None)
     assert proved.attempts_used == {Rung.RECYCLE_POD: 3}
-    fallen = decided(proved, now=NOW + 2 * 1200).memory
+    fallen = decided(proved, now=NOW + 2 * 1200).state
     assert fallen.attempts_used == {Rung.RECYCLE_POD: 2}, (
         "two thirds of the window gave two back, and one was used at once"
     )
-    assert decided(proved, of=group(), report=serving(), now=NOW + 3600).memory == RecoveryState()
+    assert decided(proved, of=group(), report=serving(), now=NOW + 3600).state == RecoveryState()
 
 
 def test_a_repair_that_does_not_hold_has_failed() -> None:
-    memory = RecoveryState(plan=plan(Rung.RECYCLE_POD), attempts_used={Rung.RECYCLE_POD: 1}, failures=1)
-    begun = decided(memory, of=group(), report=serving()).memory
+    memory = RecoveryState(action=plan(Rung.RECYCLE_POD), attempts_used={Rung.RECYCLE_POD: 1}, failures=1)
+    begun = decided(memory, of=group(), report=serving()).state
     assert rungs(decided(begun, report=poisoned(2), now=NOW + PROVED_SECONDS - 1)) is Rung.RECYCLE_GROUP
     assert rungs(decided(begun, report=poisoned(2), now=NOW + PROVED_SECONDS)) is Rung.RECYCLE_POD
 
@@ -247,11 +248,11 @@ def test_observe_only_says() -> None:
     assert verdict.reason.endswith(
         "pod chat-0-1 is replaced, the others keep their weights (not done, because recovery.mode is Observe)"
     )
-    assert (verdict.memory.attempts_used, verdict.memory.failures) == ({}, 0)
-    requeue_after = decided(verdict.memory, policy=policy, now=NOW + 99)
-    assert (requeue_after.memory, requeue_after.targets, requeue_after.reason) == (verdict.memory, (), verdict.reason)
-    assert rungs(decided(verdict.memory, now=NOW + 99)) is Rung.RECYCLE_POD, "enforced from now on"
-    assert decided(decided().memory, policy=policy).targets == (), "no longer enforced"
+    assert (verdict.state.attempts_used, verdict.state.failures) == ({}, 0)
+    requeue_after = decided(verdict.state, policy=policy, now=NOW + 99)
+    assert (requeue_after.state, requeue_after.targets, requeue_after.reason) == (verdict.state, (), verdict.reason)
+    assert rungs(decided(verdict.state, now=NOW + 99)) is Rung.RECYCLE_POD, "enforced from now on"
+    assert decided(decided().state, policy=policy).targets == (), "no longer enforced"
 
 
 @pytest.mark.parametrize(
@@ -262,7 +263,7 @@ def test_observe_only_says() -> None:
             "group 0 is being replaced by revision x anyway",
         ),
         (
-            {"trouble": PodIssue("ImagePullFailed", "pod chat-0-1 can't get image runtime:1: gone")},
+            {"issue": PodIssue(Reason.IMAGE_PULL_FAILED, "pod chat-0-1 can't get image runtime:1: gone")},
             "pod chat-0-1 can't get image runtime:1: gone; that comes first, replacing pods wouldn't mend it",
         ),
         ({"of": replace(on_nodes("n1"), workload=group().workload)}, "waits until its missing pods are made anew"),
@@ -278,7 +279,7 @@ def test_observe_only_says() -> None:
 )
 def test_what_mends_itself_or_needs_a_person_is_waited_for(fields: dict[str, Any], reason: str) -> None:
     verdict = decided(**fields)
-    assert (verdict.reason, verdict.memory, verdict.targets) == (reason, RecoveryState(), ())
+    assert (verdict.reason, verdict.state, verdict.targets) == (reason, RecoveryState(), ())
 
 
 def hanging(started: float, *, ready: bool = False) -> Group:
@@ -292,8 +293,8 @@ SILENT = GroupReport(unreachable_since=NOW - HUNG_SECONDS, error="timed out")
 
 def test_a_first_pod_that_hangs_is_replaced() -> None:
     verdict = decided(of=hanging(NOW - 500), report=SILENT)
-    assert verdict.memory.plan
-    assert (rungs(verdict), verdict.memory.plan.pods) == (Rung.RECYCLE_POD, ("uid-0-0",))
+    assert verdict.state.action
+    assert (rungs(verdict), verdict.state.action.pods) == (Rung.RECYCLE_POD, ("uid-0-0",))
     assert "pod chat-0-0 runs and has not answered for 90 s: timed out" in verdict.reason
 
 
@@ -353,10 +354,10 @@ def test_a_first_pod_that_is_only_busy_or_not_yet_ready_is_left_alone(found: Gro
 
 
 def test_nothing_is_decided_on_what_nobody_has_heard() -> None:
-    silent = decide(POLICY, RecoveryInput(seed="s", group=on_nodes("n1"), memory=RecoveryState()), NOW)
-    assert silent == RecoveryDecision(memory=RecoveryState())
-    planned = decided().memory
-    assert decide(POLICY, RecoveryInput(seed="s", group=group(), memory=planned), NOW).targets == (), (
+    silent = decide(POLICY, RecoveryInput(seed="s", group=on_nodes("n1"), state=RecoveryState()), NOW)
+    assert silent == RecoveryDecision(state=RecoveryState())
+    planned = decided().state
+    assert decide(POLICY, RecoveryInput(seed="s", group=group(), state=planned), NOW).targets == (), (
         "it may serve by now"
     )
 
@@ -389,7 +390,7 @@ plans = st.builds(
 )
 memories = st.builds(
     RecoveryState,
-    plan=st.none() | plans,
+    action=st.none() | plans,
     attempts_used=counts,
     failures=st.integers(0, 9),
     next_try=st.none() | times,
@@ -415,8 +416,8 @@ def test_budgets_are_never_overdrawn_and_nothing_unwritten_is_done(
     found, report = (group(), serving()) if serves else (on_nodes("n1", "n2"), poisoned(2))
     policy = Recovery(observe=observe)
     verdict = decided(memory, of=found, report=report, policy=policy, now=NOW + later)
-    for rung, count in verdict.memory.attempts_used.items():
+    for rung, count in verdict.state.attempts_used.items():
         assert count <= max(policy.attempts, memory.attempts_used.get(rung, 0))
-    written = memory.plan.pods if memory.plan else ()
+    written = memory.action.pods if memory.action else ()
     assert all(target.uid in written for target in verdict.targets)
     assert not (observe and verdict.targets)

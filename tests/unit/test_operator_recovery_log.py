@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 from prometheus_client import generate_latest
 from tests.support.kube_world import well
-from tests.support.operator_models import NOW, group, model
+from tests.support.operator_models import NOW, group, model, pass_of
 
-from lockstep_operator.decisions.planner import Decision
 from lockstep_operator.decisions.recovery_policy import RecoveryDecision
-from lockstep_operator.decisions.rollout import plan
-from lockstep_operator.reporting.events import ReconcileResult, event_drafts, manifest
+from lockstep_operator.reporting.document import document
+from lockstep_operator.reporting.events import event_drafts, manifest
 from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.reporting.recovery_log import Repair
-from lockstep_operator.reporting.status import build
+from lockstep_operator.reporting.transition import Transition
+from lockstep_operator.types.model_status import Condition, ModelStatus, parse
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Observed
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung
@@ -43,20 +43,14 @@ def said(faults: Sequence[FaultRecord], **fields: Any) -> GroupStatus:
 
 
 def look(
-    old: Mapping[str, Any], report: GroupReport, memory: RecoveryState = NOTHING, now: float = NOW
-) -> tuple[ReconcileResult, dict[str, Any]]:
-    observed = Observed(status=old, resource_version="1", token="t", children={}, reports={0: report})
-    decision = Decision(
-        revision="new",
-        groups=(group(),),
-        turns=plan([group()], "new", 1),
-        verdicts={0: RecoveryDecision(memory=memory)},
-    )
-    new = build(model(), observed, decision, None, now)
-    return ReconcileResult(observed=observed, new=new, done=(), memories={0: memory}, now=now), new
+    old: Mapping[str, Any], report: GroupReport, state: RecoveryState = NOTHING, now: float = NOW
+) -> tuple[Transition, dict[str, Any]]:
+    observed = Observed(status=parse(old), resource_version="1", token="t", children={}, reports={0: report})
+    seen = pass_of(model(), observed, group(), now=now, recoveries={0: RecoveryDecision(state=state)})
+    return seen, document(seen.after)
 
 
-def told(seen: ReconcileResult) -> list[str]:
+def told(seen: Transition) -> list[str]:
     return [item.reason for item in event_drafts(seen) if item.reason not in ("Created", "Ready")]
 
 
@@ -110,11 +104,11 @@ STEP = RecoveryAction(
 def test_a_step_of_the_operator_that_helped_is_one_recovery(closed: bool) -> None:
     """The group closes the fault too, if its first pod stayed; then that is not told besides."""
     record = fault(1, at=NOW - 10, recovered_at=None, phases={"detect": 0.5}, rung="")
-    before = RecoveryState(plan=STEP, attempts_used={Rung.RECYCLE_POD: 1})
+    before = RecoveryState(action=STEP, attempts_used={Rung.RECYCLE_POD: 1})
     _, poisoned = look({}, GroupReport(status=said([record])), before)
     report = said([fault(1, at=NOW - 10, recovered_at=NOW)]) if closed else said([], incarnation="other")
     after = RecoveryState(
-        plan=replace(STEP, healed=True, pods=()), attempts_used=before.attempts_used, healthy_since=NOW
+        action=replace(STEP, healed=True, pods=()), attempts_used=before.attempts_used, healthy_since=NOW
     )
     seen, status = look(poisoned, GroupReport(status=report), after)
     assert told(seen) == ["Recovered"]
@@ -131,12 +125,12 @@ def test_what_a_dying_operator_told_and_did_not_write_down_is_not_told_again_by_
     _, poisoned = look({}, ill)
 
     def keys(old: Mapping[str, Any], report: GroupReport, step: RecoveryAction, now: float) -> set[str]:
-        seen, _ = look(old, report, RecoveryState(plan=step), now)
+        seen, _ = look(old, report, RecoveryState(action=step), now)
         return {item.key for item in event_drafts(seen) if item.reason in ("RecyclePod", "RecycleGroup", "Recovered")}
 
     decided = keys(poisoned, ill, STEP, NOW)
     assert decided == keys(poisoned, ill, replace(STEP, since=NOW - 1), NOW + 7)
-    _, written = look(poisoned, ill, RecoveryState(plan=STEP))
+    _, written = look(poisoned, ill, RecoveryState(action=STEP))
     assert len(decided | keys(written, ill, replace(STEP, rung=Rung.RECYCLE_GROUP, since=NOW + 99), NOW + 99)) == 2
 
     served, well_again = replace(STEP, healed=True, pods=()), GroupReport(status=said([], incarnation="other"))
@@ -158,7 +152,8 @@ def test_repairs_are_counted_by_fault_and_rung_and_timed_by_phase() -> None:
     now = NOW
     metrics = Metrics(lambda: now)
     repair = Repair(group=0, fault="Hang", rank=1, rung="Respawn", noticed=10.0, finished=12.0, phases={"detect": 0.5})
-    metrics.model(KEY, {"conditions": [{"type": "Poisoned", "status": "True"}]})
+    poisoned = Condition(type="Poisoned", status="True", reason="Hang", message="", last_transition_time=NOW)
+    metrics.model(KEY, ModelStatus(conditions=(poisoned,)))
     metrics.repaired(KEY, [repair, repair])
     metrics.stepped(KEY, {0: GroupReport(status=said([], last_step_at=NOW - 7))})
     page = generate_latest(metrics.registry).decode()

@@ -9,13 +9,12 @@ from typing import Any
 import msgspec
 import pytest
 from tests.support.kube_world import well
-from tests.support.operator_models import NOW, group, model, pod
+from tests.support.operator_models import NOW, group, model, pass_of, pod
 
-from lockstep_operator.decisions.planner import Decision
 from lockstep_operator.decisions.recovery_policy import RecoveryDecision
-from lockstep_operator.decisions.rollout import plan
 from lockstep_operator.groups.group import Group
-from lockstep_operator.reporting.status import build, worth_writing
+from lockstep_operator.reporting.document import document, worth_writing
+from lockstep_operator.types.model_status import parse
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Observed
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung
@@ -56,17 +55,16 @@ def status_of(groups: int, size: int, ill: int, old: Mapping[str, Any] | None = 
     found = of_many(groups, size)
     reports = {number: GroupReport(status=said(number, size, ill=number < ill)) for number in range(groups)}
     observed = Observed(
-        status=old or {}, resource_version="1", token="t", children={}, reports=reports if old is None else {}
+        status=parse(old), resource_version="1", token="t", children={}, reports=reports if old is None else {}
     )
     step = RecoveryAction(
         rung=Rung.RECYCLE_GROUP, trigger="0123456789abcdef/7@1800000000", fault="RankLost", rank=1, reason="r" * 900,
         pods=tuple(UID.format(index) for index in range(size)), since=NOW, noticed=NOW, incarnation="0123456789abcdef",
     )  # fmt: skip
-    memory = RecoveryState(plan=step, attempts_used={Rung.RECYCLE_GROUP: 2}, failures=2, next_try=NOW)
-    verdicts = {number: RecoveryDecision(memory=memory, reason=step.reason) for number in range(ill)}
-    decision = Decision(revision="new", groups=found, turns=plan(found, "new", 1), verdicts=verdicts)
+    memory = RecoveryState(action=step, attempts_used={Rung.RECYCLE_GROUP: 2}, failures=2, next_try=NOW)
+    verdicts = {number: RecoveryDecision(state=memory, reason=step.reason) for number in range(ill)}
     made = model(key=KEY, replicas=groups, tensor_parallel_size=size)
-    return build(made, observed, decision, None, NOW)
+    return document(pass_of(made, observed, *found, recoveries=verdicts).after)
 
 
 def bytes_of(status: Mapping[str, Any]) -> int:

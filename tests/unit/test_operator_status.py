@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 import pytest
 from tests.support.kube_world import well
-from tests.support.operator_models import NOW, group, model, pod
+from tests.support.operator_models import NOW, group, model, pass_of, pod
 
-from lockstep_operator.decisions.planner import Decision
+from lockstep_operator.decisions.name_conflicts import NameConflicts
 from lockstep_operator.decisions.recovery_policy import RecoveryDecision
-from lockstep_operator.decisions.rollout import plan
 from lockstep_operator.groups.group import Group
 from lockstep_operator.groups.pod_issues import find_issue, needs_events
-from lockstep_operator.reporting.conditions import Obstacle, render
-from lockstep_operator.reporting.events import EventDraft, ReconcileResult, event_drafts
-from lockstep_operator.reporting.status import build, halted, worth_writing
+from lockstep_operator.reporting.conditions import Obstacle
+from lockstep_operator.reporting.document import document, halted, worth_writing
+from lockstep_operator.reporting.events import EventDraft, event_drafts
+from lockstep_operator.reporting.transition import Transition
+from lockstep_operator.types.model_status import parse
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Observed
+from lockstep_operator.types.reasons import Reason
 from lockstep_operator.types.recovery_state import RecoveryState
 from lockstep_operator.types.timestamps import format_rfc3339
 from lockstep_runtime.protocol.status import (
@@ -56,20 +58,32 @@ def failed(message: str) -> GroupStatus:
 
 
 def seen(*reports: GroupStatus, status: Mapping[str, Any] | None = None, **fields: Any) -> Observed:
-    spoken = {report.group: GroupReport(status=report) for report in reports}
-    return Observed(
-        **({"status": status or {}, "resource_version": "1", "token": "t", "children": {}, "reports": spoken} | fields)
-    )
+    defaults: dict[str, Any] = {
+        "status": parse(status), "resource_version": "1", "token": "t", "children": {},
+        "reports": {report.group: GroupReport(status=report) for report in reports},
+    }  # fmt: skip
+    return Observed(**(defaults | fields))
 
 
-def decided(*groups: Group, **fields: Any) -> Decision:
-    return Decision(revision="new", groups=groups, turns=plan(groups, "new", 1), **fields)
+@dataclass(frozen=True)
+class Decided:
+    groups: tuple[Group, ...]
+    fields: dict[str, Any]
 
 
-def status_of(
-    decision: Decision, observed: Observed, *, obstacle: Obstacle | None = None, now: float = NOW, **spec: Any
-) -> dict[str, Any]:
-    return build(model(replicas=len(decision.groups), **spec), observed, decision, obstacle, now)
+def decided(*groups: Group, **fields: Any) -> Decided:
+    return Decided(groups, fields)
+
+
+def change_of(
+    decision: Decided, observed: Observed, *, obstacle: Obstacle | None = None, now: float = NOW, **spec: Any
+) -> Transition:
+    made = model(replicas=len(decision.groups), **spec)
+    return pass_of(made, observed, *decision.groups, obstacle=obstacle, now=now, **decision.fields)
+
+
+def status_of(decision: Decided, observed: Observed, **more: Any) -> dict[str, Any]:
+    return document(change_of(decision, observed, **more).after)
 
 
 def condition(status: Mapping[str, Any], name: str) -> tuple[str, str, str]:
@@ -77,8 +91,8 @@ def condition(status: Mapping[str, Any], name: str) -> tuple[str, str, str]:
     return found["status"], found["reason"], found["message"]
 
 
-def happened(observed: Observed, new: Mapping[str, Any]) -> list[EventDraft]:
-    return event_drafts(ReconcileResult(observed=observed, new=new, done=(), memories={}, now=NOW))
+def happened(decision: Decided, observed: Observed) -> list[EventDraft]:
+    return event_drafts(change_of(decision, observed))
 
 
 def test_a_serving_model() -> None:
@@ -162,8 +176,8 @@ def test_ready_says_what_a_group_is_at(state: GroupState, reason: str, words: st
 def test_what_the_operator_does_is_progress_until_its_budget_is_spent(
     state: GroupState, memory: RecoveryState, found: tuple[str, bool]
 ) -> None:
-    verdict = RecoveryDecision(memory=memory, reason="pod chat-0-1 is replaced")
-    status = status_of(decided(group(ready=False), verdicts={0: verdict}), seen(said(state=state)))
+    verdict = RecoveryDecision(state=memory, reason="pod chat-0-1 is replaced")
+    status = status_of(decided(group(ready=False), recoveries={0: verdict}), seen(said(state=state)))
     assert condition(status, "Ready") == ("False", found[0], "pod chat-0-1 is replaced")
     assert condition(status, "Stalled")[0] == str(found[1])
     assert condition(status, "Reconciling")[0] == str(not found[1])
@@ -197,15 +211,15 @@ def test_old_pods_that_serve_during_a_rollout_are_available_but_not_ready() -> N
 
 
 def test_a_refused_write_and_a_conflict_stall_the_model() -> None:
-    obstacle = Obstacle("Refused", "the API server refuses a change (x): Forbidden: no", stalled=True)
+    obstacle = Obstacle(Reason.REFUSED, "the API server refuses a change (x): Forbidden: no", stalled=True)
     refused = status_of(decided(group()), seen(said()), obstacle=obstacle)
     assert condition(refused, "Stalled") == ("True", "Refused", "the API server refuses a change (x): Forbidden: no")
-    retrying = status_of(decided(group()), seen(said()), obstacle=Obstacle("Retrying", "later", stalled=False))
+    retrying = status_of(decided(group()), seen(said()), obstacle=Obstacle(Reason.RETRYING, "later", stalled=False))
     assert (condition(retrying, "Reconciling"), condition(retrying, "Stalled")[0]) == (
         ("True", "Retrying", "later"),
         "False",
     )
-    conflict = status_of(replace(decided(group()), conflict="Service chat exists"), seen(said()))
+    conflict = status_of(decided(group(), conflicts=NameConflicts(sentence="Service chat exists")), seen(said()))
     assert condition(conflict, "Ready") == ("False", "NameConflict", "Service chat exists")
 
 
@@ -246,7 +260,9 @@ def test_a_group_that_recovers_is_not_ready_though_its_pods_still_look_it() -> N
 
 
 def test_what_a_deleted_model_left_is_waited_for_and_no_stall() -> None:
-    status = status_of(replace(decided(group()), conflict="Service chat is still there", conflict_ends=True), seen())
+    status = status_of(
+        decided(group(), conflicts=NameConflicts(sentence="Service chat is still there", ends=True)), seen()
+    )
     assert (condition(status, "Reconciling")[0], condition(status, "Stalled")[0]) == ("True", "False")
     waiting = replace(group(0, "new", pods=""), strays=2)
     assert find_issue(waiting, {"uid-0": "FailedCreate: object is being deleted"}, NOW) is None
@@ -255,7 +271,7 @@ def test_what_a_deleted_model_left_is_waited_for_and_no_stall() -> None:
 
 
 def test_without_a_token_nothing_is_ready() -> None:
-    status = status_of(Decision(groups=(group(),)), seen(said(), token=None))
+    status = status_of(decided(group(), revision="", rollout=()), seen(said(), token=None))
     assert condition(status, "Ready") == ("False", "Starting", "the model's token is being made")
 
 
@@ -292,12 +308,11 @@ def test_a_condition_keeps_its_time_until_its_status_changes() -> None:
         for s in (first, second, third)
     ]
     assert times == [format_rfc3339(NOW), format_rfc3339(NOW), format_rfc3339(NOW + 20)]
-    assert render({}, 1, [], NOW) == []
 
 
 def test_a_spec_that_can_not_be_understood_keeps_what_was_known() -> None:
     before = status_of(decided(group()), seen(said()))
-    after = halted(4, before, "InvalidSpec", "ranksPerPod must divide", NOW + 1)
+    after = halted(before, parse(before), 4, Reason.INVALID_SPEC, "ranksPerPod must divide", NOW + 1)
     assert condition(after, "Stalled") == ("True", "InvalidSpec", "ranksPerPod must divide")
     assert condition(after, "Available") == condition(before, "Available")
     assert (after["observedGeneration"], after["ranks"]) == (4, "2/2")
@@ -385,21 +400,20 @@ def test_events_are_named_by_what_happened_so_that_none_is_told_twice() -> None:
     fault = FaultRecord(id=1, fault=Fault.RANK_LOST, rank=1, message="it was killed", at=NOW, epoch=1)
     observed = seen(said(faults=[fault]))
     status = status_of(decided(group()), observed)
-    told = happened(observed, status)
+    told = happened(decided(group()), observed)
     assert [(item.reason, item.note) for item in told] == [
         ("Created", "pods and Services are being made"),
         ("Ready", "1 group of 2 ranks serve"),
         ("RankLost", "group 0 rank 1: it was killed"),
     ]
-    assert [item.key for item in happened(observed, status)] == [item.key for item in told]
-    assert happened(replace(observed, status=status), status) == []
+    assert [item.key for item in happened(decided(group()), observed)] == [item.key for item in told]
+    assert happened(decided(group()), replace(observed, status=parse(status))) == []
 
 
 def test_a_new_revision_is_an_event() -> None:
     before = status_of(decided(group()), seen(said()))
     observed = seen(said(), status=before)
-    after = before | {"revision": "newer", "observedGeneration": 4}
-    notes = [item.note for item in happened(observed, after)]
+    notes = [item.note for item in happened(decided(group(revision="newer"), revision="newer"), observed)]
     assert notes == ["the spec asks for revision newer instead of new: groups are replaced in turn"]
 
 
@@ -446,7 +460,10 @@ def test_what_pods_complain_of_is_why_a_group_does_not_come_up() -> None:
         "OutOfMemory",
         "pod chat-0-1: the spare was killed; group 0 waits for its 2 ranks: waiting for ranks 0, 1 to connect",
     )
-    assert [(item.reason, item.warning) for item in happened(observed, status)][-1] == ("OutOfMemory", True)
-    assert happened(replace(observed, status=status), status) == []
+    assert [(item.reason, item.warning) for item in happened(decided(group(ready=False)), observed)][-1] == (
+        "OutOfMemory",
+        True,
+    )
+    assert happened(decided(group(ready=False)), replace(observed, status=parse(status))) == []
     serves = status_of(decided(group()), seen(said(pod_problems=[problem])))
     assert condition(serves, "Ready")[0] == "True", "a spare that is killed takes no service away"

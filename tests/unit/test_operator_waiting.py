@@ -12,10 +12,10 @@ from tests.support.operator_models import NOW, group, pod
 
 from lockstep_operator.decisions.rollout import RolloutStep, plan
 from lockstep_operator.groups.group import Group
-from lockstep_operator.groups.process_failures import AGAIN_SECONDS, RECENT_SECONDS, ProcessFailure, newest_failure
-from lockstep_operator.groups.process_failures import from_status as complaint_from
-from lockstep_operator.groups.process_failures import to_status as complaint_to
-from lockstep_operator.groups.waiting import Waiting, from_status, to_status, unplaced, waiting_for
+from lockstep_operator.groups.process_failures import RECENT_SECONDS, REPEAT_SECONDS, newest_failure
+from lockstep_operator.groups.waiting import unplaced, waiting_for
+from lockstep_operator.types.documents import read, write
+from lockstep_operator.types.model_status import ProcessFailure, Waiting
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.timestamps import format_rfc3339
 from lockstep_runtime.protocol.status import PodProblem, PodProblemReason
@@ -45,25 +45,24 @@ def running_since(seconds: float, **fields: Any) -> Group:
 )
 def test_what_moves_restarts_the_clock(reason: str, found: Group, expected: Waiting | None) -> None:
     assert waiting_for(reason, found, BEFORE, 600.0, NOW) == expected
-    assert from_status(to_status(BEFORE)) == BEFORE
-    assert (to_status(None), from_status(None)) == (None, None)
+    assert read(write(BEFORE), Waiting) == BEFORE
 
 
 @pytest.mark.parametrize("reason", ["Unschedulable", "SchedulingGated", "PodsRefused"])
 def test_pods_that_found_their_nodes_have_the_whole_deadline_to_start(reason: str) -> None:
     raw = {"metadata": {}, "spec": {"nodeName": "node-1"}, "status": {}}
     placed = replace(group(), pods=tuple(pod(0, index, raw=raw, ready=False) for index in range(2)))
-    before = replace(BEFORE, reason=reason)
+    before = msgspec.structs.replace(BEFORE, reason=reason)
     assert waiting_for("Starting", placed, before, 600.0, NOW) == Waiting("Starting", NOW, "new")
     assert waiting_for("Starting", replace(placed, pods=placed.pods[:1]), before, 600.0, NOW) == before
 
 
 def test_a_rollout_does_not_wait_for_a_group_that_never_found_a_place() -> None:
-    block = {"waiting": to_status(Waiting("Unschedulable", NOW - 300, "old"))}
-    assert unplaced(block, "new")
-    assert not unplaced(block, "old"), "a spec that can't be placed stops after the first group"
-    assert not unplaced({"waiting": to_status(Waiting("ImagePullFailed", NOW, "old"))}, "new")
-    assert not unplaced({}, "new")
+    waiting = Waiting("Unschedulable", NOW - 300, "old")
+    assert unplaced(waiting, "new")
+    assert not unplaced(waiting, "old"), "a spec that can't be placed stops after the first group"
+    assert not unplaced(Waiting("ImagePullFailed", NOW, "old"), "new")
+    assert not unplaced(None, "new")
     groups = [group(0, "old"), group(1, "old"), group(2, "new", ready=False)]
     assert [turn.step for turn in plan(groups, "new", 1)] == [RolloutStep.WAIT, RolloutStep.WAIT, RolloutStep.KEEP]
     assert [turn.step for turn in plan(groups, "new", 1, {2})] == [
@@ -86,7 +85,7 @@ def test_an_out_of_memory_kill_is_told_with_its_limit() -> None:
     assert found == ProcessFailure(
         "OutOfMemory", "pod chat-0-1 was killed for want of memory; its memory limit is 350Mi", NOW - 5
     )
-    assert complaint_from(complaint_to(found)) == found
+    assert read(write(found), ProcessFailure) == found
     unlimited = newest_failure(killed(NOW, limit=None, last=False), None, None, NOW)
     assert unlimited
     assert unlimited.message.endswith("it has no memory limit, so its node was short of memory")
@@ -113,4 +112,4 @@ def test_a_spare_that_is_killed_every_few_seconds_is_told_every_few_minutes() ->
         told = found
     assert told
     assert told.message == "pod chat-0-1: the spare was killed, 349 of 350 MiB used"
-    assert changes == 3600 / AGAIN_SECONDS
+    assert changes == 3600 / REPEAT_SECONDS

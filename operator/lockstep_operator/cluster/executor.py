@@ -12,8 +12,8 @@ from typing import Any
 from lockstep_operator.cluster.client import Kube, KubeError
 from lockstep_operator.cluster.failures import Failures
 from lockstep_operator.decisions import manifests
+from lockstep_operator.decisions.actions import Action, Apply, CreateToken, Delete
 from lockstep_operator.decisions.drift import differences
-from lockstep_operator.decisions.planner import Action, Apply, CreateToken, Delete
 from lockstep_operator.groups.group import is_ours
 from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.types.observed import ObjectRef

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Final
 
 from lockstep_operator.backoff import backoff
 from lockstep_operator.cluster.client import KubeError
+from lockstep_operator.types.model_status import ModelStatus
 from lockstep_operator.types.observed import ObjectRef
-from lockstep_operator.types.timestamps import parse_rfc3339
+from lockstep_operator.types.reasons import ConditionType, Reason
 
 RETRY_FIRST: Final = 0.5
 RETRY_MOST: Final = 60.0
@@ -93,22 +94,22 @@ class Failures:
         """The first permanent refusal, in a sentence; empty if there is none."""
         return next((failure.sentence for _, failure in sorted(self.of.items()) if failure.permanent), "")
 
-    def retrying(self, old: Mapping[str, Any]) -> Failure | None:
-        """What fails for long and may succeed yet. `old` is the status as last written: what was told once stays told
-        until it is over, also by an operator that has just started, and so does since when."""
-        told = told_since(old)
+    def retrying(self, before: ModelStatus) -> Failure | None:
+        """What fails for long and may succeed yet. `before` is the status as last written: what it says once it says
+        until that is over, also by an operator that has just started, and so does since when."""
+        reported = reported_since(before)
         known = [failure for _, failure in sorted(self.of.items()) if not failure.permanent]
-        if told is not None:
-            known = [replace(failure, since=min(failure.since, told)) for failure in known]
+        if reported is not None:
+            known = [replace(failure, since=min(failure.since, reported)) for failure in known]
         return next((failure for failure in known if self.now() - failure.since >= RETRYING_SECONDS), None)
 
 
-def told_since(old: Mapping[str, Any]) -> float | None:
+def reported_since(before: ModelStatus) -> float | None:
     """Since when the status has said that a write fails; None if it doesn't."""
-    ready: Mapping[str, Any] = next((one for one in old.get("conditions") or [] if one["type"] == "Ready"), {})
-    if ready.get("reason") not in ("Retrying", "ProgressDeadlineExceeded") or _RETRIED not in ready["message"]:
+    ready = before.condition(ConditionType.READY)
+    if ready is None or ready.reason not in (Reason.RETRYING, Reason.PROGRESS_DEADLINE_EXCEEDED):
         return None
-    return parse_rfc3339(ready["lastTransitionTime"]) - RETRYING_SECONDS
+    return ready.last_transition_time - RETRYING_SECONDS if _RETRIED in ready.message else None
 
 
 def _digest(wish: object) -> str:

@@ -1,19 +1,18 @@
-"""What each group says of itself, or said last (pure).
+"""What each group reports, or reported last (pure).
 
-After a restart the operator has not asked anybody yet. As long as a group's first pod is the one that the status tells
-of, its last words still hold: otherwise every restart would make every status flicker.
+After a restart the operator has not asked anybody yet. As long as a group's first pod is the one that the status names,
+its last report still holds: otherwise every restart would make every status flicker.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from lockstep_operator.groups.group import Group
-from lockstep_operator.types.observed import Observed
+from lockstep_operator.types.model_status import GroupSummary, RankSummary, StepLatency
+from lockstep_operator.types.observed import GroupReport
 from lockstep_operator.types.spec import Model
-from lockstep_operator.types.timestamps import parse_rfc3339
 from lockstep_runtime.protocol.status import GroupState, GroupStatus, Latency, RankState, RankStatus
 
 UNREACHABLE_SECONDS: Final = 30.0  # a group that can't be asked for so long is unknown
@@ -21,41 +20,38 @@ UNREACHABLE_SECONDS: Final = 30.0  # a group that can't be asked for so long is 
 
 @dataclass(frozen=True, slots=True)
 class GroupView:
-    """A group's own words; `silence` says why there are none, or is empty when it hasn't been asked yet."""
+    """A group's own report; without one `unreachable_reason` says why, or is empty when it hasn't been asked yet."""
 
-    status: GroupStatus | None
+    status: GroupStatus | None = None
     unreachable_reason: str = ""
 
 
-def resolve_view(group: Group, observed: Observed, model: Model, now: float) -> GroupView:
+def resolve_view(group: Group, report: GroupReport | None, last: GroupSummary, model: Model, now: float) -> GroupView:
     leader = group.leader
     if leader is None:
-        return GroupView(None)
-    report = observed.reports.get(group.index)
+        return GroupView()
     if report and report.unreachable_since is not None and now - report.unreachable_since > UNREACHABLE_SECONDS:
         return GroupView(None, f"pod {leader.name} doesn't answer the operator: {report.error}")
     if report and report.status:
         return GroupView(report.status)
-    block = block_of(observed.status, group.index)
-    return (
-        GroupView(_from_last_status(block, model))
-        if block.get("leaderUID") == leader.uid and "epoch" in block
-        else GroupView(None)
-    )
-
-
-def block_of(status: Mapping[str, Any], group: int) -> Mapping[str, Any]:
-    """What the custom resource's status says of the group; empty if nothing."""
-    return next((block for block in status.get("groups") or [] if block["group"] == group), {})
+    return GroupView(_from_last_status(last, model) if last.leader_uid == leader.uid else None)
 
 
 def failed_ranks(status: GroupStatus) -> list[RankStatus]:
     return [rank for rank in status.ranks if rank.state is RankState.FAILED]
 
 
+def failed_to_load(status: GroupStatus) -> bool:
+    return status.state is GroupState.FAILED or bool(failed_ranks(status))
+
+
 def loaded(status: GroupStatus, size: int) -> bool:
     """Whether every rank has its weights."""
     return sum(rank.state in (RankState.LOADED, RankState.READY) for rank in status.ranks) == size
+
+
+def ready_ranks(status: GroupStatus) -> int:
+    return sum(rank.state is RankState.READY for rank in status.ranks)
 
 
 def progress(status: GroupStatus) -> int:
@@ -65,58 +61,47 @@ def progress(status: GroupStatus) -> int:
     return int(10 * done / total) * 10 if total else 0
 
 
-def _from_last_status(block: Mapping[str, Any], model: Model) -> GroupStatus:
-    state = block.get("state", "")
+def _from_last_status(last: GroupSummary, model: Model) -> GroupStatus | None:
+    if last.epoch is None:  # the group had not reported
+        return None
     return GroupStatus(
         model="",
-        group=block["group"],
-        incarnation=block.get("incarnation", ""),
-        spec_revision=block.get("revision", ""),
-        epoch=block["epoch"],
-        state=GroupState(state) if state in list(GroupState) else GroupState.STARTING,
-        message=block.get("message", ""),
-        ranks=_ranks_from_last_status(block, model),
-        step_latency=_latency_from_last_status(block),
-        last_step_at=_time(block),
-        recoveries=block.get("recoveries", 0),
+        group=last.group,
+        incarnation=last.incarnation or "",
+        spec_revision=last.revision,
+        epoch=last.epoch,
+        state=GroupState(last.state) if last.state in list(GroupState) else GroupState.STARTING,
+        message=last.message,
+        ranks=_ranks_from_last_status(last, last.epoch, model),
+        step_latency=_latency(last.step_latency),
+        last_step_at=last.last_step_time,
+        recoveries=last.recoveries or 0,
     )
 
 
-def _ranks_from_last_status(block: Mapping[str, Any], model: Model) -> list[RankStatus]:
+def _ranks_from_last_status(last: GroupSummary, epoch: int, model: Model) -> list[RankStatus]:
     """Those that are listed, and those that were only counted, because there are so many and they are well."""
-    listed = {rank["rank"]: _rank_from_last_status(rank, model) for rank in block.get("ranks") or []}
-    counted = block.get("readyRanks", 0) - sum(rank.state is RankState.READY for rank in listed.values())
+    listed = {rank.rank: rank for rank in last.ranks or ()}
+    counted = (last.ready_ranks or 0) - sum(rank.state == RankState.READY for rank in listed.values())
     unlisted = [rank for rank in range(model.tensor_parallel_size) if rank not in listed][: max(0, counted)]
-    well = {
-        rank: _rank_from_last_status({"rank": rank, "state": "Ready", "epoch": block["epoch"]}, model)
-        for rank in unlisted
-    }
-    return [rank for _, rank in sorted((listed | well).items())]
+    well = {rank: RankSummary(rank=rank, state=RankState.READY, epoch=epoch) for rank in unlisted}
+    return [_rank_from_last_status(rank, model) for _, rank in sorted((listed | well).items())]
 
 
-def _rank_from_last_status(rank: Mapping[str, Any], model: Model) -> RankStatus:
+def _rank_from_last_status(rank: RankSummary, model: Model) -> RankStatus:
     return RankStatus(
-        rank=rank["rank"],
-        pod_index=rank["rank"] // model.ranks_per_pod,
-        state=RankState(rank.get("state", "Absent")),
-        pod=rank.get("pod", ""),
-        node=rank.get("node", ""),
-        epoch=rank.get("epoch", 0),
-        respawns=rank.get("respawns", 0),
-        message=rank.get("message", ""),
-        step_latency=_latency_from_last_status(rank),
-        last_step_at=_time(rank),
+        rank=rank.rank,
+        pod_index=rank.rank // model.ranks_per_pod,
+        state=RankState(rank.state),
+        pod=rank.pod,
+        node=rank.node,
+        epoch=rank.epoch,
+        respawns=rank.respawns,
+        message=rank.message or "",
+        step_latency=_latency(rank.step_latency),
+        last_step_at=rank.last_step_time,
     )
 
 
-def _latency_from_last_status(block: Mapping[str, Any]) -> Latency:
-    latency = block.get("stepLatency") or {}
-    return Latency(p50_ms=_milliseconds(latency.get("p50")), p99_ms=_milliseconds(latency.get("p99")))
-
-
-def _milliseconds(text: str | None) -> float | None:
-    return float(text.removesuffix("ms")) if text else None
-
-
-def _time(block: Mapping[str, Any]) -> float | None:
-    return parse_rfc3339(block["lastStepTime"]) if "lastStepTime" in block else None
+def _latency(latency: StepLatency | None) -> Latency:
+    return Latency(p50_ms=latency.p50, p99_ms=latency.p99) if latency else Latency()

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from lockstep_operator.groups.group import Group
 from lockstep_operator.types.observed import Pod
+from lockstep_operator.types.reasons import Reason
 from lockstep_operator.types.timestamps import parse_rfc3339
 
 FORCE_DELETE_SECONDS: Final = 60.0  # past its grace, a pod whose node isn't heard from is taken for lost
@@ -22,7 +23,7 @@ _MOUNT: Final = ("FailedMount", "FailedAttachVolume", "FailedMapVolume")
 class PodIssue:
     """`heals`: new pods may mend it, so recovery doesn't wait for it to pass."""
 
-    reason: str
+    reason: Reason
     message: str
     heals: bool = False
     pod: Pod | None = None
@@ -47,7 +48,7 @@ def find_issue(group: Group, warnings: Mapping[str, str], now: float) -> PodIssu
     if found:  # what new pods may mend only where nothing else is wrong
         return next((one for one in found if not one.heals), found[0])
     if _lacks_pods(group, now) and (warning := warnings.get(group.uid)):
-        return PodIssue("PodsRefused", f"pods of group {group.index} can't be created: {warning}")
+        return PodIssue(Reason.PODS_REFUSED, f"pods of group {group.index} can't be created: {warning}")
     return None
 
 
@@ -86,7 +87,7 @@ def _of_pod(pod: Pod, warning: str, now: float) -> PodIssue | None:
         return _ending(pod, now)
     if pod.phase == "Running" and node_unreachable(pod):
         words = f"node {pod.node} of pod {pod.name} isn't heard from: Kubernetes replaces the pod if that lasts"
-        return PodIssue("NodeLost", words)
+        return PodIssue(Reason.NODE_LOST, words)
     status = pod.raw.get("status") or {}
     for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
         if found := _of_container(pod, container):
@@ -94,16 +95,16 @@ def _of_pod(pod: Pod, warning: str, now: float) -> PodIssue | None:
     for condition in status.get("conditions") or []:
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
             if condition.get("reason") == "SchedulingGated":
-                return PodIssue("SchedulingGated", _gated(pod))
-            return PodIssue("Unschedulable", f"pod {pod.name} finds no node: {condition.get('message', '')}")
+                return PodIssue(Reason.SCHEDULING_GATED, _gated(pod))
+            return PodIssue(Reason.UNSCHEDULABLE, f"pod {pod.name} finds no node: {condition.get('message', '')}")
     if pod.phase == "Failed":
         return PodIssue(
-            "PodFailed",
+            Reason.POD_FAILED,
             f"pod {pod.name} has failed: {status.get('reason', '')} {status.get('message', '')}".strip()
             + "; its StatefulSet makes it anew",
         )
     if pod.phase == "Pending" and now - pod.created > PENDING_SECONDS and warning:
-        reason = "MountFailed" if warning.startswith(_MOUNT) else "PodPending"
+        reason = Reason.MOUNT_FAILED if warning.startswith(_MOUNT) else Reason.POD_PENDING
         return PodIssue(reason, f"pod {pod.name} can't start: {warning}")
     return None
 
@@ -120,9 +121,9 @@ def _ending(pod: Pod, now: float) -> PodIssue | None:
     finalizers = ", ".join(pod.raw["metadata"].get("finalizers") or [])
     if node_unreachable(pod) and not finalizers:
         words = f"pod {pod.name} can't end, because its node {pod.node} isn't heard from: it is given up for lost soon"
-        return PodIssue("NodeLost", words)
+        return PodIssue(Reason.NODE_LOST, words)
     cause = f"its finalizers {finalizers} hold it" if finalizers else f"is node {pod.node} alive?"
-    return PodIssue("PodStuck", f"pod {pod.name} should have ended and hasn't: {cause}")
+    return PodIssue(Reason.POD_STUCK, f"pod {pod.name} should have ended and hasn't: {cause}")
 
 
 def _of_container(pod: Pod, container: Mapping[str, Any]) -> PodIssue | None:
@@ -130,16 +131,17 @@ def _of_container(pod: Pod, container: Mapping[str, Any]) -> PodIssue | None:
     reason, message = waiting.get("reason", ""), waiting.get("message", "")
     if reason in _IMAGE:
         return PodIssue(
-            "ImagePullFailed",
+            Reason.IMAGE_PULL_FAILED,
             f"pod {pod.name} can't get image {container.get('image', '')}: {message or reason}; it tries on",
         )
     if reason in _CONFIG:
         return PodIssue(
-            "ContainerRefused", f"container {container['name']} of pod {pod.name} can't be made: {message or reason}"
+            Reason.CONTAINER_REFUSED,
+            f"container {container['name']} of pod {pod.name} can't be made: {message or reason}",
         )
     if reason == "CrashLoopBackOff":
         return PodIssue(
-            "CrashLoop",
+            Reason.CRASH_LOOP,
             f"container {container['name']} of pod {pod.name} keeps ending: {_termination_message(container)};"
             " its kubelet starts it again, ever more seldom",
             heals=True,

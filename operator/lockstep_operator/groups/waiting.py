@@ -6,27 +6,18 @@ deadline is it a person's turn. What moves restarts the clock: another thing to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from lockstep_operator.groups.group import Group
-from lockstep_operator.types.timestamps import format_rfc3339, parse_rfc3339
+from lockstep_operator.types.model_status import Waiting
+from lockstep_operator.types.reasons import Reason
 
-RECOVERING: Final = "Recovering"
 # An engine that ends again and again is now starting, now loading: that is no service yet.
-COMING_BACK: Final = frozenset({"Starting", "Loading", "Unreachable", "OutOfMemory", "SpawnFailed"})
-VAGUE: Final = frozenset({"Starting", "Unreachable"})  # seen between two looks at what is truly wrong
-PLACEMENT: Final = frozenset({"Unschedulable", "SchedulingGated", "PodsRefused"})
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """`since` in unix seconds, `revision` of the pods that the wait began with."""
-
-    reason: str
-    since: float
-    revision: str
+RESTARTING: Final = frozenset(
+    {Reason.STARTING, Reason.LOADING, Reason.UNREACHABLE, Reason.OUT_OF_MEMORY, Reason.SPAWN_FAILED}
+)
+VAGUE: Final = frozenset({Reason.STARTING, Reason.UNREACHABLE})  # seen for a moment between more telling reasons
+PLACEMENT: Final = frozenset({Reason.UNSCHEDULABLE, Reason.SCHEDULING_GATED, Reason.PODS_REFUSED})
 
 
 def waiting_for(reason: str, group: Group, before: Waiting | None, deadline: float, now: float) -> Waiting | None:
@@ -36,7 +27,7 @@ def waiting_for(reason: str, group: Group, before: Waiting | None, deadline: flo
     fresh = Waiting(reason, float(int(now)), group.revision)
     if before is None or (before.revision != group.revision and reason not in PLACEMENT):
         return fresh
-    if reason == before.reason or (before.reason == RECOVERING and reason in COMING_BACK):
+    if reason == before.reason or (before.reason == Reason.RECOVERING and reason in RESTARTING):
         return before
     if before.reason in PLACEMENT and _is_placed(group):
         return fresh
@@ -45,28 +36,14 @@ def waiting_for(reason: str, group: Group, before: Waiting | None, deadline: flo
     return fresh
 
 
-def recovering_since(block: Mapping[str, Any]) -> float | None:
-    """Since when the group has been trying to serve again, whatever it says in between; None when it isn't."""
-    waiting = from_status(block.get("waiting"))
-    return waiting.since if waiting is not None and waiting.reason == RECOVERING else None
+def recovering_since(waiting: Waiting | None) -> float | None:
+    """Since when the group has been trying to serve again, whatever it reports in between; None when it isn't."""
+    return waiting.since if waiting is not None and waiting.reason == Reason.RECOVERING else None
 
 
-def unplaced(block: Mapping[str, Any], revision: str) -> bool:
+def unplaced(waiting: Waiting | None, revision: str) -> bool:
     """Whether the group has found no place since before it was of this revision, so that nothing is learned from it."""
-    waiting = from_status(block.get("waiting"))
     return waiting is not None and waiting.reason in PLACEMENT and waiting.revision not in ("", revision)
-
-
-def to_status(waiting: Waiting | None) -> dict[str, Any] | None:
-    if waiting is None:
-        return None
-    return {"reason": waiting.reason, "since": format_rfc3339(waiting.since), "revision": waiting.revision}
-
-
-def from_status(block: Mapping[str, Any] | None) -> Waiting | None:
-    if not block or "since" not in block:
-        return None
-    return Waiting(block.get("reason", ""), parse_rfc3339(block["since"]), block.get("revision", ""))
 
 
 def _is_placed(group: Group) -> bool:

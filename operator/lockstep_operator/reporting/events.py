@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from lockstep_operator.decisions.planner import Action, Apply, Delete
-from lockstep_operator.groups.group_view import block_of
-from lockstep_operator.reporting import recovery_log
-from lockstep_operator.reporting.recovery_log import Repair
+from lockstep_operator.decisions.actions import Apply, Delete
+from lockstep_operator.reporting.transition import Transition
+from lockstep_operator.types.model_status import Condition, ModelStatus
 from lockstep_operator.types.names import API_VERSION, KIND, ModelKey
-from lockstep_operator.types.observed import Observed
-from lockstep_operator.types.recovery_state import RecoveryState, from_status
-from lockstep_operator.types.timestamps import format_micro, format_rfc3339, parse_rfc3339
-from lockstep_runtime.protocol.status import GroupStatus
+from lockstep_operator.types.reasons import ConditionType, Reason
+from lockstep_operator.types.timestamps import format_micro, format_rfc3339
 
-NOTE_LIMIT = 1000
+NOTE_LIMIT: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +22,7 @@ class EventDraft:
     """`key` tells it from every other of the model.
 
     `at`: when it was, in unix seconds, if that is known. `order` sorts what falls into the same second, as faults and
-    their repairs do: it is a part of the name, so it must be the same at every look.
+    their repairs do: it is a part of the name, so it must be the same in every pass.
     """
 
     key: str
@@ -36,56 +33,29 @@ class EventDraft:
     order: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReconcileResult:
-    """One look: the status before and after it, the actions that succeeded, and what recovery remembers now."""
-
-    observed: Observed
-    new: Mapping[str, Any]
-    done: Sequence[Action]
-    memories: Mapping[int, RecoveryState]
-    now: float
-
-    @property
-    def old(self) -> Mapping[str, Any]:
-        return self.observed.status
-
-    @property
-    def said(self) -> list[GroupStatus]:
-        """What groups said to this operator."""
-        return [report.status for _, report in sorted(self.observed.reports.items()) if report.status]
-
-    @property
-    def repairs(self) -> list[Repair]:
-        """Groups that were healed, by themselves or by the operator."""
-        own = recovery_log.completed_repairs(self.old, self.said, self.memories, self.now)
-        by_operator = recovery_log.operator_repairs(self.old, self.said, self.memories, self.now)
-        return [*(recovery_log.repair_of(status.group, fault) for status, fault in own), *by_operator]
-
-
-def event_drafts(seen: ReconcileResult) -> list[EventDraft]:
+def event_drafts(change: Transition) -> list[EventDraft]:
     """What this pass found or did."""
     return [
-        *_beginnings(seen.old, seen.new),
-        *turns(seen.old, seen.new),
-        *_complaints(seen.old, seen.new),
-        *_faults(seen),
-        *_steps(seen.old, seen.memories),
-        *_healed(seen),
-        *_repairs(seen.observed, seen.done),
-        *_given_up(seen.done),
+        *_beginnings(change.before, change.after),
+        *condition_changes(change.before, change.after),
+        *_process_failures(change.before, change.after),
+        *_faults(change),
+        *_recovery_steps(change.before, change.after),
+        *_repairs(change),
+        *_drift_repairs(change),
+        *_lost_pods(change),
     ]
 
 
-def manifest(key: ModelKey, uid: str, occurrence: EventDraft, now: float) -> dict[str, Any]:
+def manifest(key: ModelKey, uid: str, draft: EventDraft, now: float) -> dict[str, Any]:
     """Of the core API: `kubectl describe` sorts by `lastTimestamp`, which Events of events.k8s.io may not have, and
     then by name."""
-    digest = hashlib.sha256(f"{uid}/{occurrence.key}".encode()).hexdigest()[:16]
-    at = min(occurrence.at or now, now)
+    digest = hashlib.sha256(f"{uid}/{draft.key}".encode()).hexdigest()[:16]
+    at = min(draft.at or now, now)
     return {
         "apiVersion": "v1",
         "kind": "Event",
-        "metadata": {"name": f"{key.name}.{occurrence.order}{digest}", "namespace": key.namespace},
+        "metadata": {"name": f"{key.name}.{draft.order}{digest}", "namespace": key.namespace},
         "eventTime": format_micro(at),
         "firstTimestamp": format_rfc3339(at),
         "lastTimestamp": format_rfc3339(at),
@@ -94,9 +64,9 @@ def manifest(key: ModelKey, uid: str, occurrence: EventDraft, now: float) -> dic
         "reportingComponent": "lockstep.dev/operator",
         "reportingInstance": "lockstep-operator",
         "action": "Reconcile",
-        "reason": occurrence.reason,
-        "message": occurrence.note[:NOTE_LIMIT],
-        "type": "Warning" if occurrence.warning else "Normal",
+        "reason": draft.reason,
+        "message": draft.note[:NOTE_LIMIT],
+        "type": "Warning" if draft.warning else "Normal",
         "involvedObject": {
             "apiVersion": API_VERSION,
             "kind": KIND,
@@ -107,70 +77,73 @@ def manifest(key: ModelKey, uid: str, occurrence: EventDraft, now: float) -> dic
     }
 
 
-def _beginnings(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[EventDraft]:
-    if "observedGeneration" not in old:
+def _beginnings(before: ModelStatus, after: ModelStatus) -> Iterator[EventDraft]:
+    if before.observed_generation is None:
         yield EventDraft("created", "Created", "pods and Services are being made")
-    before, after = old.get("revision"), new.get("revision")
-    if before and after and before != after:
-        note = f"the spec asks for revision {after} instead of {before}: groups are replaced in turn"
-        yield EventDraft(f"rollout/{before}/{after}/{new['observedGeneration']}", "RollingOut", note)
+    old, new = before.revision, after.revision
+    if old and new and old != new:
+        note = f"the spec asks for revision {new} instead of {old}: groups are replaced in turn"
+        yield EventDraft(f"rollout/{old}/{new}/{after.observed_generation}", "RollingOut", note)
 
 
-def turns(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[EventDraft]:
-    """Conditions that turned. The old one's time tells this turn from earlier and later ones."""
-    before, after = _by_type(old), _by_type(new)
-    stalls = _stalls(before.get("Stalled", {}), after.get("Stalled", {}))
-    for name in ("Ready", "Stalled", "Poisoned"):
-        was, now = before.get(name, {}), after.get(name)
-        if now is None or (was.get("status", "False") == now["status"] and not (name == "Stalled" and stalls)):
+def condition_changes(before: ModelStatus, after: ModelStatus) -> Iterator[EventDraft]:
+    """The time of the old condition tells this change from earlier and later ones."""
+    stalls = _stalls(before.condition(ConditionType.STALLED), after.condition(ConditionType.STALLED))
+    for kind in (ConditionType.READY, ConditionType.STALLED, ConditionType.POISONED):
+        was, now = before.condition(kind), after.condition(kind)
+        turned = now is not None and now.status != (was.status if was else "False")
+        if now is None or not (stalls if kind is ConditionType.STALLED else turned):
             continue
-        key = f"{name}/{now['status']}/{was.get('lastTransitionTime', '')}"
-        if name == "Ready":
-            good = now["status"] == "True" or now["reason"] in ("RollingOut", "ScalingDown")
-            if now["status"] == "True" or not stalls:  # else the stall tells the same
-                yield EventDraft(
-                    key, "Ready" if now["status"] == "True" else "NotReady", now["message"], warning=not good
-                )
-        elif name == "Stalled" and stalls:
-            yield EventDraft(f"{key}/{now['reason']}", now["reason"], now["message"], warning=True)
-        elif now["status"] == "True":
-            yield EventDraft(key, name, now["message"], warning=True)
+        since = format_rfc3339(was.last_transition_time) if was else ""
+        key = f"{kind}/{now.status}/{since}"
+        if kind is ConditionType.STALLED:
+            yield EventDraft(f"{key}/{now.reason}", now.reason, now.message, warning=True)
+        elif now.status == "True":
+            yield EventDraft(key, str(kind), now.message, warning=kind is ConditionType.POISONED)
+        elif kind is ConditionType.READY and not stalls:  # else the stall tells the same
+            expected = now.reason in (Reason.ROLLING_OUT, Reason.SCALING_DOWN)
+            yield EventDraft(key, "NotReady", now.message, warning=not expected)
 
 
-def _stalls(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+def _stalls(was: Condition | None, now: Condition | None) -> bool:
     """Whether it has just stalled, or for another reason than before."""
-    return now.get("status") == "True" and (was.get("status"), was.get("reason")) != ("True", now["reason"])
+    if now is None or now.status != "True":
+        return False
+    return was is None or (was.status, was.reason) != ("True", now.reason)
 
 
-def _complaints(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[EventDraft]:
-    for group in new.get("groups") or []:
-        told, found = block_of(old, group["group"]).get("podProblem"), group.get("podProblem")
-        if found and found != told:
-            key = f"pod/{group['group']}/{found['reason']}/{found['time']}"
-            yield EventDraft(key, found["reason"], found["message"], warning=True, at=parse_rfc3339(found["time"]))
+def _process_failures(before: ModelStatus, after: ModelStatus) -> Iterator[EventDraft]:
+    for group in after.groups:
+        found = group.pod_problem
+        if found and found != before.group(group.group).pod_problem:
+            key = f"pod/{group.group}/{found.reason}/{format_rfc3339(found.time)}"
+            yield EventDraft(key, found.reason, found.message, warning=True, at=found.time)
 
 
-def _faults(seen: ReconcileResult) -> Iterator[EventDraft]:
-    for status, fault in recovery_log.new_faults(seen.old, seen.said):
-        where = f"group {status.group}" if fault.rank is None else f"group {status.group} rank {fault.rank}"
-        key = f"fault/{status.group}/{status.incarnation}/{fault.id}"
+def _faults(change: Transition) -> Iterator[EventDraft]:
+    for one in change.faults:
+        fault = one.record
+        where = f"group {one.group}" if fault.rank is None else f"group {one.group} rank {fault.rank}"
+        key = f"fault/{one.group}/{one.incarnation}/{fault.id}"
         note, order = f"{where}: {fault.message}", _order(fault.at, "0")
         yield EventDraft(key, str(fault.fault), note, warning=True, at=fault.at, order=order)
 
 
-def _steps(old: Mapping[str, Any], memories: Mapping[int, RecoveryState]) -> Iterator[EventDraft]:
+def _recovery_steps(before: ModelStatus, after: ModelStatus) -> Iterator[EventDraft]:
     """Decisions of recovery that were not in the status before. The step before it tells one from other answers to the
-    same trigger: its own time is another one whenever a dying operator could tell of it and not write it down."""
-    for group, memory in sorted(memories.items()):
-        plan, known = memory.plan, from_status(block_of(old, group).get("recovery")).plan
-        if plan and not plan.healed and (known is None or (plan.trigger, plan.since) != (known.trigger, known.since)):
-            reason = f"Would{plan.rung}" if plan.dry_run else str(plan.rung)
-            key = f"step/{group}/{plan.trigger}/{known.since if known else 0:.0f}"
-            yield EventDraft(key, reason, plan.reason, warning=True)
+    same fault: its own time is another one whenever a dying operator could report it and not write it down."""
+    for group in after.groups:
+        action, known = group.recovery.action, before.group(group.group).recovery.action
+        if action is None or action.healed:
+            continue
+        if known is None or (action.trigger, action.since) != (known.trigger, known.since):
+            reason = f"Would{action.rung}" if action.dry_run else str(action.rung)
+            key = f"step/{group.group}/{action.trigger}/{known.since if known else 0:.0f}"
+            yield EventDraft(key, reason, action.reason, warning=True)
 
 
-def _healed(seen: ReconcileResult) -> Iterator[EventDraft]:
-    for repair in seen.repairs:
+def _repairs(change: Transition) -> Iterator[EventDraft]:
+    for repair in change.repairs:
         key = f"healed/{repair.group}/{repair.rung}/{repair.noticed:.3f}"
         order = _order(repair.noticed, "1")
         yield EventDraft(key, "Recovered", repair.sentence, at=repair.finished, order=order)
@@ -180,20 +153,14 @@ def _order(noticed: float, stage: str) -> str:
     return f"{round(noticed * 1000):x}.{stage}."
 
 
-def _given_up(done: Sequence[Action]) -> Iterator[EventDraft]:
-    for action in done:
+def _lost_pods(change: Transition) -> Iterator[EventDraft]:
+    for action in change.actions:
         if isinstance(action, Delete) and action.grace == 0:
             yield EventDraft(f"lost/{action.uid}", "PodLost", action.reason, warning=True)
 
 
-def _repairs(observed: Observed, done: Sequence[Action]) -> Iterator[EventDraft]:
-    for action in done:
+def _drift_repairs(change: Transition) -> Iterator[EventDraft]:
+    for action in change.actions:
         if isinstance(action, Apply) and action.repairs:
-            live = observed.child(action.kind, action.name)
-            version = live["metadata"]["resourceVersion"] if live else f"missing/{observed.resource_version}"
             note = f"{action.kind} {action.name} was changed from outside and is put right: {action.repairs}"
-            yield EventDraft(f"repair/{action.kind}/{action.name}/{version}", "DriftRepaired", note)
-
-
-def _by_type(status: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return {condition["type"]: condition for condition in status.get("conditions") or []}
+            yield EventDraft(f"repair/{action.kind}/{action.name}/{action.version}", "DriftRepaired", note)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import time
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from lockstep_operator.reporting.recovery_log import Repair
+from lockstep_operator.types.model_status import ModelStatus
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport
+from lockstep_operator.types.reasons import ConditionType
 from lockstep_runtime.protocol.status import GroupStatus
 
 STATES = ("Ready", "Progressing", "Stalled")
-CONDITIONS = ("Ready", "Available", "Poisoned", "Stalled")
+CONDITIONS = (ConditionType.READY, ConditionType.AVAILABLE, ConditionType.POISONED, ConditionType.STALLED)
 PHASE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
@@ -105,12 +106,11 @@ class Metrics:
         self._known: dict[ModelKey, tuple[str, int, int]] = {}
         self._publish()
 
-    def model(self, key: ModelKey, status: Mapping[str, Any]) -> None:
-        true = {condition["type"] for condition in status.get("conditions") or [] if condition["status"] == "True"}
-        state = next((name for name in ("Ready", "Stalled") if name in true), "Progressing")
-        self._known[key] = (state, status.get("replicas", 0), status.get("readyReplicas", 0))
+    def model(self, key: ModelKey, status: ModelStatus) -> None:
+        state = next((name for name in ("Ready", "Stalled") if status.is_true(name)), "Progressing")
+        self._known[key] = (state, status.replicas, status.ready_replicas)
         for condition in CONDITIONS:
-            self._conditions.labels(key.namespace, key.name, condition).set(condition in true)
+            self._conditions.labels(key.namespace, key.name, condition).set(status.is_true(condition))
         self._publish()
 
     def namespace(self, name: str, *, served: bool) -> None:
@@ -121,7 +121,7 @@ class Metrics:
         self._reconciled.add(key)
 
     def repaired(self, key: ModelKey, repairs: Iterable[Repair]) -> None:
-        """Each repair once: those that the status just written is the first to tell of."""
+        """Each repair once: those that the status just written is the first to hold."""
         for repair in repairs:
             self._recoveries.labels(key.namespace, key.name, repair.fault, repair.rung).inc()
             self._counted.setdefault(key, set()).add((repair.fault, repair.rung))

@@ -1,7 +1,7 @@
-"""Faults and repairs, told once each though operators come and go (pure).
+"""Faults and repairs, reported once each though operators come and go (pure).
 
-Groups number their faults; the highest number that was told stands in the status. What happened while no operator was
-there is therefore told when the next one is.
+Groups number their faults; the highest number that was reported stands in the status. What happened while no operator
+was there is therefore reported when the next one is.
 """
 
 from __future__ import annotations
@@ -9,16 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from lockstep_operator.decisions.fault_detection import matches
-from lockstep_operator.groups.group_view import block_of
-from lockstep_operator.types.recovery_state import RecoveryState, Rung, from_status
-from lockstep_operator.types.timestamps import format_rfc3339, parse_rfc3339
+from lockstep_operator.reporting.assessment import GroupAssessment
+from lockstep_operator.types.model_status import GroupSummary, LastRecovery
+from lockstep_operator.types.recovery_state import Rung
 from lockstep_runtime.protocol.status import FaultRecord, GroupStatus
 
 DROPPED: Final = "Drop"
-FIRST_TOKEN_SECONDS: Final = 10.0  # a repair is told without its first token when that hasn't come by then
+FIRST_TOKEN_SECONDS: Final = 10.0  # a repair is reported without its first token when that hasn't come by then
+
+
+@dataclass(frozen=True, slots=True)
+class NewFault:
+    """One that the status doesn't know yet."""
+
+    group: int
+    incarnation: str
+    record: FaultRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,63 +52,95 @@ class Repair:
         return f"{who} was healed from {self.fault} by {self.rung}{f' ({parts})' if parts else ''}{went_on}"
 
 
-def new_faults(old: Mapping[str, Any], said: Sequence[GroupStatus]) -> Iterator[tuple[GroupStatus, FaultRecord]]:
-    """Faults that the status doesn't tell of yet, in order."""
-    for status in said:
-        known = _reported(old, status, "lastFaultID")
-        for fault in sorted(status.faults, key=lambda fault: fault.id):
-            if fault.id > known:
-                yield status, fault
+def new_faults(one: GroupAssessment) -> list[NewFault]:
+    """By rising number."""
+    status = one.facts.heard
+    if status is None:
+        return []
+    known = _same_process(one.facts.last, status).last_fault_id or 0
+    found = sorted((fault for fault in status.faults if fault.id > known), key=lambda fault: fault.id)
+    return [NewFault(status.group, status.incarnation, fault) for fault in found]
 
 
-def completed_repairs(
-    old: Mapping[str, Any], said: Sequence[GroupStatus], memories: Mapping[int, RecoveryState], now: float
-) -> Iterator[tuple[GroupStatus, FaultRecord]]:
-    """Repairs by the groups themselves that the status doesn't tell of yet, in order. One that only a step of the
-    operator made possible is that step's to tell."""
-    for status in said:
-        known, plan = _reported(old, status, "lastRepairID"), memories.get(status.group, RecoveryState()).plan
-        for fault in _repaired(status, now):
-            if fault.rung == DROPPED:  # a request was refused: nobody was ill
-                continue
-            if fault.id > known and not (plan and matches(plan.trigger, status, fault) and not plan.dry_run):
-                yield status, fault
+def completed_repairs(one: GroupAssessment, now: float) -> Iterator[Repair]:
+    """By the group itself, that the status doesn't know yet, by rising number. One that only a step of the operator
+    made possible is that step's to report."""
+    status, action = one.facts.heard, one.recovery.action
+    if status is None:
+        return
+    known = _same_process(one.facts.last, status).last_repair_id or 0
+    for fault in _repaired(status, now):
+        helped = action is not None and not action.dry_run and matches(action.trigger, status, fault)
+        if fault.rung != DROPPED and fault.id > known and not helped:  # dropped: a request was refused, nothing failed
+            yield _repair(status.group, fault)
 
 
-def last_fault_id(old: Mapping[str, Any], status: GroupStatus) -> int:
-    return max([_reported(old, status, "lastFaultID"), *(fault.id for fault in status.faults)])
+def operator_repair(one: GroupAssessment, now: float) -> Repair | None:
+    """A step of the operator after which the group serves again, as of this pass."""
+    action, known = one.recovery.action, one.facts.last.recovery.action
+    if action is None or not action.healed or action.dry_run or known is None or known.healed:
+        return None
+    status = one.facts.heard
+    closed = next((fault for fault in _closed(status) if status and matches(action.trigger, status, fault)), None)
+    took = {"detect": max(0.0, action.since - action.noticed), "recycle": max(0.0, now - action.since)}
+    return Repair(
+        group=one.group.index,
+        fault=action.fault,
+        rank=action.rank,
+        rung=str(action.rung),
+        noticed=action.noticed,
+        finished=math.ceil(now),
+        phases={**(closed.phases if closed else {}), **took},
+        resumed=closed.requests_resumed if closed else 0,
+        counted=closed is not None,
+    )
 
 
-def last_repair_id(old: Mapping[str, Any], status: GroupStatus, now: float) -> int:
-    return max([_reported(old, status, "lastRepairID"), *(fault.id for fault in _repaired(status, now))])
+def last_fault_id(last: GroupSummary, status: GroupStatus) -> int:
+    known = _same_process(last, status).last_fault_id or 0
+    return max([known, *(fault.id for fault in status.faults)])
 
 
-def operator_repairs(
-    old: Mapping[str, Any], said: Sequence[GroupStatus], memories: Mapping[int, RecoveryState], now: float
-) -> Iterator[Repair]:
-    """Steps of the operator after which the group serves again, as of this pass."""
-    for group, memory in sorted(memories.items()):
-        plan, known = memory.plan, from_status(block_of(old, group).get("recovery")).plan
-        if plan is None or not plan.healed or plan.dry_run or known is None or known.healed:
-            continue
-        closed = next(
-            (fault for status in said for fault in _closed(status) if matches(plan.trigger, status, fault)), None
-        )
-        took = {"detect": max(0.0, plan.since - plan.noticed), "recycle": max(0.0, now - plan.since)}
-        yield Repair(
-            group=group,
-            fault=plan.fault,
-            rank=plan.rank,
-            rung=str(plan.rung),
-            noticed=plan.noticed,
-            finished=math.ceil(now),
-            phases={**(closed.phases if closed else {}), **took},
-            resumed=closed.requests_resumed if closed else 0,
-            counted=closed is not None,
-        )
+def last_repair_id(last: GroupSummary, status: GroupStatus, now: float) -> int:
+    known = _same_process(last, status).last_repair_id or 0
+    return max([known, *(fault.id for fault in _repaired(status, now))])
 
 
-def repair_of(group: int, fault: FaultRecord) -> Repair:
+def recoveries_since(last: GroupSummary, status: GroupStatus) -> int:
+    """That are not counted in the status yet: a new process counts from 0 again."""
+    counted = _same_process(last, status).recoveries or 0
+    return status.recoveries - counted if status.recoveries >= counted else status.recoveries
+
+
+def last_recovery(
+    known: LastRecovery | None, groups: Sequence[GroupAssessment], by_operator: Sequence[Repair]
+) -> LastRecovery | None:
+    """The newest of all. A known one is written anew, for its first token; but a step of the operator stays what
+    helped, though the group reports the same repair."""
+    own = [
+        _repair(one.status.group, fault)
+        for one in groups
+        if one.status
+        for fault in _closed(one.status)
+        if fault.rung != DROPPED
+    ]
+    newest = max([*by_operator, *own], key=lambda repair: repair.finished, default=None)
+    if newest is None:
+        return known
+    if known and known.finished_at - newest.finished > (-1.0 if known.rung in list(Rung) else 0.0):
+        return known
+    return LastRecovery(
+        fault=newest.fault,
+        group=newest.group,
+        suspect_rank=newest.rank,
+        rung=newest.rung,
+        phases={name: round(seconds, 3) for name, seconds in newest.phases.items()},
+        requests_resumed=newest.resumed,
+        finished_at=newest.finished,
+    )
+
+
+def _repair(group: int, fault: FaultRecord) -> Repair:
     return Repair(
         group=group,
         fault=str(fault.fault),
@@ -112,36 +153,14 @@ def repair_of(group: int, fault: FaultRecord) -> Repair:
     )
 
 
-def last_recovery(
-    old: Mapping[str, Any], said: Sequence[GroupStatus], by_operator: Sequence[Repair]
-) -> dict[str, Any] | None:
-    """As `status.lastRecovery`: the newest of all. A known one is told anew, for its first token; but a step of the
-    operator stays what helped, though the group tells of the same repair."""
-    known: dict[str, Any] | None = old.get("lastRecovery")
-    own = [repair_of(status.group, fault) for status in said for fault in _closed(status) if fault.rung != DROPPED]
-    newest = max([*by_operator, *own], key=lambda repair: repair.finished, default=None)
-    if newest is None:
-        return known
-    if known and parse_rfc3339(known["finishedAt"]) - newest.finished > (-1.0 if known["rung"] in list(Rung) else 0.0):
-        return known
-    return {
-        "fault": newest.fault,
-        "group": newest.group,
-        "suspectRank": newest.rank,
-        "rung": newest.rung,
-        "phases": {name: round(seconds, 3) for name, seconds in newest.phases.items()},
-        "requestsResumed": newest.resumed,
-        "finishedAt": format_rfc3339(newest.finished),
-    }
+def _same_process(last: GroupSummary, status: GroupStatus) -> GroupSummary:
+    """What the status has counted of this very process; nothing, of another."""
+    return last if last.incarnation == status.incarnation else GroupSummary(group=status.group)
 
 
-def _reported(old: Mapping[str, Any], status: GroupStatus, name: str) -> int:
-    block = block_of(old, status.group)
-    return int(block.get(name, 0)) if block.get("incarnation") == status.incarnation else 0
-
-
-def _closed(status: GroupStatus) -> list[FaultRecord]:
-    return sorted((fault for fault in status.faults if fault.recovered_at is not None), key=lambda fault: fault.id)
+def _closed(status: GroupStatus | None) -> list[FaultRecord]:
+    faults = status.faults if status else ()
+    return sorted((fault for fault in faults if fault.recovered_at is not None), key=lambda fault: fault.id)
 
 
 def _repaired(status: GroupStatus, now: float) -> list[FaultRecord]:

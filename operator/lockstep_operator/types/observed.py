@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lockstep_operator.types.limits import Limits
+from lockstep_operator.types.model_status import ModelStatus
 from lockstep_operator.types.names import (
     GROUP_LABEL,
     POD_INDEX_LABEL,
@@ -68,7 +69,7 @@ class GroupReport:
 class Observed:
     """One look at everything that belongs to a model."""
 
-    status: Mapping[str, Any]  # of the custom resource, as last written
+    status: ModelStatus  # of the custom resource, as last written
     resource_version: str
     token: str | None  # None: the Secret is missing or has no token
     children: Mapping[tuple[str, str], Object]  # by kind and name

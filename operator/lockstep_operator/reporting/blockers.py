@@ -1,0 +1,102 @@
+"""Why a group doesn't serve, in a sentence that a person can act on (pure)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lockstep_operator.groups import group_view
+from lockstep_operator.groups.facts import GroupFacts
+from lockstep_operator.types.reasons import Reason
+from lockstep_runtime.protocol.status import GroupState, GroupStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Blocker:
+    """`stalled`: it won't mend itself."""
+
+    reason: str
+    message: str
+    stalled: bool = False
+
+
+def find_blocker(facts: GroupFacts, remedy: str, size: int, *, given_up: bool) -> Blocker:
+    """Of a group of `size` ranks that doesn't serve. `remedy` is what recovery does about it, empty if nothing;
+    `given_up`: it needs a person."""
+    return _with_process_failure(facts, _explain(facts, given_up, remedy, size))
+
+
+def load_failure(status: GroupStatus) -> str:
+    worded = [rank for rank in group_view.failed_ranks(status) if rank.message]
+    if worded:
+        return f"rank {worded[0].rank} can't load the model: {worded[0].message}"
+    return status.message or "the model can't be loaded"
+
+
+def _with_process_failure(facts: GroupFacts, blocker: Blocker) -> Blocker:
+    """What failed within its pods is the likely reason why it doesn't come up."""
+    failure = facts.process_failure
+    if failure is None or failure.message in blocker.message:
+        return blocker
+    vague = blocker.reason in (Reason.STARTING, Reason.LOADING, Reason.UNREACHABLE)
+    if vague:
+        return Blocker(failure.reason, f"{failure.message}; {blocker.message}", blocker.stalled)
+    return Blocker(blocker.reason, f"{blocker.message}; {failure.message}", blocker.stalled)
+
+
+def _explain(facts: GroupFacts, given_up: bool, remedy: str, size: int) -> Blocker:
+    group, status, issue = facts.group, facts.view.status, facts.issue
+    name = f"group {group.index}"
+    if issue:
+        words = _joined(issue.message, remedy if issue.heals else "")
+        return Blocker(issue.reason, words, given_up and issue.heals)
+    if not group.exists or group.deleting:
+        return Blocker(Reason.STARTING, f"{name} is being made")
+    if group.strays and not group.pods:
+        return Blocker(Reason.STARTING, f"{name} waits until {group.strays} older pods of the same names have ended")
+    if status is None:
+        return _unheard(facts, given_up, remedy, name)
+    if group_view.failed_to_load(status):
+        return Blocker(Reason.MODEL_LOAD_FAILED, f"{name}: {load_failure(status)}", stalled=not status.may_pass)
+    if status.state is GroupState.POISONED:
+        return _poisoned(status, given_up, remedy, name)
+    if remedy and given_up:  # a late try is under way: until it has helped, it needs a person
+        return Blocker(Reason.RECOVERY_EXHAUSTED, remedy, stalled=True)
+    if remedy and status.state in (GroupState.READY, GroupState.RECOVERING):  # for too long, by its own report
+        return Blocker(Reason.RECOVERING, remedy)
+    return _by_state(status, name, size)
+
+
+def _unheard(facts: GroupFacts, given_up: bool, remedy: str, name: str) -> Blocker:
+    group, unreachable = facts.group, facts.view.unreachable_reason
+    if unreachable:
+        return Blocker(Reason.UNREACHABLE, _joined(unreachable, remedy), given_up)
+    running = sum(pod.phase == "Running" and pod.deleting is None for pod in group.pods)
+    words = f"{running} of {group.wanted} pods of {name} run; its first pod hasn't reported yet"
+    return Blocker(Reason.STARTING, _joined(words, remedy), given_up)
+
+
+def _poisoned(status: GroupStatus, given_up: bool, remedy: str, name: str) -> Blocker:
+    """Progress, as long as the operator has a remedy."""
+    words = remedy or f"{name} can't serve and can't heal itself{f': {status.message}' if status.message else ''}"
+    return Blocker(Reason.RECOVERY_EXHAUSTED if given_up else Reason.POISONED, words, given_up)
+
+
+def _by_state(status: GroupStatus, name: str, size: int) -> Blocker:
+    words = f": {status.message}" if status.message else ""
+    match status.state:
+        case GroupState.RECOVERING:
+            return Blocker(Reason.RECOVERING, f"{name} recovers{words}")
+        case GroupState.DRAINING:
+            return Blocker(Reason.DRAINING, f"{name} finishes its requests{words}")
+        case GroupState.LOADING if group_view.loaded(status, size):
+            return Blocker(Reason.LOADING, status.message or f"{name} holds its weights")
+        case GroupState.LOADING:
+            return Blocker(Reason.LOADING, f"{name} has read {group_view.progress(status)} % of its weights")
+        case GroupState.READY:
+            return Blocker(Reason.STARTING, f"{name} has joined its {size} ranks and is about to take requests")
+        case _:
+            return Blocker(Reason.STARTING, f"{name} waits for its {size} ranks{words}")
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)

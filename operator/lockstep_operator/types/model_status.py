@@ -1,0 +1,156 @@
+"""The status of a TensorParallelModel: parsed once in a pass, and what the next one is made of.
+
+Of `status.groups[]` the operator reads back what it can't know otherwise after a restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from lockstep_operator.types.documents import camel, read, write
+from lockstep_operator.types.recovery_state import RecoveryState, nested, to_status
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, rename=camel):
+    """Of the status. Times are unix seconds."""
+
+
+class Condition(Part, frozen=True, kw_only=True):
+    type: str
+    status: str
+    reason: str
+    message: str
+    observed_generation: int | None = None
+    last_transition_time: float
+
+
+class StepLatency(Part, frozen=True, kw_only=True):
+    """In milliseconds."""
+
+    p50: float | None = None
+    p99: float | None = None
+
+
+class LastFault(Part, frozen=True, kw_only=True):
+    fault: str
+    group: int
+    rank: int | None = None
+    message: str
+    time: float
+    rung: str | None = None
+    recovered_time: float | None = None
+
+
+class LastRecovery(Part, frozen=True, kw_only=True):
+    """`phases` in seconds."""
+
+    fault: str
+    group: int
+    suspect_rank: int | None = None
+    rung: str
+    phases: Mapping[str, float] = {}
+    requests_resumed: int = 0
+    finished_at: float
+
+
+class RankSummary(Part, frozen=True, kw_only=True):
+    rank: int
+    pod: str = ""
+    node: str = ""
+    state: str = "Absent"
+    epoch: int = 0
+    respawns: int = 0
+    step_latency: StepLatency | None = None
+    last_step_time: float | None = None
+    message: str | None = None
+
+
+class Waiting(msgspec.Struct, frozen=True):
+    """What a group waits for, since when, and the revision of the pods that the wait began with."""
+
+    reason: str
+    since: float
+    revision: str = ""
+
+
+class ProcessFailure(msgspec.Struct, frozen=True):
+    """Something within a pod that couldn't run, or was killed: `status.groups[].podProblem`."""
+
+    reason: str
+    message: str
+    time: float
+
+
+class GroupSummary(Part, frozen=True, kw_only=True):
+    """One of `status.groups`; what the group has not said is None."""
+
+    group: int
+    ready: bool = False
+    state: str = ""
+    message: str = ""
+    revision: str = ""
+    leader: str | None = None
+    leader_uid: str | None = None
+    recovery: RecoveryState = RecoveryState()
+    waiting: Waiting | None = None
+    pod_problem: ProcessFailure | None = None
+    epoch: int | None = None
+    incarnation: str | None = None
+    recoveries: int | None = None
+    last_fault_id: int | None = None
+    last_repair_id: int | None = None
+    step_latency: StepLatency | None = None
+    last_step_time: float | None = None
+    ready_ranks: int | None = None
+    ranks: tuple[RankSummary, ...] | None = None
+
+
+class ModelStatus(Part, frozen=True, kw_only=True):
+    observed_generation: int | None = None
+    conditions: tuple[Condition, ...] = ()
+    replicas: int = 0
+    ready_replicas: int = 0
+    updated_replicas: int = 0
+    selector: str = ""
+    revision: str = ""
+    ranks: str = ""
+    step_latency: StepLatency | None = None
+    recoveries: int = 0
+    last_fault: LastFault | None = None
+    last_recovery: LastRecovery | None = None
+    groups: tuple[GroupSummary, ...] = ()
+
+    def condition(self, kind: str) -> Condition | None:
+        return next((one for one in self.conditions if one.type == kind), None)
+
+    def is_true(self, kind: str) -> bool:
+        return any(one.type == kind and one.status == "True" for one in self.conditions)
+
+    def group(self, index: int) -> GroupSummary:
+        """An empty one when the status doesn't know the group."""
+        return next((one for one in self.groups if one.group == index), GroupSummary(group=index))
+
+
+def parse(document: Mapping[str, Any] | None) -> ModelStatus:
+    """Raises ValueError and msgspec.ValidationError for what the CRD's schema refuses."""
+    groups = [
+        {**group, "recovery": nested(group.get("recovery") or {})} for group in (document or {}).get("groups") or []
+    ]
+    return read({**(document or {}), "groups": groups}, ModelStatus)
+
+
+def render(status: ModelStatus) -> dict[str, Any]:
+    """As the API server takes it."""
+    document = write(status)
+    for group, block in zip(status.groups, document["groups"], strict=True):
+        block.pop("recovery")
+        if recovery := to_status(group.recovery):
+            block["recovery"] = recovery
+    return document
+
+
+def render_conditions(conditions: Iterable[Condition]) -> list[dict[str, Any]]:
+    return [write(condition) for condition in conditions]

@@ -1,0 +1,66 @@
+"""The conditions of a model and their reasons, one word each: in the status and in docs/troubleshooting.md."""
+
+from __future__ import annotations
+
+import enum
+
+
+class ConditionType(enum.StrEnum):
+    READY = "Ready"
+    AVAILABLE = "Available"
+    MODEL_LOADED = "ModelLoaded"
+    COLLECTIVES_HEALTHY = "CollectivesHealthy"
+    POISONED = "Poisoned"
+    RECONCILING = "Reconciling"
+    STALLED = "Stalled"
+
+
+class Reason(enum.StrEnum):
+    """The faults' names are reasons, too, of `CollectivesHealthy` and `Poisoned`."""
+
+    # all is well
+    READY = "Ready"
+    SERVING = "Serving"
+    LOADED = "Loaded"
+    JOINED = "Joined"
+    NOT_POISONED = "NotPoisoned"
+    NOT_STALLED = "NotStalled"
+    SETTLED = "Settled"
+    # under way
+    STARTING = "Starting"
+    LOADING = "Loading"
+    ROLLING_OUT = "RollingOut"
+    SCALING_DOWN = "ScalingDown"
+    SCALED_TO_ZERO = "ScaledToZero"
+    DRAINING = "Draining"
+    RECOVERING = "Recovering"
+    NOT_JOINED = "NotJoined"
+    NO_GROUP_READY = "NoGroupReady"
+    # a group can't serve
+    MODEL_LOAD_FAILED = "ModelLoadFailed"
+    LOAD_FAILED = "LoadFailed"
+    POISONED = "Poisoned"
+    RECOVERY_EXHAUSTED = "RecoveryExhausted"
+    UNREACHABLE = "Unreachable"
+    PROGRESS_DEADLINE_EXCEEDED = "ProgressDeadlineExceeded"
+    STALLED = "Stalled"
+    # its pods can't run
+    UNSCHEDULABLE = "Unschedulable"
+    SCHEDULING_GATED = "SchedulingGated"
+    PODS_REFUSED = "PodsRefused"
+    IMAGE_PULL_FAILED = "ImagePullFailed"
+    CONTAINER_REFUSED = "ContainerRefused"
+    MOUNT_FAILED = "MountFailed"
+    POD_PENDING = "PodPending"
+    POD_FAILED = "PodFailed"
+    POD_STUCK = "PodStuck"
+    NODE_LOST = "NodeLost"
+    CRASH_LOOP = "CrashLoop"
+    OUT_OF_MEMORY = "OutOfMemory"
+    SPAWN_FAILED = "SpawnFailed"
+    # the operator can't do what the spec asks
+    NAME_CONFLICT = "NameConflict"
+    INVALID_SPEC = "InvalidSpec"
+    REFUSED = "Refused"
+    RETRYING = "Retrying"
+    OPERATOR_ERROR = "OperatorError"
