@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from tests.support.kube_fake import Killed, revision_of
+from tests.support.kube_fake import Killed, clone, is_ready, revision_of
 from tests.support.kube_world import World
 
 from lockstep_operator.cluster.client import RESOURCES, KubeError
@@ -261,6 +261,66 @@ async def test_a_service_of_somebody_else_is_not_taken_over() -> None:
     world.kube.remove("Service", "team", "chat")
     await world.settle(key)
     assert world.condition(key, "Ready")["status"] == "True"
+
+
+async def test_somebody_elses_token_is_sent_to_nobody() -> None:
+    world = World()
+    key = world.add(replicas=2)
+    await world.settle(key)
+    ours = world.groups.watched[key]
+    assert sorted(ours) == [0, 1]
+    world.kube.remove("Secret", "team", "chat-token")
+    foreign = {"metadata": {"name": "chat-token", "namespace": "team"}, "stringData": {"token": "theirs"}}
+    world.kube.put("Secret", foreign)
+    await world.settle(key)
+    assert world.condition(key, "Stalled")["reason"] == "NameConflict"
+    assert world.groups.watched[key] == {}, "nobody is asked with it"
+    world.kube.remove("Secret", "team", "chat-token")
+    await world.settle(key)
+    again = world.groups.watched[key]
+    assert sorted(again) == [0, 1]
+    assert not {target.token for target in again.values()} & {"theirs", *(target.token for target in ours.values())}
+
+
+async def test_our_token_is_not_sent_to_pods_of_somebody_elses_workload() -> None:
+    """Their StatefulSet has a group's name, and their pods its labels."""
+    world = World()
+    key = world.add(replicas=2)
+    await world.settle(key)
+    theirs = world.kube.objects["StatefulSet", "team", "chat-1"]
+    for kind, namespace, name in list(world.kube.objects):
+        if name.startswith("chat-1") and kind in ("StatefulSet", "Pod"):
+            world.kube.remove(kind, namespace, name, grace=0)
+    metadata = {name: value for name, value in theirs["metadata"].items() if name != "ownerReferences"}
+    world.kube.put("StatefulSet", {**theirs, "metadata": metadata})
+    await world.settle(key)
+    pods = [pod["metadata"]["name"] for pod in world.kube.of_kind("Pod") if is_ready(pod)]
+    assert sorted(pods) == ["chat-0-0", "chat-0-1", "chat-1-0", "chat-1-1"], "theirs run"
+    assert world.condition(key, "Stalled")["reason"] == "NameConflict"
+    assert sorted(world.groups.watched[key]) == [0]
+
+
+@pytest.mark.parametrize(
+    "meddled",
+    [
+        {"ordinals": {"start": 5}},
+        {"minReadySeconds": 600},
+        {"persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Delete", "whenScaled": "Retain"}},
+        {"persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Retain", "whenScaled": "Delete"}},
+    ],
+)
+async def test_what_others_set_on_a_groups_workload_is_put_right(meddled: dict[str, object]) -> None:
+    world = World()
+    key = world.add()
+    await world.settle(key)
+    wanted = world.kube.objects["StatefulSet", "team", "chat-0"]
+    before = clone(wanted["spec"])
+    world.kube.change("StatefulSet", "team", "chat-0", lambda live: live["spec"].update(meddled))
+    assert world.kube.objects["StatefulSet", "team", "chat-0"]["spec"] != before
+    await world.settle(key)
+    mended = world.kube.objects["StatefulSet", "team", "chat-0"]
+    assert mended["spec"] == before
+    assert mended["metadata"]["uid"] == wanted["metadata"]["uid"], "it was not made anew, and its pods stay"
 
 
 async def test_what_the_api_server_refuses_is_in_the_status() -> None:
