@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Final
 
 from tests.support import kubectl
@@ -16,6 +18,7 @@ from tests.support.status_watch import StatusWatch, watched
 
 TOLD_SECONDS: Final = 15.0
 HEALED_SECONDS: Final = 90.0
+EXAMPLE: Final = Path(__file__).parents[2] / "examples" / "tiny-chat"
 HEALS: Final[Object] = {"strategy": "RecyclePods", "backoff": {"initial": "1s"}}
 
 
@@ -82,6 +85,43 @@ def test_templates_of_no_shape_are_told_with_the_field(api: ClusterApi, namespac
         else:
             change_spec(model, f'{{"spec": {{"template": {{"spec": {{{name}: null}}}}}}}}')
         model.until_ready()
+
+
+def test_files_that_can_not_be_used_are_told_in_their_own_words(api: ClusterApi, namespace: str, folder: Path) -> None:
+    """The tokenizer by the leader, who alone reads it, and weights that may not be read by a rank."""
+    garbled, closed = (_copied(api, namespace, folder / name) for name in ("garbled", "closed"))
+    (folder / "garbled" / "tokenizer.json").write_text('{"model": {"type": "Unheard"}}')
+    (folder / "closed" / "model.safetensors").chmod(0o600)
+    for model in (garbled, closed):
+        source = {"hostPath": {"path": str(folder / model.name)}}
+        model.apply(small(tensorParallelSize=1, ranksPerPod=1, model=source))
+    with watched(garbled) as first, watched(closed) as second:
+        _loading_fails(garbled, "tokenizer.json can't be used")
+        _loading_fails(closed, "may not read /model/model.safetensors; give it the right to")
+        for seen in (first, second):
+            assert len(seen.models()) > 1, "the watch works"
+            for kind in ("Ready", "Available", "ModelLoaded"):
+                assert all(condition["status"] == "False" for condition in seen.conditions(kind)), kind
+            assert not any("about to take requests" in condition["message"] for condition in seen.conditions("Ready"))
+        shutil.copy(EXAMPLE / "tokenizer.json", folder / "garbled")
+        (folder / "closed" / "model.safetensors").chmod(0o644)
+        garbled.until_ready()
+        closed.until_ready()
+
+
+def _copied(api: ClusterApi, namespace: str, folder: Path) -> Model:
+    shutil.copytree(EXAMPLE, folder)
+    return Model(api, namespace, folder.name)
+
+
+def _loading_fails(model: Model, words: str) -> None:
+    """In the pod's log first, and soon in the status; nobody but a person can mend it, so it is Stalled at once."""
+    model.until("the pod to know", lambda: words in model.api.log(model.namespace, f"{model.name}-0-0"))
+    told(model, "Stalled", "ModelLoadFailed", words)
+    for kind in ("Ready", "ModelLoaded"):
+        condition = model.condition(kind)
+        assert condition["status"] == "False"
+        assert words in condition["message"], condition
 
 
 def test_more_cpus_than_there_are_is_progress_until_its_deadline(api: ClusterApi, namespace: str) -> None:

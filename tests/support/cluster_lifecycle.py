@@ -77,6 +77,11 @@ DAMAGES: Final[dict[str, Damage]] = {
     "Service without its label": patched("service", "", '{"metadata": {"labels": {"lockstep.dev/model": null}}}'),
     "StatefulSet scaled": patched("statefulset", "-0", '{"spec": {"replicas": 1}}'),
     "NetworkPolicy opened": patched("networkpolicy", "-0", '{"spec": {"ingress": [{}]}}'),
+    "StatefulSet's waits and claims edited": patched(
+        "statefulset",
+        "-0",
+        '{"spec": {"minReadySeconds": 600, "persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Delete"}}}',
+    ),
     "StatefulSet's template edited": patched(
         "statefulset", "-0", '{"spec": {"template": {"spec": {"terminationGracePeriodSeconds": 1}}}}'
     ),

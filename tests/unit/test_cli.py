@@ -168,6 +168,15 @@ def test_a_member_needs_only_its_status_port() -> None:
         close(open_ports(member))
 
 
+def test_what_an_operator_started_tells_of_the_engines_ports_in_its_status() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        words = ("--port", port, "--bus-port", port, "--status-port")
+        close(open_ports(config("m", "--spec-revision", "r1", *words, str(free_port()))))
+        with pytest.raises(UsageError, match="choose another with --status-port"):
+            open_ports(config("m", "--spec-revision", "r1", *words, port))
+
+
 def test_help_lists_every_flag_with_what_it_means(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["serve", "--help"])

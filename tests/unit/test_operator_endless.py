@@ -85,7 +85,9 @@ def test_the_new_pod_is_given_its_time_though_the_group_calls_itself_poisoned_me
 
 
 def crashing(index: int = 1, **fields: Any) -> dict[str, Any]:
-    container = {"name": "lockstep", "state": {"waiting": {"reason": "CrashLoopBackOff"}}}
+    ended = {"reason": "Error", "exitCode": 2, "message": "lockstep: can't listen on [::]:7401: taken"}
+    waiting = {"waiting": {"reason": "CrashLoopBackOff"}}
+    container = {"name": "lockstep", "state": waiting, "lastState": {"terminated": ended}}
     raw = {"metadata": {}, "spec": {"nodeName": "n1"}, "status": {"containerStatuses": [container]}}
     well_enough = pod(ready=False).raw
     pods = tuple(pod(0, number, ready=False, raw=raw if number == index else well_enough) for number in range(2))
@@ -97,7 +99,7 @@ def test_a_pod_that_keeps_ending_is_replaced_first_and_waited_for_only_then() ->
     report = recovering(NOW - 30)
     verdict = decided(report, **crashing())
     assert rung(verdict) == (Rung.RECYCLE_POD, ("uid-0-1",))
-    assert "pod chat-0-1 keeps ending" in verdict.reason
+    assert "pod chat-0-1 keeps ending: Error, exit code 2: lockstep: can't listen on [::]:7401: taken" in verdict.reason
     silent = GroupReport(unreachable_since=NOW - 5, error="refused")
     assert rung(decided(silent, **crashing(0))) == (Rung.RECYCLE_POD, ("uid-0-0",))
     attempts_used = RecoveryState(attempts_used=dict.fromkeys(Rung, 3), failures=9, next_try=NOW + 600)

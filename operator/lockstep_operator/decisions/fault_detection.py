@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lockstep_operator.groups.group import Group
+from lockstep_operator.groups.pod_issues import termination_message
 from lockstep_operator.types.observed import GroupReport, Pod
 from lockstep_operator.types.timestamps import format_rfc3339, parse_rfc3339
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, GroupStatus, RankState
@@ -15,6 +16,7 @@ COMING_BACK_SECONDS: Final = 300.0  # the same, by several tries
 RELOADING_SECONDS: Final = 900.0  # the same, while ranks load that have joined
 ENDLESS: Final = "@r"  # in the key of a trigger
 LOADING: Final = frozenset({RankState.STARTING, RankState.LOADING})
+MESSAGE_LIMIT: Final = 400  # of what a pod wrote
 HUNG_SECONDS: Final = 90.0  # the kubelet's liveness probe has had its turn by then
 
 
@@ -87,7 +89,7 @@ def _crashing(group: Group, pod: Pod, now: float) -> DetectedFault | None:
         key=f"crash/{pod.uid}",
         fault=str(Fault.RANK_LOST),
         rank=None,
-        message=f"pod {pod.name} keeps ending",
+        message=f"pod {pod.name} keeps ending: {termination_message(pod)}"[:MESSAGE_LIMIT],
         noticed=now,
         pod=pod,
     )

@@ -150,6 +150,14 @@ def _of_container(pod: Pod, container: Mapping[str, Any]) -> PodIssue | None:
     return None
 
 
+def termination_message(pod: Pod) -> str:
+    """Why the container that its kubelet starts again and again ended, in its own last words; empty of any other."""
+    for container in (pod.raw.get("status") or {}).get("containerStatuses") or []:
+        if ((container.get("state") or {}).get("waiting") or {}).get("reason") == "CrashLoopBackOff":
+            return _termination_message(container)
+    return ""
+
+
 def _termination_message(container: Mapping[str, Any]) -> str:
     ended = (container.get("lastState") or {}).get("terminated") or {}
     words = (ended.get("message") or "").strip().splitlines()

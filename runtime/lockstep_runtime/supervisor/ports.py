@@ -22,7 +22,8 @@ class Ports:
 
 
 def open_ports(config: ServeConfig, *, may_choose: Collection[str] = ()) -> Ports:
-    """Bind the status port; try the engine's, so that a mistake shows at once.
+    """Bind the status port; try the engine's, so that a mistake shows at once to who gave the command. An operator
+    reads the status, where the engine says it, and ranks keep what they have loaded meanwhile.
 
     Args:
         may_choose: fields of the configuration (`bus_port`, `status_port`) that may become another port where theirs
@@ -32,15 +33,14 @@ def open_ports(config: ServeConfig, *, may_choose: Collection[str] = ()) -> Port
         UsageError: a port is taken.
     """
     kept: list[socket.socket] = []
-    if config.is_leader:
-        for one in _bind(config.host, config.api_port, "--port"):
-            one.close()
+    has_operator = bool(config.spec_revision)
+    if config.is_leader and not has_operator:
+        _try(config.host, config.api_port, "--port")
         if "bus_port" in may_choose:
             port, kept = _bind_some(config.host, config.bus_port, "--bus-port")
             config = msgspec.structs.replace(config, bus_port=port)
         else:
-            for one in _bind(config.host, config.bus_port, "--bus-port"):
-                one.close()
+            _try(config.host, config.bus_port, "--bus-port")
     if "status_port" in may_choose:
         port, status = _bind_some(config.host, config.status_port, "--status-port")
         return Ports(msgspec.structs.replace(config, status_port=port), status, kept)
@@ -52,6 +52,11 @@ def _bind(host: str, port: int, flag: str) -> list[socket.socket]:
         return listen(host, port)
     except OSError as error:
         raise UsageError(f"{error.strerror}; choose another with {flag}") from error
+
+
+def _try(host: str, port: int, flag: str) -> None:
+    for one in _bind(host, port, flag):
+        one.close()
 
 
 def _bind_some(host: str, preferred: int, flag: str) -> tuple[int, list[socket.socket]]:
