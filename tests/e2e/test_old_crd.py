@@ -46,6 +46,10 @@ class Place:
         status: Object = model.get("status", {})
         return status
 
+    def ready(self) -> Object:
+        conditions = self.status().get("conditions", [])
+        return next((one for one in conditions if one["type"] == "Ready"), {"message": ""})
+
     def until(self, what: str, look: Any, seconds: float = TOLD_SECONDS) -> None:
         until(what, look, seconds, lambda: f"{self.status()}\n{self.operator.log()}")
 
@@ -92,15 +96,13 @@ def test_what_an_older_crd_lacks_is_named_and_the_rest_of_the_status_is_true(pla
 
     began = time.monotonic()
     place.operator.start()
-    place.until("the status", lambda: place.status().get("groups"))
+    place.until("the status", lambda: place.ready()["message"].startswith("0 of 2 pods of group 0 run"))
     place.until("/readyz to tell", lambda: place.readyz()[0] == 503 and "lacks" in place.readyz()[1])
     print(f"told {time.monotonic() - began:.1f} s after the operator's start")
     assert all(f"status.groups.{field}" in place.readyz()[1] for field in NEW_FIELDS), place.readyz()
     status = place.status()
     assert status["observedGeneration"] == 1
-    [ready] = [condition for condition in status["conditions"] if condition["type"] == "Ready"]
-    assert (ready["status"], ready["reason"]) == ("False", "Starting")
-    assert ready["message"].startswith("0 of 2 pods of group 0 run")
+    assert (place.ready()["status"], place.ready()["reason"]) == ("False", "Starting")
     [group] = status["groups"]
     assert not group.keys() & set(NEW_FIELDS)
     assert place.api.find("statefulsets", "default", "chat-0") is not None, "all else is done"
