@@ -40,7 +40,7 @@ class Gloo:
 
 def config(kind: str, ranks: int) -> ServeConfig:
     return ServeConfig(
-        model="none", served_name="none", tensor_parallel_size=ranks, backend="gloo",
+        model="none", served_name="none", tensor_parallel_size=ranks, backend="cpu",
         ranks_per_pod=ranks if kind == "shared memory" else 1,
     )  # fmt: skip
 

@@ -35,7 +35,7 @@ def model_directory() -> Path:
 def config(model: Path, dtype: DType = "auto") -> ServeConfig:
     """Of ranks of one thread each."""
     return ServeConfig(
-        model=str(model), served_name="bench", tensor_parallel_size=RANKS, ranks_per_pod=RANKS, backend="gloo",
+        model=str(model), served_name="bench", tensor_parallel_size=RANKS, ranks_per_pod=RANKS, backend="cpu",
         dtype=dtype, threads_per_rank=1, limits=EngineLimits(kv_cache_bytes=1 << 28),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, get_args
+from typing import Any, Final, NoReturn, get_args
 
 import click
 
@@ -50,6 +50,8 @@ from lockstep_runtime.report.command import command
 from lockstep_runtime.supervisor import accelerator
 from lockstep_runtime.supervisor.ports import Ports, open_ports
 
+FORMER_CPU: Final = "gloo"  # as the backend cpu was called, though torch's gloo was never used
+
 logger = logging.getLogger(__name__)
 
 
@@ -65,9 +67,10 @@ def _flags(command: Callable[..., None]) -> Callable[..., None]:
         flag(model, "dtype", click.Choice(get_args(DType)), "auto", "of weights and cache"),
         flag(ranks, "tensor-parallel-size", COUNT, 1, "ranks that the model is split over"),
         flag(ranks, "ranks-per-pod", COUNT, None, "ranks that run here; default: all of them"),
-        flag(ranks, "backend", click.Choice(get_args(Backend)), "auto", "of the collectives"),
+        flag(ranks, "backend", click.Choice([*get_args(Backend), FORMER_CPU]), "auto",
+              "of the collectives; gloo is the former name of cpu"),
         flag(ranks, "device", click.Choice(get_args(Device)), "auto",
-              "auto: cuda where there are GPUs, else cpu; cuda with gloo lets ranks share a GPU, slowly"),
+              "auto: cuda where there are GPUs, else cpu; cuda with backend cpu lets ranks share a GPU, slowly"),
         flag(ranks, "threads-per-rank", COUNT, None, "CPU threads; default: the cores, divided by the ranks here"),
         flag(engine, "max-model-len", TOKENS, None, "tokens, prompt and answer; default: the model's"),
         flag(engine, "max-sequences", COUNT, limits.max_sequences, "sequences that run at once"),
@@ -119,8 +122,10 @@ def config_from(options: Mapping[str, Any]) -> ServeConfig:
     ranks_per_pod = given.setdefault("ranks_per_pod", size)
     if size % ranks_per_pod:
         raise UsageError(f"--ranks-per-pod {ranks_per_pod} does not divide --tensor-parallel-size {size}")
+    if given["backend"] == FORMER_CPU:
+        given["backend"] = "cpu"
     if given["backend"] == "nccl" and given["device"] == "cpu":
-        raise UsageError("--backend nccl computes on GPUs: leave out --device cpu, or choose --backend gloo")
+        raise UsageError("--backend nccl computes on GPUs: leave out --device cpu, or choose --backend cpu")
     pods = size // ranks_per_pod
     if given["pod_index"] >= pods:
         raise UsageError(f"--pod-index {given['pod_index']}: a group of {pods} pods has the indexes 0 to {pods - 1}")
@@ -176,6 +181,8 @@ def _serve(options: Mapping[str, Any]) -> int:
     token = token_for(config, os.environ)
     ports = open_ports(config, may_choose=unnamed_ports(options, config))
     log.configure("supervisor")
+    if options["backend"] == FORMER_CPU:
+        logger.warning("--backend %s is deprecated: it is called cpu now", FORMER_CPU)
     descriptors.raise_limit()
     _tell_ports(ports.config, token="" if os.environ.get(TOKEN_VARIABLE) else token)
     import setproctitle

@@ -19,7 +19,7 @@ API_KEY_VARIABLE: Final = "LOCKSTEP_API_KEY"  # clients must send it when it is 
 API_KEY_FILE_VARIABLE: Final = "LOCKSTEP_API_KEY_FILE"  # or one of the lines of this file
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Backend = Literal["auto", "gloo", "nccl"]
+Backend = Literal["auto", "cpu", "nccl"]
 Device = Literal["auto", "cpu", "cuda"]
 Strategy = Literal["Ladder", "RecyclePods"]
 WeightCache = Literal["Memory", "Off"]
@@ -66,8 +66,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     leader: str = "127.0.0.1"  # host name of pod 0
 
     dtype: DType = "auto"
-    backend: Backend = "auto"  # auto: nccl with cuda, else gloo (shared memory within one pod)
-    device: Device = "auto"  # auto: see `accelerator.settle`; cuda with gloo lets ranks share a GPU
+    backend: Backend = "auto"  # auto: nccl with cuda, else cpu (shared memory within one pod, TCP between pods)
+    device: Device = "auto"  # auto: see `accelerator.settle`; cuda with the backend cpu lets ranks share a GPU
     threads_per_rank: int | None = None  # CPU threads; None: the cores there are, divided by the pod's ranks
     limits: EngineLimits = EngineLimits()
 

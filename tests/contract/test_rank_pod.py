@@ -67,7 +67,7 @@ def test_a_member_pod_learns_who_it_is() -> None:
         node="node-7",
         leader="chat-3-0.chat-3.team.svc",
         threads_per_rank=1,  # as many as it asks for CPUs
-        backend="gloo",
+        backend="cpu",
         device="cpu",
         host="::",
         lame_duck_seconds=config.lame_duck_seconds,
@@ -85,7 +85,7 @@ def test_every_setting_of_the_spec_arrives() -> None:
         "model": {"huggingFace": hub, "servedName": "qwen"},
         "tensorParallelSize": 2,
         "dtype": "bfloat16",
-        "backend": "gloo",
+        "backend": "cpu",
         "engine": {"maxModelLen": 4096, "maxSequences": 8, "maxBatchTokens": 512, "kvCacheMemory": "1.5Gi"},
         "apiKeySecretRef": {"name": "keys", "key": "chat"},
         "watchdog": {"floor": "1m30s", "factor": 2.5},
@@ -94,7 +94,7 @@ def test_every_setting_of_the_spec_arrives() -> None:
     config, environment = started(spec, index=0)
     assert config.is_leader
     assert (config.served_name, config.model_revision) == ("qwen", "v2")
-    assert (config.dtype, config.backend) == ("bfloat16", "gloo")
+    assert (config.dtype, config.backend) == ("bfloat16", "cpu")
     assert config.limits == EngineLimits(
         max_model_len=4096, max_sequences=8, max_batch_tokens=512, kv_cache_bytes=3 * 2**29
     )
@@ -108,7 +108,7 @@ def test_every_setting_of_the_spec_arrives() -> None:
 
 def test_where_ranks_compute_is_said_to_the_runtime_never_left_to_it() -> None:
     gpus = {"accelerator": {"resourceName": "nvidia.com/gpu"}, "tensorParallelSize": 2, "ranksPerPod": 2}
-    for spec, expected in (({}, ("cpu", "gloo")), (gpus, ("cuda", "nccl")), ({"backend": "gloo"}, ("cpu", "gloo"))):
+    for spec, expected in (({}, ("cpu", "cpu")), (gpus, ("cuda", "nccl")), ({"backend": "cpu"}, ("cpu", "cpu"))):
         config, environment = started({"model": HUB, "tensorParallelSize": 1, **spec}, index=0)
         assert (config.device, config.backend) == expected
         assert "LOCKSTEP_DEVICE" not in environment

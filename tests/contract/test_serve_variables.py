@@ -15,7 +15,7 @@ from lockstep_runtime.log import FORMAT_VARIABLE
 def test_keys_come_from_a_file_that_may_change_and_every_process_logs_json(tmp_path: Path) -> None:
     file, fresh = tmp_path / "keys", tmp_path / "fresh"
     file.write_text("old\n")
-    environment = {API_KEY_FILE_VARIABLE: str(file), FORMAT_VARIABLE: "json"}
+    environment = {API_KEY_FILE_VARIABLE: str(file), FORMAT_VARIABLE: "json", "LOCKSTEP_BACKEND": "gloo"}
     with served(tmp_path, "--threads-per-rank", "1", environment=environment) as serve:
         serve.ready()
 
@@ -32,6 +32,7 @@ def test_keys_come_from_a_file_that_may_change_and_every_process_logs_json(tmp_p
     records = [json.loads(line) for line in serve.log.read_text().splitlines()]
     assert {"supervisor", "engine", "worker 0"} <= {record["part"] for record in records}
     assert all({"time", "level", "message"} <= record.keys() for record in records)
+    assert "--backend gloo is deprecated: it is called cpu now" in {record["message"] for record in records}
     assert [record["message"] for record in records if "API keys" in record["message"]] == [
         f"1 API keys are valid, from {file}",
         f"2 API keys are valid, from {file}",

@@ -72,9 +72,9 @@ RULES: Final = (
         (spec(tensorParallelSize=4, ranksPerPod=3), spec(ranksPerPod=4)),
     ),
     Rule(
-        "backend gloo computes on CPUs",
-        (spec(backend="gloo"), spec(accelerator=GPU), spec(accelerator=GPU, backend="auto")),
-        (spec(backend="gloo", accelerator=GPU),),
+        "backend cpu computes on CPUs",
+        (spec(backend="cpu"), spec(backend="gloo"), spec(accelerator=GPU), spec(accelerator=GPU, backend="auto")),
+        (spec(backend="cpu", accelerator=GPU), spec(backend="gloo", accelerator=GPU)),
     ),
     Rule(
         "backend nccl needs GPUs",

@@ -26,7 +26,7 @@ VOCABULARY = 2048
 def config(device: Device, limits: EngineLimits | None = None) -> ServeConfig:
     return ServeConfig(
         model=str(TINY_CHAT), served_name="t", dtype="float32", device=device, weight_cache="Off",
-        backend="gloo", limits=limits or EngineLimits(kv_cache_bytes=1 << 26),
+        backend="cpu", limits=limits or EngineLimits(kv_cache_bytes=1 << 26),
     )  # fmt: skip
 
 

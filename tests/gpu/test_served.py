@@ -25,7 +25,7 @@ from lockstep_runtime.protocol.chaos import FaultPhase, Injection
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState
 
 ON_GPU: Final = ("--device", "cuda")
-SHARED: Final = (*ON_GPU, "--backend", "gloo", "--tensor-parallel-size", "2")
+SHARED: Final = (*ON_GPU, "--backend", "cpu", "--tensor-parallel-size", "2")
 COMMON: Final = ("--dtype", "float32", "--kv-cache-memory", "128Mi", "--allow-faults")
 SLACK: Final = 64 * MIB  # what a driver may keep
 ROOM: Final = 512 * MIB  # beside the ballast

@@ -35,7 +35,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WeightCache:
     monkeypatch.setenv(FOLDER_VARIABLE, str(SHARED_MEMORY if room else tmp_path))
     model = write_model(tmp_path / "model", QWEN3_0_6B)
     config = ServeConfig(
-        model=str(model), served_name="m", device="cuda", backend="gloo", limits=EngineLimits(kv_cache_bytes=1 << 28)
+        model=str(model), served_name="m", device="cuda", backend="cpu", limits=EngineLimits(kv_cache_bytes=1 << 28)
     )
     report = ModelRunner(config, 0).load(lambda done, total: None)
     assert report.read_bytes > 0

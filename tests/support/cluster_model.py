@@ -30,7 +30,7 @@ def tiny_chat(**spec: Any) -> Object:
         "model": {"hostPath": {"path": TINY_CHAT}},
         "tensorParallelSize": 2,
         "dtype": "float32",
-        "backend": "gloo",
+        "backend": "cpu",
         "engine": {"maxModelLen": 2048, "maxSequences": 16},
         "template": {"spec": {"containers": [{"name": "lockstep", "resources": RESOURCES}]}},
     }

@@ -19,7 +19,7 @@ class Ranks:
 
     def __init__(self, model: Path, size: int, *, dtype: DType = "auto", blocks: int = 64) -> None:
         self.config = ServeConfig(
-            model=str(model), served_name="test", tensor_parallel_size=size, ranks_per_pod=size, backend="gloo",
+            model=str(model), served_name="test", tensor_parallel_size=size, ranks_per_pod=size, backend="cpu",
             dtype=dtype, threads_per_rank=1, limits=EngineLimits(kv_cache_bytes=1 << 26),
         )  # fmt: skip
         self._pool = ThreadPoolExecutor(size)

@@ -45,7 +45,7 @@ def test_defaults_are_a_group_on_one_machine() -> None:
 def test_every_flag_arrives() -> None:
     found = config(
         "org/model", "--served-name", "m", "--revision", "abc", "--download-dir", "/models", "--dtype", "bfloat16",
-        "--tensor-parallel-size", "4", "--ranks-per-pod", "2", "--backend", "gloo", "--threads-per-rank", "3",
+        "--tensor-parallel-size", "4", "--ranks-per-pod", "2", "--backend", "cpu", "--threads-per-rank", "3",
         "--max-model-len", "4096", "--max-sequences", "8", "--max-batch-tokens", "512", "--kv-cache-memory", "2Gi",
         "--max-waiting", "9", "--host", "0.0.0.0", "--port", "1", "--bus-port", "2", "--status-port", "3",
         "--grace-seconds", "12.5", "--lame-duck-seconds", "4", "--model-name", "cr", "--group", "1",
@@ -55,7 +55,7 @@ def test_every_flag_arrives() -> None:
     )  # fmt: skip
     assert found == ServeConfig(
         model="org/model", served_name="m", model_revision="abc", download_dir="/models", dtype="bfloat16",
-        tensor_parallel_size=4, ranks_per_pod=2, backend="gloo", threads_per_rank=3,
+        tensor_parallel_size=4, ranks_per_pod=2, backend="cpu", threads_per_rank=3,
         limits=EngineLimits(max_model_len=4096, max_sequences=8, max_batch_tokens=512, kv_cache_bytes=2**31,
                             max_waiting=9),
         host="0.0.0.0", api_port=1, bus_port=2, status_port=3, grace_seconds=12.5, lame_duck_seconds=4.0,
@@ -97,6 +97,11 @@ def test_origins_are_flags_given_again_or_words_of_the_variable() -> None:
     assert config("m", **variable).cors_allow_origins == ("https://a", "https://b")
     flags = ("--cors-allow-origin", "https://c", "--cors-allow-origin", "*")
     assert config("m", *flags, **variable).cors_allow_origins == ("https://c", "*")
+
+
+def test_the_former_name_of_a_backend_is_still_taken() -> None:
+    assert config("m", "--backend", "gloo") == config("m", "--backend", "cpu")
+    assert config("m", LOCKSTEP_BACKEND="gloo").backend == "cpu"
 
 
 def test_ranks_per_pod_must_divide() -> None:

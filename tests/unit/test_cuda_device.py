@@ -25,12 +25,12 @@ CUDA = torch.device("cuda", 0)
     ("device", "backend", "gpus", "settled"),
     [
         ("auto", "auto", True, ("cuda", "nccl")),
-        ("auto", "auto", False, ("cpu", "gloo")),
-        ("auto", "gloo", True, ("cpu", "gloo")),
+        ("auto", "auto", False, ("cpu", "cpu")),
+        ("auto", "cpu", True, ("cpu", "cpu")),
         ("auto", "nccl", False, ("cuda", "nccl")),  # which fails, and says so
         ("cuda", "auto", False, ("cuda", "nccl")),
-        ("cpu", "auto", True, ("cpu", "gloo")),
-        ("cuda", "gloo", True, ("cuda", "gloo")),
+        ("cpu", "auto", True, ("cpu", "cpu")),
+        ("cuda", "cpu", True, ("cuda", "cpu")),
     ],
 )
 def test_auto_is_settled_once(device: Device, backend: Backend, gpus: bool, settled: tuple[str, str]) -> None:

@@ -46,14 +46,14 @@ def config(device: Device = "auto", ranks_per_pod: int = 2, backend: Backend = "
 @pytest.mark.parametrize(
     ("device", "backend", "rank", "visible", "expected"),
     [
-        ("auto", "gloo", 1, 4, "cpu"),
-        ("cpu", "gloo", 1, 4, "cpu"),
+        ("auto", "cpu", 1, 4, "cpu"),
+        ("cpu", "cpu", 1, 4, "cpu"),
         ("auto", "nccl", 1, 2, "cuda:1"),
         ("auto", "nccl", 2, 2, "cuda:0"),  # the first rank of the second pod
         ("cuda", "nccl", 3, 8, "cuda:1"),
-        ("cuda", "gloo", 0, 1, "cuda:0"),
-        ("cuda", "gloo", 1, 1, "cuda:0"),  # two ranks share it
-        ("cuda", "gloo", 3, 2, "cuda:1"),
+        ("cuda", "cpu", 0, 1, "cuda:0"),
+        ("cuda", "cpu", 1, 1, "cuda:0"),  # two ranks share it
+        ("cuda", "cpu", 3, 2, "cuda:1"),
     ],
 )
 def test_the_device_of_a_rank(device: Device, backend: str, rank: int, visible: int, expected: str) -> None:
@@ -64,19 +64,19 @@ def test_too_few_gpus_are_told_in_a_sentence() -> None:
     with pytest.raises(ModelError, match="rank 1 needs a GPU of its own: 2 ranks run here, and CUDA sees 1") as few:
         choose_device(config(), "nccl", 1, 1)
     with pytest.raises(ModelError, match="CUDA sees none") as none:
-        choose_device(config("cuda"), "gloo", 0, 0)
+        choose_device(config("cuda"), "cpu", 0, 0)
     assert {load_failure(few.value), load_failure(none.value)} == {LoadFailure.DEVICE_LOST}
 
 
 def test_the_backend_follows_the_device() -> None:
-    assert choose_backend(config("cpu")) == "gloo"
+    assert choose_backend(config("cpu")) == "cpu"
     assert choose_backend(config("cpu", backend="nccl")) == "nccl"  # which the command line refuses
-    assert choose_backend(config("cuda", backend="gloo")) == "gloo"
+    assert choose_backend(config("cuda", backend="cpu")) == "cpu"
 
 
 def test_the_command_line_takes_a_device() -> None:
     variables = {"LOCKSTEP_DEVICE": "cuda"}
-    assert configuration(["serve", "m", "--backend", "gloo"], variables).device == "cuda"
+    assert configuration(["serve", "m", "--backend", "cpu"], variables).device == "cuda"
     assert configuration(["serve", "m", "--device", "cpu"], variables).device == "cpu"
     with pytest.raises(UsageError, match="nccl computes on GPUs"):
         configuration(["serve", "m", "--backend", "nccl", "--device", "cpu"], variables)

@@ -28,7 +28,7 @@ Job = Callable[[Communicator], Any]
 
 def config(kind: str, size: int) -> ServeConfig:
     return ServeConfig(
-        model="none", served_name="none", tensor_parallel_size=size, backend="gloo",
+        model="none", served_name="none", tensor_parallel_size=size, backend="cpu",
         ranks_per_pod=size if kind == "shared memory" else 1,
     )  # fmt: skip
 

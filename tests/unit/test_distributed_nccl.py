@@ -312,9 +312,9 @@ def test_ranks_that_share_a_gpu_meet_on_the_host() -> None:
     assert second == ([3.0, 6.0], None)
 
 
-def test_gloo_and_cuda_together_give_a_group_of_the_host() -> None:
+def test_backend_cpu_and_device_cuda_together_give_a_group_of_the_host() -> None:
     config = ServeConfig(
-        model="m", served_name="m", tensor_parallel_size=2, ranks_per_pod=2, backend="gloo", device="cuda"
+        model="m", served_name="m", tensor_parallel_size=2, ranks_per_pod=2, backend="cpu", device="cuda"
     )
     meeting = open_rendezvous(config, 1)
     assert meeting.address.startswith("shm://")

@@ -32,7 +32,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def config(model: Path, limits: EngineLimits | None = None) -> ServeConfig:
-    return ServeConfig(model=str(model), served_name="test", backend="gloo", limits=limits or EngineLimits())
+    return ServeConfig(model=str(model), served_name="test", backend="cpu", limits=limits or EngineLimits())
 
 
 def test_progress_ends_at_the_total(model: Path) -> None:

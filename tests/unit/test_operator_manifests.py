@@ -97,7 +97,7 @@ def test_the_arguments_are_the_runtimes_flags() -> None:
     made = model(engine=Engine(max_model_len=4096, kv_cache_memory="2Gi"), dtype="bfloat16")
     assert container(made)["args"] == [
         "serve", "/model", "--tensor-parallel-size=2", "--ranks-per-pod=1", "--served-name=chat", "--dtype=bfloat16",
-        "--backend=gloo", "--device=cpu", "--max-model-len=4096", "--kv-cache-memory=2Gi", "--lame-duck-seconds=3.0",
+        "--backend=cpu", "--device=cpu", "--max-model-len=4096", "--kv-cache-memory=2Gi", "--lame-duck-seconds=3.0",
         "--grace-seconds=52.0", "--host=::", "--bus-port=7400", "--status-port=7401",
     ]  # fmt: skip
 

@@ -34,7 +34,7 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 
 
 def test_ranks_that_meet_are_watched_in_every_collective() -> None:
-    config = ServeConfig(model="toy", served_name="toy", tensor_parallel_size=2, ranks_per_pod=2, backend="gloo")
+    config = ServeConfig(model="toy", served_name="toy", tensor_parallel_size=2, ranks_per_pod=2, backend="cpu")
     rendezvous = join.open_rendezvous(config, 1)
     records: dict[int, Record] = {}
     sums: dict[int, list[float]] = {}

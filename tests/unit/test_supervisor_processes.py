@@ -37,7 +37,7 @@ class Pod:
 
     def __init__(self, directory: Path) -> None:
         model = write_model(directory / "model", ModelShape())
-        config = ServeConfig(model=str(model), served_name="m", bus_port=free_port(), backend="gloo", device="cpu")
+        config = ServeConfig(model=str(model), served_name="m", bus_port=free_port(), backend="cpu", device="cpu")
         environment = {
             CONFIG_VARIABLE: msgspec.json.encode(config).decode(),
             TOKEN_VARIABLE: "token",

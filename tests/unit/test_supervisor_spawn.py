@@ -34,7 +34,7 @@ LONGEST_VARIABLE = 128 * 1024 - 8  # Linux allows no longer one, its name includ
 def config() -> ServeConfig:
     return ServeConfig(
         model="/nowhere", served_name="m", api_port=free_port(), bus_port=free_port(), status_port=free_port(),
-        backend="gloo", device="cpu",
+        backend="cpu", device="cpu",
     )  # fmt: skip
 
 

@@ -199,7 +199,7 @@ def _arguments(model: Model) -> list[str]:
         ("served-name", model.served_name),
         ("dtype", model.dtype),
         # Never `auto`: a rank whose driver fails is to fail, not to go on upon its CPU.
-        ("backend", "nccl" if model.accelerator else "gloo"),
+        ("backend", "nccl" if model.accelerator else "cpu"),
         ("device", "cuda" if model.accelerator else "cpu"),
         ("max-model-len", model.engine.max_model_len),
         ("max-sequences", model.engine.max_sequences),

@@ -58,10 +58,10 @@ logger = logging.getLogger(__name__)
 
 
 def choose_backend(config: ServeConfig) -> str:
-    """'nccl' or 'gloo'. A rank believes what it is told, and never looks whether there is a GPU: one whose driver fails
+    """'nccl' or 'cpu'. A rank believes what it is told, and never looks whether there is a GPU: one whose driver fails
     would go on alone on its CPU. What `auto` means, the supervisor has settled for all (`accelerator.settle`)."""
     if config.backend == "auto":
-        return "nccl" if config.device == "cuda" else "gloo"
+        return "nccl" if config.device == "cuda" else "cpu"
     return config.backend
 
 
@@ -87,7 +87,7 @@ def open_rendezvous(config: ServeConfig, epoch: int) -> Rendezvous:
     Raises:
         CommunicatorError: no room in shared memory, or the leader's own address can't be told.
     """
-    if choose_backend(config) == "gloo" and config.pods == 1 and is_supported():
+    if choose_backend(config) == "cpu" and config.pods == 1 and is_supported():
         try:
             return SharedFile(config.tensor_parallel_size)
         except CommunicatorError as error:
@@ -115,7 +115,7 @@ def join(
     if config.tensor_parallel_size == 1:
         return SingleCommunicator()
     group = _meet(config, rank, epoch, address, timeout, cancelled)
-    return HostStagedCommunicator(group) if config.device == "cuda" and choose_backend(config) == "gloo" else group
+    return HostStagedCommunicator(group) if config.device == "cuda" and choose_backend(config) == "cpu" else group
 
 
 def _meet(
@@ -127,7 +127,7 @@ def _meet(
     deadline = time.monotonic() + timeout
     try:
         meeting = RendezvousClient(address, rank, size, _token(), deadline, cancelled)
-        if choose_backend(config) == "gloo":
+        if choose_backend(config) == "cpu":
             return TcpCommunicator(meeting)
         tell_networks()
         device = torch.device("cuda", rank % config.ranks_per_pod)

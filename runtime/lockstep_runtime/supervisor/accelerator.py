@@ -27,7 +27,7 @@ def settle(config: ServeConfig, *, gpus: bool) -> ServeConfig:
     if device == "auto":
         device = "cuda" if backend == "nccl" or (backend == "auto" and gpus) else "cpu"
     if backend == "auto":
-        backend = "nccl" if device == "cuda" else "gloo"
+        backend = "nccl" if device == "cuda" else "cpu"
     return msgspec.structs.replace(config, device=device, backend=backend)
 
 

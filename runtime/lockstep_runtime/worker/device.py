@@ -23,7 +23,7 @@ _BUSY: Final = "busy or unavailable"  # as a GPU in exclusive mode is until the 
 
 
 def choose_device(config: ServeConfig, backend: str, rank: int, visible: int) -> torch.device:
-    """`backend` is 'nccl' or 'gloo', `visible` the number of GPUs here. Pure.
+    """`backend` is 'nccl' or 'cpu', `visible` the number of GPUs here. Pure.
 
     Raises:
         ModelError: there are too few; the sentence says what to do.

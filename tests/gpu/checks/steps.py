@@ -40,7 +40,7 @@ class Cost:
 def loaded(directory: Path, device: Device, shape: ModelShape, batch: int) -> ModelRunner:
     config = ServeConfig(
         model=str(write_model(directory / "model", shape)), served_name="m", device=device, weight_cache="Off",
-        backend="gloo", limits=EngineLimits(kv_cache_bytes=1 << 30),
+        backend="cpu", limits=EngineLimits(kv_cache_bytes=1 << 30),
     )  # fmt: skip
     runner = ModelRunner(config, 0)
     runner.load(lambda done, total: None)
