@@ -32,7 +32,7 @@ class _LastSteps(Collector):
     def collect(self) -> Iterator[Metric]:
         family = GaugeMetricFamily(
             "lockstep_operator_seconds_since_last_step",
-            "Since the group's last step ended; it rises while there is nothing to do, too",
+            "Seconds since the group's last step ended; it also rises without requests",
             labels=["namespace", "model", "group"],
         )
         now = self._now()
@@ -59,19 +59,21 @@ class Metrics:
             ["kind", "action"],
             registry=self.registry,
         )
-        self.queued = Gauge("lockstep_operator_queued_models", "Models that wait for a look", registry=self.registry)
+        self.queued = Gauge(
+            "lockstep_operator_queued_models", "Models waiting for a reconciliation", registry=self.registry
+        )
         self._models = Gauge("lockstep_operator_models", "Models by state", ["state"], registry=self.registry)
         self._groups = Gauge("lockstep_operator_groups", "Groups that exist", registry=self.registry)
         self._ready = Gauge("lockstep_operator_groups_ready", "Groups that take requests", registry=self.registry)
         self._recoveries = Counter(
             "lockstep_operator_recoveries",
-            "Faults that a group was healed from, by fault and by the rung that helped",
+            "Repaired faults, by fault and by the rung that worked",
             ["namespace", "model", "fault", "rung"],
             registry=self.registry,
         )
         self._phases = Histogram(
             "lockstep_operator_recovery_seconds",
-            "How long recoveries took, by phase; total is from the fault to serving again",
+            "Duration of recoveries by phase; total is from the fault to serving again",
             ["phase"],
             buckets=PHASE_BUCKETS,
             registry=self.registry,
@@ -96,7 +98,7 @@ class Metrics:
         )
         self.unserved_fields = Gauge(
             "lockstep_operator_unserved_status_fields",
-            "Fields of the status that this operator writes and that the CRD of the cluster lacks: it is older",
+            "Fields of the status that the cluster's CRD lacks because it is older than the operator",
             registry=self.registry,
         )
         self._steps = _LastSteps(now)

@@ -28,9 +28,9 @@ _GAUGES: Final[tuple[tuple[str, str, Callable[[EngineStats], float]], ...]] = (
     ("epoch", "The group's epoch: rises with every rebuild of its communicator", lambda stats: stats.epoch),
 )
 _COUNTERS: Final[tuple[tuple[str, str, Callable[[EngineStats], float]], ...]] = (
-    ("preemptions", "Sequences put back because KV-cache blocks ran out", lambda stats: stats.preemptions_total),
+    ("preemptions", "Sequences preempted because KV-cache blocks ran out", lambda stats: stats.preemptions_total),
     ("steps", "Steps that all ranks finished", lambda stats: stats.steps_total),
-    ("recoveries", "Faults that the group was healed from", lambda stats: stats.recoveries_total),
+    ("recoveries", "Repaired faults of the group", lambda stats: stats.recoveries_total),
 )
 
 
@@ -67,7 +67,7 @@ class Metrics:
         self._between = self._histogram("inter_token_latency_seconds", "Token to token", _BETWEEN).labels(model)
         self._whole = self._histogram("e2e_request_latency_seconds", "Arrival to the last token", _WHOLE).labels(model)
         self._prompt = self._counter("prompt_tokens", "Tokens of accepted prompts").labels(model)
-        self._generated = self._counter("generation_tokens", "Tokens drawn").labels(model)
+        self._generated = self._counter("generation_tokens", "Tokens generated").labels(model)
         success = self._counter("request_success", "Choices completed", "finished_reason")
         self._success = {reason: success.labels(model, reason.value) for reason in FinishReason}
         failures = self._counter("requests_failed", "HTTP requests that were not completed", "reason")
