@@ -12,13 +12,15 @@ from tests.support import kubectl
 from tests.support.cluster_api import ClusterApi
 from tests.support.cluster_faults import events
 from tests.support.cluster_lifecycle import change_spec, uids
-from tests.support.cluster_model import RESOURCES, Model, Object, tiny_chat
+from tests.support.cluster_model import OPERATOR_NAMESPACE, OPERATOR_SELECTOR, RESOURCES, Model, Object, tiny_chat
 from tests.support.cluster_processes import kill, one_process
+from tests.support.local_operator import deployed_settings
 from tests.support.status_watch import StatusWatch, watched
 
 TOLD_SECONDS: Final = 15.0
 HEALED_SECONDS: Final = 90.0
 EXAMPLE: Final = Path(__file__).parents[2] / "examples" / "tiny-chat"
+CONTAINER: Final[Object] = {"name": "lockstep", "resources": RESOURCES}
 HEALS: Final[Object] = {"strategy": "RecyclePods", "backoff": {"initial": "1s"}}
 
 
@@ -122,6 +124,39 @@ def _loading_fails(model: Model, words: str) -> None:
         condition = model.condition(kind)
         assert condition["status"] == "False"
         assert words in condition["message"], condition
+
+
+def test_what_keeps_clients_from_the_api_is_told(api: ClusterApi, namespace: str) -> None:
+    """A Secret that lets nobody in, and a port that another container of the pod has taken."""
+    keyless, ported = Model(api, namespace, "keyless"), Model(api, namespace, "ported")
+    keyless.kubectl("create", "secret", "generic", "keys", "--from-literal=keys=\n")
+    one_rank: Object = {"tensorParallelSize": 1, "ranksPerPod": 1, "recovery": {"mode": "Observe"}}
+    keyless.apply(small(**one_rank, apiKeySecretRef={"name": "keys", "key": "keys"}))
+    quick = {"terminationGracePeriodSeconds": 5, "containers": [CONTAINER]}  # the sidecar knows no SIGTERM
+    ported.apply(small(**one_rank, template={"spec": quick | {"initContainers": [_taker(api)]}}))
+    for model in (keyless, ported):
+        model.until("its pod to run", lambda model=model: _runs(model))  # type: ignore[misc]
+    told(keyless, "Stalled", "ModelLoadFailed", "holds no API key")
+    told(ported, "Reconciling", "Starting", "can't listen on [::]:8000: Address already in use")
+    for model in (keyless, ported):
+        assert model.condition("ModelLoaded")["message"] == model.condition("Ready")["message"]
+
+
+def _runs(model: Model) -> bool:
+    return any(pod["status"].get("phase") == "Running" for pod in model.pods())
+
+
+def _taker(api: ClusterApi) -> Object:
+    """A sidecar that is there before our container, by an image that the node has."""
+    (operator,) = api.items("deployments", OPERATOR_NAMESPACE, OPERATOR_SELECTOR)
+    image = deployed_settings(operator)["LOCKSTEP_RUNTIME_IMAGE"]
+    return {
+        "name": "taker",
+        "image": image,
+        "imagePullPolicy": "IfNotPresent",
+        "restartPolicy": "Always",
+        "command": ["python", "-m", "http.server", "8000"],
+    }
 
 
 def test_more_cpus_than_there_are_is_progress_until_its_deadline(api: ClusterApi, namespace: str) -> None:
