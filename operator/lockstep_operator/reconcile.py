@@ -190,6 +190,8 @@ class Reconciler:
         except KubeError as error:
             if error.transient:
                 raise
+            if error.status == 404:
+                return True  # the model was deleted meanwhile: there is nothing to write to
             lacking = error.unknown_fields and self._schema.lacks(error.unknown_fields)
             less = self._schema.fitting(built) if lacking else document.essential(built)
             return await self._less_written(resource, less)

@@ -278,6 +278,27 @@ async def test_a_namespace_that_is_being_deleted_causes_no_warnings(caplog: pyte
     assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
 
 
+@pytest.mark.parametrize("whole_namespace", [True, False])
+async def test_what_goes_while_it_is_looked_at_causes_no_warnings(
+    caplog: pytest.LogCaptureFixture, whole_namespace: bool
+) -> None:
+    world, key = await serving()
+    find = world.kube.find
+
+    async def late(kind: str, namespace: str, *, labels: str = "", fields: str = "") -> list[Object]:
+        for gone in [one for one in world.kube.objects if whole_namespace or one[0] == KIND]:
+            del world.kube.objects[gone]
+        world.kube.gone |= {namespace} if whole_namespace else set()
+        return await find(kind, namespace, labels=labels, fields=fields)
+
+    world.edit(key, replicas=3)
+    world.kube.find = late  # type: ignore[method-assign]
+    for _ in range(3):
+        await world.reconcile(key)
+        world.time += 1
+    assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
+
+
 async def test_models_whose_names_collide_do_each_other_no_harm() -> None:
     """Group 1 of `foo` has a headless Service foo-1; a model `foo-1` serves by a Service of that name."""
     world = World()

@@ -56,6 +56,7 @@ class FakeKube:
         self.quotas: dict[str, int] = {}  # kind → how many there may be in a namespace
         self.webhooks_down: set[str] = set()  # kinds that a webhook must admit which isn't there
         self.ending: set[str] = set()  # namespaces that are being deleted
+        self.gone: set[str] = set()  # namespaces that are not there any more
         self.crd_lacks: frozenset[str] = frozenset()  # fields of the status, as status.groups.epoch: the CRD is older
         self.nodes = ["node-1"]
         self.lost_nodes: set[str] = set()  # their kubelets neither act nor report
@@ -344,6 +345,8 @@ class FakeKube:
 
     def _admit_new(self, kind: str, manifest: Mapping[str, Any]) -> None:
         namespace, name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
+        if namespace in self.gone:
+            raise KubeError(404, "NotFound", f'namespaces "{namespace}" not found')
         if namespace in self.ending:
             raise kube_answers.namespace_ending(kind, namespace, name)
         used = sum((k, ns) == (kind, namespace) for k, ns, _ in self.objects)

@@ -84,10 +84,10 @@ class KubeError(Exception):
 
     @property
     def namespace_ending(self) -> bool:
-        """Nothing can be created any more, and everything goes."""
-        return self.status == 403 and (
-            "NamespaceTerminating" in self.causes or "because it is being terminated" in self.message
-        )
+        """Nothing can be created any more, and everything goes, or has gone."""
+        words = "because it is being terminated" in self.message
+        being_deleted = self.status == 403 and ("NamespaceTerminating" in self.causes or words)
+        return being_deleted or (self.status == 404 and self.message.startswith("namespaces "))
 
     @property
     def already_exists(self) -> bool:
