@@ -20,11 +20,12 @@ import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from bench.process_start import measure_starts
 from bench.ranks import model_directory
 from bench.report import Row, report
 from tests.support.chaos import healed
@@ -99,14 +100,17 @@ def group(case: Case, *more: str) -> Iterator[Served]:
             yield serve
 
 
-def disturb(serve: Served, case: Case, harm: Harm, undisturbed: str) -> tuple[float, FaultRecord]:
-    """The stream's pause, and what the group says of it."""
+def disturb(
+    serve: Served, case: Case, harm: Harm, undisturbed: str, before: Callable[[], None] = lambda: None
+) -> tuple[float, FaultRecord]:
+    """The stream's pause, and what the group says of it. `before`: called just before the fault."""
     healed(serve)
     known = {record.id: record.at for record in serve.status().faults}
     # Until the budget has back what the last one took: else a higher rung is measured.
     time.sleep(max(0.0, max(known.values(), default=0.0) + REBUILD_REFILL_SECONDS - time.time()))
     stream = ask(serve, case.tokens)
     serve.until(lambda: len(stream.times) > 5 or bool(stream.error), "the stream has begun", STREAM_SECONDS)
+    before()
     inject(serve, harm.kind, harm.rank, phase=FaultPhase.DECODE, at=harm.at)
     text = text_of(stream)
     if case.exact and text != undisturbed:
@@ -160,11 +164,14 @@ def measure(case: Case, rounds: int) -> list[Row]:
                 pauses[harm].append(pause)
                 records[harm].append(record)
                 print(f"{case.name}: {harm.name}: {pause:.2f} s", flush=True)
+        starts = measure_starts(
+            case.name, serve, rounds, lambda before: disturb(serve, case, HARMS[0], undisturbed, before)
+        )
     plain = {
         "RecyclePods": statistics.median(recycle(case) for _ in range(rounds)),
         "restart": statistics.median(restart(case) for _ in range(rounds)),
     }
-    return [row for harm in HARMS for row in rows(case, harm, pauses[harm], records[harm], plain)]
+    return [row for harm in HARMS for row in rows(case, harm, pauses[harm], records[harm], plain)] + starts
 
 
 def rows(

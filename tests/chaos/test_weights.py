@@ -37,7 +37,7 @@ def test_a_flipped_bit_is_found_within_the_interval_and_healed(arena: Arena, ran
         after = ranks_of(serve.status())
         assert after[rank] != pids[rank]
         assert after[1 - rank] == pids[1 - rank]
-        assert f"rank {rank} has a new process from its loaded spare" not in serve.log.read_text()
+        assert f"rank {rank} has a new process from its loaded zygote" not in serve.log.read_text()
         assert answers(read(serve)) == arena.undisturbed
 
 

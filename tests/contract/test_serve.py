@@ -98,24 +98,24 @@ def test_processes_show_what_they_are(server: Served) -> None:
         return sorted(title_of(pid) for pid in (server.process.pid, *server.child_pids()))
 
     def to_come() -> list[str]:
-        return [title for title in titles() if " spare" in title or "next process" in title]
+        return [title for title in titles() if "zygote" in title or "standby" in title]
 
-    server.until(lambda: len(to_come()) == 5, "there are all spares, and the ranks' next processes", 120)
+    server.until(lambda: len(to_come()) == 5, "there are all zygotes, and the ranks' standbys", 120)
     assert titles() == [
         "lockstep: engine model=local group=0",
-        "lockstep: loaded spare of rank 0 model=local group=0",
-        "lockstep: loaded spare of rank 1 model=local group=0",
-        "lockstep: next process of rank 0 model=local group=0",
-        "lockstep: next process of rank 1 model=local group=0",
-        "lockstep: spare model=local group=0",
+        "lockstep: loaded zygote of rank 0 model=local group=0",
+        "lockstep: loaded zygote of rank 1 model=local group=0",
+        "lockstep: standby of rank 0 model=local group=0",
+        "lockstep: standby of rank 1 model=local group=0",
         "lockstep: supervisor model=local group=0",
         "lockstep: worker model=local group=0 rank=0",
         "lockstep: worker model=local group=0 rank=1",
+        "lockstep: zygote model=local group=0",
     ]
 
 
-@pytest.mark.parametrize("title", ["lockstep: spare", "loaded spare of rank 0", "loaded spare of rank 1"])
-def test_a_spare_has_one_thread_so_that_it_may_be_forked(server: Served, title: str) -> None:
+@pytest.mark.parametrize("title", ["lockstep: zygote", "loaded zygote of rank 0", "loaded zygote of rank 1"])
+def test_a_zygote_has_one_thread_so_that_it_may_be_forked(server: Served, title: str) -> None:
     assert threads_of(server.pid_of(title)) == 1
 
 
@@ -166,7 +166,7 @@ def test_a_killed_rank_is_a_pause_and_the_stream_goes_on_with_the_same_tokens(
     assert "was killed by SIGKILL" in fault.message
     assert server.status().ranks[rank].respawns == before.ranks[rank].respawns + 1
     assert server.status().ranks[1 - rank].pid == before.ranks[1 - rank].pid
-    assert f"rank {rank} has a new process from its loaded spare" in server.log.read_text()
+    assert f"rank {rank} has a new process from its loaded zygote" in server.log.read_text()
 
 
 def test_a_killed_engine_comes_back_and_the_ranks_keep_their_weights(server: Served, oracle: dict[str, str]) -> None:
@@ -183,11 +183,11 @@ def test_a_killed_engine_comes_back_and_the_ranks_keep_their_weights(server: Ser
     assert oracle[PROMPTS[0]].startswith(server.complete(PROMPTS[0], ANSWER))
 
 
-def test_a_stopped_spare_holds_up_no_probe_and_no_repair(server: Served, oracle: dict[str, str]) -> None:
+def test_a_stopped_zygote_holds_up_no_probe_and_no_repair(server: Served, oracle: dict[str, str]) -> None:
     before = server.status()
-    stopped = server.pid_of("loaded spare of rank 0")
+    stopped = server.pid_of("loaded zygote of rank 0")
     os.kill(stopped, signal.SIGSTOP)
-    os.kill(server.pid_of("lockstep: spare"), signal.SIGSTOP)
+    os.kill(server.pid_of("lockstep: zygote"), signal.SIGSTOP)
     os.kill(server.pid_of("rank=0"), signal.SIGKILL)
     seconds: list[float] = []
 
@@ -197,8 +197,8 @@ def test_a_stopped_spare_holds_up_no_probe_and_no_repair(server: Served, oracle:
         seconds.append(time.monotonic() - begun)
         return server.status().recoveries > before.recoveries
 
-    server.until(is_healed, "the rank came from another spare", 120)
-    assert max(seconds) < 0.8  # the loaded spare is given a second to answer
+    server.until(is_healed, "the rank came from another zygote", 120)
+    assert max(seconds) < 0.8  # the loaded zygote is given a second to answer
     assert not is_running(stopped)
     assert oracle[PROMPTS[0]].startswith(server.complete(PROMPTS[0], ANSWER))
 
@@ -216,7 +216,7 @@ def test_a_thousand_malformed_messages_on_every_port(server: Served, port: str) 
         # The server may close before all has been sent: its right.
         with socket.create_connection(("127.0.0.1", number), timeout=60) as connection, suppress(ConnectionError):
             connection.sendall(message)
-    assert set(before) <= set(server.child_pids())  # a spare may have come meanwhile
+    assert set(before) <= set(server.child_pids())  # a zygote may have come meanwhile
     # More connections than are served at once are turned away until it has seen that they are closed.
     server.until(lambda: HTTP.get(f"{server.status_url}/healthz", timeout=60).status_code == 200, "it serves on")
     assert server.complete("The", 3)
@@ -253,7 +253,7 @@ def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
             time.sleep(0.02)
 
 
-def test_a_process_from_a_loaded_spare_computes_in_as_many_threads_as_the_one_before_it(tmp_path: Path) -> None:
+def test_a_process_from_a_loaded_zygote_computes_in_as_many_threads_as_the_one_before_it(tmp_path: Path) -> None:
     with served(tmp_path, "--dtype", "float32", "--threads-per-rank", "2") as serve:
         serve.ready()
         answer = serve.complete(PROMPTS[4], ANSWER)
@@ -261,7 +261,7 @@ def test_a_process_from_a_loaded_spare_computes_in_as_many_threads_as_the_one_be
         assert threads > 2  # one computes, another listens to the engine
         os.kill(serve.pid_of("rank=0"), signal.SIGKILL)
         assert serve.complete(PROMPTS[4], ANSWER) == answer
-        assert "rank 0 has a new process from its loaded spare" in serve.log.read_text()
+        assert "rank 0 has a new process from its loaded zygote" in serve.log.read_text()
         assert threads_of(serve.pid_of("rank=0")) == threads
 
 

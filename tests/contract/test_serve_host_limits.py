@@ -69,7 +69,7 @@ def test_idle_clients_hold_up_neither_repair_nor_probe_nor_request(tmp_path: Pat
 
 
 @needs_memory_cgroup
-def test_a_spare_that_has_no_room_is_why_the_ranks_are_waited_for(tmp_path: Path) -> None:
+def test_a_zygote_that_has_no_room_is_why_the_ranks_are_waited_for(tmp_path: Path) -> None:
     with memory_cgroup.memory_group(150 * MIB) as group, served(tmp_path, *TWO_RANKS, before=group.before) as serve:
         serve.until(lambda: answers(serve) and bool(serve.status().pod_problems), "it is told", 90)
         [problem] = serve.status().pod_problems

@@ -115,10 +115,10 @@ def test_a_killed_rank_of_two_comes_back_on_the_same_gpu(pair: Served) -> None:
     until_used(used + SLACK)
 
 
-def test_the_spare_holds_nothing_of_the_gpu(alone: Served) -> None:
+def test_the_zygote_holds_nothing_of_the_gpu(alone: Served) -> None:
     """Nor could a process that is forked from it use CUDA, if it did."""
-    name = "lockstep: spare"
-    alone.until(lambda: any(name in title_of(pid) for pid in alone.child_pids()), "there is a spare")
+    name = "lockstep: zygote"
+    alone.until(lambda: any(name in title_of(pid) for pid in alone.child_pids()), "there is a zygote")
     opened = [str(one.readlink()) for one in Path(f"/proc/{alone.pid_of(name)}/fd").iterdir()]
     assert opened
     assert not [one for one in opened if "nvidia" in one]

@@ -16,7 +16,7 @@ from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.policy import REBUILDS, RESPAWNS, RecoveryPolicy, Rung
 from lockstep_runtime.supervisor.state_machine import (
     ENGINE,
-    SPARE,
+    ZYGOTE,
     Action,
     Finish,
     Machine,
@@ -45,7 +45,7 @@ class Pod:
             match action:
                 case Spawn():
                     assert action.name not in self.alive, "a process is doubled"
-                    assert SPARE in self.alive or not isinstance(action.name, int), "a rank is born of nothing"
+                    assert ZYGOTE in self.alive or not isinstance(action.name, int), "a rank is born of nothing"
                     self.alive.add(action.name)
                 case Signal():
                     assert action.name in self.alive, "a dead process is signalled"
@@ -74,7 +74,7 @@ class Pod:
             )
             for name, child in self.machine._children.items()
         )
-        machine = (self.machine.phase, _ahead(self.machine.deadline, self.now), self.machine._is_warm)
+        machine = (self.machine.phase, _ahead(self.machine.deadline, self.now), self.machine._zygote_is_ready)
         return machine, children, frozenset(self.alive), self.finished
 
 
@@ -105,15 +105,15 @@ def events(ranks: int) -> list[Callable[[Pod], None]]:
 
         return event
 
-    def warms(pod: Pod) -> None:
-        if SPARE in pod.alive:
-            pod.do(pod.machine.warm(pod.now))
+    def becomes_ready(pod: Pod) -> None:
+        if ZYGOTE in pod.alive:
+            pod.do(pod.machine.zygote_ready(pod.now))
 
     def births_fail(pod: Pod) -> None:
         """Rank 0 was to be forked just now."""
         if 0 in pod.alive:
             pod.alive.discard(0)
-            pod.do(pod.machine.spawn_failed(0, "no answer", pod.now, spare_is_lost=True))
+            pod.do(pod.machine.spawn_failed(0, "no answer", pod.now, zygote_is_lost=True))
 
     def spawn_fails(name: Name) -> Callable[[Pod], None]:
         def event(pod: Pod) -> None:
@@ -123,13 +123,13 @@ def events(ranks: int) -> list[Callable[[Pod], None]]:
 
         return event
 
-    names: list[Name] = [*range(ranks), ENGINE, SPARE]
+    names: list[Name] = [*range(ranks), ENGINE, ZYGOTE]
     return [
         *(exits(name, healthy) for name in names for healthy in (True, False)),
-        *(stops(name) for name in (0, SPARE)),
+        *(stops(name) for name in (0, ZYGOTE)),
         passes(1.0),
         passes(60.0),
-        warms,
+        becomes_ready,
         births_fail,
         *(spawn_fails(name) for name in (0, ENGINE)),
         lambda pod: pod.do(pod.machine.asked_to_end(pod.now, connected=True)),
@@ -144,7 +144,7 @@ def events(ranks: int) -> list[Callable[[Pod], None]]:
 def test_no_process_is_doubled_forgotten_or_left_over(ranks: int, is_leader: bool) -> None:
     pod = Pod(Machine(ranks=range(ranks), is_leader=is_leader, grace_seconds=10.0))
     pod.do(pod.machine.start(0.0))
-    pod.do(pod.machine.warm(0.0))
+    pod.do(pod.machine.zygote_ready(0.0))
     seen, level = {pod.key()}, [pod]
     for _ in range(DEPTH):
         following = []

@@ -157,4 +157,4 @@ class LastingWorld(World):
         assert [event.token.token async for event in self.engine.generate(request)] == continuation((1, 2, 3), 5)
 
 
-NAMED: Final = {"cut off", "no spare", "die in loading", "hang in loading", "die in join", "bug", "device lost"}
+NAMED: Final = {"cut off", "no zygote", "die in loading", "hang in loading", "die in join", "bug", "device lost"}

@@ -33,7 +33,7 @@ LOAD_FAILURES = {
     "device lost": bus.LoadFailure.DEVICE_LOST,
 }
 LASTING = (
-    "cut off", "orphaned", "no spare", "die in loading", "hang in loading", "die in join", "hang in join", "raise",
+    "cut off", "orphaned", "no zygote", "die in loading", "hang in loading", "die in join", "hang in join", "raise",
     "corrupt", *LOAD_FAILURES,
 )  # fmt: skip
 GARBAGE = (Fault.CORRUPTION, Fault.CONTEXT_FAULT)
@@ -83,7 +83,7 @@ class SimRank:
         self.memory = ToyMemory()
         self.ill: set[str] = set()  # of `LASTING`: until it is mended
         self.failures = 0  # processes in a row that ended before they were loaded
-        self.waits = False  # for a spare
+        self.waits = False  # for a zygote
         self.pods = 0
         self._connect_supervisor()
         self.spawn()
@@ -96,7 +96,7 @@ class SimRank:
     # --- the process
 
     def spawn(self) -> None:
-        if "no spare" in self.ill:
+        if "no zygote" in self.ill:
             self.waits = True
             return
         self.processes += 1

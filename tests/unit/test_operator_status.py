@@ -451,14 +451,14 @@ def test_available_goes_by_the_groups_own_word(accepting: bool | None, expected:
 
 
 def test_what_pods_complain_of_is_why_a_group_does_not_come_up() -> None:
-    problem = PodProblem(pod_index=1, reason=PodProblemReason.OUT_OF_MEMORY, at=NOW, message="the spare was killed")
+    problem = PodProblem(pod_index=1, reason=PodProblemReason.OUT_OF_MEMORY, at=NOW, message="the zygote was killed")
     waits = said(state=GroupState.STARTING, message="waiting for ranks 0, 1 to connect", pod_problems=[problem])
     observed = seen(waits)
     status = status_of(decided(group(ready=False)), observed)
     assert condition(status, "Ready") == (
         "False",
         "OutOfMemory",
-        "pod chat-0-1: the spare was killed; group 0 waits for its 2 ranks: waiting for ranks 0, 1 to connect",
+        "pod chat-0-1: the zygote was killed; group 0 waits for its 2 ranks: waiting for ranks 0, 1 to connect",
     )
     assert [(item.reason, item.warning) for item in happened(decided(group(ready=False)), observed)][-1] == (
         "OutOfMemory",
@@ -466,4 +466,4 @@ def test_what_pods_complain_of_is_why_a_group_does_not_come_up() -> None:
     )
     assert happened(decided(group(ready=False)), replace(observed, status=parse(status))) == []
     serves = status_of(decided(group()), seen(said(pod_problems=[problem])))
-    assert condition(serves, "Ready")[0] == "True", "a spare that is killed takes no service away"
+    assert condition(serves, "Ready")[0] == "True", "a zygote that is killed takes no service away"

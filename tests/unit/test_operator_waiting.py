@@ -93,13 +93,13 @@ def test_an_out_of_memory_kill_is_told_with_its_limit() -> None:
     assert newest_failure(group(), None, found, NOW) is None
 
 
-def test_a_spare_that_is_killed_every_few_seconds_is_told_every_few_minutes() -> None:
+def test_a_zygote_that_is_killed_every_few_seconds_is_told_every_few_minutes() -> None:
     def said(at: float) -> ProcessFailure | None:
         problem = PodProblem(
             pod_index=1,
             reason=PodProblemReason.OUT_OF_MEMORY,
             at=at,
-            message="the spare was killed, 349 of 350 MiB used",
+            message="the zygote was killed, 349 of 350 MiB used",
         )
         status = msgspec.structs.replace(well(KEY, 0, "inc", "new"), pod_problems=[problem])
         return newest_failure(group(), status, told, at + 1)
@@ -111,5 +111,5 @@ def test_a_spare_that_is_killed_every_few_seconds_is_told_every_few_minutes() ->
         changes += found != told
         told = found
     assert told
-    assert told.message == "pod chat-0-1: the spare was killed, 349 of 350 MiB used"
+    assert told.message == "pod chat-0-1: the zygote was killed, 349 of 350 MiB used"
     assert changes == 3600 / REPEAT_SECONDS

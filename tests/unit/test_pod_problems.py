@@ -25,9 +25,9 @@ async def complain(live: LiveEngine, pod_index: int, *problems: PodProblem) -> N
     live.links[pod_index].send(PodReport(problems=list(problems)))
 
 
-async def test_a_spare_that_is_killed_again_and_again_is_why_the_ranks_do_not_come() -> None:
+async def test_a_zygote_that_is_killed_again_and_again_is_why_the_ranks_do_not_come() -> None:
     async with live_engine(start=False) as live:
-        told = problem(0, f"the spare of pod 0 was {OOM}")
+        told = problem(0, f"the zygote of pod 0 was {OOM}")
         await complain(live, 0, told)
         await live.until(lambda: live.engine.status().pod_problems == [told], "the status has it")
         assert live.engine.status().message == f"waiting for ranks 0, 1 to connect: {told.message}"

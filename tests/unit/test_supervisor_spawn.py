@@ -6,7 +6,6 @@ import asyncio
 import os
 import resource
 import signal
-import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -15,16 +14,13 @@ import pytest
 from tests.support.ports import free_port
 
 from lockstep_runtime.config import CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
-from lockstep_runtime.host import process_init
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupStatus, PodProblemReason
 from lockstep_runtime.supervisor.bus_client import BusClient
 from lockstep_runtime.supervisor.ports import open_ports
-from lockstep_runtime.supervisor.process import ForkError, Processes
+from lockstep_runtime.supervisor.process import Processes
 from lockstep_runtime.supervisor.run import Supervisor
-from lockstep_runtime.supervisor.spare import Spare
-from lockstep_runtime.supervisor.state_machine import ENGINE, SPARE
-from lockstep_runtime.worker.births import give_birth
+from lockstep_runtime.supervisor.state_machine import ENGINE, ZYGOTE
 
 DEADLINE_SECONDS = 60.0
 NOBODY = 65532
@@ -82,19 +78,19 @@ async def test_what_can_not_be_started_is_told_and_tried_again(crowded: list[str
     assert supervisor._machine.next_deadline() is not None
     for name in crowded:
         del supervisor._processes._environment[name]
-    await holds(lambda: {ENGINE, SPARE} <= supervisor._processes.pids().keys())
+    await holds(lambda: {ENGINE, ZYGOTE} <= supervisor._processes.pids().keys())
 
 
-async def test_a_spare_that_answers_no_more_is_replaced(supervisor: Supervisor) -> None:
+async def test_a_zygote_that_replies_no_more_is_replaced(supervisor: Supervisor) -> None:
     processes = supervisor._processes
-    await holds(lambda: supervisor._machine._is_warm and not processes._awaited)
-    spare = processes._spare
-    assert spare is not None
-    spare._lose()  # as after an order that it did not answer
-    before = processes.pids()[SPARE]
+    await holds(lambda: supervisor._machine._zygote_is_ready and not processes._forking)
+    zygote = processes.zygotes._pod
+    assert zygote is not None
+    zygote._lose()  # as after a request to which it did not reply
+    before = processes.pids()[ZYGOTE]
     os.kill(before, signal.SIGKILL)
-    await holds(lambda: processes.pids().get(SPARE, before) != before)
-    await holds(lambda: supervisor._machine._is_warm)
+    await holds(lambda: processes.pids().get(ZYGOTE, before) != before)
+    await holds(lambda: supervisor._machine._zygote_is_ready)
 
 
 async def test_an_engine_gets_a_history_of_any_length() -> None:
@@ -123,43 +119,10 @@ async def test_an_engine_gets_a_history_of_any_length() -> None:
     assert told[0].epoch >= 41
 
 
-def test_a_spare_that_the_kernel_gives_no_process_says_so_and_lives_on() -> None:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid = os.fork()
-    if not pid:
-        try:
-            ours.close()
-            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-            if os.getuid() == 0:
-                os.setuid(NOBODY)  # to root the limit does not apply
-            give_birth(theirs, lambda birth, descriptors: os._exit(9))
-        finally:
-            os._exit(1)
-    theirs.close()
-    with ours:
-        ours.settimeout(DEADLINE_SECONDS)
-        for _ in range(2):
-            socket.send_fds(ours, [msgspec.json.encode(process_init.Birth(rank=0, incarnation="i"))], [0])
-            assert ours.recv(512) == b"no process could be forked: Resource temporarily unavailable"
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-
-
 def test_no_descriptor_is_lost_by_a_fork_that_fails() -> None:
     processes = Processes(os.environ)
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(3):
-        with pytest.raises(OSError, match="there is no spare that is warm"):
+        with pytest.raises(OSError, match="there is no zygote that is ready"):
             asyncio.run(processes.fork(0))
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1  # the KV cache's is kept
-
-
-def test_a_rank_that_was_promised_a_warm_spare_asks_none_that_is_still_getting_warm() -> None:
-    processes = Processes(os.environ)
-    processes._spare = spare = Spare()
-    with spare.theirs as theirs:
-        with pytest.raises(ForkError, match="no spare that is warm") as caught:
-            asyncio.run(processes.fork(0))
-        assert caught.value.spare_is_lost
-        theirs.send(process_init.WARM)
-        assert processes.hear_spare()  # its word was not taken for an answer
-    spare.end()

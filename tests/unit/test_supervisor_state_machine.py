@@ -13,8 +13,8 @@ from lockstep_runtime.supervisor.state_machine import (
     LONGEST_BACKOFF,
     SILENT_SECONDS,
     SLOW_BACKOFF,
-    SPARE,
     STOPPED_SECONDS,
+    ZYGOTE,
     Action,
     Finish,
     Machine,
@@ -31,15 +31,15 @@ from lockstep_runtime.supervisor.state_machine import (
 def leader() -> Machine:
     """With everything started."""
     machine = Machine(ranks=range(2), is_leader=True, grace_seconds=30.0)
-    assert machine.start(0.0) == [Spawn(SPARE), Spawn(ENGINE)]
-    assert machine.warm(0.0) == [Spawn(0), Spawn(1)]
+    assert machine.start(0.0) == [Spawn(ZYGOTE), Spawn(ENGINE)]
+    assert machine.zygote_ready(0.0) == [Spawn(0), Spawn(1)]
     return machine
 
 
 def member() -> Machine:
     machine = Machine(ranks=range(2, 4), is_leader=False, grace_seconds=30.0)
-    assert machine.start(0.0) == [Spawn(SPARE)]
-    assert machine.warm(0.0) == [Spawn(2), Spawn(3)]
+    assert machine.start(0.0) == [Spawn(ZYGOTE)]
+    assert machine.zygote_ready(0.0) == [Spawn(2), Spawn(3)]
     return machine
 
 
@@ -81,9 +81,9 @@ def test_a_leader_drains_its_engine_before_it_ends_its_workers() -> None:
     assert machine.asked_to_end(10.0, connected=True) == [Signal(ENGINE, SIGTERM, "drain")]
     assert machine.exited(1, healthy=True, now=11.0) == [Spawn(1)]  # the running requests still need it
     reason = "the engine has drained"
-    names: list[Name] = [SPARE, 0, 1]
+    names: list[Name] = [ZYGOTE, 0, 1]
     assert machine.exited(ENGINE, healthy=True, now=20.0) == [Signal(name, SIGTERM, reason) for name in names]
-    assert machine.exited(SPARE, healthy=True, now=20.0) == []
+    assert machine.exited(ZYGOTE, healthy=True, now=20.0) == []
     assert machine.exited(0, healthy=True, now=20.1) == []
     assert machine.exited(1, healthy=True, now=20.2) == [Finish(reason)]
 
@@ -102,8 +102,8 @@ def test_a_member_keeps_its_workers_until_it_is_released() -> None:
     assert machine.released(1.0) == []  # it was not asked to end
     assert machine.asked_to_end(10.0, connected=True) == [NotifyLeaving(30.0)]
     assert machine.phase is Phase.LEAVING
-    assert signalled(machine.released(12.0)) == [SPARE, 2, 3]
-    machine.exited(SPARE, healthy=True, now=12.1)
+    assert signalled(machine.released(12.0)) == [ZYGOTE, 2, 3]
+    machine.exited(ZYGOTE, healthy=True, now=12.1)
     machine.exited(2, healthy=True, now=12.1)
     assert machine.exited(3, healthy=True, now=12.2) == [Finish("released")]
 
@@ -118,7 +118,7 @@ def test_a_member_does_not_wait_for_an_engine_that_is_gone(how: str) -> None:
         actions = machine.tick(40.0)
     elif how == "twice":
         actions = machine.asked_to_end(11.0, connected=True)
-    assert signalled(actions) == [SPARE, 2, 3]
+    assert signalled(actions) == [ZYGOTE, 2, 3]
 
 
 def test_a_lost_connection_alone_ends_nothing() -> None:
@@ -140,40 +140,40 @@ def test_backoff_doubles_up_to_half_a_minute_and_stays_there_for_good() -> None:
     assert [backoff(failures) for failures in range(9)] == [0, 0, 1, 2, 4, 8, 16, 30, 30]
 
 
-def test_ranks_wait_for_a_warm_spare() -> None:
+def test_ranks_wait_for_a_ready_zygote() -> None:
     machine = Machine(ranks=range(2), is_leader=False, grace_seconds=30.0)
     machine.start(0.0)
     assert machine.tick(60.0) == []
     assert machine.next_deadline() is None
-    assert machine.exited(SPARE, healthy=False, now=61.0) == [Spawn(SPARE)]
-    assert machine.warm(65.0) == [Spawn(0), Spawn(1)]
+    assert machine.exited(ZYGOTE, healthy=False, now=61.0) == [Spawn(ZYGOTE)]
+    assert machine.zygote_ready(65.0) == [Spawn(0), Spawn(1)]
 
 
-def test_without_its_spare_a_group_lives_on_and_a_rank_that_dies_waits_for_the_next() -> None:
+def test_without_its_zygote_a_group_lives_on_and_a_rank_that_dies_waits_for_the_next() -> None:
     machine = leader()
-    assert machine.exited(SPARE, healthy=True, now=10.0) == [Spawn(SPARE)]
+    assert machine.exited(ZYGOTE, healthy=True, now=10.0) == [Spawn(ZYGOTE)]
     assert machine.exited(1, healthy=True, now=11.0) == []
-    assert machine.warm(15.0) == [Spawn(1)]
+    assert machine.zygote_ready(15.0) == [Spawn(1)]
 
 
-def test_a_spare_that_gives_a_rank_no_process_is_replaced() -> None:
+def test_a_zygote_that_gives_a_rank_no_process_is_replaced() -> None:
     machine = leader()
     assert machine.exited(1, healthy=True, now=9.0) == [Spawn(1)]
-    assert machine.spawn_failed(1, "no answer", 14.0, spare_is_lost=True) == [Signal(SPARE, SIGKILL, "no answer")]
+    assert machine.spawn_failed(1, "no answer", 14.0, zygote_is_lost=True) == [Signal(ZYGOTE, SIGKILL, "no answer")]
     assert machine.tick(14.1) == []
-    assert machine.exited(SPARE, healthy=True, now=14.2) == [Spawn(SPARE)]
-    assert machine.warm(18.0) == [Spawn(1)]
+    assert machine.exited(ZYGOTE, healthy=True, now=14.2) == [Spawn(ZYGOTE)]
+    assert machine.zygote_ready(18.0) == [Spawn(1)]
 
 
-def test_of_a_spare_that_has_ended_meanwhile_no_other_is_killed() -> None:
+def test_of_a_zygote_that_has_ended_meanwhile_no_other_is_killed() -> None:
     machine = leader()
     assert machine.exited(1, healthy=True, now=9.0) == [Spawn(1)]
-    assert machine.exited(SPARE, healthy=True, now=9.1) == [Spawn(SPARE)]
-    assert machine.spawn_failed(1, "it has ended", 9.2, spare_is_lost=True) == []
-    assert machine.warm(12.0) == [Spawn(1)]
+    assert machine.exited(ZYGOTE, healthy=True, now=9.1) == [Spawn(ZYGOTE)]
+    assert machine.spawn_failed(1, "it has ended", 9.2, zygote_is_lost=True) == []
+    assert machine.zygote_ready(12.0) == [Spawn(1)]
 
 
-@pytest.mark.parametrize("name", [ENGINE, SPARE, 1])
+@pytest.mark.parametrize("name", [ENGINE, ZYGOTE, 1])
 def test_what_the_kernel_refuses_to_start_is_tried_again_later_and_later(name: Name) -> None:
     machine = leader()
     now, waits = 10.0, []
@@ -191,10 +191,10 @@ def test_what_the_kernel_refuses_to_start_is_tried_again_later_and_later(name: N
 def test_an_end_that_is_asked_for_meanwhile_waits_for_no_process_that_never_came() -> None:
     machine = member()
     machine.exited(2, healthy=True, now=1.0)
-    assert signalled(machine.asked_to_end(1.1, connected=False)) == [SPARE, 2, 3]
-    machine.exited(SPARE, healthy=True, now=1.2)
+    assert signalled(machine.asked_to_end(1.1, connected=False)) == [ZYGOTE, 2, 3]
+    machine.exited(ZYGOTE, healthy=True, now=1.2)
     machine.exited(3, healthy=True, now=1.2)
-    assert machine.spawn_failed(2, "no answer", 1.3, spare_is_lost=True) == [Finish("no engine needs this pod")]
+    assert machine.spawn_failed(2, "no answer", 1.3, zygote_is_lost=True) == [Finish("no engine needs this pod")]
 
 
 def test_an_engine_that_gives_no_sign_of_life_is_killed() -> None:
@@ -230,18 +230,18 @@ def test_a_leader_whose_engine_can_not_be_started_drains_nothing() -> None:
     machine = leader()
     machine.exited(ENGINE, healthy=True, now=1.0)
     machine.asked_to_end(1.1, connected=True)
-    assert signalled(machine.spawn_failed(ENGINE, "no", 1.2)) == [SPARE, 0, 1]
+    assert signalled(machine.spawn_failed(ENGINE, "no", 1.2)) == [ZYGOTE, 0, 1]
 
 
-def test_a_spare_that_dies_young_is_started_again_later_and_later() -> None:
+def test_a_zygote_that_dies_young_is_started_again_later_and_later() -> None:
     machine = leader()
     now, waits = 10.0, []
     for _ in range(4):
-        started = machine.exited(SPARE, healthy=False, now=now)
+        started = machine.exited(ZYGOTE, healthy=False, now=now)
         due = now if started else machine.next_deadline()
         assert due is not None
         waits.append(due - now)
-        assert started or machine.tick(due) == [Spawn(SPARE)]
+        assert started or machine.tick(due) == [Spawn(ZYGOTE)]
         now = due
     assert waits == [0, 1, 2, 4]
 
@@ -265,9 +265,9 @@ def test_a_worker_that_stays_stopped_is_told_and_any_other_child_is_killed() -> 
 
 EVENTS = st.lists(
     st.one_of(
-        st.tuples(st.just("exit"), st.sampled_from([0, 1, ENGINE, SPARE]), st.booleans()),
-        st.tuples(st.just("stop"), st.sampled_from([0, 1, ENGINE, SPARE]), st.booleans()),
-        st.tuples(st.just("warm"), st.just(0), st.booleans()),
+        st.tuples(st.just("exit"), st.sampled_from([0, 1, ENGINE, ZYGOTE]), st.booleans()),
+        st.tuples(st.just("stop"), st.sampled_from([0, 1, ENGINE, ZYGOTE]), st.booleans()),
+        st.tuples(st.just("ready"), st.just(0), st.booleans()),
         st.tuples(st.just("unspawned"), st.sampled_from([0, 1]), st.booleans()),
         st.tuples(st.just("end"), st.just(0), st.booleans()),
         st.tuples(st.just("wait"), st.integers(0, 60), st.booleans()),
@@ -293,7 +293,7 @@ def test_whatever_happens_no_child_is_doubled_or_left_over(
             assert not finished, "it acts after its end"
             if isinstance(action, Spawn):
                 assert action.name not in alive
-                assert SPARE in alive or not isinstance(action.name, int)
+                assert ZYGOTE in alive or not isinstance(action.name, int)
                 alive.add(action.name)
             elif isinstance(action, SayStopped):
                 assert action.rank in alive
@@ -312,11 +312,11 @@ def test_whatever_happens_no_child_is_doubled_or_left_over(
             machine.stopped(value, 19, now)
             if flag:
                 machine.continued(value)
-        elif kind == "warm" and SPARE in alive:
-            do([*machine.warm(now)])
+        elif kind == "ready" and ZYGOTE in alive:
+            do([*machine.zygote_ready(now)])
         elif kind == "unspawned" and value in alive:
             alive.discard(value)
-            do([*machine.spawn_failed(value, "no answer", now, spare_is_lost=flag)])
+            do([*machine.spawn_failed(value, "no answer", now, zygote_is_lost=flag)])
         elif kind == "end":
             do([*machine.asked_to_end(now, connected=flag)])
         elif kind == "wait" and isinstance(value, int):

@@ -51,7 +51,7 @@ def main() -> None:
         api_sockets = listen(config.host, config.api_port)
         asyncio.run(_serve(config, bus_sockets, api_sockets))
     except Exception as error:
-        process_init.say_last(error)
+        process_init.write_termination_message(error)
         raise
 
 

@@ -8,31 +8,14 @@ import signal
 import sys
 from typing import Final
 
-import msgspec
-
 from lockstep_runtime import log
 
 PARENT_VARIABLE: Final = "LOCKSTEP_PARENT"
 CANT_LOAD_EXIT: Final = 4  # of a worker whose load can't succeed until something is mended
 HISTORY_VARIABLE: Final = "LOCKSTEP_HISTORY"  # `stdin`: what the engine before said last is read from there
-LAST_WORDS: Final = 3  # the engine's descriptor of memory in which it says why it ends, before it does
-MOST_LAST_WORDS: Final = 500
+TERMINATION_MESSAGE: Final = 3  # the engine's descriptor of memory in which it writes why it ends
+MAX_TERMINATION_MESSAGE: Final = 500
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
-
-
-WARM: Final = b"warm"  # what a spare says, once; a loaded one with a descriptor of itself (pidfd)
-
-
-class Birth(msgspec.Struct, frozen=True, kw_only=True):
-    """What a spare is asked for, as JSON: a process for this rank.
-
-    With it come descriptors: of a pipe from which the newborn reads a byte before it does anything, of the progress
-    record, of the memory for the KV cache, and, from the pod's spare, of the socket on which the newborn's loaded spare
-    is to take orders. The answer is its pid, or a sentence: why there is none.
-    """
-
-    rank: int
-    incarnation: str
 
 
 def become(part: str, title: str) -> None:
@@ -44,14 +27,14 @@ def become(part: str, title: str) -> None:
     setproctitle.setproctitle(f"lockstep: {title}")
 
 
-def say_last(error: BaseException) -> None:
+def write_termination_message(error: BaseException) -> None:
     """Why this process ends, for its supervisor, in one line; of several errors at once the first."""
     if PARENT_VARIABLE not in os.environ:
         return
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    words = error.strerror if type(error) is OSError and error.strerror else f"{type(error).__name__}: {error}"
-    os.pwrite(LAST_WORDS, " ".join(words.split()).encode()[:MOST_LAST_WORDS], 0)
+    text = error.strerror if type(error) is OSError and error.strerror else f"{type(error).__name__}: {error}"
+    os.pwrite(TERMINATION_MESSAGE, " ".join(text.split()).encode()[:MAX_TERMINATION_MESSAGE], 0)
 
 
 def _die_with_parent() -> None:

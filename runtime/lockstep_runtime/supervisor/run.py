@@ -23,12 +23,13 @@ from lockstep_runtime.protocol.chaos import Inject
 from lockstep_runtime.protocol.status import PodProblemReason
 from lockstep_runtime.supervisor import stall_tracker
 from lockstep_runtime.supervisor.bus_client import BusClient
+from lockstep_runtime.supervisor.exits import Exit, Stop
 from lockstep_runtime.supervisor.oom import OutOfMemory
 from lockstep_runtime.supervisor.problems import Problems
-from lockstep_runtime.supervisor.process import Exit, ForkError, Processes, Stop
+from lockstep_runtime.supervisor.process import ForkError, Processes
 from lockstep_runtime.supervisor.state_machine import (
     ENGINE,
-    SPARE,
+    ZYGOTE,
     Action,
     Finish,
     Machine,
@@ -60,7 +61,7 @@ class Supervisor:
         self._link = BusClient(config, token, incarnation, self._on_message, self._on_lost, self._tell_problems)
         self._out_of_memory = OutOfMemory()
         self._problems = Problems(config.pod_index)
-        self._forks: set[asyncio.Task[None]] = set()
+        self._starts: set[asyncio.Task[None]] = set()  # of processes
         self._claims: list[int] = []
         self._due = asyncio.Event()  # the machine's deadlines may have changed
         self._finished: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -85,11 +86,10 @@ class Supervisor:
                     task.result()  # none of them ends by itself, so this raises
             return await self._finished
         finally:
-            for task in (*tasks, *self._forks):
+            for task in (*tasks, *self._starts):
                 task.cancel()
-            await asyncio.gather(*tasks, *self._forks, return_exceptions=True)
-            self._processes.end_loaded_spares()
-            await self._processes.wait_for_orphans()
+            await asyncio.gather(*tasks, *self._starts, return_exceptions=True)
+            await self._processes.end_orphans()
             for one in listening:
                 one.close()
             shm_files.remove(os.environ)
@@ -145,7 +145,7 @@ class Supervisor:
                 self._on_exit(news)
             elif not isinstance(news, Stop):
                 if oom := self._out_of_memory.explain(news.signal):
-                    self._complain(PodProblemReason.OUT_OF_MEMORY, f"a spare process of this pod was {oom}")
+                    self._complain(PodProblemReason.OUT_OF_MEMORY, f"a zygote of this pod was {oom}")
             elif news.signal:
                 logger.warning("%s was stopped by %s", news.name, signal.Signals(news.signal).name)
                 self._machine.stopped(news.name, news.signal, time.monotonic())
@@ -170,25 +170,13 @@ class Supervisor:
                     oom=oom,
                 )
             )
-        elif gone.name == SPARE:
-            self._end_spare_talk()
+        elif gone.name == ZYGOTE:
+            self._processes.zygotes.dismiss()
         slowly = isinstance(gone.name, int) and gone.code == process_init.CANT_LOAD_EXIT
         now = time.monotonic()
         self._do(self._machine.exited(gone.name, healthy=gone.healthy, now=now, slowly=slowly))
         if gone.name == ENGINE and self._board is not None:
             self._board.engine_lost(how, self._machine.failures(ENGINE))
-
-    def _on_spare_word(self) -> None:
-        """It is warm, or has ended: of that its exit tells."""
-        if (descriptor := self._processes.spare_socket()) is not None:
-            asyncio.get_running_loop().remove_reader(descriptor)
-        if self._processes.hear_spare():
-            self._do(self._machine.warm(time.monotonic()))
-
-    def _end_spare_talk(self) -> None:
-        if (descriptor := self._processes.spare_socket()) is not None:
-            asyncio.get_running_loop().remove_reader(descriptor)
-        self._processes.dismiss_spare()
 
     def _on_end_signal(self, number: int) -> None:
         logger.info("asked to end by %s", signal.Signals(number).name)
@@ -203,7 +191,7 @@ class Supervisor:
                 if self._processes.incarnation(message.rank) == message.incarnation:
                     self._do(self._machine.kill(message.rank, message.reason))  # first: it must not join once more
                     if message.reload:
-                        self._processes.end_loaded_spare(message.rank)
+                        self._processes.zygotes.end_loaded(message.rank)
             case bus.ReadProgress():
                 self._link.send(bus.ProgressReport(asked=message.asked, records=self._processes.records()))
             case Inject():
@@ -257,32 +245,45 @@ class Supervisor:
 
     def _spawn(self, name: Name) -> None:
         if isinstance(name, int):
-            fork = asyncio.get_running_loop().create_task(self._fork(name))
-            self._forks.add(fork)
-            fork.add_done_callback(self._forks.discard)
+            self._in_background(self._fork(name))
             return
         try:
             pid = self._processes.spawn(name, self._history() if name == ENGINE else b"")
         except OSError as error:
-            self._on_spawn_failed(name, f"the {name} can't be started: {error.strerror or error}", spare_is_lost=False)
+            self._on_spawn_failed(name, f"the {name} can't be started: {error.strerror or error}", zygote_is_lost=False)
             return
         logger.debug("started %s (pid %d)", name, pid)
-        if name == SPARE and (descriptor := self._processes.spare_socket()) is not None:
-            asyncio.get_running_loop().add_reader(descriptor, self._on_spare_word)
+        if name == ZYGOTE:
+            self._in_background(self._await_zygote())
+
+    async def _await_zygote(self) -> None:
+        """Of its end its exit tells."""
+        if await self._processes.zygotes.wait_until_ready():
+            self._do(self._machine.zygote_ready(time.monotonic()))
 
     async def _fork(self, rank: int) -> None:
         try:
             pid = await self._processes.fork(rank)
             logger.debug("started rank %d (pid %d)", rank, pid)
         except ForkError as error:
-            self._on_spawn_failed(rank, str(error), spare_is_lost=error.spare_is_lost)
+            self._on_spawn_failed(rank, str(error), zygote_is_lost=error.zygote_is_lost)
         self._on_child()  # what has ended meanwhile may have been this one
 
-    def _on_spawn_failed(self, name: Name, reason: str, *, spare_is_lost: bool) -> None:
+    def _in_background(self, start: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(start)
+        self._starts.add(task)
+        task.add_done_callback(self._on_started)
+
+    def _on_started(self, task: asyncio.Task[None]) -> None:
+        self._starts.discard(task)
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self._fail(error)
+
+    def _on_spawn_failed(self, name: Name, reason: str, *, zygote_is_lost: bool) -> None:
         logger.warning("%s", reason)
-        if not spare_is_lost:
+        if not zygote_is_lost:
             self._complain(PodProblemReason.SPAWN_FAILED, f"pod {self._config.pod_index}: {reason}")
-        self._do(self._machine.spawn_failed(name, reason, time.monotonic(), spare_is_lost=spare_is_lost))
+        self._do(self._machine.spawn_failed(name, reason, time.monotonic(), zygote_is_lost=zygote_is_lost))
         if name == ENGINE and self._board is not None:
             self._board.engine_lost(f"can't be started ({reason})", self._machine.failures(ENGINE))
 
@@ -312,4 +313,4 @@ def exit_text(gone: Exit, oom: str) -> str:
         return f"was {oom}"
     if gone.code is None:
         return f"was killed by signal {gone.signal}"
-    return f"ended with exit code {gone.code}{f' ({gone.words})' if gone.words else ''}"
+    return f"ended with exit code {gone.code}{f' ({gone.message})' if gone.message else ''}"

@@ -4,8 +4,8 @@ It keeps one process per rank of its pod, and in the leader pod the engine, unti
 worker is started again at once; one that dies before it was loaded, an engine that dies young, or a process that the
 kernel refuses to start, waits 1, 2, 4 … 30 s from the second time on.
 
-Every rank's process is forked from the spare, which has imported what a worker needs and has no rank: while it is not
-warm, ranks wait for it.
+Every rank's process is forked from a zygote, which has imported what a worker needs: while the pod's is not ready,
+ranks wait for it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from signal import SIGKILL, SIGTERM
 from typing import Final, Literal
 
-Name = int | Literal["engine", "spare"]  # a worker's name is its rank
+Name = int | Literal["engine", "zygote"]  # a worker's name is its rank
 ENGINE: Final[Literal["engine"]] = "engine"
-SPARE: Final[Literal["spare"]] = "spare"
+ZYGOTE: Final[Literal["zygote"]] = "zygote"
 
 LONGEST_BACKOFF: Final = 30.0
 SLOW_BACKOFF: Final = 10.0
@@ -33,7 +33,7 @@ DRAIN_MARGIN_SECONDS: Final = 5.0  # for the engine beyond its own grace
 
 @dataclass(frozen=True, slots=True)
 class Spawn:
-    """Start the child: a rank's process from the warm spare, the others from nothing."""
+    """Start the child: a rank's process from a zygote, the others from nothing."""
 
     name: Name
 
@@ -95,23 +95,23 @@ class Machine:
     phase: Phase = Phase.RUNNING
     deadline: float | None = None  # of the phase
     _children: dict[Name, _Child] = field(default_factory=dict)
-    _is_warm: bool = False  # the spare
+    _zygote_is_ready: bool = False
 
     def start(self, now: float) -> list[Action]:
-        """Start everything; the spare first, it takes longest, and the ranks need it."""
-        names: list[Name] = [SPARE, *self.ranks, *([ENGINE] if self.is_leader else [])]
+        """Start everything; the zygote first, it takes longest, and the ranks need it."""
+        names: list[Name] = [ZYGOTE, *self.ranks, *([ENGINE] if self.is_leader else [])]
         self._children = {name: _Child(spawn_at=now) for name in names}
         return self.tick(now)
 
-    def warm(self, now: float) -> list[Action]:
-        """The spare has imported everything: ranks can be forked from it."""
-        self._is_warm = self._children[SPARE].alive
+    def zygote_ready(self, now: float) -> list[Action]:
+        """The zygote has imported everything: ranks can be forked from it."""
+        self._zygote_is_ready = self._children[ZYGOTE].alive
         return self.tick(now)
 
-    def spawn_failed(self, name: Name, reason: str, now: float, *, spare_is_lost: bool = False) -> list[Action]:
-        """The child could not be started: the kernel refused, or the spare gave none.
+    def spawn_failed(self, name: Name, reason: str, now: float, *, zygote_is_lost: bool = False) -> list[Action]:
+        """The child could not be started: the kernel refused, or the zygote gave none.
 
-        `spare_is_lost`: it does not answer; a rank waits for another spare then.
+        `zygote_is_lost`: it does not reply; a rank waits for another zygote then.
         """
         child = self._children[name]
         child.alive, child.stopped_at, child.silent_at = False, None, None
@@ -119,12 +119,12 @@ class Machine:
             return self._stop(now, "the engine has gone")
         if self.phase not in (Phase.RUNNING, Phase.LEAVING):
             return self._finish_if_alone()
-        if spare_is_lost:
+        if zygote_is_lost:
             child.spawn_at = now
-            if not self._is_warm:  # it has ended, and another is on its way
+            if not self._zygote_is_ready:  # it has ended, and another is on its way
                 return []
-            self._is_warm = False
-            return [Signal(SPARE, SIGKILL, reason)]
+            self._zygote_is_ready = False
+            return [Signal(ZYGOTE, SIGKILL, reason)]
         child.failures += 1
         child.spawn_at = now + backoff(child.failures)
         return self.tick(now)
@@ -147,8 +147,8 @@ class Machine:
         which is no matter of seconds."""
         child = self._children[name]
         child.alive, child.stopped_at, child.silent_at = False, None, None
-        if name == SPARE:
-            self._is_warm = False
+        if name == ZYGOTE:
+            self._zygote_is_ready = False
         if self.phase is Phase.LEAVING and name == ENGINE:
             return self._stop(now, "the engine has drained")
         if self.phase is Phase.STOPPING:
@@ -218,7 +218,7 @@ class Machine:
         return [] if was_late else [Signal(name, SIGKILL, f"it has given no sign of life for {SILENT_SECONDS:.0f} s")]
 
     def _can_start(self, name: Name) -> bool:
-        return self._is_warm or not isinstance(name, int)
+        return self._zygote_is_ready or not isinstance(name, int)
 
     def _resume_or_kill(self, name: Name, child: _Child) -> Action:
         """What becomes of a stopped worker is the engine's to decide; of any other child, ours."""

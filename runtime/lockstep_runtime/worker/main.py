@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import queue
-import sys
 import time
 from collections.abc import Callable
-from typing import Final, NoReturn, Protocol
+from typing import Final, Protocol
 
 import msgspec
 
 from lockstep_runtime.chaos import pending
 from lockstep_runtime.chaos.injector import Injector
-from lockstep_runtime.config import TOKEN_VARIABLE, ServeConfig
-from lockstep_runtime.distributed import join as collectives
+from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.distributed.communicator import Communicator
 from lockstep_runtime.distributed.errors import CommunicatorStuckError
 from lockstep_runtime.distributed.join import Rendezvous, join_seconds
 from lockstep_runtime.distributed.traced import TracedCommunicator
-from lockstep_runtime.host import process_init
-from lockstep_runtime.layers.cache import CacheMemory
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import Inject
 from lockstep_runtime.protocol.progress_record import Progress, Stage
 from lockstep_runtime.protocol.status import Fault
 from lockstep_runtime.sources.errors import ModelError
 from lockstep_runtime.worker.bus_client import BusClient, Command, Connected, Disconnected, ShutdownRequested
-from lockstep_runtime.worker.fault_classifier import classify, is_out_of_memory, load_failure
+from lockstep_runtime.worker.fault_classifier import classify, is_out_of_memory
 from lockstep_runtime.worker.heartbeat import Heartbeat
-from lockstep_runtime.worker.loaded_spare import leave_loaded_spare
 from lockstep_runtime.worker.model_runner import LoadReport, ModelRunner
 from lockstep_runtime.worker.scrub import CorruptionError, Scrub
 
@@ -41,9 +35,6 @@ Order = bus.Rendezvous | bus.Join | bus.AllocateCache | bus.Step | bus.Scrub
 
 JOIN_STEP: Final = -1  # joining, in the progress record
 PROGRESS_SECONDS: Final = 0.2  # between two LoadProgress messages
-LOAD_FAILED_EXIT: Final = 3
-STUCK_EXIT: Final = 5  # of a rank whose communicator can neither be made nor given back
-FAREWELL_SECONDS: Final = 5.0  # for the engine to be there to hear why loading failed
 
 
 class Collectives(Protocol):
@@ -296,65 +287,3 @@ def _loaded(report: LoadReport, seconds: float) -> bus.Loaded:
         block_size=report.block_size,
         memory_bytes=report.memory_bytes,
     )
-
-
-def load_error(error: Exception) -> str:
-    """The model's own words where it is the model's fault, else the exception."""
-    return str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
-
-
-def _report_load_failure(control: BusClient, error: Exception) -> NoReturn:
-    """Tell the engine why, as soon as it can be reached: this process has nothing else to do."""
-    message, kind = load_error(error), load_failure(error)
-    logger.error("can't load (%s): %s", kind, message)
-    deadline = time.monotonic() + FAREWELL_SECONDS
-    while time.monotonic() < deadline and not control.connected:
-        time.sleep(0.05)
-    control.send(bus.LoadFailed(message=message, kind=kind))
-    _end(LOAD_FAILED_EXIT if kind is bus.LoadFailure.TRANSIENT else process_init.CANT_LOAD_EXIT)
-
-
-def main(
-    config: ServeConfig, birth: process_init.Birth, descriptors: list[int], runner: ModelRunner | None = None
-) -> NoReturn:
-    """A rank's process from its birth: load, then work until dismissed. Ends the process.
-
-    `runner`: that of the loaded spare which this process was forked from; it has loaded.
-    """
-    rank = birth.rank
-    process_init.become(f"worker {rank}", f"worker model={config.model_name} group={config.group} rank={rank}")
-    record, cache, *orders = descriptors
-    control = BusClient(config, rank, os.environ[TOKEN_VARIABLE], birth.incarnation)
-    control.start()
-    worker = Worker(config, rank, control, Progress(record), collectives)
-    try:
-        memory = CacheMemory(cache)
-        runner = runner or ModelRunner(config, rank, memory)
-        runner.memory = memory
-        worker.load(runner)
-    except Exception as error:
-        _report_load_failure(control, error)
-    if orders and runner.on_cpu:
-        with control.resolving:
-            live = functools.partial(main, config, runner=runner)
-            leave_loaded_spare(config, rank, orders[0], live, functools.partial(_get_ready, config, rank, runner))
-    try:
-        logger.info("ends: %s", worker.run())
-    except CommunicatorStuckError as error:
-        logger.error("ends, so that another process takes its place: %s", error)
-        _end(STUCK_EXIT)
-    _end(0)
-
-
-def _get_ready(config: ServeConfig, rank: int, runner: ModelRunner) -> None:
-    """In a process that is not needed yet: what the rank would wait for if it were."""
-    title = f"next process of rank {rank} model={config.model_name} group={config.group}"
-    process_init.become(f"worker {rank}", title)
-    runner.touch_weights()
-
-
-def _end(code: int) -> NoReturn:
-    """No interpreter teardown: torch's threads and the control thread have nothing to finish."""
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(code)

@@ -1,0 +1,120 @@
+"""A rank's process from its first line to its last: connect, load, leave a loaded zygote on CPUs, work, exit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import Final, NoReturn
+
+from lockstep_runtime.config import TOKEN_VARIABLE, ServeConfig
+from lockstep_runtime.distributed import join as collectives
+from lockstep_runtime.distributed.errors import CommunicatorStuckError
+from lockstep_runtime.host import process_init
+from lockstep_runtime.layers.cache import CacheMemory
+from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.progress_record import Progress
+from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.worker.bus_client import BusClient
+from lockstep_runtime.worker.fault_classifier import load_failure
+from lockstep_runtime.worker.main import Worker
+from lockstep_runtime.worker.model_runner import ModelRunner
+from lockstep_runtime.zygote.loaded import fork_loaded_zygote
+from lockstep_runtime.zygote.messages import Child
+
+logger = logging.getLogger(__name__)
+
+LOAD_FAILED_EXIT: Final = 3
+STUCK_EXIT: Final = 5  # of a rank whose communicator can neither be made nor given back
+REPORT_SECONDS: Final = 5.0  # for the engine to be there to hear why loading failed
+
+
+@dataclass(frozen=True, slots=True)
+class NewRank:
+    """The children of the pod's zygote: each loads."""
+
+    config: ServeConfig
+
+    def prepare(self) -> None:
+        """Nothing is known yet of the rank."""
+
+    def run(self, child: Child) -> NoReturn:
+        """Load, leave a zygote that has loaded, and work."""
+        client, worker = _connect(self.config, child)
+        try:
+            runner = ModelRunner(self.config, child.rank, CacheMemory(child.files.cache))
+            worker.load(runner)
+        except Exception as error:
+            _report_load_failure(client, error)
+        if child.files.zygote is not None and runner.on_cpu:
+            with client.resolving:
+                title = f"model={self.config.model_name} group={self.config.group}"
+                fork_loaded_zygote(child.rank, title, child.files.zygote, LoadedRank(self.config, child.rank, runner))
+        _work(worker)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRank:
+    """The children of a rank's loaded zygote: they have the weights."""
+
+    config: ServeConfig
+    rank: int
+    runner: ModelRunner
+
+    def prepare(self) -> None:
+        """Have the kernel fill the page table, for which the first step would wait."""
+        title = f"standby of rank {self.rank} model={self.config.model_name} group={self.config.group}"
+        process_init.become(f"worker {self.rank}", title)
+        self.runner.touch_weights()
+
+    def run(self, child: Child) -> NoReturn:
+        """Work."""
+        client, worker = _connect(self.config, child)
+        try:
+            self.runner.memory = CacheMemory(child.files.cache)
+            worker.load(self.runner)
+        except Exception as error:
+            _report_load_failure(client, error)
+        _work(worker)
+
+
+def _connect(config: ServeConfig, child: Child) -> tuple[BusClient, Worker]:
+    rank = child.rank
+    process_init.become(f"worker {rank}", f"worker model={config.model_name} group={config.group} rank={rank}")
+    client = BusClient(config, rank, os.environ[TOKEN_VARIABLE], child.incarnation)
+    client.start()
+    return client, Worker(config, rank, client, Progress(child.files.progress), collectives)
+
+
+def _work(worker: Worker) -> NoReturn:
+    try:
+        logger.info("ends: %s", worker.run())
+    except CommunicatorStuckError as error:
+        logger.error("ends, so that another process takes its place: %s", error)
+        _exit(STUCK_EXIT)
+    _exit(0)
+
+
+def load_error(error: Exception) -> str:
+    """The model's own words where it is the model's fault, else the exception."""
+    return str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+
+
+def _report_load_failure(client: BusClient, error: Exception) -> NoReturn:
+    """To the engine, as soon as it can be reached: this process has nothing else to do."""
+    message, kind = load_error(error), load_failure(error)
+    logger.error("can't load (%s): %s", kind, message)
+    deadline = time.monotonic() + REPORT_SECONDS
+    while time.monotonic() < deadline and not client.connected:
+        time.sleep(0.05)
+    client.send(bus.LoadFailed(message=message, kind=kind))
+    _exit(LOAD_FAILED_EXIT if kind is bus.LoadFailure.TRANSIENT else process_init.CANT_LOAD_EXIT)
+
+
+def _exit(code: int) -> NoReturn:
+    """No interpreter teardown: torch's threads and the control thread have nothing to finish."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)
