@@ -21,7 +21,8 @@ from lockstep_runtime.host import process_init
 from lockstep_runtime.host.shm_files import FOLDER_VARIABLE, cache_file
 from lockstep_runtime.host.torch_environment import NCCL_VARIABLES, missing_nccl_variables
 from lockstep_runtime.protocol.progress_record import Stage
-from lockstep_runtime.supervisor.process import Exit, Processes
+from lockstep_runtime.supervisor.exits import Exit
+from lockstep_runtime.supervisor.process import Processes
 from lockstep_runtime.supervisor.state_machine import ZYGOTE
 
 DEADLINE_SECONDS = 120.0  # importing torch on a busy machine

@@ -145,4 +145,4 @@ def decode_reply(data: bytes) -> Forked | ForkFailed:
     return _reply_decoder.decode(data)
 
 
-_reply_decoder = msgspec.json.Decoder(Forked | ForkFailed)
+_reply_decoder: Final[msgspec.json.Decoder[Forked | ForkFailed]] = msgspec.json.Decoder(Forked | ForkFailed)
