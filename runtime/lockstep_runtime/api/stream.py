@@ -1,5 +1,8 @@
 """Sending an answer: whole, or as server-sent events. When the client goes away, or takes nothing more, work stops.
 
+Starlette's StreamingResponse sends the status before the first token, which may yet be refused; from ASGI 2.4 on it
+notices a client that went away only when it sends; and its task group cancels every await of the clean-up, too.
+
 Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
 """
 
