@@ -48,7 +48,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WeightCache:
 
 
 def test_a_respawned_rank_gets_its_weights_at_the_buss_speed(cache: WeightCache) -> None:
-    model = build_model(cache.header.settings, RankInfo(0, 1), choose_placement(DEVICE, torch.bfloat16))
+    model = build_model(cache.contents.settings, RankInfo(0, 1), choose_placement(DEVICE, torch.bfloat16))
     weights = list(model.weights())
     stored = [cache.tensor(weight.slices, weight.cached_dtype) for weight in weights]
     total = sum(one.nbytes for one in stored)

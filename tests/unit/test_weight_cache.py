@@ -9,10 +9,12 @@ import re
 from collections.abc import Generator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from tests.support.models import ModelShape, write_model
 
 from lockstep_runtime.config import EngineLimits, ServeConfig, WeightCache
@@ -145,6 +147,20 @@ def test_a_damaged_file_is_found_out_and_made_anew(
     assert "the weight cache is discarded" in caplog.text
     assert output(again) == expected
     assert load(settings)[1].read_bytes == 0
+
+
+def test_it_is_a_safetensors_file_whose_tensors_are_aligned(tmp_path: Path, folder: Path) -> None:
+    load(config(write_model(tmp_path / "model", ModelShape(dtype="bfloat16", vocabulary=101)), size=2), rank=1)
+    [file] = folder.iterdir()
+    with safe_open(file, framework="pt") as stored:
+        known = msgspec.json.decode(stored.metadata()["lockstep"])
+        names = [name for name in stored.keys() if not name.startswith("gap before ")]  # noqa: SIM118
+        assert sorted(known["checksums"]) == sorted(names)
+        assert all(stored.get_tensor(name).data_ptr() % 64 == 0 for name in names)
+        assert all(checksum(stored.get_tensor(name)) == known["checksums"][name] for name in names)
+    assert "lm_head.weight[51:101]" in names
+    assert any("self_attn.q_proj.weight[" in name and "+" in name for name in names)
+    assert any("self_attn.o_proj.weight[:, " in name for name in names)
 
 
 @pytest.mark.parametrize("length", [0, 3, 1000, -1])

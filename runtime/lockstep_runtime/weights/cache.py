@@ -5,8 +5,12 @@ next process; matrices that are packed, and those of a GPU, are made from it. A 
 weights nor config.json from the checkpoint: it gets what the other ranks of its group have, whatever has become of the
 checkpoint since.
 
-Layout: 8 bytes of magic, 8 bytes little-endian length and 8 bytes checksum of the header, the header (JSON), then the
-tensors, each at a multiple of 64 bytes. The file is written under another name and renamed when it is whole.
+It is a safetensors file, whose `__metadata__` says what it holds, with a checksum of every tensor and of itself. The
+library maps it and finds the tensors; it is written here, since the library wants all of them in memory first. Each
+tensor is at a multiple of 64 bytes: the format has no holes, so bytes between two are a tensor, too. The file is
+written under another name and renamed when it is whole.
+
+Source: https://huggingface.co/docs/safetensors
 """
 
 from __future__ import annotations
@@ -17,26 +21,30 @@ import logging
 import math
 import mmap
 import os
-import struct
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lockstep_runtime.host.memory import file_bytes, mebibytes
+from lockstep_runtime.weights.checkpoint import DTYPES
 from lockstep_runtime.weights.checksum import checksum
 from lockstep_runtime.weights.parallel_map import in_threads
 from lockstep_runtime.weights.sharding import TensorSlice
 
 logger = logging.getLogger(__name__)
 
-MAGIC: Final = b"LSWEIGH1"
 ALIGNMENT: Final = 64  # what torch's own allocator gives
-_PREFIX: Final = struct.Struct("<8sQ8s")
+CONTENTS: Final = "lockstep"  # of `__metadata__`: `Contents`, as JSON
+DIGEST: Final = "digest"  # of that text
+_LENGTH_BYTES: Final = 8  # the file's first, little-endian: how long its header is
 _UNKNOWN: Final = "0" * 16
+_NAMES: Final[Mapping[torch.dtype, str]] = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class CacheError(Exception):
@@ -64,34 +72,21 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
         return (sum(tensor_slice.rows for tensor_slice in self.slices), *self.slices[0].local_shape[1:])
 
 
-class CachedTensor(msgspec.Struct, frozen=True, kw_only=True):
-    wanted: Wanted
-    offset: int
-    checksum: str = _UNKNOWN
+class Contents(msgspec.Struct, frozen=True, kw_only=True):
+    """What the file says of itself."""
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.wanted.shape) * _dtype(self.wanted.dtype).itemsize
-
-
-class Header(msgspec.Struct, frozen=True, kw_only=True):
     identity: Identity
     settings: dict[str, Any]  # config.json
     weight_bytes: int  # what the slices take in the checkpoint
-    tensors: list[CachedTensor]
+    checksums: dict[str, str]  # by the tensors' names
 
 
 class WeightCache:
     """An open file: `tensor` of every stack of slices in it."""
 
-    def __init__(self, path: Path, header: Header, memory: mmap.mmap) -> None:
-        self.path, self.header = path, header
-        self._memory = memory  # lives as long as any tensor over it
-        self._tensors = {one.wanted.slices: one for one in header.tensors}
-
-    @property
-    def nbytes(self) -> int:
-        return len(self._memory)
+    def __init__(self, path: Path, contents: Contents, file: Any, nbytes: int) -> None:
+        self.path, self.contents, self.nbytes = path, contents, nbytes
+        self._file = file
 
     def tensor(self, slices: tuple[TensorSlice, ...], dtype: torch.dtype | None) -> Tensor:
         """The stack, over the file's memory. `dtype` None: whatever it is kept in.
@@ -99,33 +94,39 @@ class WeightCache:
         Raises:
             CacheError: there is no such stack.
         """
-        found = self._tensors.get(slices)
-        if found is None or (dtype is not None and dtype != _dtype(found.wanted.dtype)):
+        name = _name(slices)
+        found = self._get(name) if name in self.contents.checksums else None
+        if found is None or (dtype is not None and dtype != found.dtype):
             raise CacheError(f"{self.path} holds no {slices[0].tensor} as this rank needs it")
-        return _over(self._memory, found)
+        return found
+
+    def _get(self, name: str) -> Tensor:
+        try:
+            found: Tensor = self._file.get_tensor(name)
+        except SafetensorError as error:
+            raise CacheError(f"{self.path} is damaged: {error}") from error
+        return found
 
     def checksum(self, slices: tuple[TensorSlice, ...]) -> str:
-        return self._tensors[slices].checksum
+        return self.contents.checksums[_name(slices)]
 
     def verify(self) -> None:
         """
         Raises:
             CacheError: a tensor is not what was written, and which.
         """
-        tensors = self.header.tensors
-        for one, found in zip(
-            tensors, in_threads(lambda one: checksum(_over(self._memory, one)), tensors), strict=True
-        ):
-            if found != one.checksum:
-                raise CacheError(f"{self.path} is damaged: {one.wanted.slices[0].tensor} is not what was written")
+        known = self.contents.checksums
+        for name, found in zip(known, in_threads(lambda name: checksum(self._get(name)), list(known)), strict=True):
+            if found != known[name]:
+                raise CacheError(f"{self.path} is damaged: {name} is not what was written")
 
 
 def open_cache(path: Path, identity: Identity) -> WeightCache | None:
     """The rank's file, checked to the last byte; None when there is none. One that is damaged is removed."""
     try:
         cache = _open(path)
-        if cache.header.identity != identity:
-            raise CacheError(f"{path} holds {cache.header.identity}, not {identity}")
+        if cache.contents.identity != identity:
+            raise CacheError(f"{path} holds {cache.contents.identity}, not {identity}")
         cache.verify()
     except FileNotFoundError:
         return None
@@ -139,27 +140,23 @@ def open_cache(path: Path, identity: Identity) -> WeightCache | None:
 def _open(path: Path) -> WeightCache:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        size = os.fstat(descriptor).st_size
-        if size < _PREFIX.size:
-            raise CacheError(f"{path} has {size} bytes")
-        memory = mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)  # MAP_PRIVATE
+        file: Any = safe_open(f"/proc/self/fd/{descriptor}", framework="pt")  # mapped privately
+        return WeightCache(path, _read_contents(file.metadata() or {}), file, os.fstat(descriptor).st_size)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CacheError(f"{path} is no whole weight cache: {error}") from error
     finally:
         os.close(descriptor)
-    header = _read_header(path, memory)
-    if any(one.offset + one.nbytes > size for one in header.tensors):
-        raise CacheError(f"{path} is truncated: {size} bytes")
-    return WeightCache(path, header, memory)
 
 
-def _read_header(path: Path, memory: mmap.mmap) -> Header:
-    magic, length, digest = _PREFIX.unpack_from(memory, 0)
-    raw = memory[_PREFIX.size : _PREFIX.size + length]
-    if magic != MAGIC or _digest(raw) != digest:
-        raise CacheError(f"{path} is no whole weight cache")
-    try:
-        return msgspec.json.decode(raw, type=Header)
-    except msgspec.MsgspecError as error:
-        raise CacheError(f"{path}: {error}") from error
+def _read_contents(metadata: Mapping[str, str]) -> Contents:
+    """
+    Raises:
+        KeyError, ValueError: it has none, or not as they were written.
+    """
+    text = metadata[CONTENTS]
+    if metadata[DIGEST] != _digest(text):
+        raise ValueError("its description is damaged")
+    return msgspec.json.decode(text, type=Contents)
 
 
 class CacheWriter:
@@ -182,8 +179,16 @@ class CacheWriter:
             OSError: there is no room for it.
         """
         self._path, self._new = path, path.with_name(path.name + ".new")
-        self._header = _lay_out(identity, settings, weight_bytes, wanted)
-        size = max((one.offset + one.nbytes for one in self._header.tensors), default=_PREFIX.size)
+        self._wanted = {_name(one.slices): one for one in wanted}  # what is asked for twice is kept once
+        self._contents = Contents(
+            identity=identity,
+            settings=dict(settings),
+            weight_bytes=weight_bytes,
+            checksums=dict.fromkeys(self._wanted, _UNKNOWN),
+        )
+        self._places = _lay_out(self._wanted)
+        self._base = len(_header(self._contents, self._places))
+        size = self._base + max((one.stop for one in self._places.values()), default=0)
         self._new.unlink(missing_ok=True)  # of a predecessor that was killed
         _check_room(path.parent, size, reserve)
         descriptor = os.open(self._new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -199,18 +204,22 @@ class CacheWriter:
 
     def tensors(self) -> Iterable[tuple[Wanted, Tensor]]:
         """To be filled, each."""
-        return ((one.wanted, _over(self._memory, one)) for one in self._header.tensors)
+        return ((one, self._over(name)) for name, one in self._wanted.items())
 
     def publish(self) -> WeightCache:
         """Take the checksums, and give the file its name."""
-        sums = in_threads(lambda one: checksum(_over(self._memory, one)), self._header.tensors)
-        tensors = [
-            msgspec.structs.replace(one, checksum=found) for one, found in zip(self._header.tensors, sums, strict=True)
-        ]
-        raw = msgspec.json.encode(msgspec.structs.replace(self._header, tensors=tensors))
-        self._memory[: _PREFIX.size + len(raw)] = _PREFIX.pack(MAGIC, len(raw), _digest(raw)) + raw
+        sums = in_threads(lambda name: checksum(self._over(name)), list(self._wanted))
+        known = dict(zip(self._wanted, sums, strict=True))
+        self._memory[: self._base] = _header(msgspec.structs.replace(self._contents, checksums=known), self._places)
         self._new.rename(self._path)
         return _open(self._path)
+
+    def _over(self, name: str) -> Tensor:
+        shape, dtype = self._wanted[name].shape, _dtype(self._wanted[name].dtype)
+        if not (count := math.prod(shape)):  # a rank beyond the vocabulary's end
+            return torch.empty(shape, dtype=dtype)
+        offset = self._base + self._places[name].start
+        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset).view(shape)
 
     def discard(self) -> None:
         self._new.unlink(missing_ok=True)
@@ -228,29 +237,45 @@ def _check_room(folder: Path, size: int, reserve: int) -> None:
         raise OSError(errno.ENOSPC, f"{needs}{kept}{mebibytes(room)} are left")
 
 
-def _lay_out(identity: Identity, settings: Mapping[str, Any], weight_bytes: int, wanted: Iterable[Wanted]) -> Header:
-    """Where everything goes; checksums and offsets have room in the header before they are known."""
-    apart = {one.slices: one for one in wanted}  # what is asked for twice is kept once
-    header = Header(
-        identity=identity,
-        settings=dict(settings),
-        weight_bytes=weight_bytes,
-        tensors=[CachedTensor(wanted=one, offset=1 << 62) for one in apart.values()],
-    )
-    at = _PREFIX.size + len(msgspec.json.encode(header))
-    tensors = []
-    for one in header.tensors:
-        at = -(-at // ALIGNMENT) * ALIGNMENT
-        tensors.append(msgspec.structs.replace(one, offset=at))
-        at += one.nbytes
-    return msgspec.structs.replace(header, tensors=tensors)
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor lies, seen from the header's end."""
+
+    dtype: str  # the format's name
+    shape: tuple[int, ...]
+    start: int
+    stop: int
 
 
-def _over(memory: mmap.mmap, one: CachedTensor) -> Tensor:
-    shape, dtype = one.wanted.shape, _dtype(one.wanted.dtype)
-    if not one.nbytes:  # a rank beyond the vocabulary's end
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=one.offset).view(shape)
+def _lay_out(wanted: Mapping[str, Wanted]) -> dict[str, _Place]:
+    """Where everything goes, in order."""
+    places: dict[str, _Place] = {}
+    at = 0
+    for name, one in wanted.items():
+        if gap := -at % ALIGNMENT:
+            places[f"gap before {name}"] = _Place("U8", (gap,), at, at + gap)
+            at += gap
+        dtype = _dtype(one.dtype)
+        end = at + math.prod(one.shape) * dtype.itemsize
+        places[name] = _Place(_NAMES[dtype], one.shape, at, end)
+        at = end
+    return places
+
+
+def _header(contents: Contents, places: Mapping[str, _Place]) -> bytes:
+    """Its length depends on neither the checksums nor the digest."""
+    text = msgspec.json.encode(contents).decode()
+    header: dict[str, Any] = {"__metadata__": {CONTENTS: text, DIGEST: _digest(text)}}
+    for name, one in places.items():
+        header[name] = {"dtype": one.dtype, "shape": one.shape, "data_offsets": [one.start, one.stop]}
+    raw = msgspec.json.encode(header)
+    raw += b" " * (-(_LENGTH_BYTES + len(raw)) % ALIGNMENT)
+    return len(raw).to_bytes(_LENGTH_BYTES, "little") + raw
+
+
+def _name(slices: tuple[TensorSlice, ...]) -> str:
+    """Such as `q.weight[0:512]+k.weight[0:256]`, or `o.weight[:, 0:512]`."""
+    return "+".join(f"{one.tensor}[{':, ' * one.dim}{one.start}:{one.stop}]" for one in slices)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -260,5 +285,5 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _digest(raw: bytes) -> bytes:
-    return hashlib.blake2b(raw, digest_size=8).digest()
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -100,7 +100,7 @@ def attach_weights(cache: WeightCache, weights: Sequence[Weight | StoredTable], 
     for nbytes in in_threads(attach, range(len(weights))):
         done += nbytes
         progress(done, total)
-    return LoadResult(weight_bytes=cache.header.weight_bytes, read_bytes=0)
+    return LoadResult(weight_bytes=cache.contents.weight_bytes, read_bytes=0)
 
 
 def _wanted(checkpoint: Checkpoint, weight: Weight | StoredTable) -> Wanted:

@@ -142,7 +142,7 @@ class ModelRunner:
         identity = self._identity()
         if cache := open_cache(path, identity):
             try:
-                self._build(cache.header.settings)
+                self._build(cache.contents.settings)
                 return self._adopt(cache, progress), cache
             except CacheError as error:
                 logger.warning("the weight cache is discarded: %s", error)
