@@ -21,7 +21,7 @@ from lockstep_runtime.layers.batch import build_batch
 from lockstep_runtime.layers.cache import KVCache
 from lockstep_runtime.layers.embedding import VocabularyEmbedding
 from lockstep_runtime.layers.placement import Placement, choose_placement
-from lockstep_runtime.layers.prefill import candidate
+from lockstep_runtime.layers.prefill_attention import candidate
 from lockstep_runtime.layers.weight import PlainWeight
 from lockstep_runtime.models.qwen3 import Qwen3
 from lockstep_runtime.protocol.bus import LoadFailure

@@ -16,7 +16,7 @@ from transformers import Qwen3ForCausalLM
 from lockstep_runtime.distributed.join import SingleCommunicator
 from lockstep_runtime.layers.batch import build_batch
 from lockstep_runtime.layers.cache import KVCache
-from lockstep_runtime.layers.kernels import Kernel, candidates, trial
+from lockstep_runtime.layers.matmul_kernels import Kernel, candidates, trial
 from lockstep_runtime.layers.placement import Placement, choose_placement, place
 from lockstep_runtime.models.registry import build_model
 from lockstep_runtime.sources.errors import ModelError

@@ -334,6 +334,12 @@ def test_the_graver_of_two_faults_is_the_cause_whichever_came_first(graver: Faul
 
 
 @pytest.mark.parametrize("fault", list(Fault))
+def test_every_fault_has_its_weight_among_causes(fault: Fault) -> None:
+    heard = Evidence(Fault.RANK_LOST, 0, "its peer is gone", secondary=True)
+    assert diagnose([heard, Evidence(fault, 1, "the one")]).fault is fault
+
+
+@pytest.mark.parametrize("fault", list(Fault))
 def test_which_faults_leave_the_caches_in_doubt(fault: Fault) -> None:
     evidence = [Evidence(fault, 1, "words")]
     assert invalidates_caches(evidence) == (fault in (Fault.CONTEXT_FAULT, Fault.CORRUPTION))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lockstep_runtime.layers.batch import Batch, Segment
 from lockstep_runtime.layers.cache import KVCache, LayerCache
-from lockstep_runtime.layers.prefill import ATTEND
+from lockstep_runtime.layers.prefill_attention import ATTEND
 
 
 def attend(queries: Tensor, cache: LayerCache, batch: Batch) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lockstep_runtime.layers.placement import Placement
-from lockstep_runtime.layers.prefill import Prefill
+from lockstep_runtime.layers.prefill_attention import Prefill
 
 BLOCK_SIZE = 32  # tokens: small enough to waste little, large enough to keep block tables short
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from lockstep_runtime.layers.kernels import Kernel, Multiply
+from lockstep_runtime.layers.matmul_kernels import Kernel, Multiply
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.layers.weight import PlainWeight
 from lockstep_runtime.weights.sharding import TensorSlice

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lockstep_runtime.layers.kernels import Kernel, candidates, choose_kernel
+from lockstep_runtime.layers.matmul_kernels import Kernel, candidates, choose_kernel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

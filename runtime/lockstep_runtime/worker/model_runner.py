@@ -24,7 +24,7 @@ from lockstep_runtime.layers.attention import is_finite
 from lockstep_runtime.layers.batch import Batch, build_batch
 from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheMemory, Footprint, KVCache
 from lockstep_runtime.layers.placement import choose_placement
-from lockstep_runtime.layers.prefill import Prefill, choose_prefill
+from lockstep_runtime.layers.prefill_attention import Prefill, choose_prefill
 from lockstep_runtime.layers.weight import PlainWeight
 from lockstep_runtime.models.registry import Model, build_model
 from lockstep_runtime.protocol import bus

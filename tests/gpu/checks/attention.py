@@ -12,7 +12,7 @@ from tests.gpu.findings import Row, answer
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from lockstep_runtime.layers.prefill import Attend, Prefill, attend_flash, attend_masked, choose_prefill
+from lockstep_runtime.layers.prefill_attention import Attend, Prefill, attend_flash, attend_masked, choose_prefill
 from lockstep_runtime.worker.device import choose_attention_kernels
 
 KV_HEADS, SHARING, WIDTH = 8, 4, 128  # Qwen3-8B's: 32 heads share 8

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from lockstep_runtime.layers.kernels import (
+from lockstep_runtime.layers.matmul_kernels import (
     ONEDNN_BATCH,
     Kernel,
     Multiply,

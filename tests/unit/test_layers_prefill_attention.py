@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lockstep_runtime.layers import prefill
-from lockstep_runtime.layers.prefill import ATTEND, Prefill, attend_masked, candidate, choose_prefill, trial
+from lockstep_runtime.layers.prefill_attention import ATTEND, Prefill, attend_masked, candidate, choose_prefill, trial
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
