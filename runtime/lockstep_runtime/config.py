@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Final, Literal
 
 import msgspec
 
 from lockstep_runtime.host.addresses import LOOPBACK, reach
+from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.status import API_PORT, BUS_PORT, STATUS_PORT
 
 CONFIG_VARIABLE: Final = "LOCKSTEP_CONFIG"
@@ -103,3 +105,18 @@ def bus_address(config: ServeConfig) -> tuple[str, int]:
     if not config.is_leader:
         return config.leader, config.bus_port
     return reach(config.host), config.bus_port
+
+
+def hello(config: ServeConfig, token: str, role: bus.Role, incarnation: str) -> bus.Hello:
+    """What this process tells the engine when it connects."""
+    return bus.Hello(
+        protocol=bus.PROTOCOL,
+        token=token,
+        role=role,
+        group=config.group,
+        pod_index=config.pod_index,
+        pod=config.pod,
+        node=config.node,
+        pid=os.getpid(),
+        incarnation=incarnation,
+    )

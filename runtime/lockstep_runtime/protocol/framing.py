@@ -1,4 +1,7 @@
-"""Frames on a TCP connection, what both ends of the bus share: 4 bytes of big-endian length and so many bytes."""
+"""Frames on a TCP connection, what both ends of the bus share: 4 bytes of big-endian length and so many bytes.
+
+asyncio's `readexactly` would do for the engine and the supervisor; the worker's end is a thread with a plain socket.
+"""
 
 from __future__ import annotations
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import random
 from collections.abc import Callable
 from typing import Final
 
 import msgspec
 
-from lockstep_runtime.config import ServeConfig, bus_address
+from lockstep_runtime.config import ServeConfig, bus_address, hello
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.framing import FrameError, Framer, decode, encode, tune
+from lockstep_runtime.protocol.reconnect import CONNECT_SECONDS, Pauses
 
 logger = logging.getLogger(__name__)
 
-CONNECT_SECONDS: Final = 5.0
-RETRY_SECONDS: Final = (0.05, 1.0)
 _decoder: Final = msgspec.msgpack.Decoder(bus.ToSupervisor)
 
 
@@ -50,17 +47,17 @@ class BusClient:
 
     async def run(self) -> None:
         """Until cancelled."""
-        pause = RETRY_SECONDS[0]
+        pauses = Pauses()
         while True:
             try:
                 await self._one_connection()
             except (OSError, FrameError, TimeoutError) as error:
                 logger.debug("connection to the engine: %s", error)
             if self._welcome:
-                self._welcome, pause = False, RETRY_SECONDS[0]
+                self._welcome = False
+                pauses.start_over()
                 self._on_lost()
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(pause * 1.5, RETRY_SECONDS[1])
+            await asyncio.sleep(pauses.next())
 
     async def _one_connection(self) -> None:
         host, port = bus_address(self._config)
@@ -68,7 +65,7 @@ class BusClient:
             reader, writer = await asyncio.open_connection(host, port)
         try:
             tune(writer.get_extra_info("socket"))
-            writer.write(encode(self._hello()))
+            writer.write(encode(hello(self._config, self._token, bus.Role.SUPERVISOR, self._incarnation)))
             self._writer = writer
             framer = Framer(bus.MAX_FRAME_BYTES)
             while data := await reader.read(1 << 16):
@@ -87,16 +84,3 @@ class BusClient:
                 logger.error("the engine refused this pod: %s", message.reason)
             case _:
                 self._on_message(message)
-
-    def _hello(self) -> bus.Hello:
-        return bus.Hello(
-            protocol=bus.PROTOCOL,
-            token=self._token,
-            role=bus.Role.SUPERVISOR,
-            group=self._config.group,
-            pod_index=self._config.pod_index,
-            pod=self._config.pod,
-            node=self._config.node,
-            pid=os.getpid(),
-            incarnation=self._incarnation,
-        )

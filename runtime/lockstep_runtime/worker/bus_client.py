@@ -7,9 +7,7 @@ is not), and hands commands to the main thread in order. `Abort` acts at once, f
 from __future__ import annotations
 
 import logging
-import os
 import queue
-import random
 import socket
 import threading
 from collections.abc import Callable
@@ -18,15 +16,14 @@ from typing import Final
 
 import msgspec
 
-from lockstep_runtime.config import ServeConfig, bus_address
+from lockstep_runtime.config import ServeConfig, bus_address, hello
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import Inject
 from lockstep_runtime.protocol.framing import FrameError, Framer, decode, encode, tune
+from lockstep_runtime.protocol.reconnect import CONNECT_SECONDS, Pauses
 
 logger = logging.getLogger(__name__)
 
-CONNECT_SECONDS: Final = 5.0
-RETRY_SECONDS: Final = (0.05, 1.0)  # first and longest pause between attempts
 _decoder: Final = msgspec.msgpack.Decoder(bus.ToWorker)
 
 
@@ -106,18 +103,17 @@ class BusClient:
         return command.connection == self._connections and self._socket is not None
 
     def _run(self) -> None:
-        pause = RETRY_SECONDS[0]
+        pauses = Pauses()
         while not self._stopped.is_set():
             try:
                 self._one_connection()
-                pause = RETRY_SECONDS[0]
+                pauses.start_over()
             except (OSError, FrameError) as error:
                 logger.log(logging.INFO if self._socket else logging.DEBUG, "connection to the engine: %s", error)
             if self._socket is not None:
                 self._lose()
-                pause = RETRY_SECONDS[0]
-            self._stopped.wait(pause * random.uniform(0.5, 1.0))
-            pause = min(pause * 1.5, RETRY_SECONDS[1])
+                pauses.start_over()
+            self._stopped.wait(pauses.next())
 
     def _lose(self) -> None:
         with self._send_lock:
@@ -166,16 +162,5 @@ class BusClient:
                 self.inbox.put(message)
 
     def _hello(self) -> bus.Hello:
-        return bus.Hello(
-            protocol=bus.PROTOCOL,
-            token=self._token,
-            role=bus.Role.WORKER,
-            group=self._config.group,
-            pod_index=self._config.pod_index,
-            pod=self._config.pod,
-            node=self._config.node,
-            pid=os.getpid(),
-            incarnation=self._incarnation,
-            epoch=self.min_epoch,
-            rank=self._rank,
-        )
+        made = hello(self._config, self._token, bus.Role.WORKER, self._incarnation)
+        return msgspec.structs.replace(made, epoch=self.min_epoch, rank=self._rank)
