@@ -110,7 +110,7 @@ def assert_told(model: Model, cell: Cell, known: set[str]) -> None:
     until_told(model, known, faults, [f"{one}: " for one in who])
     model.until("the repair in the status", lambda: "recoveredTime" in model.status()["lastFault"], 20)
     model.until_ready(30)
-    until_told(model, known, ["Recovered"], [f"{one} was healed from {fault} " for one in who for fault in faults])
+    until_told(model, known, ["Recovered"], [f"{one} recovered from {fault} " for one in who for fault in faults])
     fault = model.status()["lastFault"]
     assert fault["fault"] in faults
     assert fault.get("rank") in ranks

@@ -24,4 +24,4 @@ def test_a_context_that_is_computed_again_goes_on_with_the_same_tokens(
     known = set(events(model))
     inject(model, "sigsegv", 1, "--phase=decode", "--skip=100")
     assert answers(start(model.url(), model.served(), STREAM_SECONDS)) == undisturbed, model.explain()
-    until_told(model, known, ["Recovered"], ["group 0 rank 1 was healed from RankLost by Respawn"])
+    until_told(model, known, ["Recovered"], ["group 0 rank 1 recovered from RankLost by Respawn"])

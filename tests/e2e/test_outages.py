@@ -164,7 +164,7 @@ def test_the_nodes_kubelet_stops(outlasting: Model, whole: list[Answer]) -> None
 
 
 def node_is_lost(model: Model) -> bool:
-    return any("isn't heard from" in group.get("message", "") for group in model.status()["groups"])
+    return any("doesn't respond" in group.get("message", "") for group in model.status()["groups"])
 
 
 def test_the_operator_is_absent(api: ClusterApi, outlasting: Model, whole: list[Answer]) -> None:
@@ -187,7 +187,7 @@ def test_the_operator_is_absent(api: ClusterApi, outlasting: Model, whole: list[
     until_replaced(outlasting, pod)
     until_told(outlasting, known, ["RankLost"], ["group 0 rank 0: "])
     until_told(outlasting, known, ["RankLost"], ["group 1 rank 1: "])
-    until_told(outlasting, known, ["Recovered"], ["group 0 rank 0 was healed from RankLost by Respawn"])
-    until_told(outlasting, known, ["Recovered"], ["group 1 rank 1 was healed from RankLost by Respawn"])
+    until_told(outlasting, known, ["Recovered"], ["group 0 rank 0 recovered from RankLost by Respawn"])
+    until_told(outlasting, known, ["Recovered"], ["group 1 rank 1 recovered from RankLost by Respawn"])
     assert outlasting.status()["recoveries"] == recoveries + 2
     assert outlasting.status()["lastFault"]["fault"] == "RankLost"

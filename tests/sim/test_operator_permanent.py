@@ -233,11 +233,10 @@ class Life:
         ill = self.now - max(self.served, min(fault.since for fault in active))
         kinds = {fault.kind for fault in active}
         if kinds <= HEALABLE and ill > (COMING_BACK_SECONDS + 240 if Kind.ENGINE in kinds else ACTS):
-            said = stalled["status"] == "True" and (
-                "try" in stalled["message"] or "nothing has moved" in stalled["message"]
-            )
+            words = ("next attempt", "late attempt", "nothing has moved")
+            said = stalled["status"] == "True" and any(one in stalled["message"] for one in words)
             requeue_after = AGAIN + (COMING_BACK_SECONDS if Kind.ENGINE in kinds else 0.0)
-            waits = "next is at" in ready["message"] or self.now - self.acted < requeue_after
+            waits = "next attempt is at" in ready["message"] or self.now - self.acted < requeue_after
             assert said or waits, f"nobody has acted for {ill} s: {ready}"
         if Kind.GATED in kinds and kinds == {Kind.GATED}:
             assert (stalled["status"], ready["reason"]) == ("False", "SchedulingGated"), ready

@@ -108,7 +108,7 @@ async def test_a_spent_budget_stalls_the_model_which_is_tried_again_ever_more_se
     await pass_time(world, key, 900, step=3)
     stalled = world.condition(key, "Stalled")
     assert (stalled["status"], stalled["reason"]) == ("True", "RecoveryExhausted")
-    assert "the budget of 2 attempts for each rung is spent: the next try is at" in stalled["message"]
+    assert "the budget of 2 attempts per rung is spent: the next attempt is at" in stalled["message"]
     tries = [plan.since for plan, memory in world.plans[0] if memory.stalled]
     gaps = [later - earlier for earlier, later in itertools.pairwise(tries)]
     assert len(gaps) >= 3
@@ -161,7 +161,7 @@ async def test_a_vanished_node_is_told_and_its_pods_are_given_up_after_their_gra
     world.step()
     await world.look(key)
     assert world.condition(key, "Ready")["reason"] == "NodeLost"
-    assert f"node {node} of pod chat-0-1 isn't heard from" in world.condition(key, "Ready")["message"]
+    assert f"node {node} of pod chat-0-1 doesn't respond" in world.condition(key, "Ready")["message"]
     await pass_time(world, key, 100, step=4)
     assert gone in uids(world, key), "within its grace, and a minute more, the node may come back"
     await pass_time(world, key, 120, step=4)

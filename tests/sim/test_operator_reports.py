@@ -227,17 +227,23 @@ async def test_a_bug_outside_of_decisions_is_in_the_status_too(monkeypatch: pyte
     [
         (
             {"terminationGracePeriodSeconds": "60s"},
-            "template.spec.terminationGracePeriodSeconds must be a whole number",
+            "template.spec.terminationGracePeriodSeconds: expected `int | null`, got `str`",
         ),
-        ({"containers": None}, "template.spec.containers is null"),
-        ({"containers": {"lockstep": {}}}, "template.spec.containers must be a list"),
-        ({"containers": "x"}, "template.spec.containers must be a list"),
-        ({"containers": ["x"]}, "template.spec.containers[0] must be a map"),
-        ({"containers": [{"image": "x"}]}, "template.spec.containers[0].name is missing"),
-        ({"containers": [{"name": "lockstep", "env": {"A": "b"}}]}, "template.spec.containers[0].env must be a list"),
-        ({"containers": [{"name": "lockstep", "resources": "1"}]}, "containers[0].resources must be a map"),
-        ({"affinity": "x"}, "template.spec.affinity must be a map"),
-        ({"tolerations": ["x"]}, "template.spec.tolerations[0] must be a map"),
+        ({"containers": None}, "template.spec.containers: expected `array`, got `null`"),
+        ({"containers": {"lockstep": {}}}, "template.spec.containers: expected `array`, got `object`"),
+        ({"containers": "x"}, "template.spec.containers: expected `array`, got `str`"),
+        ({"containers": ["x"]}, "template.spec.containers[0]: expected `object`, got `str`"),
+        ({"containers": [{"image": "x"}]}, "template.spec.containers[0]: object missing required field `name`"),
+        (
+            {"containers": [{"name": "lockstep", "env": {"A": "b"}}]},
+            "template.spec.containers[0].env: expected `array | null`, got `object`",
+        ),
+        (
+            {"containers": [{"name": "lockstep", "resources": "1"}]},
+            "containers[0].resources: expected `object | null`, got `str`",
+        ),
+        ({"affinity": "x"}, "template.spec.affinity: expected `object | null`, got `str`"),
+        ({"tolerations": ["x"]}, "template.spec.tolerations[0]: expected `object`, got `str`"),
     ],
 )
 async def test_a_template_of_no_shape_is_a_sentence_and_recovery_goes_on(

@@ -99,7 +99,9 @@ def test_a_pod_that_keeps_ending_is_replaced_first_and_waited_for_only_then() ->
     report = recovering(NOW - 30)
     verdict = decided(report, **crashing())
     assert rung(verdict) == (Rung.RECYCLE_POD, ("uid-0-1",))
-    assert "pod chat-0-1 keeps ending: Error, exit code 2: lockstep: can't listen on [::]:7401: taken" in verdict.reason
+    assert (
+        "pod chat-0-1 keeps exiting: Error, exit code 2: lockstep: can't listen on [::]:7401: taken" in verdict.reason
+    )
     silent = GroupReport(unreachable_since=NOW - 5, error="refused")
     assert rung(decided(silent, **crashing(0))) == (Rung.RECYCLE_POD, ("uid-0-0",))
     attempts_used = RecoveryState(attempts_used=dict.fromkeys(Rung, 3), failures=9, next_try=NOW + 600)
@@ -124,5 +126,5 @@ def test_scheduling_gates_are_named() -> None:
     found = replace(group(ready=False), pods=(pod(ready=False, phase="Pending", raw=raw),))
     assert find_issue(found, {}, NOW) == PodIssue(
         Reason.SCHEDULING_GATED,
-        "pod chat-0-0 is held back by its scheduling gates (queue.dev/wait): whoever set them lets it go",
+        "pod chat-0-0 has scheduling gates (queue.dev/wait): whoever set them must remove them",
     )

@@ -83,7 +83,7 @@ def test_a_secret_without_its_token_is_made_anew() -> None:
     made = model()
     decision = decided(made, everything(made), token=None)
     assert decision.actions == (
-        Delete("Secret", "chat-token", "uid-token", "Secret chat-token has lost its token and is made anew"),
+        Delete("Secret", "chat-token", "uid-token", "Secret chat-token has no token and is recreated"),
     )
 
 
@@ -136,7 +136,7 @@ def test_a_statefulset_that_can_not_be_changed_is_made_anew() -> None:
     (action,) = decided(made, children, pods(made, REVISION)).actions
     assert isinstance(action, Delete)
     found = "podManagementPolicy: OrderedReady instead of Parallel"
-    assert action.reason == f"StatefulSet chat-0 can't be changed in place ({found}) and is made anew"
+    assert action.reason == f"StatefulSet chat-0 can't be changed in place ({found}) and is recreated"
 
 
 def test_groups_beyond_replicas_lose_their_pods_first_and_then_their_names() -> None:
@@ -180,7 +180,11 @@ OTHER = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "web", "uid": "u
             "Service chat exists and belongs to Deployment web: delete it, or give the model another name",
             False,
         ),
-        ([OLDER], "Service chat of a deleted model of the same name is still there; it is waited for", True),
+        (
+            [OLDER],
+            "Service chat of a deleted model of the same name still exists: Lockstep waits until it is gone",
+            True,
+        ),
     ],
 )
 def test_what_belongs_to_others_is_never_touched(owners: list[Child], words: str, ends: bool) -> None:
@@ -293,7 +297,7 @@ def test_a_pod_is_given_up_only_when_its_node_is_long_gone(late: float, raw: dic
     made = model()
     lost = pod(0, 1, REVISION, ready=False, deleting=NOW - late, raw=raw)
     decision = decided(made, everything(made), (pod(0, 0, REVISION), lost))
-    reason = "pod chat-0-1 is lost with its node n1, which isn't heard from: it is given up"
+    reason = "pod chat-0-1 is on node n1, which doesn't respond: it is force-deleted"
     assert decision.actions == ((Delete("Pod", "chat-0-1", "uid-0-1", reason, grace=0),) if given_up else ())
     observing = model(recovery=Recovery(observe=True))
     assert decided(observing, everything(observing), (pod(0, 0, REVISION), lost)).actions == ()

@@ -82,7 +82,8 @@ def test_the_suspects_pod_is_replaced_first() -> None:
     assert plan is not None
     assert (plan.rung, plan.pods, plan.fault, plan.rank) == (Rung.RECYCLE_POD, ("uid-0-1",), "Hang", 1)
     assert verdict.reason == (
-        "group 0 can't heal Hang of rank 1 (rank 1 stopped): pod chat-0-1 is replaced, the others keep their weights"
+        "group 0 can't recover from Hang of rank 1 (rank 1 stopped): "
+        "pod chat-0-1 is replaced, the others keep their weights"
     )
     assert verdict.targets == (), "what isn't written yet isn't done"
     assert verdict.requeue_after == 0.0
@@ -147,7 +148,7 @@ def test_a_new_fault_after_a_repair_means_that_it_failed_and_the_next_rung_waits
     assert planned.next_try is not None
     assert NOW + 8 <= planned.next_try <= NOW + 10
     assert early.reason == (
-        f"the last repair did not hold (Hang: rank 1 stopped): the next is at {format_rfc3339(planned.next_try)}"
+        f"the last repair failed (Hang: rank 1 stopped): the next attempt is at {format_rfc3339(planned.next_try)}"
     )
     assert early.requeue_after == planned.next_try - (NOW + 3)
     later = decided(planned, of=anew, report=poisoned(2), now=NOW + 11)
@@ -207,13 +208,13 @@ def test_when_the_budget_is_spent_it_says_so_and_tries_again_slowly() -> None:
     stalled = decided(memory, report=poisoned(2))
     assert stalled.state.stalled
     assert stalled.reason == (
-        "nothing has helped against Hang (rank 1 stopped) and the budget of 3 attempts for each rung is spent: "
-        f"the next try is at {format_rfc3339(NOW + 300)}, later ones ever more seldom"
+        "no step has repaired Hang (rank 1 stopped) and the budget of 3 attempts per rung is spent: "
+        f"the next attempt is at {format_rfc3339(NOW + 300)}, later ones come with growing delays"
     )
     late = decided(stalled.state, report=poisoned(2), now=NOW + 300)
     assert late.state.attempts_used == attempts_used, "never overdrawn"
     assert (rungs(late), late.state.stalled, late.state.failures) == (Rung.RECYCLE_GROUP, True, 7)
-    assert "a late try: all its pods are replaced" in late.reason
+    assert "a late attempt: all its pods are replaced" in late.reason
     assert late.state.next_try is not None
     assert late.state.next_try >= NOW + 300 + 480
 
@@ -263,10 +264,10 @@ def test_observe_only_says() -> None:
             "group 0 is being replaced by revision x anyway",
         ),
         (
-            {"issue": PodIssue(Reason.IMAGE_PULL_FAILED, "pod chat-0-1 can't get image runtime:1: gone")},
-            "pod chat-0-1 can't get image runtime:1: gone; that comes first, replacing pods wouldn't mend it",
+            {"issue": PodIssue(Reason.IMAGE_PULL_FAILED, "pod chat-0-1 can't pull image runtime:1: gone")},
+            "pod chat-0-1 can't pull image runtime:1: gone; that comes first, since replacing pods wouldn't fix it",
         ),
-        ({"of": replace(on_nodes("n1"), workload=group().workload)}, "waits until its missing pods are made anew"),
+        ({"of": replace(on_nodes("n1"), workload=group().workload)}, "waits until its missing pods are recreated"),
         (
             {
                 "of": replace(
@@ -335,7 +336,7 @@ def at_rest(last_step: float | None = NOW - 200, **fields: Any) -> GroupReport:
 def test_a_first_pod_whose_engine_hangs_is_replaced() -> None:
     verdict = decided(of=unready(NOW - HUNG_SECONDS), report=at_rest())
     assert rungs(verdict) is Rung.RECYCLE_POD
-    assert "pod chat-0-0 runs and takes no requests and has done no step for 90 s, though" in verdict.reason
+    assert "pod chat-0-0 runs and accepts no requests and has completed no step for 90 s, though" in verdict.reason
 
 
 @pytest.mark.parametrize(

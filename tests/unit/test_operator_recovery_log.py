@@ -73,8 +73,8 @@ def test_a_repair_is_told_with_its_first_token() -> None:
     done = fault(1, recovered_at=NOW - 1, requests_resumed=2, phases=fresh.phases | {"firstToken": 0.125})
     later, after = look(status, GroupReport(status=said([done])))
     assert [item.note for item in event_drafts(later) if item.reason == "Recovered"] == [
-        "group 0 rank 1 was healed from Hang by Rebuild (detect 0.5 s, rebuild 0.25 s, firstToken 0.12 s); "
-        "2 requests went on"
+        "group 0 rank 1 recovered from Hang by Rebuild (detect 0.5 s, rebuild 0.25 s, firstToken 0.12 s); "
+        "2 requests resumed"
     ]
     assert after["lastRecovery"] == {
         "fault": "Hang", "group": 0, "suspectRank": 1, "rung": "Rebuild", "requestsResumed": 2,

@@ -153,7 +153,7 @@ def test_a_worker_that_tries_again_does_not_hide_why_it_failed() -> None:
     ("state", "reason", "words"),
     [
         (GroupState.RECOVERING, "Recovering", "group 0 recovers: rank 1 was lost"),
-        (GroupState.POISONED, "Poisoned", "group 0 can't serve and can't heal itself: rank 1 was lost"),
+        (GroupState.POISONED, "Poisoned", "group 0 can't serve and can't recover by itself: rank 1 was lost"),
         (GroupState.DRAINING, "Draining", "group 0 finishes its requests: rank 1 was lost"),
         (GroupState.STARTING, "Starting", "group 0 waits for its 2 ranks: rank 1 was lost"),
     ],
@@ -206,7 +206,7 @@ def test_old_pods_that_serve_during_a_rollout_are_available_but_not_ready() -> N
     )
     assert condition(status, "Ready")[:2] == ("False", "RollingOut")
     assert "group 0 keeps revision old until group 1 is Ready" in condition(status, "Ready")[2]
-    assert condition(status, "Available") == ("True", "Serving", "1 of 2 groups take requests")
+    assert condition(status, "Available") == ("True", "Serving", "1 of 2 groups accept requests")
     assert (status["readyReplicas"], status["updatedReplicas"]) == (1, 0)
 
 
@@ -272,7 +272,7 @@ def test_what_a_deleted_model_left_is_waited_for_and_no_stall() -> None:
 
 def test_without_a_token_nothing_is_ready() -> None:
     status = status_of(decided(group(), revision="", rollout=()), seen(said(), token=None))
-    assert condition(status, "Ready") == ("False", "Starting", "the model's token is being made")
+    assert condition(status, "Ready") == ("False", "Starting", "the model's token is being created")
 
 
 def test_recoveries_are_counted_over_processes_and_groups() -> None:
@@ -342,14 +342,14 @@ UNPLACED = {
         (
             {"raw": waiting("ImagePullBackOff", "not found")},
             "ImagePullFailed",
-            "pod chat-0-0 can't get image runtime:1: not found",
+            "pod chat-0-0 can't pull image runtime:1: not found",
         ),
         (
             {"raw": waiting("CreateContainerConfigError", 'secret "hub" not found')},
             "ContainerRefused",
             'secret "hub" not found',
         ),
-        ({"raw": waiting("CrashLoopBackOff", **ENDED)}, "CrashLoop", "keeps ending: OOMKilled, exit code 137: b c d"),
+        ({"raw": waiting("CrashLoopBackOff", **ENDED)}, "CrashLoop", "keeps exiting: OOMKilled, exit code 137: b c d"),
         ({"raw": {"metadata": {}, "status": {"conditions": [UNPLACED]}}}, "Unschedulable", "finds no node: 0/1 nodes"),
         (
             {"phase": "Failed", "raw": {"metadata": {}, "status": {"reason": "Evicted", "message": "low on memory"}}},
@@ -359,7 +359,7 @@ UNPLACED = {
         (
             {"deleting": NOW - 40, "raw": {"metadata": {}, "spec": {"nodeName": "n1"}}},
             "PodStuck",
-            "hasn't: is node n1 alive?",
+            "within its grace period: is node n1 alive?",
         ),
         (
             {"phase": "Pending", "warning": "FailedMount: no such claim"},
@@ -402,7 +402,7 @@ def test_events_are_named_by_what_happened_so_that_none_is_told_twice() -> None:
     status = status_of(decided(group()), observed)
     told = happened(decided(group()), observed)
     assert [(item.reason, item.note) for item in told] == [
-        ("Created", "pods and Services are being made"),
+        ("Created", "pods and Services are being created"),
         ("Ready", "1 group of 2 ranks serve"),
         ("RankLost", "group 0 rank 1: it was killed"),
     ]

@@ -86,9 +86,9 @@ def test_the_field_is_named() -> None:
         "template.spec.containers[0].env[1].name is 'A', as another item's is"
     )
     assert flaw({"spec": {"terminationGracePeriodSeconds": True}}) == (
-        "template.spec.terminationGracePeriodSeconds must be a whole number of at least 0, and is a boolean (True)"
+        "template.spec.terminationGracePeriodSeconds: expected `int | null`, got `bool`"
     )
-    assert flaw({"spec": None}) == "template.spec is null: it can't be removed"
+    assert flaw({"spec": None}) == "template.spec: expected `object`, got `null`"
 
 
 @pytest.mark.parametrize(

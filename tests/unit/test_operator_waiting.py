@@ -83,7 +83,7 @@ def killed(at: float, *, limit: str | None = "350Mi", last: bool = True) -> Grou
 def test_an_out_of_memory_kill_is_told_with_its_limit() -> None:
     found = newest_failure(killed(NOW - 5), None, None, NOW)
     assert found == ProcessFailure(
-        "OutOfMemory", "pod chat-0-1 was killed for want of memory; its memory limit is 350Mi", NOW - 5
+        "OutOfMemory", "pod chat-0-1 was killed for lack of memory; its memory limit is 350Mi", NOW - 5
     )
     assert read(write(found), ProcessFailure) == found
     unlimited = newest_failure(killed(NOW, limit=None, last=False), None, None, NOW)

@@ -1,4 +1,4 @@
-"""Carries out what was decided, one write at a time, in the order given. One that fails holds up no other."""
+"""Executes actions, one write at a time, in the order given. One that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Applied:
 
     @property
     def effective(self) -> list[Action]:
-        """Without those that left the object as it was."""
+        """Without those that left the object unchanged."""
         return [a for a in self.done if not (isinstance(a, Apply) and self.server_mutations.get((a.kind, a.name)))]
 
 
 async def execute(kube: Kube, model: Model, actions: Sequence[Action], failures: Failures, metrics: Metrics) -> Applied:
-    """What the API server doesn't take is kept in `failures`, and tried again when that says so."""
+    """Rejected writes are kept in `failures`, and retried when it says so."""
     done: list[Action] = []
     server_mutations: dict[ObjectRef, frozenset[str]] = {}
     failures.keep(action.target for action in actions)
@@ -81,8 +81,8 @@ _making = asyncio.Lock()
 
 
 async def _make(kube: Kube, model: Model, kind: str, manifest: Mapping[str, Any]) -> frozenset[str]:
-    """Two models may need the same name, and an apply can't be told to create only: whoever comes second must see what
-    the first has made. One at a time, since both may be worked on at once."""
+    """Two models may need the same name, and an apply can't be limited to creation: the second must see what the first
+    has created. One at a time, since both may be reconciled at once."""
     async with _making:
         live = await kube.get(kind, model.namespace, manifest["metadata"]["name"])
         if live is None:
@@ -95,7 +95,7 @@ async def _make(kube: Kube, model: Model, kind: str, manifest: Mapping[str, Any]
 async def _apply_exactly(kube: Kube, kind: str, manifest: Mapping[str, Any], uid: str) -> frozenset[str]:
     """What is left of the differences. Entries that others added to lists survive an apply, or make it invalid.
 
-    `uid` is of the object that was looked at: one that has taken its name since is never written to.
+    `uid` is of the object that was observed: a later one of the same name is never written to.
     """
     mine = {**manifest, "metadata": {**manifest["metadata"], "uid": uid}} if uid else manifest
     try:

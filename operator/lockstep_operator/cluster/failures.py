@@ -1,6 +1,6 @@
-"""Writes that the API server didn't take: when each is tried again, and whether it is worth a person's attention.
+"""Writes that the API server rejected: when each is retried, and whether it needs a person.
 
-Kept in memory only. An operator that starts anew tries each once more, and so learns the same.
+Kept in memory only: an operator that restarts tries each once more, and so learns the same.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ RETRY_FIRST: Final = 0.5
 RETRY_MOST: Final = 60.0
 REFUSED_FIRST: Final = 2.0
 REFUSED_MOST: Final = 300.0
-RETRYING_SECONDS: Final = 10.0  # what fails for so long is told
+RETRYING_SECONDS: Final = 10.0  # what fails for so long is reported
 
-_RETRIED: Final = "doesn't take a change, which is tried again"
+_RETRIED: Final = "rejected a change, which is retried"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """One write that fails, each time that it is tried. Times are unix seconds."""
+    """One write that fails each time. Times are unix seconds."""
 
-    asked: str  # digest of what was to be written: another wish is another write
+    asked: str  # digest of what was to be written: another content is another write
     purpose: str
     error: KubeError
     count: int
     since: float
-    due: float  # not tried again before
+    due: float  # not retried before
 
     @property
     def permanent(self) -> bool:
@@ -55,7 +55,7 @@ class Failures:
     of: dict[ObjectRef, Failure] = field(default_factory=dict)
 
     def waits(self, target: ObjectRef, wish: object) -> bool:
-        """Whether this very write failed so lately that it isn't tried yet."""
+        """Whether this very write failed so recently that it isn't retried yet."""
         known = self.of.get(target)
         return known is not None and known.asked == _digest(wish) and self.now() < known.due
 
@@ -79,24 +79,24 @@ class Failures:
         self.of.pop(target, None)
 
     def keep(self, wanted: Iterable[ObjectRef]) -> None:
-        """Forget writes that nobody wishes any more."""
+        """Forget writes that are no longer decided."""
         kept = set(wanted)
         for target in [target for target in self.of if target not in kept]:
             del self.of[target]
 
     @property
     def due(self) -> float | None:
-        """In how many seconds the next is tried again; None when nothing fails."""
+        """Seconds until the next retry; None when nothing fails."""
         return min((max(0.0, failure.due - self.now()) for failure in self.of.values()), default=None)
 
     @property
     def refused(self) -> str:
-        """The first permanent refusal, in a sentence; empty if there is none."""
+        """The first permanent rejection as a sentence; empty if there is none."""
         return next((failure.sentence for _, failure in sorted(self.of.items()) if failure.permanent), "")
 
     def retrying(self, before: ModelStatus) -> Failure | None:
-        """What fails for long and may succeed yet. `before` is the status as last written: what it says once it says
-        until that is over, also by an operator that has just started, and so does since when."""
+        """A write that has failed for long and may succeed yet. `before` is the status as last written: what it reports
+        stays reported until it is over, also by an operator that has just started."""
         reported = reported_since(before)
         known = [failure for _, failure in sorted(self.of.items()) if not failure.permanent]
         if reported is not None:

@@ -1,7 +1,7 @@
 """The CRD that the cluster serves may be older than this operator: Helm never upgrades CRDs by itself.
 
-A server-side apply with one field that the schema lacks is refused as a whole. So what is lacking is left out, and
-told: by `/readyz`, a metric and the log. Recovery goes on; what the fields that are left out hold is not remembered.
+A server-side apply with one field that the schema lacks is refused as a whole. So missing fields are left out, and
+reported by `/readyz`, a metric and the log. Recovery continues without what those fields would hold.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ServedSchema:
         return len(self._lacking)
 
     def lacks(self, paths: Iterable[Path]) -> bool:
-        """The API server has said so. Whether that is news."""
+        """Records that the API server has rejected them; returns whether that is new."""
         before = self._lacking
         self._lacking = before | {path for path in paths if path[:1] == ("status",)}
         if self._lacking != before:

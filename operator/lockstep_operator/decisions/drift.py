@@ -1,7 +1,7 @@
-"""Where a live object differs from what the operator wants: only fields that it sets count, others are others' to set.
+"""Where a live object differs from its manifest: only fields that the operator sets count.
 
-The API server adds defaults, so a plain comparison won't do. Maps may have more entries, apart from label selectors.
-Lists may not, apart from owners: one more container, variable, port or rule is drift. Named lists may be in any order.
+The API server adds defaults, so plain equality won't do. Maps may have more entries, except label selectors. Lists may
+not, except owners: one more container, variable, port or rule is drift. Named lists may be in any order.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What calls for a step of recovery (pure): a group that says it is poisoned, or a first pod that hangs."""
+"""Faults that a group can't recover from by itself (pure): by its own report, or by a leader pod that doesn't
+respond."""
 
 from __future__ import annotations
 
@@ -11,18 +12,18 @@ from lockstep_operator.types.observed import GroupReport, Pod
 from lockstep_operator.types.timestamps import format_rfc3339, parse_rfc3339
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, GroupStatus, RankState
 
-RECOVERING_SECONDS: Final = 120.0  # the group's own deadlines have had their turn by then
+RECOVERING_SECONDS: Final = 120.0  # the group's own deadlines have passed by then
 COMING_BACK_SECONDS: Final = 300.0  # the same, by several tries
 RELOADING_SECONDS: Final = 900.0  # the same, while ranks load that have joined
 ENDLESS: Final = "@r"  # in the key of a trigger
 LOADING: Final = frozenset({RankState.STARTING, RankState.LOADING})
 MESSAGE_LIMIT: Final = 400  # of what a pod wrote
-HUNG_SECONDS: Final = 90.0  # the kubelet's liveness probe has had its turn by then
+HUNG_SECONDS: Final = 90.0  # the kubelet's liveness probe has failed by then
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetectedFault:
-    """`key` tells it from every earlier one of the group."""
+    """`key` distinguishes it from every earlier fault of the group."""
 
     key: str
     fault: str
@@ -39,8 +40,8 @@ def detect_fault(
     crashing: Pod | None = None,
     recovering_since: float | None = None,
 ) -> DetectedFault | None:
-    """None as long as the group serves, heals itself, or isn't known. `crashing` is a pod that its kubelet starts again
-    and again; `recovering_since` is since when the group tries to serve again, whatever it says in between."""
+    """None as long as the group serves, recovers by itself, or has not reported. `crashing` is a pod in a crash loop;
+    `recovering_since` is since when the group has been restarting, whatever it reports in between."""
     if report is None:
         return None
     if report.unreachable_since is None and report.status is not None:
@@ -63,7 +64,7 @@ def _from_report(group: Group, status: GroupStatus, now: float) -> DetectedFault
 
 
 def _restarting_too_long(group: Group, status: GroupStatus, since: float | None, now: float) -> DetectedFault | None:
-    """A group whose engine ends again and again, so that no recovery of it lasts long enough to be too long."""
+    """A group whose engine exits again and again, so that no single recovery exceeds its limit."""
     coming = status.state in (GroupState.STARTING, GroupState.LOADING, GroupState.RECOVERING)
     if since is None or not coming:
         return None
@@ -75,28 +76,28 @@ def _restarting_too_long(group: Group, status: GroupStatus, since: float | None,
         key=f"recovering{ENDLESS}{since:.0f}",
         fault=str(Fault.RANK_LOST),
         rank=absent,
-        message=f"it has tried to serve again since {format_rfc3339(since)}: {status.message or 'it has not said why'}",
+        message=f"it has been restarting since {format_rfc3339(since)}: {status.message or 'it gave no reason'}",
         noticed=since,
         pod=None if absent is None else _pod_of(group, status, absent),
     )
 
 
 def _crashing(group: Group, pod: Pod, now: float) -> DetectedFault | None:
-    """A pod that keeps ending and keeps its group from serving: it may be its place, or what it reached from there."""
+    """A crash-looping pod that keeps its group from serving: its node may be the cause."""
     if group.ready or pod.deleting is not None:
         return None
     return DetectedFault(
         key=f"crash/{pod.uid}",
         fault=str(Fault.RANK_LOST),
         rank=None,
-        message=f"pod {pod.name} keeps ending: {termination_message(pod)}"[:MESSAGE_LIMIT],
+        message=f"pod {pod.name} keeps exiting: {termination_message(pod)}"[:MESSAGE_LIMIT],
         noticed=now,
         pod=pod,
     )
 
 
 def _recovering_too_long(group: Group, status: GroupStatus, now: float) -> DetectedFault | None:
-    """A group that has been recovering for longer than it takes. Ranks that load are given their time."""
+    """A group that has been recovering for too long. Ranks that load are given more time."""
     newest = max(status.faults, key=lambda fault: fault.id, default=None)
     absent = next((rank.rank for rank in status.ranks if rank.state is RankState.ABSENT), None)
     busy = absent is None and any(rank.state in LOADING for rank in status.ranks)
@@ -105,7 +106,7 @@ def _recovering_too_long(group: Group, status: GroupStatus, now: float) -> Detec
     late = next((rank.rank for rank in status.ranks if rank.state in LOADING), None)
     node_fault_counts = (absent, newest.rank if newest else None, late)
     suspect = next((rank for rank in node_fault_counts if rank is not None), None)
-    why = status.message or "it has not said why"
+    why = status.message or "it gave no reason"
     return DetectedFault(
         key=f"{fault_key(status, newest)}{ENDLESS}{status.since:.0f}",
         fault=str(newest.fault) if newest else str(Fault.RANK_LOST),
@@ -119,10 +120,10 @@ def _recovering_too_long(group: Group, status: GroupStatus, now: float) -> Detec
 def _poisoned(group: Group, status: GroupStatus, now: float) -> DetectedFault:
     newest = max(status.faults, key=lambda fault: fault.id, default=None)
     return DetectedFault(
-        key=f"{fault_key(status, newest)}@{status.since:.0f}",  # the same fault again, once it was tried to heal it
+        key=f"{fault_key(status, newest)}@{status.since:.0f}",  # the same fault again, after a repair was tried
         fault=str(newest.fault) if newest else "Poisoned",
         rank=newest.rank if newest else None,
-        message=newest.message if newest else (status.message or "it has not said why"),
+        message=newest.message if newest else (status.message or "it gave no reason"),
         noticed=newest.at if newest else (status.since or now),
         pod=_pod_of(group, status, newest.rank) if newest else None,
     )
@@ -133,13 +134,13 @@ def fault_key(status: GroupStatus, fault: FaultRecord | None) -> str:
 
 
 def matches(trigger: str, status: GroupStatus, fault: FaultRecord) -> bool:
-    """Whether a trigger's key is about this fault."""
+    """Whether a key is of this fault."""
     return trigger.partition("@")[0] == fault_key(status, fault)
 
 
 def same_fault(planned: str, key: str) -> bool:
-    """Whether the step that was planned is still given its time: a group that recovered for too long may have called
-    itself poisoned since, by the same fault."""
+    """Whether the planned step still answers this fault: a group that was recovering for too long may have reported
+    Poisoned since, by the same fault."""
     return planned == key or (ENDLESS in planned and planned.partition("@")[0] == key.partition("@")[0])
 
 
@@ -149,8 +150,8 @@ def _pod_of(group: Group, status: GroupStatus, rank: int | None) -> Pod | None:
 
 
 def _hung(group: Group, report: GroupReport, now: float) -> DetectedFault | None:
-    """A first pod that runs and answers neither the operator nor its kubelet. One that its kubelet finds Ready is well:
-    then something lies between it and the operator, and replacing pods would not mend that."""
+    """A leader pod that runs and answers neither the operator nor its kubelet. If its kubelet finds it Ready, the
+    network between it and the operator is at fault, and replacing pods would not fix that."""
     leader, silent_since = group.leader, report.unreachable_since
     if leader is None or leader.ready or leader.deleting is not None or silent_since is None:
         return None
@@ -159,15 +160,15 @@ def _hung(group: Group, report: GroupReport, now: float) -> DetectedFault | None
 
 
 def _stalled_engine(group: Group, status: GroupStatus, now: float) -> DetectedFault | None:
-    """A first pod whose supervisor answers and says that all is well, but whose engine has not been Ready for long and
-    has done no step meanwhile. One that was never Ready waits for something; one that does steps is only busy."""
+    """A leader pod whose supervisor reports Ready, but whose engine has not been Ready for long and has completed no
+    step meanwhile. One that was never Ready waits for something; one that completes steps is only busy."""
     leader = group.leader
     if leader is None or leader.ready or leader.deleting is not None or status.state is not GroupState.READY:
         return None
     begun, unready_since = leader.started, _unready_since(leader)
     if begun is None or unready_since is None or unready_since <= begun:
         return None
-    words = f"takes no requests and has done no step for {HUNG_SECONDS:g} s, though its ranks are well"
+    words = f"accepts no requests and has completed no step for {HUNG_SECONDS:g} s, though its ranks are healthy"
     return _replaceable(leader, max(unready_since, status.last_step_at or 0.0), words, now)
 
 
@@ -186,7 +187,7 @@ def _replaceable(leader: Pod, since: float, words: str, now: float) -> DetectedF
 
 
 def _unready_since(pod: Pod) -> float | None:
-    """Since when its kubelet has found it not Ready; None when it is Ready or its node isn't heard from."""
+    """Since when its kubelet has found it not Ready; None when it is Ready or its node doesn't respond."""
     conditions = (pod.raw.get("status") or {}).get("conditions") or []
     ready = next((condition for condition in conditions if condition["type"] == "Ready"), None)
     if ready is None or ready["status"] != "False" or not ready.get("reason") or "lastTransitionTime" not in ready:

@@ -89,7 +89,7 @@ class GroupPlanner:
     ) -> Iterator[Action]:
         name = wanted["metadata"]["name"]
         if group.workload and (fixed := _fixed_differences(wanted, group.workload)):
-            reason = f"StatefulSet {name} can't be changed in place ({fixed}) and is made anew"
+            reason = f"StatefulSet {name} can't be changed in place ({fixed}) and is recreated"
             yield Delete("StatefulSet", name, group.uid, reason)
             return
         if turn.step is RolloutStep.REPLACE:

@@ -1,4 +1,4 @@
-"""The objects that a model asks for (pure builders, one per kind). What they don't set is left to others."""
+"""The objects of a model (pure builders, one per kind). Fields that they don't set are left to others."""
 
 from __future__ import annotations
 
@@ -9,22 +9,8 @@ from typing import Any, Final
 
 from lockstep_operator.decisions.pod_template import pod_labels, pod_template
 from lockstep_operator.settings import Settings
+from lockstep_operator.types import names
 from lockstep_operator.types.limits import Limits
-from lockstep_operator.types.names import (
-    API_VERSION,
-    APP_LABELS,
-    APPLIED_ANNOTATION,
-    GROUP_LABEL,
-    KIND,
-    MODEL_LABEL,
-    OPERATOR_POD_LABELS,
-    POD_INDEX_LABEL,
-    REVISION_LABEL,
-    TOKEN_KEY,
-    account_name,
-    group_name,
-    token_name,
-)
 from lockstep_operator.types.spec import Model
 from lockstep_runtime.protocol.status import API_PORT, BUS_PORT, STATUS_PORT
 
@@ -39,15 +25,18 @@ def revision(model: Model, token: str, settings: Settings) -> str:
 
 
 def token_secret(model: Model, token: str) -> Manifest:
-    """Created once, never written again: what is lost with it is replaced by a new one and a rollout."""
-    secret = _object("v1", "Secret", token_name(model.name), model)
-    return {**secret, "type": "Opaque", "stringData": {TOKEN_KEY: token}}
+    """Created once and never updated: a lost token is replaced by a new one and a rollout."""
+    secret = _object("v1", "Secret", names.token_name(model.name), model)
+    return {**secret, "type": "Opaque", "stringData": {names.TOKEN_KEY: token}}
 
 
 def service_account(model: Model) -> Manifest:
     """Rank pods never speak to the API server: no credentials are mounted."""
     return _sealed(
-        {**_object("v1", "ServiceAccount", account_name(model.name), model), "automountServiceAccountToken": False}
+        {
+            **_object("v1", "ServiceAccount", names.account_name(model.name), model),
+            "automountServiceAccountToken": False,
+        }
     )
 
 
@@ -56,7 +45,7 @@ def serving_service(model: Model) -> Manifest:
     spec = {
         "type": "ClusterIP",
         "ipFamilyPolicy": IP_FAMILIES,
-        "selector": {MODEL_LABEL: model.name, POD_INDEX_LABEL: "0"},
+        "selector": {names.MODEL_LABEL: model.name, names.POD_INDEX_LABEL: "0"},
         "ports": [{"name": "http", "port": API_PORT, "targetPort": "api", "protocol": "TCP", "appProtocol": "http"}],
     }
     return _sealed({**_object("v1", "Service", model.name, model), "spec": spec})
@@ -68,13 +57,13 @@ def headless_service(model: Model, group: int) -> Manifest:
         "clusterIP": "None",
         "ipFamilyPolicy": IP_FAMILIES,
         "publishNotReadyAddresses": True,
-        "selector": {MODEL_LABEL: model.name, GROUP_LABEL: str(group)},
+        "selector": {names.MODEL_LABEL: model.name, names.GROUP_LABEL: str(group)},
         "ports": [
             {"name": "bus", "port": BUS_PORT, "targetPort": "bus", "protocol": "TCP"},
             {"name": "status", "port": STATUS_PORT, "targetPort": "status", "protocol": "TCP"},
         ],
     }
-    return _sealed({**_object("v1", "Service", group_name(model.name, group), model, group), "spec": spec})
+    return _sealed({**_object("v1", "Service", names.group_name(model.name, group), model, group), "spec": spec})
 
 
 def has_network_policy(model: Model, settings: Settings) -> bool:
@@ -82,21 +71,21 @@ def has_network_policy(model: Model, settings: Settings) -> bool:
 
 
 def network_policy(model: Model, group: int, settings: Settings) -> Manifest:
-    """Who is named may use the API, the operator may ask for the status, only the group's own pods reach the rest.
+    """Named peers may use the API, the operator may read the status, only the group's own pods reach the other ports.
 
-    The kubelet's probes come from the pod's own node, which no policy shuts out.
+    The kubelet's probes come from the pod's own node, which no policy blocks.
     """
-    members = {"matchLabels": {MODEL_LABEL: model.name, GROUP_LABEL: str(group)}}
+    members = {"matchLabels": {names.MODEL_LABEL: model.name, names.GROUP_LABEL: str(group)}}
     rules: list[dict[str, Any]] = [{"from": [{"podSelector": members}]}]
     if clients := _clients(model, settings):  # an empty list would let in everybody
         rules.append({"from": clients, "ports": [{"port": API_PORT, "protocol": "TCP"}]})
     if settings.operator_namespace:
         operator = {
             "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": settings.operator_namespace}},
-            "podSelector": {"matchLabels": dict(OPERATOR_POD_LABELS)},
+            "podSelector": {"matchLabels": dict(names.OPERATOR_POD_LABELS)},
         }
         rules.append({"from": [operator], "ports": [{"port": STATUS_PORT, "protocol": "TCP"}]})
-    policy = _object("networking.k8s.io/v1", "NetworkPolicy", group_name(model.name, group), model, group)
+    policy = _object("networking.k8s.io/v1", "NetworkPolicy", names.group_name(model.name, group), model, group)
     return _sealed({**policy, "spec": {"podSelector": members, "policyTypes": ["Ingress"], "ingress": rules}})
 
 
@@ -116,9 +105,9 @@ def stateful_set(
 ) -> Manifest:
     """One group, kept away from the nodes in `avoid`. OnDelete: the operator decides when its pods are replaced.
 
-    `limits` are the namespace's. They are no part of the revision: pods that run are left alone when they change.
+    `limits` are the namespace's. They are not part of the revision: running pods are left alone when they change.
     """
-    name = group_name(model.name, group)
+    name = names.group_name(model.name, group)
     spec = {
         "serviceName": name,
         "replicas": model.pods_per_group,
@@ -127,11 +116,11 @@ def stateful_set(
         "minReadySeconds": 0,
         "ordinals": {"start": 0},
         "persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Retain", "whenScaled": "Retain"},
-        "selector": {"matchLabels": {MODEL_LABEL: model.name, GROUP_LABEL: str(group)}},
+        "selector": {"matchLabels": {names.MODEL_LABEL: model.name, names.GROUP_LABEL: str(group)}},
         "template": pod_template(model, group, revision, settings, avoid, limits),
     }
     workload = _object("apps/v1", "StatefulSet", name, model, group)
-    workload["metadata"]["labels"][REVISION_LABEL] = revision
+    workload["metadata"]["labels"][names.REVISION_LABEL] = revision
     return _sealed({**workload, "spec": spec})
 
 
@@ -141,16 +130,16 @@ def shared(model: Model) -> list[Manifest]:
 
 
 def of_group(model: Model, group: int, settings: Settings) -> list[Manifest]:
-    """What stands beside a group's StatefulSet, and before it."""
+    """What a group needs besides its StatefulSet, and before it."""
     policies = [network_policy(model, group, settings)] if has_network_policy(model, settings) else []
     return [headless_service(model, group), *policies]
 
 
 def _object(api_version: str, kind: str, name: str, model: Model, group: int | None = None) -> Manifest:
-    labels = {**APP_LABELS, MODEL_LABEL: model.name} if group is None else pod_labels(model, group)
+    labels = {**names.APP_LABELS, names.MODEL_LABEL: model.name} if group is None else pod_labels(model, group)
     owner = {
-        "apiVersion": API_VERSION,
-        "kind": KIND,
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
         "name": model.name,
         "uid": model.uid,
         "controller": True,
@@ -162,7 +151,7 @@ def _object(api_version: str, kind: str, name: str, model: Model, group: int | N
 
 def _sealed(manifest: Manifest) -> Manifest:
     """With the hash of itself: a field that is no longer wanted shows, though live objects have it still."""
-    metadata = {**manifest["metadata"], "annotations": {APPLIED_ANNOTATION: _hash(manifest)}}
+    metadata = {**manifest["metadata"], "annotations": {names.APPLIED_ANNOTATION: _hash(manifest)}}
     return {**manifest, "metadata": metadata}
 
 

@@ -1,4 +1,4 @@
-"""Names that a model needs and that something else has (pure): it is never taken over, nor deleted."""
+"""Names that a model needs and that other owners' objects have (pure): these are never taken over, nor deleted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lockstep_operator.types.spec import Model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NameConflicts:
-    """Names that the model needs and that something else has. `groups` are those that can't be because of it."""
+    """Names that the model needs and that something else has. `groups` can't exist because of it."""
 
     sentence: str = ""
     ends: bool = False  # by itself
@@ -24,7 +24,7 @@ class NameConflicts:
 
     @classmethod
     def of(cls, model: Model, observed: Observed) -> NameConflicts:
-        """Never take over what belongs to someone else."""
+        """What the model must leave alone."""
         found = [*_foreign(model, observed)]
         remnant = next(
             (words for kind, name, owner, _ in found if (words := _previous_owner_conflict(model, kind, name, owner))),
@@ -53,5 +53,5 @@ def _foreign(model: Model, observed: Observed) -> Iterator[tuple[str, str, Mappi
 
 def _previous_owner_conflict(model: Model, kind: str, name: str, owner: Mapping[str, Any] | None) -> str:
     if owner is not None and owner.get("kind") == KIND and owner.get("name") == model.name:
-        return f"{kind} {name} of a deleted model of the same name is still there; it is waited for"
+        return f"{kind} {name} of a deleted model of the same name still exists: Lockstep waits until it is gone"
     return ""

@@ -115,5 +115,5 @@ def _lost_pods(model: Model, observed: Observed, now: float) -> Iterator[Action]
         return
     for pod in observed.pods:
         if should_force_delete(pod, now):
-            reason = f"pod {pod.name} is lost with its node {pod.node}, which isn't heard from: it is given up"
+            reason = f"pod {pod.name} is on node {pod.node}, which doesn't respond: it is force-deleted"
             yield Delete("Pod", pod.name, pod.uid, reason, grace=0)

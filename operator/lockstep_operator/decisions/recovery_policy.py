@@ -2,10 +2,10 @@
 
 The operator's rungs are RecyclePod (the suspect's pod; the other ranks keep their weights), RecycleGroup (all pods) and
 MoveAway (all pods, away from the node that keeps failing). A rung that fails, or whose budget is spent, leads to the
-next; when none is left the group is Stalled, and is tried again ever more seldom. Each attempt waits longer than the
-one before, until the group has served for a while.
+next; when none is left the group is Stalled, and is tried again with growing delays. Each attempt waits longer than
+the one before, until the group has served for a while.
 
-Everything else that keeps a group from serving mends itself or needs a person: it is waited for, with a sentence.
+Everything else that keeps a group from serving resolves by itself or needs a person: recovery waits, and says for what.
 
 A step is decided in one pass, which only writes it to the status, and taken in the next: see `recovery_state`.
 """
@@ -39,7 +39,7 @@ UNPLACED_SECONDS: Final = 30.0  # a pod that finds no other node gets the old on
 class RecoveryInput:
     """A group as recovery sees it. `state` is what the status holds: only that may be acted upon."""
 
-    seed: str  # of the jitter: two operators must draw the same
+    seed: str  # of the jitter: two operators must compute the same
     group: Group
     state: RecoveryState
     report: GroupReport | None = None  # to this operator, never what the status remembers
@@ -138,7 +138,7 @@ def _wait(step: RecoveryStep, known: RecoveryInput) -> RecoveryDecision | None:
     if known.moving:
         return RecoveryDecision(state=state, reason=known.moving)
     if known.issue and not known.issue.heals:
-        words = f"{known.issue.message}; that comes first, replacing pods wouldn't mend it"
+        words = f"{known.issue.message}; that comes first, since replacing pods wouldn't fix it"
         return RecoveryDecision(state=state, reason=words)
     if coming := " and ".join(_coming(step.group)):
         return RecoveryDecision(state=state, reason=_under_way(known, state) or f"waits until {coming}")
@@ -160,7 +160,7 @@ def _patience(step: RecoveryStep, known: RecoveryInput, action: RecoveryAction) 
 def _coming(group: Group) -> Iterator[str]:
     """What the StatefulSet controller and the kubelet are about to do by themselves."""
     if len(group.pods) < group.wanted or not group.exists:
-        yield "its missing pods are made anew"
+        yield "its missing pods are recreated"
     for pod in group.pods:
         if pod.deleting is not None:
             yield f"pod {pod.name} has ended"

@@ -88,7 +88,7 @@ class RecoveryStep:
 
     def action(self, rung: Rung) -> RecoveryAction:
         suspect = self.fault.pod if rung is Rung.RECYCLE_POD else None
-        late = "a late try: " if self.state.stalled else ""
+        late = "a late attempt: " if self.state.stalled else ""
         return RecoveryAction(
             rung=rung,
             trigger=self.fault.key,
@@ -104,7 +104,7 @@ class RecoveryStep:
     def _cause(self) -> str:
         fault = self.fault
         who = f" of rank {fault.rank}" if fault.rank is not None else ""
-        return f"group {self.group.index} can't heal {fault.fault}{who} ({fault.message})"
+        return f"group {self.group.index} can't recover from {fault.fault}{who} ({fault.message})"
 
     def _remedy(self, rung: Rung) -> str:
         match rung:
@@ -122,10 +122,10 @@ class RecoveryStep:
         fault, next_try = self.fault, format_rfc3339(self.state.next_try or self.now)
         if self.state.stalled:
             return (
-                f"nothing has helped against {fault.fault} ({fault.message}) and the budget of {self.policy.attempts} "
-                f"attempts for each rung is spent: the next try is at {next_try}, later ones ever more seldom"
+                f"no step has repaired {fault.fault} ({fault.message}) and the budget of {self.policy.attempts} "
+                f"attempts per rung is spent: the next attempt is at {next_try}, later ones come with growing delays"
             )
-        return f"the last repair did not hold ({fault.fault}: {fault.message}): the next is at {next_try}"
+        return f"the last repair failed ({fault.fault}: {fault.message}): the next attempt is at {next_try}"
 
 
 def _delay(policy: Recovery, failures: int, seed: str) -> float:

@@ -1,8 +1,8 @@
-"""A wish that a model's groups be restarted in turn (pure).
+"""A request to restart a model's groups one by one (pure).
 
 The documented way is the annotation `lockstep.dev/restartedAt` of the model. `kubectl rollout restart` of one of its
-StatefulSets leads to the same: what it leaves on that StatefulSet's template counts for all groups. The newest wish is
-in the pods' template of every group that has followed it, so it holds as long as one of them is there.
+StatefulSets has the same effect: its annotation on that StatefulSet's template counts for all groups. The newest
+request is in the template of every group that has followed it, so it holds as long as one of them exists.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from lockstep_operator.types.timestamps import parse_rfc3339
 
 
 def with_restart(model: Model, groups: Iterable[Group]) -> Model:
-    """The model with the newest wish of all."""
-    wishes = [*_wishes(groups), *([] if model.restarted_at is None else [model.restarted_at])]
-    return replace(model, restarted_at=max(wishes, default=None))
+    """The model with the newest request of all."""
+    requests = [*_requests(groups), *([] if model.restarted_at is None else [model.restarted_at])]
+    return replace(model, restarted_at=max(requests, default=None))
 
 
-def _wishes(groups: Iterable[Group]) -> Iterator[float]:
+def _requests(groups: Iterable[Group]) -> Iterator[float]:
     for group in groups:
         template = ((group.workload or {}).get("spec") or {}).get("template") or {}
         annotations = (template.get("metadata") or {}).get("annotations") or {}

@@ -1,8 +1,8 @@
-"""Which groups take the new revision now (pure).
+"""Which groups get the new revision now (pure).
 
-A StatefulSet keeps the old template until its group's turn has come, so that a pod which dies meanwhile comes back as
-it was and a broken spec reaches no further than the groups whose turn it is. At most `max_unavailable` groups are in
-transition or down together. Groups that are down already go first: replacing them takes nothing away.
+A StatefulSet keeps the old template until its group's turn, so that a pod which dies meanwhile is recreated as it was,
+and a broken spec reaches only the groups whose turn it is. At most `max_unavailable` groups are in transition or down
+together. Groups that are down already go first: replacing them costs no availability.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class RolloutDecision:
 def plan(
     groups: Sequence[Group], revision: str, max_unavailable: int, unplaced: Collection[int] = ()
 ) -> tuple[RolloutDecision, ...]:
-    """One turn per group, in the order of `groups`. `unplaced` ones found no place already before this revision: they
-    take it first, and nobody waits for them, or a change would never reach the groups that serve."""
+    """One decision per group, in the order of `groups`. `unplaced` ones were unschedulable already before this
+    revision: they get it first, and nobody waits for them, or a change would never reach the groups that serve."""
     outdated = [group for group in groups if group.exists and group.revision != revision]
     moving = [
         group

@@ -52,7 +52,7 @@ def token(model: Model, observed: Observed) -> Iterator[Action]:
     if secret is None:
         yield CreateToken(name, f"Secret {name} with the group's token is missing")
     elif observed.token is None and "deletionTimestamp" not in secret["metadata"]:
-        yield Delete("Secret", name, secret["metadata"]["uid"], f"Secret {name} has lost its token and is made anew")
+        yield Delete("Secret", name, secret["metadata"]["uid"], f"Secret {name} has no token and is recreated")
 
 
 def scale_down(model: Model, observed: Observed, excess: Sequence[Group]) -> Iterator[Action]:

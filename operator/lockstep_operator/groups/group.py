@@ -1,4 +1,4 @@
-"""Each group of a model, seen from outside: its StatefulSet and the pods that truly belong to it (pure)."""
+"""Each group of a model from outside: its StatefulSet and the pods that it owns (pure)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lockstep_operator.types.spec import Model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """One group. A pod of a StatefulSet that was deleted and made anew is not counted: owners are told apart by UID."""
+    """One group. Pods of a deleted StatefulSet of the same name are not counted: owners are compared by UID."""
 
     index: int
     workload: Mapping[str, Any] | None  # its StatefulSet
@@ -30,7 +30,7 @@ class Group:
 
     @property
     def revision(self) -> str:
-        """Of the pods that the StatefulSet would create now."""
+        """Of the StatefulSet's template: pods created now have it."""
         template = ((self.workload or {}).get("spec") or {}).get("template") or {}
         return str(((template.get("metadata") or {}).get("labels") or {}).get(REVISION_LABEL, ""))
 
@@ -44,7 +44,8 @@ class Group:
 
     @property
     def settled(self) -> bool:
-        """Whether the StatefulSet controller has seen the newest template: pods deleted now come back from it."""
+        """Whether the StatefulSet controller has observed the newest template: pods deleted now are recreated from
+        it."""
         if self.workload is None:
             return False
         seen = (self.workload.get("status") or {}).get("observedGeneration", 0)
@@ -52,7 +53,7 @@ class Group:
 
     @property
     def ready(self) -> bool:
-        """All pods there, Ready, staying, and of one revision: traffic is answered."""
+        """All pods exist, are Ready, not terminating, and of one revision."""
         alive = [pod for pod in self.pods if pod.ready and pod.deleting is None]
         one_revision = len({pod.revision for pod in alive}) == 1
         return self.exists and one_revision and len(alive) == self.wanted

@@ -11,9 +11,9 @@ from lockstep_operator.types.observed import Pod
 from lockstep_operator.types.reasons import Reason
 from lockstep_operator.types.timestamps import parse_rfc3339
 
-FORCE_DELETE_SECONDS: Final = 60.0  # past its grace, a pod whose node isn't heard from is taken for lost
-PENDING_SECONDS: Final = 5.0  # a pod that isn't made by then is asked about
-OVERDUE_SECONDS: Final = 30.0  # past its grace, a pod that ends is stuck
+FORCE_DELETE_SECONDS: Final = 60.0  # past its grace, a pod whose node doesn't respond is lost
+PENDING_SECONDS: Final = 5.0  # the Events of a pod that hasn't started by then are read
+OVERDUE_SECONDS: Final = 30.0  # past its grace, a terminating pod is stuck
 _IMAGE: Final = frozenset({"ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull"})
 _CONFIG: Final = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
 _MOUNT: Final = ("FailedMount", "FailedAttachVolume", "FailedMapVolume")
@@ -21,7 +21,7 @@ _MOUNT: Final = ("FailedMount", "FailedAttachVolume", "FailedMapVolume")
 
 @dataclass(frozen=True, slots=True)
 class PodIssue:
-    """`heals`: new pods may mend it, so recovery doesn't wait for it to pass."""
+    """`heals`: new pods may fix it, so recovery doesn't wait for it to pass."""
 
     reason: Reason
     message: str
@@ -30,7 +30,7 @@ class PodIssue:
 
 
 def needs_events(groups: Sequence[Group], now: float) -> list[str]:
-    """UIDs of pods and StatefulSets whose Events must be read to know what is wrong."""
+    """UIDs of pods and StatefulSets whose Events must be read to explain what is wrong."""
     return [uid for group in groups for uid in _needs_events(group, now)]
 
 
@@ -43,9 +43,9 @@ def _needs_events(group: Group, now: float) -> Iterator[str]:
 
 
 def find_issue(group: Group, warnings: Mapping[str, str], now: float) -> PodIssue | None:
-    """The first thing found that a person may have to mend; None when there is nothing of the kind."""
+    """The first issue that may need a person; None when there is none."""
     found = [one for pod in group.pods if (one := _of_pod(pod, warnings.get(pod.uid, ""), now))]
-    if found:  # what new pods may mend only where nothing else is wrong
+    if found:  # what new pods may fix only where nothing else is wrong
         return next((one for one in found if not one.heals), found[0])
     if _lacks_pods(group, now) and (warning := warnings.get(group.uid)):
         return PodIssue(Reason.PODS_REFUSED, f"pods of group {group.index} can't be created: {warning}")
@@ -53,8 +53,8 @@ def find_issue(group: Group, warnings: Mapping[str, str], now: float) -> PodIssu
 
 
 def node_unreachable(pod: Pod) -> bool:
-    """Whether its node has stopped reporting, by what the control plane left on the pod: the node controller turns
-    Ready to False and gives no reason, which a kubelet always does, and evicts the pod after a while."""
+    """Whether its node has stopped reporting, by what the control plane wrote to the pod: the node controller sets
+    Ready to False without a reason, which a kubelet always gives, and evicts the pod later."""
     conditions = {condition["type"]: condition for condition in (pod.raw.get("status") or {}).get("conditions") or []}
     ready, disruption = conditions.get("Ready", {}), conditions.get("DisruptionTarget", {})
     evicted = disruption.get("status") == "True" and disruption.get("reason") == "DeletionByTaintManager"
@@ -62,8 +62,8 @@ def node_unreachable(pod: Pod) -> bool:
 
 
 def should_force_delete(pod: Pod, now: float) -> bool:
-    """Whether it should have ended long ago on a node that isn't heard from. Taking it off the API server lets its
-    successor start; if it still runs somewhere, epochs and the group's token fence it off."""
+    """Whether it should have terminated long ago on a node that doesn't respond. Deleting it from the API server lets
+    its successor start; if it still runs, epochs and the group's token fence it off."""
     finalizers = pod.raw["metadata"].get("finalizers")
     return (
         pod.deleting is not None
@@ -86,7 +86,7 @@ def _of_pod(pod: Pod, warning: str, now: float) -> PodIssue | None:
     if pod.deleting is not None:
         return _ending(pod, now)
     if pod.phase == "Running" and node_unreachable(pod):
-        words = f"node {pod.node} of pod {pod.name} isn't heard from: Kubernetes replaces the pod if that lasts"
+        words = f"node {pod.node} of pod {pod.name} doesn't respond: Kubernetes evicts the pod if that lasts"
         return PodIssue(Reason.NODE_LOST, words)
     status = pod.raw.get("status") or {}
     for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
@@ -101,7 +101,7 @@ def _of_pod(pod: Pod, warning: str, now: float) -> PodIssue | None:
         return PodIssue(
             Reason.POD_FAILED,
             f"pod {pod.name} has failed: {status.get('reason', '')} {status.get('message', '')}".strip()
-            + "; its StatefulSet makes it anew",
+            + "; its StatefulSet recreates it",
         )
     if pod.phase == "Pending" and now - pod.created > PENDING_SECONDS and warning:
         reason = Reason.MOUNT_FAILED if warning.startswith(_MOUNT) else Reason.POD_PENDING
@@ -111,7 +111,7 @@ def _of_pod(pod: Pod, warning: str, now: float) -> PodIssue | None:
 
 def _gated(pod: Pod) -> str:
     gates = ", ".join(gate.get("name", "") for gate in (pod.raw.get("spec") or {}).get("schedulingGates") or [])
-    return f"pod {pod.name} is held back by its scheduling gates ({gates or 'unnamed'}): whoever set them lets it go"
+    return f"pod {pod.name} has scheduling gates ({gates or 'unnamed'}): whoever set them must remove them"
 
 
 def _ending(pod: Pod, now: float) -> PodIssue | None:
@@ -120,10 +120,10 @@ def _ending(pod: Pod, now: float) -> PodIssue | None:
         return None
     finalizers = ", ".join(pod.raw["metadata"].get("finalizers") or [])
     if node_unreachable(pod) and not finalizers:
-        words = f"pod {pod.name} can't end, because its node {pod.node} isn't heard from: it is given up for lost soon"
+        words = f"pod {pod.name} can't terminate, because its node {pod.node} doesn't respond: it is force-deleted soon"
         return PodIssue(Reason.NODE_LOST, words)
     cause = f"its finalizers {finalizers} hold it" if finalizers else f"is node {pod.node} alive?"
-    return PodIssue(Reason.POD_STUCK, f"pod {pod.name} should have ended and hasn't: {cause}")
+    return PodIssue(Reason.POD_STUCK, f"pod {pod.name} has not terminated within its grace period: {cause}")
 
 
 def _of_container(pod: Pod, container: Mapping[str, Any]) -> PodIssue | None:
@@ -132,18 +132,18 @@ def _of_container(pod: Pod, container: Mapping[str, Any]) -> PodIssue | None:
     if reason in _IMAGE:
         return PodIssue(
             Reason.IMAGE_PULL_FAILED,
-            f"pod {pod.name} can't get image {container.get('image', '')}: {message or reason}; it tries on",
+            f"pod {pod.name} can't pull image {container.get('image', '')}: {message or reason}; its kubelet retries",
         )
     if reason in _CONFIG:
         return PodIssue(
             Reason.CONTAINER_REFUSED,
-            f"container {container['name']} of pod {pod.name} can't be made: {message or reason}",
+            f"container {container['name']} of pod {pod.name} can't be created: {message or reason}",
         )
     if reason == "CrashLoopBackOff":
         return PodIssue(
             Reason.CRASH_LOOP,
-            f"container {container['name']} of pod {pod.name} keeps ending: {_termination_message(container)};"
-            " its kubelet starts it again, ever more seldom",
+            f"container {container['name']} of pod {pod.name} keeps exiting: {_termination_message(container)};"
+            " its kubelet restarts it with growing delays",
             heals=True,
             pod=pod,
         )
@@ -151,7 +151,7 @@ def _of_container(pod: Pod, container: Mapping[str, Any]) -> PodIssue | None:
 
 
 def termination_message(pod: Pod) -> str:
-    """Why the container that its kubelet starts again and again ended, in its own last words; empty of any other."""
+    """Why the container in a crash loop exited, by its last lines; empty for any other pod."""
     for container in (pod.raw.get("status") or {}).get("containerStatuses") or []:
         if ((container.get("state") or {}).get("waiting") or {}).get("reason") == "CrashLoopBackOff":
             return _termination_message(container)

@@ -58,4 +58,4 @@ def _message(pod: Pod, name: str) -> str:
     limit = ((one.get("resources") or {}).get("limits") or {}).get("memory")
     bound = f"its memory limit is {limit}" if limit else "it has no memory limit, so its node was short of memory"
     which = "" if name == CONTAINER else f"container {name} of "
-    return f"{which}pod {pod.name} was killed for want of memory; {bound}"
+    return f"{which}pod {pod.name} was killed for lack of memory; {bound}"

@@ -1,6 +1,6 @@
-"""Asks every group how it is: one idle connection each, answered when something changed.
+"""Long-polls the status of every group: one idle connection each, answered when something changed.
 
-Never awaited by a reconciliation: what arrives is kept, and the model is queued.
+No reconciliation waits for it: a new report is kept, and the model is queued.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NO_ANSWER: Final = (aiohttp.ClientError, TimeoutError, OSError, msgspec.Msgspec
 
 @dataclass(frozen=True, slots=True)
 class PollTarget:
-    """A group's first pod. Another pod, address or token is another target."""
+    """A group's leader pod. Another pod, address or token is another target."""
 
     pod_uid: str
     address: str
@@ -53,8 +53,8 @@ class _Answer:
 
 
 class StatusPoller:
-    """`changed(key, seconds)` is called when a model should be looked at, at most so many seconds later;
-    `heard(key, group, status)` with all that is said, for measurements."""
+    """Calls `changed(key, seconds)` when a model should be reconciled after at most so many seconds, and
+    `heard(key, group, status)` with every report, for measurements."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class StatusPoller:
         self._session: aiohttp.ClientSession | None = None
 
     def watch(self, key: ModelKey, targets: Mapping[int, PollTarget]) -> None:
-        """Ask these groups of the model, and no others of it."""
+        """Poll these groups of the model, and no others of it."""
         for known, (target, _) in list(self._tasks.items()):
             if known[0] == key and targets.get(known[1]) != target:
                 self._stop(known)
@@ -80,7 +80,7 @@ class StatusPoller:
                 self._tasks[key, group] = (target, task)
 
     def reports(self, key: ModelKey, leaders: Mapping[int, str]) -> dict[int, GroupReport]:
-        """What the groups whose first pod has this UID last said."""
+        """The last reports of the groups whose leader pod has this UID."""
         found = {group: self._reports.get((key, group)) for group in leaders}
         return {group: entry[1] for group, entry in found.items() if entry and entry[0] == leaders[group]}
 
@@ -105,8 +105,8 @@ class StatusPoller:
             except _NO_ANSWER as error:
                 failures += 1
                 await self._failed(key, group, target, error, failures)
-            except Exception as error:  # a bug: it is told, and must not end the only task that asks this group
-                log.exception("%s: the status of group %d can't be taken", key, group)
+            except Exception as error:  # a bug must not end the only task that polls this group
+                log.exception("%s: the status of group %d can't be processed", key, group)
                 failures += 1
                 await self._failed(key, group, target, error, failures)
             else:
@@ -114,7 +114,7 @@ class StatusPoller:
                 await asyncio.sleep(PAUSE_SECONDS)
 
     async def _fetch(self, target: PollTarget, seen: GroupStatus | None) -> GroupStatus:
-        """At once when the group's status is another than `seen`, else when it changes."""
+        """Returns at once when the group's status differs from `seen`, else when it changes."""
         known = f"{seen.incarnation}/{seen.revision}" if seen else ""
         answer = await self._get(target, known)
         if answer.status == 400 and seen:  # an older runtime knows bare revisions only
@@ -171,7 +171,7 @@ async def _bounded(content: aiohttp.StreamReader) -> bytes:
 
 
 def significant_part(status: GroupStatus) -> object:
-    """What of a status is worth a look at once: all but the measurements that every step changes."""
+    """The part whose change needs a reconciliation: all but the measurements that every step changes."""
     ranks = [
         (rank.rank, rank.state, rank.pod, rank.node, rank.incarnation, rank.epoch, rank.respawns, rank.message)
         for rank in status.ranks
@@ -187,11 +187,11 @@ def significant_part(status: GroupStatus) -> object:
         requests_waiting=0,
         pod_problems=[],
     )
-    complaints = {(problem.pod_index, problem.reason) for problem in status.pod_problems}  # not how often
-    return bare, ranks, progress(status), complaints, measured(status)
+    problems = {(problem.pod_index, problem.reason) for problem in status.pod_problems}  # not how often
+    return bare, ranks, progress(status), problems, measured(status)
 
 
 def measured(status: GroupStatus) -> frozenset[int | None]:
-    """Of whom there are latencies: the first ones are worth a look."""
+    """Which ranks (None: the group) have latencies: the first ones need a reconciliation."""
     ranks = {rank.rank for rank in status.ranks if rank.step_latency != Latency()}
     return frozenset(ranks | ({None} if status.step_latency != Latency() else set()))

@@ -1,1 +1,1 @@
-"""What people and machines are told: the status, its conditions, Events, metrics (pure, but for the counters)."""
+"""What is reported: the status, its conditions, Events, metrics (pure, except for the counters)."""

@@ -50,7 +50,7 @@ def _explain(facts: GroupFacts, given_up: bool, remedy: str, size: int) -> Block
         words = _joined(issue.message, remedy if issue.heals else "")
         return Blocker(issue.reason, words, given_up and issue.heals)
     if not group.exists or group.deleting:
-        return Blocker(Reason.STARTING, f"{name} is being made")
+        return Blocker(Reason.STARTING, f"{name} is being created")
     if group.strays and not group.pods:
         return Blocker(Reason.STARTING, f"{name} waits until {group.strays} older pods of the same names have ended")
     if status is None:
@@ -77,7 +77,7 @@ def _unheard(facts: GroupFacts, given_up: bool, remedy: str, name: str) -> Block
 
 def _poisoned(status: GroupStatus, given_up: bool, remedy: str, name: str) -> Blocker:
     """Progress, as long as the operator has a remedy."""
-    words = remedy or f"{name} can't serve and can't heal itself{f': {status.message}' if status.message else ''}"
+    words = remedy or f"{name} can't serve and can't recover by itself{f': {status.message}' if status.message else ''}"
     return Blocker(Reason.RECOVERY_EXHAUSTED if given_up else Reason.POISONED, words, given_up)
 
 
@@ -93,7 +93,7 @@ def _by_state(status: GroupStatus, name: str, size: int) -> Blocker:
         case GroupState.LOADING:
             return Blocker(Reason.LOADING, f"{name} has read {group_view.progress(status)} % of its weights")
         case GroupState.READY:
-            return Blocker(Reason.STARTING, f"{name} has joined its {size} ranks and is about to take requests")
+            return Blocker(Reason.STARTING, f"{name} has joined its {size} ranks and is about to accept requests")
         case _:
             return Blocker(Reason.STARTING, f"{name} waits for its {size} ranks{words}")
 

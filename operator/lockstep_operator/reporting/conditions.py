@@ -61,7 +61,7 @@ def halted(reason: Reason, message: str) -> Conditions:
     """Of a model that the operator can't work on."""
     return {
         ConditionType.READY: ConditionValue("False", reason, message),
-        ConditionType.RECONCILING: ConditionValue("False", reason, "nothing is done until that is mended"),
+        ConditionType.RECONCILING: ConditionValue("False", reason, "nothing is done until that is fixed"),
         ConditionType.STALLED: ConditionValue("True", reason, message),
     }
 
@@ -116,7 +116,7 @@ def _not_ready(decision: Decision, worst: Blocker | None) -> ConditionValue:
     if worst and (worst.stalled or not waiting):
         return ConditionValue("False", worst.reason, words, worst.stalled)
     if not decision.revision:
-        return ConditionValue("False", Reason.STARTING, "the model's token is being made")
+        return ConditionValue("False", Reason.STARTING, "the model's token is being created")
     return ConditionValue(
         "False", Reason.ROLLING_OUT, words or f"pods of revision {decision.revision} replace older ones"
     )
@@ -133,10 +133,10 @@ def _previous_load_failure(model: Model, before: ModelStatus) -> Blocker | None:
 def _available(model: Model, groups: Sequence[GroupAssessment]) -> ConditionValue:
     serving = sum(one.accepts for one in groups)
     if serving:
-        return ConditionValue("True", Reason.SERVING, f"{serving} of {_groups(len(groups))} take requests")
+        return ConditionValue("True", Reason.SERVING, f"{serving} of {_groups(len(groups))} accept requests")
     if model.replicas == 0:
         return ConditionValue("False", Reason.SCALED_TO_ZERO, "replicas is 0")
-    return ConditionValue("False", Reason.NO_GROUP_READY, "no group takes requests")
+    return ConditionValue("False", Reason.NO_GROUP_READY, "no group accepts requests")
 
 
 def _model_loaded(model: Model, groups: Sequence[GroupAssessment], before: ModelStatus) -> ConditionValue:
@@ -163,12 +163,12 @@ def _collectives(model: Model, groups: Sequence[GroupAssessment]) -> ConditionVa
     for one in groups:
         if one.status and one.status.state in (GroupState.RECOVERING, GroupState.POISONED):
             newest = newest_fault(one.status)
-            words = (newest.message if newest else one.status.message) or "its ranks were parted"
+            words = (newest.message if newest else one.status.message) or "its ranks lost their communicator"
             return ConditionValue("False", one.fault, f"group {one.group.index}: {words}")
     for one in groups:
         if one.status is None or one.status.state not in (GroupState.READY, GroupState.DRAINING):
             unreachable = one.facts.view.unreachable_reason
-            words = unreachable or f"group {one.group.index} hasn't joined its ranks yet"
+            words = unreachable or f"group {one.group.index} has ranks that haven't joined yet"
             return ConditionValue("Unknown", Reason.UNREACHABLE if unreachable else Reason.NOT_JOINED, words)
     return ConditionValue("True", Reason.JOINED, "the ranks of every group have proved that they reach each other")
 
@@ -176,9 +176,9 @@ def _collectives(model: Model, groups: Sequence[GroupAssessment]) -> ConditionVa
 def _poisoned(groups: Sequence[GroupAssessment]) -> ConditionValue:
     for one in groups:
         if one.status and one.status.state is GroupState.POISONED:
-            words = one.remedy or f"group {one.group.index}: {one.status.message or 'it can not heal itself'}"
+            words = one.remedy or f"group {one.group.index}: {one.status.message or 'it cannot recover by itself'}"
             return ConditionValue("True", one.fault, words)
-    return ConditionValue("False", Reason.NOT_POISONED, "no group has reported a fault that it can't heal")
+    return ConditionValue("False", Reason.NOT_POISONED, "no group has reported a fault that it can't recover from")
 
 
 def _reconciling(ready: ConditionValue) -> ConditionValue:
@@ -186,7 +186,7 @@ def _reconciling(ready: ConditionValue) -> ConditionValue:
     if ready.status == "True":
         return ConditionValue("False", Reason.SETTLED, "nothing is under way")
     if ready.stalled:
-        return ConditionValue("False", Reason.STALLED, "what is wrong must be mended first")
+        return ConditionValue("False", Reason.STALLED, "the cause must be fixed first")
     return ConditionValue("True", ready.reason, ready.message)
 
 
@@ -194,7 +194,7 @@ def _stalled(ready: ConditionValue) -> ConditionValue:
     """Of kstatus."""
     if ready.status != "True" and ready.stalled:
         return ConditionValue("True", ready.reason, ready.message)
-    return ConditionValue("False", Reason.NOT_STALLED, "nothing waits for a person")
+    return ConditionValue("False", Reason.NOT_STALLED, "nothing needs a person")
 
 
 def _groups(count: int) -> str:

@@ -19,7 +19,7 @@ NOTE_LIMIT: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class EventDraft:
-    """`key` tells it from every other of the model.
+    """`key` is unique among the Events of the model.
 
     `at`: when it was, in unix seconds, if that is known. `order` sorts what falls into the same second, as faults and
     their repairs do: it is a part of the name, so it must be the same in every pass.
@@ -79,7 +79,7 @@ def manifest(key: ModelKey, uid: str, draft: EventDraft, now: float) -> dict[str
 
 def _beginnings(before: ModelStatus, after: ModelStatus) -> Iterator[EventDraft]:
     if before.observed_generation is None:
-        yield EventDraft("created", "Created", "pods and Services are being made")
+        yield EventDraft("created", "Created", "pods and Services are being created")
     old, new = before.revision, after.revision
     if old and new and old != new:
         note = f"the spec asks for revision {new} instead of {old}: groups are replaced in turn"
@@ -87,7 +87,7 @@ def _beginnings(before: ModelStatus, after: ModelStatus) -> Iterator[EventDraft]
 
 
 def condition_changes(before: ModelStatus, after: ModelStatus) -> Iterator[EventDraft]:
-    """The time of the old condition tells this change from earlier and later ones."""
+    """The old condition's time distinguishes this change from earlier and later ones."""
     stalls = _stalls(before.condition(ConditionType.STALLED), after.condition(ConditionType.STALLED))
     for kind in (ConditionType.READY, ConditionType.STALLED, ConditionType.POISONED):
         was, now = before.condition(kind), after.condition(kind)
@@ -100,7 +100,7 @@ def condition_changes(before: ModelStatus, after: ModelStatus) -> Iterator[Event
             yield EventDraft(f"{key}/{now.reason}", now.reason, now.message, warning=True)
         elif now.status == "True":
             yield EventDraft(key, str(kind), now.message, warning=kind is ConditionType.POISONED)
-        elif kind is ConditionType.READY and not stalls:  # else the stall tells the same
+        elif kind is ConditionType.READY and not stalls:  # else the stall reports the same
             expected = now.reason in (Reason.ROLLING_OUT, Reason.SCALING_DOWN)
             yield EventDraft(key, "NotReady", now.message, warning=not expected)
 
@@ -130,8 +130,8 @@ def _faults(change: Transition) -> Iterator[EventDraft]:
 
 
 def _recovery_steps(before: ModelStatus, after: ModelStatus) -> Iterator[EventDraft]:
-    """Decisions of recovery that were not in the status before. The step before it tells one from other answers to the
-    same fault: its own time is another one whenever a dying operator could report it and not write it down."""
+    """Recovery steps that were not in the status before. The previous step distinguishes one from other answers to the
+    same fault; its own time can't: an operator that dies may have reported it without writing it down."""
     for group in after.groups:
         action, known = group.recovery.action, before.group(group.group).recovery.action
         if action is None or action.healed:
@@ -162,5 +162,5 @@ def _lost_pods(change: Transition) -> Iterator[EventDraft]:
 def _drift_repairs(change: Transition) -> Iterator[EventDraft]:
     for action in change.actions:
         if isinstance(action, Apply) and action.repairs:
-            note = f"{action.kind} {action.name} was changed from outside and is put right: {action.repairs}"
+            note = f"{action.kind} {action.name} was changed from outside and is corrected: {action.repairs}"
             yield EventDraft(f"repair/{action.kind}/{action.name}/{action.version}", "DriftRepaired", note)

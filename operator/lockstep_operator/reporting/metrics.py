@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -23,7 +24,7 @@ PHASE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 
 
 
 class _LastSteps(Collector):
-    """Asked when scraped, so that the time goes on while nothing happens."""
+    """Collected when scraped, so that the time advances while nothing happens."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
@@ -43,63 +44,49 @@ class _LastSteps(Collector):
 
 
 class Metrics:
-    """Models are counted by what their newest status says."""
+    """Models are counted by their newest status."""
 
     def __init__(self, now: Callable[[], float] = time.time) -> None:
         self.registry = CollectorRegistry()
-        self.reconciles = Counter(
-            "lockstep_operator_reconciles", "Reconciliations by result", ["result"], registry=self.registry
-        )
-        self.seconds = Histogram(
-            "lockstep_operator_reconcile_seconds", "Duration of reconciliations", registry=self.registry
-        )
-        self.writes = Counter(
-            "lockstep_operator_writes",
-            "Writes to the API server by kind and action",
-            ["kind", "action"],
-            registry=self.registry,
-        )
-        self.queued = Gauge(
-            "lockstep_operator_queued_models", "Models waiting for a reconciliation", registry=self.registry
-        )
-        self._models = Gauge("lockstep_operator_models", "Models by state", ["state"], registry=self.registry)
-        self._groups = Gauge("lockstep_operator_groups", "Groups that exist", registry=self.registry)
-        self._ready = Gauge("lockstep_operator_groups_ready", "Groups that take requests", registry=self.registry)
-        self._recoveries = Counter(
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self.reconciles = counter("lockstep_operator_reconciles", "Reconciliations by result", ["result"])
+        self.seconds = histogram("lockstep_operator_reconcile_seconds", "Duration of reconciliations")
+        self.writes = counter("lockstep_operator_writes", "Writes to the API server", ["kind", "action"])
+        self.queued = gauge("lockstep_operator_queued_models", "Models waiting for a reconciliation")
+        self._models = gauge("lockstep_operator_models", "Models by state", ["state"])
+        self._groups = gauge("lockstep_operator_groups", "Groups that exist")
+        self._ready = gauge("lockstep_operator_groups_ready", "Groups that accept requests")
+        self._recoveries = counter(
             "lockstep_operator_recoveries",
             "Repaired faults, by fault and by the rung that worked",
             ["namespace", "model", "fault", "rung"],
-            registry=self.registry,
         )
-        self._phases = Histogram(
+        self._phases = histogram(
             "lockstep_operator_recovery_seconds",
             "Duration of recoveries by phase; total is from the fault to serving again",
             ["phase"],
             buckets=PHASE_BUCKETS,
-            registry=self.registry,
         )
-        self._conditions = Gauge(
+        self._conditions = gauge(
             "lockstep_operator_condition",
             "1 where the model's condition is True, else 0",
             ["namespace", "model", "condition"],
-            registry=self.registry,
         )
-        self._failing = Gauge(
+        self._failing = gauge(
             "lockstep_operator_reconcile_failing",
-            "1 where the newest reconciliation of the model failed, else 0",
+            "1 where the model's latest reconciliation failed, else 0",
             ["namespace", "model"],
-            registry=self.registry,
         )
-        self._namespaces = Gauge(
+        self._namespaces = gauge(
             "lockstep_operator_namespace_served",
-            "1 where a namespace that is to be served can be, else 0; none when all of the cluster's are",
+            "1 where a configured namespace can be watched, else 0; absent when the operator serves the whole cluster",
             ["namespace"],
-            registry=self.registry,
         )
-        self.unserved_fields = Gauge(
+        self.unserved_fields = gauge(
             "lockstep_operator_unserved_status_fields",
             "Fields of the status that the cluster's CRD lacks because it is older than the operator",
-            registry=self.registry,
         )
         self._steps = _LastSteps(now)
         self.registry.register(self._steps)
@@ -136,7 +123,7 @@ class Metrics:
         self._steps.at[key] = {group: s.last_step_at for group, s in said.items() if s.last_step_at is not None}
 
     def heard(self, key: ModelKey, group: int, status: GroupStatus) -> None:
-        """What a group has just said: measurements need no look at the model."""
+        """A group's new report: measurements need no reconciliation."""
         if key in self._known and status.last_step_at is not None:
             self._steps.at.setdefault(key, {})[group] = status.last_step_at
 

@@ -48,8 +48,8 @@ class Repair:
     def sentence(self) -> str:
         who = f"group {self.group}" if self.rank is None else f"group {self.group} rank {self.rank}"
         parts = ", ".join(f"{name} {seconds:.2g} s" for name, seconds in self.phases.items())
-        went_on = f"; {self.resumed} request{'s' * (self.resumed > 1)} went on" if self.resumed else ""
-        return f"{who} was healed from {self.fault} by {self.rung}{f' ({parts})' if parts else ''}{went_on}"
+        resumed = f"; {self.resumed} request{'s' * (self.resumed > 1)} resumed" if self.resumed else ""
+        return f"{who} recovered from {self.fault} by {self.rung}{f' ({parts})' if parts else ''}{resumed}"
 
 
 def new_faults(one: GroupAssessment) -> list[NewFault]:

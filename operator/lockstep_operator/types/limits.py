@@ -1,8 +1,7 @@
 """What a namespace allows a container, and requests that fit into it (pure).
 
-Requests that the operator sets are a guess: they give way to the user's limits, which Kubernetes takes for requests
-that nobody names, and to the namespace's LimitRanges, which would else refuse the StatefulSet, or every pod. What the
-user sets is the user's.
+Requests that the operator sets are a guess: they yield to the user's limits, which Kubernetes uses where no request is
+set, and to the namespace's LimitRanges, which would otherwise reject the pods. What the user sets is kept.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ MODEL_LABEL: Final = "lockstep.dev/model"
 GROUP_LABEL: Final = "lockstep.dev/group"
 REVISION_LABEL: Final = "lockstep.dev/revision"
 POD_INDEX_LABEL: Final = "apps.kubernetes.io/pod-index"  # set by the StatefulSet controller, Kubernetes 1.28 and later
-APPLIED_ANNOTATION: Final = "lockstep.dev/applied"  # hash of what was applied: a field taken out of it shows
+APPLIED_ANNOTATION: Final = "lockstep.dev/applied"  # hash of what was applied: it shows when a field was removed
 
 RESTARTED_ANNOTATION: Final = "lockstep.dev/restartedAt"  # of a model or a pod: restarts the groups in turn
 KUBECTL_RESTARTED: Final = "kubectl.kubernetes.io/restartedAt"  # by `kubectl rollout restart` of a StatefulSet
@@ -68,7 +68,7 @@ def selector(model: str) -> str:
 
 
 def key_of_child(child: Mapping[str, Any]) -> ModelKey | None:
-    """The model that an object says it belongs to."""
+    """The model that an object's labels name."""
     metadata = child.get("metadata") or {}
     model = (metadata.get("labels") or {}).get(MODEL_LABEL)
     return ModelKey(metadata.get("namespace", ""), model) if model else None

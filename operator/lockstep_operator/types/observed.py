@@ -92,7 +92,7 @@ class Observed:
 
 def expected_names(model: Model) -> list[tuple[str, str, int | None]]:
     """Kind and name of what the model needs, and the group that it is for, if it is for one. A list by label may miss
-    some, because someone took the label off."""
+    some, because somebody removed the label."""
     shared = [("Secret", token_name(model.name)), ("ServiceAccount", account_name(model.name)), ("Service", model.name)]
     of_group = ["StatefulSet", "Service", *(["NetworkPolicy"] if model.network.policy != "None" else [])]
     return [(kind, name, None) for kind, name in shared] + [

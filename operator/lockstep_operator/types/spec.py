@@ -18,7 +18,7 @@ DEFAULT_PROGRESS: Final = 600.0
 
 
 class SpecError(ValueError):
-    """The spec can't be served as written; the message says what to change. The schema refuses most."""
+    """The spec can't be served as written; the message says what to change. The CRD's schema refuses most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +77,10 @@ class Watchdog:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovery:
-    """What is done about groups that can't heal themselves, and how often. Times in seconds."""
+    """What is done about groups that can't recover by themselves, and how often. Times in seconds."""
 
     strategy: str | None = None  # Ladder (also when None) or RecyclePods
-    observe: bool = False  # say what would be done, and do nothing
+    observe: bool = False  # report what would be done, and do nothing
     weight_cache: str | None = None  # Memory (also when None) or Off
     attempts: int = DEFAULT_ATTEMPTS  # of each of the operator's rungs, for each group
     window: float = DEFAULT_WINDOW  # of healthy time, in which a spent budget is whole again
@@ -119,9 +119,9 @@ class Model:
     network: Network = field(default_factory=Network)
     max_unavailable: int = 1
     template: Mapping[str, Any] = field(default_factory=dict)
-    flaw: str = ""  # what is wrong with what shapes pods, in a sentence: those that there are stay, and are healed
+    flaw: str = ""  # what is wrong with the pods' template, as a sentence: existing pods stay, and are repaired
     progress_deadline: float = DEFAULT_PROGRESS  # seconds
-    restarted_at: float | None = None  # unix seconds: when somebody last asked that the groups be restarted in turn
+    restarted_at: float | None = None  # unix seconds of the last request to restart the groups one by one
 
     @property
     def name(self) -> str:
@@ -177,7 +177,7 @@ def parse(resource: Mapping[str, Any]) -> Model:
 
 
 def _restarted(annotations: Mapping[str, str]) -> tuple[float | None, str]:
-    """When a restart was asked for, or what is wrong with the wish."""
+    """When a restart was requested, or what is wrong with the request."""
     wish = annotations.get(RESTARTED_ANNOTATION)
     if not wish:
         return None, ""
