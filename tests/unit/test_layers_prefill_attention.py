@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep_runtime.layers import prefill
+from lockstep_runtime.layers import prefill_attention
 from lockstep_runtime.layers.prefill_attention import ATTEND, Prefill, attend_masked, candidate, choose_prefill, trial
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -53,7 +53,7 @@ def test_one_that_raises_is_left_out_with_a_line_in_the_log(
     def refuse(queries: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
         raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
 
-    monkeypatch.setattr(prefill, "candidate", lambda *_: Prefill.FLASH)  # as on a GPU
+    monkeypatch.setattr(prefill_attention, "candidate", lambda *_: Prefill.FLASH)  # as on a GPU
     monkeypatch.setitem(ATTEND, Prefill.FLASH, refuse)
     with caplog.at_level(logging.WARNING):
         assert choose_prefill(CPU, torch.float32, 16) is Prefill.MASKED
