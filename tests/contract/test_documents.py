@@ -75,6 +75,24 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert not anchor or anchor in _anchors(target), f"{link}: no such heading"
 
 
+BASES: Final = (ROOT, ROOT / "runtime" / "lockstep_runtime", ROOT / "operator" / "lockstep_operator")
+
+
+def _paths(document: Path) -> set[str]:
+    """Folders and modules that it names as such; a dotted ending is no path."""
+    return set(re.findall(r"`([\w.-]+(?:/[\w.-]+)*(?:/|\.(?:py|md)))`", document.read_text()))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_folders_are_there(document: Path) -> None:
+    folders = (*BASES, document.parent)
+    assert [name for name in sorted(_paths(document)) if not any((base / name).exists() for base in folders)] == []
+
+
+def test_documents_name_files_to_check() -> None:
+    assert len(_paths(ROOT / "docs" / "architecture.md")) > 60
+
+
 def _targets() -> set[str]:
     texts = [path.read_text() for path in (ROOT / "Makefile", *ROOT.glob("*/*.mk"))]
     return {name for text in texts for name in re.findall(r"^([a-z][a-z-]*):", text, re.MULTILINE)}
