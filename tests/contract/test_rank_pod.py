@@ -14,7 +14,7 @@ from tests.support.pod_security import violations
 
 from lockstep_operator.decisions.pod_template import pod_template
 from lockstep_operator.settings import Settings
-from lockstep_operator.types.spec import Recovery, parse
+from lockstep_operator.types.spec import RecoverySpec, parse
 from lockstep_operator.types.timestamps import duration
 from lockstep_runtime.config import API_KEY_FILE_VARIABLE, TOKEN_VARIABLE, EngineLimits, ServeConfig, Watchdog
 from lockstep_runtime.protocol.status import API_PORT, BUS_PORT, STATUS_PORT
@@ -153,7 +153,7 @@ def test_the_defaults_that_the_crd_names_are_the_runtimes() -> None:
     assert repair["strategy"]["description"].startswith(f"{config.recovery_strategy} (also when unset)")
     assert repair["weightCache"]["description"].startswith(f"{config.weight_cache} (also when unset)")
     budget, backoff = repair["budget"]["properties"], repair["backoff"]["properties"]
-    policy = Recovery()
+    policy = RecoverySpec()
     assert f"Unset means {policy.attempts}." in budget["attempts"]["description"]
     assert (duration("1h"), "Unset means 1h." in budget["window"]["description"]) == (policy.window, True)
     assert (duration("10s"), "Unset means 10s." in backoff["initial"]["description"]) == (policy.initial, True)

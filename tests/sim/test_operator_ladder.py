@@ -25,7 +25,7 @@ from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Pod
 from lockstep_operator.types.reasons import Reason
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung, from_status, to_status
-from lockstep_operator.types.spec import Recovery
+from lockstep_operator.types.spec import RecoverySpec
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState
 
 SCHEDULES: Final = int(os.environ.get("LOCKSTEP_SIM_SCHEDULES", "1000"))
@@ -40,7 +40,7 @@ class Life:
     """One group, as long as a schedule lasts. What is written to the status is kept as JSON, as the API server does."""
 
     random: Random
-    policy: Recovery
+    policy: RecoverySpec
     size: int
     now: float = NOW
     status: str = "null"
@@ -169,7 +169,7 @@ class Life:
 def live(seed: int) -> Life:
     """A whole schedule. Raises AssertionError where something does not hold."""
     random = Random(seed)
-    policy = Recovery(
+    policy = RecoverySpec(
         strategy=random.choice([None, "RecyclePods"]), attempts=random.randint(1, 3),
         window=random.choice([60.0, 900.0]), initial=random.choice([1.0, 10.0]), most=random.choice([10.0, 120.0]),
     )  # fmt: skip

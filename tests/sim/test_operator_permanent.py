@@ -19,7 +19,7 @@ import pytest
 from tests.support.kube_world import well
 from tests.support.operator_models import NOW, group, model, pass_of, pod
 
-from lockstep_operator.decisions.fault_detection import COMING_BACK_SECONDS, HUNG_SECONDS, RECOVERING_SECONDS
+from lockstep_operator.decisions.fault_detection import HUNG_SECONDS, RECOVERING_SECONDS, RESTARTING_SECONDS
 from lockstep_operator.decisions.recovery_policy import RecoveryDecision, RecoveryInput, decide
 from lockstep_operator.groups.group import Group
 from lockstep_operator.groups.pod_issues import find_issue
@@ -29,7 +29,7 @@ from lockstep_operator.types.model_status import parse
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Observed, Pod
 from lockstep_operator.types.recovery_state import from_status
-from lockstep_operator.types.spec import Recovery
+from lockstep_operator.types.spec import RecoverySpec
 from lockstep_operator.types.timestamps import format_rfc3339
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, RankState
 
@@ -39,7 +39,7 @@ CHUNK: Final = 125
 KEY: Final = ModelKey("team", "chat")
 NODES: Final = 4
 DEADLINE: Final = 600.0
-POLICY: Final = Recovery(attempts=2, window=3600.0, initial=10.0, most=120.0)
+POLICY: Final = RecoverySpec(attempts=2, window=3600.0, initial=10.0, most=120.0)
 ACTS: Final = 180.0  # a fault that new pods may end is acted upon by then
 AGAIN: Final = RECOVERING_SECONDS + POLICY.most + 120.0  # and again, after a step that has not helped
 SAYS: Final = DEADLINE + 60.0  # and what they can't is a person's by then
@@ -232,10 +232,10 @@ class Life:
         assert (stalled["status"] == "True") is not (self.condition("Reconciling")["status"] == "True")
         ill = self.now - max(self.served, min(fault.since for fault in active))
         kinds = {fault.kind for fault in active}
-        if kinds <= HEALABLE and ill > (COMING_BACK_SECONDS + 240 if Kind.ENGINE in kinds else ACTS):
+        if kinds <= HEALABLE and ill > (RESTARTING_SECONDS + 240 if Kind.ENGINE in kinds else ACTS):
             words = ("next attempt", "late attempt", "nothing has moved")
             said = stalled["status"] == "True" and any(one in stalled["message"] for one in words)
-            requeue_after = AGAIN + (COMING_BACK_SECONDS if Kind.ENGINE in kinds else 0.0)
+            requeue_after = AGAIN + (RESTARTING_SECONDS if Kind.ENGINE in kinds else 0.0)
             waits = "next attempt is at" in ready["message"] or self.now - self.acted < requeue_after
             assert said or waits, f"nobody has acted for {ill} s: {ready}"
         if Kind.GATED in kinds and kinds == {Kind.GATED}:

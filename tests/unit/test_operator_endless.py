@@ -17,7 +17,7 @@ from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport
 from lockstep_operator.types.reasons import Reason
 from lockstep_operator.types.recovery_state import RecoveryState, Rung
-from lockstep_operator.types.spec import Recovery
+from lockstep_operator.types.spec import RecoverySpec
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, RankState
 
 KEY = ModelKey("team", "chat")
@@ -38,7 +38,7 @@ def decided(
     **fields: Any,
 ) -> RecoveryDecision:
     found = fields.pop("of", None) or group(ready=False)
-    return decide(Recovery(), RecoveryInput(seed="s", group=found, state=state, report=report, **fields), now)
+    return decide(RecoverySpec(), RecoveryInput(seed="s", group=found, state=state, report=report, **fields), now)
 
 
 def rung(verdict: RecoveryDecision) -> tuple[Rung, tuple[str, ...]] | None:

@@ -17,11 +17,11 @@ from lockstep_operator.types.names import ModelKey, key_of_child
 from lockstep_operator.types.spec import (
     Claim,
     EmptyDir,
-    Engine,
+    EngineLimits,
     HuggingFace,
     Model,
     Network,
-    Recovery,
+    RecoverySpec,
     SecretKey,
     SpecError,
     Watchdog,
@@ -50,7 +50,7 @@ def test_a_spec_is_parsed_with_the_defaults_that_the_crd_names() -> None:
         "auto",
         1,
     )
-    assert (parsed.pods_per_group, parsed.ranks, parsed.cache, parsed.engine) == (2, 2, EmptyDir(), Engine())
+    assert (parsed.pods_per_group, parsed.ranks, parsed.cache, parsed.engine) == (2, 2, EmptyDir(), EngineLimits())
 
 
 def test_watchdog_and_recovery_are_parsed_with_the_defaults_that_the_crd_names() -> None:
@@ -60,7 +60,7 @@ def test_watchdog_and_recovery_are_parsed_with_the_defaults_that_the_crd_names()
         return parse(live)
 
     plain = parsed()
-    assert (plain.watchdog, plain.recovery) == (Watchdog(), Recovery())
+    assert (plain.watchdog, plain.recovery) == (Watchdog(), RecoverySpec())
     budget, backoff = {"attempts": 5, "window": "1h30m"}, {"initial": "500ms", "max": "2m"}
     recovery = {
         "mode": "Observe",
@@ -71,7 +71,7 @@ def test_watchdog_and_recovery_are_parsed_with_the_defaults_that_the_crd_names()
     }
     made = parsed(recovery=recovery, watchdog={"stepTimeout": "2m", "floor": "1.5s", "factor": 3})
     assert made.watchdog == Watchdog(step_timeout=120.0, floor=1.5, factor=3)
-    assert made.recovery == Recovery(
+    assert made.recovery == RecoverySpec(
         strategy="RecyclePods", observe=True, weight_cache="Off", attempts=5, window=5400.0, initial=0.5, most=120.0
     )
     assert parsed(recovery={"backoff": {"initial": "20m"}}).recovery.most == 1200.0, "never shorter than the first"
@@ -94,7 +94,7 @@ def test_a_spec_that_can_not_be_served_says_what_to_change(spec: dict[str, Any],
 
 
 def test_the_arguments_are_the_runtimes_flags() -> None:
-    made = model(engine=Engine(max_model_len=4096, kv_cache_memory="2Gi"), dtype="bfloat16")
+    made = model(engine=EngineLimits(max_model_len=4096, kv_cache_memory="2Gi"), dtype="bfloat16")
     assert container(made)["args"] == [
         "serve", "/model", "--tensor-parallel-size=2", "--ranks-per-pod=1", "--served-name=chat", "--dtype=bfloat16",
         "--backend=cpu", "--device=cpu", "--max-model-len=4096", "--kv-cache-memory=2Gi", "--lame-duck-seconds=3.0",
@@ -380,9 +380,9 @@ def test_the_longest_names_that_the_crd_admits_fit() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"dtype": "float32"}, {"tensor_parallel_size": 4}, {"engine": Engine(max_sequences=2)},
+        {"dtype": "float32"}, {"tensor_parallel_size": 4}, {"engine": EngineLimits(max_sequences=2)},
         {"template": {"spec": {"priorityClassName": "high"}}}, {"source": Claim("other")},
-        {"watchdog": Watchdog(floor=3.0)}, {"recovery": Recovery(strategy="RecyclePods")},
+        {"watchdog": Watchdog(floor=3.0)}, {"recovery": RecoverySpec(strategy="RecyclePods")},
     ],
 )  # fmt: skip
 def test_what_shapes_pods_makes_a_new_revision(change: dict[str, Any]) -> None:
@@ -394,5 +394,5 @@ def test_a_new_token_or_image_makes_a_new_revision_and_a_new_size_does_not() -> 
     assert manifests.revision(model(), "other", SETTINGS) != revision
     assert manifests.revision(model(), "token", replace(SETTINGS, runtime_image="runtime:2")) != revision
     assert manifests.revision(model(replicas=5, max_unavailable=2, generation=9), "token", SETTINGS) == revision
-    patient = Recovery(observe=True, attempts=9, window=1.0, initial=1.0, most=2.0)
+    patient = RecoverySpec(observe=True, attempts=9, window=1.0, initial=1.0, most=2.0)
     assert manifests.revision(model(recovery=patient), "token", SETTINGS) == revision, "only the operator reads these"

@@ -15,7 +15,7 @@ from lockstep_operator.types.model_status import GroupSummary, ModelStatus
 from lockstep_operator.types.names import API_VERSION, KIND
 from lockstep_operator.types.observed import Observed, Pod
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung
-from lockstep_operator.types.spec import Model, Network, Recovery
+from lockstep_operator.types.spec import Model, Network, RecoverySpec
 
 Child = dict[str, Any]
 TOKEN = "t"
@@ -299,5 +299,5 @@ def test_a_pod_is_given_up_only_when_its_node_is_long_gone(late: float, raw: dic
     decision = decided(made, everything(made), (pod(0, 0, REVISION), lost))
     reason = "pod chat-0-1 is on node n1, which doesn't respond: it is force-deleted"
     assert decision.actions == ((Delete("Pod", "chat-0-1", "uid-0-1", reason, grace=0),) if given_up else ())
-    observing = model(recovery=Recovery(observe=True))
+    observing = model(recovery=RecoverySpec(observe=True))
     assert decided(observing, everything(observing), (pod(0, 0, REVISION), lost)).actions == ()

@@ -26,12 +26,12 @@ from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Pod
 from lockstep_operator.types.reasons import Reason
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung, from_status, to_status
-from lockstep_operator.types.spec import Recovery
+from lockstep_operator.types.spec import RecoverySpec
 from lockstep_operator.types.timestamps import format_rfc3339
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, RankState
 
 KEY = ModelKey("team", "chat")
-POLICY = Recovery()
+POLICY = RecoverySpec()
 
 
 def on_nodes(*nodes: str, **fields: Any) -> Group:
@@ -59,7 +59,7 @@ def decided(
     *,
     of: Group | None = None,
     report: GroupReport | None = None,
-    policy: Recovery = POLICY,
+    policy: RecoverySpec = POLICY,
     now: float = NOW,
     **fields: Any,
 ) -> RecoveryDecision:
@@ -123,7 +123,7 @@ def test_without_a_suspect_or_with_a_single_pod_the_whole_group_is_replaced(foun
 
 
 def test_the_plain_strategy_replaces_all_pods() -> None:
-    assert rungs(decided(policy=Recovery(strategy="RecyclePods"))) is Rung.RECYCLE_GROUP
+    assert rungs(decided(policy=RecoverySpec(strategy="RecyclePods"))) is Rung.RECYCLE_GROUP
 
 
 def test_the_same_fault_is_given_time_while_ranks_load_and_then_patience() -> None:
@@ -191,7 +191,7 @@ def test_where_there_is_no_other_node_the_old_one_is_used_again() -> None:
         action=plan(Rung.MOVE_AWAY, pods=("old",)), attempts_used={Rung.MOVE_AWAY: 1}, avoided={"n1": NOW + 3600}
     )
     pending = on_nodes("", "", phase="Pending", created=NOW - 31)
-    trouble = PodIssue(Reason.UNSCHEDULABLE, "pod chat-0-0 finds no node")
+    trouble = PodIssue(Reason.UNSCHEDULABLE, "pod chat-0-0 is unschedulable")
     verdict = decided(memory, of=pending, report=GroupReport(), issue=trouble)
     assert verdict.reason == "no other node can take the pods, so n1 is used again"
     assert verdict.state.avoided == {}
@@ -244,7 +244,7 @@ def test_a_repair_that_does_not_hold_has_failed() -> None:
 
 
 def test_observe_only_says() -> None:
-    policy = Recovery(observe=True)
+    policy = RecoverySpec(observe=True)
     verdict = decided(policy=policy)
     assert verdict.reason.endswith(
         "pod chat-0-1 is replaced, the others keep their weights (not done, because recovery.mode is Observe)"
@@ -415,7 +415,7 @@ def test_budgets_are_never_overdrawn_and_nothing_unwritten_is_done(
     memory: RecoveryState, later: int, serves: bool, observe: bool
 ) -> None:
     found, report = (group(), serving()) if serves else (on_nodes("n1", "n2"), poisoned(2))
-    policy = Recovery(observe=observe)
+    policy = RecoverySpec(observe=observe)
     verdict = decided(memory, of=found, report=report, policy=policy, now=NOW + later)
     for rung, count in verdict.state.attempts_used.items():
         assert count <= max(policy.attempts, memory.attempts_used.get(rung, 0))

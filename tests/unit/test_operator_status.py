@@ -350,7 +350,11 @@ UNPLACED = {
             'secret "hub" not found',
         ),
         ({"raw": waiting("CrashLoopBackOff", **ENDED)}, "CrashLoop", "keeps exiting: OOMKilled, exit code 137: b c d"),
-        ({"raw": {"metadata": {}, "status": {"conditions": [UNPLACED]}}}, "Unschedulable", "finds no node: 0/1 nodes"),
+        (
+            {"raw": {"metadata": {}, "status": {"conditions": [UNPLACED]}}},
+            "Unschedulable",
+            "is unschedulable: 0/1 nodes",
+        ),
         (
             {"phase": "Failed", "raw": {"metadata": {}, "status": {"reason": "Evicted", "message": "low on memory"}}},
             "PodFailed",

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from lockstep_operator.groups.group import Group
+from lockstep_operator.groups.group_view import first_rank, newest_fault
 from lockstep_operator.groups.pod_issues import termination_message
 from lockstep_operator.types.observed import GroupReport, Pod
 from lockstep_operator.types.timestamps import format_rfc3339, parse_rfc3339
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, GroupStatus, RankState
 
 RECOVERING_SECONDS: Final = 120.0  # the group's own deadlines have passed by then
-COMING_BACK_SECONDS: Final = 300.0  # the same, by several tries
+RESTARTING_SECONDS: Final = 300.0  # the same, by several tries
 RELOADING_SECONDS: Final = 900.0  # the same, while ranks load that have joined
 ENDLESS: Final = "@r"  # in the key of a trigger
 LOADING: Final = frozenset({RankState.STARTING, RankState.LOADING})
@@ -45,9 +46,8 @@ def detect_fault(
     if report is None:
         return None
     if report.unreachable_since is None and report.status is not None:
-        found = _from_report(group, report.status, now) or _restarting_too_long(
-            group, report.status, recovering_since, now
-        )
+        found = _from_report(group, report.status, now)
+        found = found or _restarting_too_long(group, report.status, recovering_since, now)
     else:
         found = _hung(group, report, now)
     return found or (_crashing(group, crashing, now) if crashing else None)
@@ -65,20 +65,19 @@ def _from_report(group: Group, status: GroupStatus, now: float) -> DetectedFault
 
 def _restarting_too_long(group: Group, status: GroupStatus, since: float | None, now: float) -> DetectedFault | None:
     """A group whose engine exits again and again, so that no single recovery exceeds its limit."""
-    coming = status.state in (GroupState.STARTING, GroupState.LOADING, GroupState.RECOVERING)
-    if since is None or not coming:
+    if since is None or status.state not in (GroupState.STARTING, GroupState.LOADING, GroupState.RECOVERING):
         return None
-    loads = any(rank.state is RankState.LOADING for rank in status.ranks)
-    if now - since < (RELOADING_SECONDS if loads else COMING_BACK_SECONDS):
+    loads = first_rank(status, RankState.LOADING) is not None
+    if now - since < (RELOADING_SECONDS if loads else RESTARTING_SECONDS):
         return None
-    absent = next((rank.rank for rank in status.ranks if rank.state is RankState.ABSENT), None)
+    absent = first_rank(status, RankState.ABSENT)
     return DetectedFault(
         key=f"recovering{ENDLESS}{since:.0f}",
         fault=str(Fault.RANK_LOST),
         rank=absent,
         message=f"it has been restarting since {format_rfc3339(since)}: {status.message or 'it gave no reason'}",
         noticed=since,
-        pod=None if absent is None else _pod_of(group, status, absent),
+        pod=_pod_of(group, status, absent),
     )
 
 
@@ -98,14 +97,13 @@ def _crashing(group: Group, pod: Pod, now: float) -> DetectedFault | None:
 
 def _recovering_too_long(group: Group, status: GroupStatus, now: float) -> DetectedFault | None:
     """A group that has been recovering for too long. Ranks that load are given more time."""
-    newest = max(status.faults, key=lambda fault: fault.id, default=None)
-    absent = next((rank.rank for rank in status.ranks if rank.state is RankState.ABSENT), None)
-    busy = absent is None and any(rank.state in LOADING for rank in status.ranks)
+    newest, absent = newest_fault(status), first_rank(status, RankState.ABSENT)
+    loading = first_rank(status, *LOADING)
+    busy = absent is None and loading is not None
     if status.since <= 0 or now - status.since < (RELOADING_SECONDS if busy else RECOVERING_SECONDS):
         return None
-    late = next((rank.rank for rank in status.ranks if rank.state in LOADING), None)
-    node_fault_counts = (absent, newest.rank if newest else None, late)
-    suspect = next((rank for rank in node_fault_counts if rank is not None), None)
+    suspects = (absent, newest.rank if newest else None, loading)
+    suspect = next((rank for rank in suspects if rank is not None), None)
     why = status.message or "it gave no reason"
     return DetectedFault(
         key=f"{fault_key(status, newest)}{ENDLESS}{status.since:.0f}",
@@ -113,19 +111,19 @@ def _recovering_too_long(group: Group, status: GroupStatus, now: float) -> Detec
         rank=suspect,
         message=f"it has been recovering since {format_rfc3339(status.since)}: {why}",
         noticed=newest.at if newest else status.since,
-        pod=None if suspect is None else _pod_of(group, status, suspect),
+        pod=_pod_of(group, status, suspect),
     )
 
 
 def _poisoned(group: Group, status: GroupStatus, now: float) -> DetectedFault:
-    newest = max(status.faults, key=lambda fault: fault.id, default=None)
+    newest = newest_fault(status)
     return DetectedFault(
         key=f"{fault_key(status, newest)}@{status.since:.0f}",  # the same fault again, after a repair was tried
         fault=str(newest.fault) if newest else "Poisoned",
         rank=newest.rank if newest else None,
         message=newest.message if newest else (status.message or "it gave no reason"),
         noticed=newest.at if newest else (status.since or now),
-        pod=_pod_of(group, status, newest.rank) if newest else None,
+        pod=_pod_of(group, status, newest.rank if newest else None),
     )
 
 
@@ -188,8 +186,7 @@ def _replaceable(leader: Pod, since: float, words: str, now: float) -> DetectedF
 
 def _unready_since(pod: Pod) -> float | None:
     """Since when its kubelet has found it not Ready; None when it is Ready or its node doesn't respond."""
-    conditions = (pod.raw.get("status") or {}).get("conditions") or []
-    ready = next((condition for condition in conditions if condition["type"] == "Ready"), None)
-    if ready is None or ready["status"] != "False" or not ready.get("reason") or "lastTransitionTime" not in ready:
+    ready = pod.conditions.get("Ready", {})
+    if ready.get("status") != "False" or not ready.get("reason") or "lastTransitionTime" not in ready:
         return None
     return parse_rfc3339(ready["lastTransitionTime"])

@@ -7,12 +7,12 @@ from typing import Final
 from msgspec.structs import replace
 
 from lockstep_operator.types.recovery_state import RecoveryState
-from lockstep_operator.types.spec import Recovery
+from lockstep_operator.types.spec import RecoverySpec
 
 PROVED_SECONDS: Final = 60.0  # a repair that holds for so long has worked
 
 
-def update_budget(policy: Recovery, state: RecoveryState, healthy: bool | None, now: float) -> RecoveryState:
+def update_budget(policy: RecoverySpec, state: RecoveryState, healthy: bool | None, now: float) -> RecoveryState:
     """`healthy` is None when nobody knows."""
     if state == RecoveryState():
         return state
@@ -24,7 +24,7 @@ def update_budget(policy: Recovery, state: RecoveryState, healthy: bool | None, 
     return _proved(policy, state, now)
 
 
-def _proved(policy: Recovery, state: RecoveryState, now: float) -> RecoveryState:
+def _proved(policy: RecoverySpec, state: RecoveryState, now: float) -> RecoveryState:
     healthy = 0.0 if state.healthy_since is None else now - state.healthy_since
     if healthy >= max(policy.window, PROVED_SECONDS):
         return RecoveryState(avoided=state.avoided, healthy_since=state.healthy_since if state.avoided else None)
@@ -33,7 +33,7 @@ def _proved(policy: Recovery, state: RecoveryState, now: float) -> RecoveryState
     return state
 
 
-def _on_unhealthy(policy: Recovery, state: RecoveryState, now: float) -> RecoveryState:
+def _on_unhealthy(policy: RecoverySpec, state: RecoveryState, now: float) -> RecoveryState:
     """Healthy time has earned attempts back; a repair that didn't hold for long has failed."""
     healthy = max(0.0, now - (state.healthy_since or now))  # another node's clock may have been ahead
     earned = int(healthy * policy.attempts / policy.window)

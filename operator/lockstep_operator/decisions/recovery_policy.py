@@ -28,7 +28,7 @@ from lockstep_operator.groups.pod_issues import PodIssue
 from lockstep_operator.types.observed import GroupReport, Pod
 from lockstep_operator.types.reasons import Reason
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung
-from lockstep_operator.types.spec import Recovery
+from lockstep_operator.types.spec import RecoverySpec
 from lockstep_runtime.protocol.status import GroupState, GroupStatus
 
 PATIENCE_SECONDS: Final = 120.0  # for a group whose pods run again to report something new
@@ -53,7 +53,7 @@ class RecoveryInput:
 
     @property
     def unschedulable(self) -> bool:
-        """A pod finds no node."""
+        """A pod can't be placed on a node."""
         return self.issue is not None and self.issue.reason is Reason.UNSCHEDULABLE
 
     @property
@@ -75,7 +75,7 @@ class RecoveryDecision:
     requeue_after: float | None = None
 
 
-def decide(policy: Recovery, known: RecoveryInput, now: float) -> RecoveryDecision:
+def decide(policy: RecoverySpec, known: RecoveryInput, now: float) -> RecoveryDecision:
     """The next move for one group. `now` is unix seconds; whole ones are remembered."""
     now = math.floor(now)
     state = update_budget(policy, _without_past(known, now), known.healthy, now)
@@ -96,8 +96,8 @@ def decide(policy: Recovery, known: RecoveryInput, now: float) -> RecoveryDecisi
 
 
 def _without_past(known: RecoveryInput, now: float) -> RecoveryState:
-    """Nodes are avoided until their time is over. A pod that finds no node was made to keep away from these, and does
-    so for good: see `_unplaced`."""
+    """Nodes are avoided until their time is over. An unschedulable pod was created to keep away from these, and
+    always will: see `_unplaced`."""
     avoided = {node: until for node, until in known.state.avoided.items() if until > now or known.unschedulable}
     return replace(known.state, avoided=avoided)
 
@@ -118,7 +118,7 @@ def _unplaced(known: RecoveryInput, state: RecoveryState, now: float) -> tuple[s
     return tuple(pod.uid for pod in pending) if any(now - p.created > UNPLACED_SECONDS for p in pending) else ()
 
 
-def _return_nodes(policy: Recovery, state: RecoveryState, unplaced: tuple[str, ...], now: float) -> RecoveryState:
+def _return_nodes(policy: RecoverySpec, state: RecoveryState, unplaced: tuple[str, ...], now: float) -> RecoveryState:
     """There is nowhere to move to: the rung's whole budget counts as spent."""
     rung = Rung.MOVE_AWAY
     reason = f"no other node can take the pods, so {', '.join(sorted(state.avoided))} is used again"

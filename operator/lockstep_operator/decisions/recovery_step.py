@@ -13,7 +13,7 @@ from lockstep_operator.backoff import exponential
 from lockstep_operator.decisions.fault_detection import DetectedFault
 from lockstep_operator.groups.group import Group
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung
-from lockstep_operator.types.spec import Recovery
+from lockstep_operator.types.spec import RecoverySpec
 from lockstep_operator.types.timestamps import format_rfc3339
 
 SUSPECTED_NODES: Final = 16  # so many are remembered, the newest: nodes come and go
@@ -28,7 +28,7 @@ LADDERS: Final = {
 class RecoveryStep:
     """A group with a fault, and what is remembered of it."""
 
-    policy: Recovery
+    policy: RecoverySpec
     group: Group
     fault: DetectedFault
     state: RecoveryState
@@ -128,7 +128,7 @@ class RecoveryStep:
         return f"the last repair failed ({fault.fault}: {fault.message}): the next attempt is at {next_try}"
 
 
-def _delay(policy: Recovery, failures: int, seed: str) -> float:
+def _delay(policy: RecoverySpec, failures: int, seed: str) -> float:
     """Doubling, with jitter so that groups that fail together don't come back together; whole seconds."""
     fraction = int.from_bytes(hashlib.sha256(f"{seed}/{failures}".encode()).digest()[:4]) / 2**32
     return float(math.ceil(exponential(failures, policy.initial, policy.most) * (0.8 + 0.2 * fraction)))

@@ -13,7 +13,7 @@ from lockstep_operator.groups.group import Group
 from lockstep_operator.types.model_status import GroupSummary, RankSummary, StepLatency
 from lockstep_operator.types.observed import GroupReport
 from lockstep_operator.types.spec import Model
-from lockstep_runtime.protocol.status import GroupState, GroupStatus, Latency, RankState, RankStatus
+from lockstep_runtime.protocol.status import FaultRecord, GroupState, GroupStatus, Latency, RankState, RankStatus
 
 UNREACHABLE_SECONDS: Final = 30.0  # a group that can't be asked for so long is unknown
 
@@ -35,6 +35,15 @@ def resolve_view(group: Group, report: GroupReport | None, last: GroupSummary, m
     if report and report.status:
         return GroupView(report.status)
     return GroupView(_from_last_status(last, model) if last.leader_uid == leader.uid else None)
+
+
+def newest_fault(status: GroupStatus | None) -> FaultRecord | None:
+    return max(status.faults if status else (), key=lambda fault: fault.id, default=None)
+
+
+def first_rank(status: GroupStatus, *states: RankState) -> int | None:
+    """The lowest rank in one of these states."""
+    return min((rank.rank for rank in status.ranks if rank.state in states), default=None)
 
 
 def failed_ranks(status: GroupStatus) -> list[RankStatus]:

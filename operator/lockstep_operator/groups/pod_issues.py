@@ -55,8 +55,7 @@ def find_issue(group: Group, warnings: Mapping[str, str], now: float) -> PodIssu
 def node_unreachable(pod: Pod) -> bool:
     """Whether its node has stopped reporting, by what the control plane wrote to the pod: the node controller sets
     Ready to False without a reason, which a kubelet always gives, and evicts the pod later."""
-    conditions = {condition["type"]: condition for condition in (pod.raw.get("status") or {}).get("conditions") or []}
-    ready, disruption = conditions.get("Ready", {}), conditions.get("DisruptionTarget", {})
+    ready, disruption = pod.conditions.get("Ready", {}), pod.conditions.get("DisruptionTarget", {})
     evicted = disruption.get("status") == "True" and disruption.get("reason") == "DeletionByTaintManager"
     return evicted or (ready.get("status") == "False" and not ready.get("reason"))
 
@@ -89,29 +88,27 @@ def _of_pod(pod: Pod, warning: str, now: float) -> PodIssue | None:
         words = f"node {pod.node} of pod {pod.name} doesn't respond: Kubernetes evicts the pod if that lasts"
         return PodIssue(Reason.NODE_LOST, words)
     status = pod.raw.get("status") or {}
-    for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+    for container in [*(status.get("initContainerStatuses") or []), *pod.containers]:
         if found := _of_container(pod, container):
             return found
-    for condition in status.get("conditions") or []:
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            if condition.get("reason") == "SchedulingGated":
-                return PodIssue(Reason.SCHEDULING_GATED, _gated(pod))
-            return PodIssue(Reason.UNSCHEDULABLE, f"pod {pod.name} finds no node: {condition.get('message', '')}")
+    scheduled = pod.conditions.get("PodScheduled", {})
+    if scheduled.get("status") == "False":
+        return _unscheduled(pod, scheduled)
     if pod.phase == "Failed":
-        return PodIssue(
-            Reason.POD_FAILED,
-            f"pod {pod.name} has failed: {status.get('reason', '')} {status.get('message', '')}".strip()
-            + "; its StatefulSet recreates it",
-        )
+        words = f"pod {pod.name} has failed: {status.get('reason', '')} {status.get('message', '')}".strip()
+        return PodIssue(Reason.POD_FAILED, f"{words}; its StatefulSet recreates it")
     if pod.phase == "Pending" and now - pod.created > PENDING_SECONDS and warning:
         reason = Reason.MOUNT_FAILED if warning.startswith(_MOUNT) else Reason.POD_PENDING
         return PodIssue(reason, f"pod {pod.name} can't start: {warning}")
     return None
 
 
-def _gated(pod: Pod) -> str:
+def _unscheduled(pod: Pod, scheduled: Mapping[str, Any]) -> PodIssue:
+    if scheduled.get("reason") != "SchedulingGated":
+        return PodIssue(Reason.UNSCHEDULABLE, f"pod {pod.name} is unschedulable: {scheduled.get('message', '')}")
     gates = ", ".join(gate.get("name", "") for gate in (pod.raw.get("spec") or {}).get("schedulingGates") or [])
-    return f"pod {pod.name} has scheduling gates ({gates or 'unnamed'}): whoever set them must remove them"
+    words = f"pod {pod.name} has scheduling gates ({gates or 'unnamed'}): whoever set them must remove them"
+    return PodIssue(Reason.SCHEDULING_GATED, words)
 
 
 def _ending(pod: Pod, now: float) -> PodIssue | None:
@@ -129,30 +126,23 @@ def _ending(pod: Pod, now: float) -> PodIssue | None:
 def _of_container(pod: Pod, container: Mapping[str, Any]) -> PodIssue | None:
     waiting = (container.get("state") or {}).get("waiting") or {}
     reason, message = waiting.get("reason", ""), waiting.get("message", "")
+    which = f"container {container['name']} of pod {pod.name}"
     if reason in _IMAGE:
-        return PodIssue(
-            Reason.IMAGE_PULL_FAILED,
-            f"pod {pod.name} can't pull image {container.get('image', '')}: {message or reason}; its kubelet retries",
+        words = (
+            f"pod {pod.name} can't pull image {container.get('image', '')}: {message or reason}; its kubelet retries"
         )
+        return PodIssue(Reason.IMAGE_PULL_FAILED, words)
     if reason in _CONFIG:
-        return PodIssue(
-            Reason.CONTAINER_REFUSED,
-            f"container {container['name']} of pod {pod.name} can't be created: {message or reason}",
-        )
+        return PodIssue(Reason.CONTAINER_REFUSED, f"{which} can't be created: {message or reason}")
     if reason == "CrashLoopBackOff":
-        return PodIssue(
-            Reason.CRASH_LOOP,
-            f"container {container['name']} of pod {pod.name} keeps exiting: {_termination_message(container)};"
-            " its kubelet restarts it with growing delays",
-            heals=True,
-            pod=pod,
-        )
+        words = f"{which} keeps exiting: {_termination_message(container)}; its kubelet restarts it with growing delays"
+        return PodIssue(Reason.CRASH_LOOP, words, heals=True, pod=pod)
     return None
 
 
 def termination_message(pod: Pod) -> str:
     """Why the container in a crash loop exited, by its last lines; empty for any other pod."""
-    for container in (pod.raw.get("status") or {}).get("containerStatuses") or []:
+    for container in pod.containers:
         if ((container.get("state") or {}).get("waiting") or {}).get("reason") == "CrashLoopBackOff":
             return _termination_message(container)
     return ""

@@ -44,7 +44,7 @@ def _reported(group: Group, status: GroupStatus | None) -> Iterator[ProcessFailu
 def _killed(group: Group) -> Iterator[ProcessFailure]:
     """By the kernel, as the kubelet saw it: a container's first process."""
     for pod in group.pods:
-        for container in (pod.raw.get("status") or {}).get("containerStatuses") or []:
+        for container in pod.containers:
             for state in (container.get("state") or {}, container.get("lastState") or {}):
                 ended = state.get("terminated") or {}
                 if ended.get("reason") == "OOMKilled" and ended.get("finishedAt"):

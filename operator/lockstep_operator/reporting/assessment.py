@@ -8,6 +8,7 @@ from typing import Final
 from lockstep_operator.decisions.recovery_policy import RecoveryDecision
 from lockstep_operator.groups.facts import GroupFacts
 from lockstep_operator.groups.group import Group
+from lockstep_operator.groups.group_view import newest_fault
 from lockstep_operator.groups.waiting import waiting_for
 from lockstep_operator.reporting.blockers import Blocker, find_blocker
 from lockstep_operator.types.model_status import Waiting
@@ -15,7 +16,7 @@ from lockstep_operator.types.reasons import Reason
 from lockstep_operator.types.recovery_state import RecoveryState
 from lockstep_operator.types.spec import Model
 from lockstep_operator.types.timestamps import format_rfc3339
-from lockstep_runtime.protocol.status import FaultRecord, GroupState, GroupStatus
+from lockstep_runtime.protocol.status import GroupState, GroupStatus
 
 # What ends without a person or is under way, however long it takes: each has an end of its own.
 _MOVING: Final = frozenset(
@@ -83,10 +84,6 @@ def serves(facts: GroupFacts) -> bool:
 def _needs_a_person(state: RecoveryState) -> bool:
     """The budget is spent, or nothing may be done."""
     return state.stalled or bool(state.action and state.action.dry_run)
-
-
-def newest_fault(status: GroupStatus | None) -> FaultRecord | None:
-    return max(status.faults if status else (), key=lambda fault: fault.id, default=None)
 
 
 def _overdue(blocker: Blocker, waiting: Waiting) -> Blocker:

@@ -9,7 +9,7 @@ from typing import Final
 from lockstep_operator.decisions.planner import Decision
 from lockstep_operator.decisions.rollout import RolloutStep
 from lockstep_operator.groups import group_view
-from lockstep_operator.reporting.assessment import GroupAssessment, newest_fault
+from lockstep_operator.reporting.assessment import GroupAssessment
 from lockstep_operator.reporting.blockers import Blocker, load_failure
 from lockstep_operator.types.model_status import Condition, ModelStatus
 from lockstep_operator.types.reasons import ConditionType, Reason
@@ -162,7 +162,7 @@ def _collectives(model: Model, groups: Sequence[GroupAssessment]) -> ConditionVa
         return ConditionValue("Unknown", Reason.SCALED_TO_ZERO, "replicas is 0: no ranks communicate")
     for one in groups:
         if one.status and one.status.state in (GroupState.RECOVERING, GroupState.POISONED):
-            newest = newest_fault(one.status)
+            newest = group_view.newest_fault(one.status)
             words = (newest.message if newest else one.status.message) or "its ranks lost their communicator"
             return ConditionValue("False", one.fault, f"group {one.group.index}: {words}")
     for one in groups:

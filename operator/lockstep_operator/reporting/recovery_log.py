@@ -96,14 +96,11 @@ def operator_repair(one: GroupAssessment, now: float) -> Repair | None:
     )
 
 
-def last_fault_id(last: GroupSummary, status: GroupStatus) -> int:
-    known = _same_process(last, status).last_fault_id or 0
-    return max([known, *(fault.id for fault in status.faults)])
-
-
-def last_repair_id(last: GroupSummary, status: GroupStatus, now: float) -> int:
-    known = _same_process(last, status).last_repair_id or 0
-    return max([known, *(fault.id for fault in _repaired(status, now))])
+def last_ids(last: GroupSummary, status: GroupStatus, now: float) -> tuple[int, int]:
+    """Of the newest fault and the newest repair that are reported after this pass."""
+    known = _same_process(last, status)
+    faults = max([known.last_fault_id or 0, *(fault.id for fault in status.faults)])
+    return faults, max([known.last_repair_id or 0, *(fault.id for fault in _repaired(status, now))])
 
 
 def recoveries_since(last: GroupSummary, status: GroupStatus) -> int:

@@ -75,13 +75,14 @@ def _group(one: GroupAssessment, model: Model, now: float) -> GroupSummary:
 
 def _reported(summary: GroupSummary, last: GroupSummary, status: GroupStatus, model: Model, now: float) -> GroupSummary:
     """With what the group itself reports."""
+    last_fault_id, last_repair_id = recovery_log.last_ids(last, status, now)
     return replace(
         summary,
         epoch=status.epoch,
         incarnation=status.incarnation,
         recoveries=status.recoveries,
-        last_fault_id=recovery_log.last_fault_id(last, status),
-        last_repair_id=recovery_log.last_repair_id(last, status, now),
+        last_fault_id=last_fault_id,
+        last_repair_id=last_repair_id,
         step_latency=_latency(status.step_latency),
         last_step_time=status.last_step_at,
         ready_ranks=group_view.ready_ranks(status),

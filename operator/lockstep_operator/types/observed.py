@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,18 +47,28 @@ class Pod:
         return str((self.raw.get("spec") or {}).get("nodeName", ""))
 
     @property
+    def conditions(self) -> Mapping[str, Object]:
+        """By type."""
+        return {one["type"]: one for one in (self.raw.get("status") or {}).get("conditions") or []}
+
+    @property
+    def containers(self) -> Sequence[Object]:
+        """Their statuses, without init containers."""
+        found: Sequence[Object] = (self.raw.get("status") or {}).get("containerStatuses") or []
+        return found
+
+    @property
     def started(self) -> float | None:
         """When its containers were last started; None when one doesn't run."""
-        containers = (self.raw.get("status") or {}).get("containerStatuses") or []
-        running = [state for container in containers if (state := (container.get("state") or {}).get("running"))]
-        if not running or self.phase != "Running" or len(running) < len(containers):
+        running = [state for one in self.containers if (state := (one.get("state") or {}).get("running"))]
+        if not running or self.phase != "Running" or len(running) < len(self.containers):
             return None
         return max(parse_rfc3339(state["startedAt"]) for state in running)
 
 
 @dataclass(frozen=True, slots=True)
 class GroupReport:
-    """What a group last said of itself: its own words, or since when it can't be asked and why."""
+    """A group's last report: its status, or since when it can't be reached and why."""
 
     status: GroupStatus | None = None
     unreachable_since: float | None = None
@@ -67,7 +77,7 @@ class GroupReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
-    """One look at everything that belongs to a model."""
+    """Everything that belongs to a model, as observed in one pass."""
 
     status: ModelStatus  # of the custom resource, as last written
     resource_version: str

@@ -57,7 +57,7 @@ Cache = Claim | HostPath | EmptyDir
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class EngineLimits:
     """Limits of the engine; None leaves them to the runtime."""
 
     max_model_len: int | None = None
@@ -76,7 +76,7 @@ class Watchdog:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recovery:
+class RecoverySpec:
     """What is done about groups that can't recover by themselves, and how often. Times in seconds."""
 
     strategy: str | None = None  # Ladder (also when None) or RecyclePods
@@ -112,9 +112,9 @@ class Model:
     dtype: str = "auto"
     backend: str = "auto"
     accelerator: str | None = None
-    engine: Engine = field(default_factory=Engine)
+    engine: EngineLimits = field(default_factory=EngineLimits)
     watchdog: Watchdog = field(default_factory=Watchdog)
-    recovery: Recovery = field(default_factory=Recovery)
+    recovery: RecoverySpec = field(default_factory=RecoverySpec)
     api_key: SecretKey | None = None
     network: Network = field(default_factory=Network)
     max_unavailable: int = 1
@@ -214,9 +214,9 @@ def _cache(cache: Mapping[str, Any] | None) -> Cache:
             return EmptyDir()
 
 
-def _engine(engine: Mapping[str, Any]) -> Engine:
+def _engine(engine: Mapping[str, Any]) -> EngineLimits:
     memory = engine.get("kvCacheMemory")
-    return Engine(
+    return EngineLimits(
         max_model_len=engine.get("maxModelLen"),
         max_sequences=engine.get("maxSequences"),
         max_batch_tokens=engine.get("maxBatchTokens"),
@@ -232,9 +232,9 @@ def _watchdog(watchdog: Mapping[str, Any]) -> Watchdog:
     )
 
 
-def _recovery(recovery: Mapping[str, Any]) -> Recovery:
+def _recovery(recovery: Mapping[str, Any]) -> RecoverySpec:
     budget, backoff = recovery.get("budget") or {}, recovery.get("backoff") or {}
-    found = Recovery(
+    found = RecoverySpec(
         strategy=recovery.get("strategy"),
         observe=recovery.get("mode") == "Observe",
         weight_cache=recovery.get("weightCache"),
