@@ -18,7 +18,7 @@ from lockstep_runtime.host.addresses import listen
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.status import GroupState, GroupStatus
 from lockstep_runtime.protocol.step import SamplingParams
-from lockstep_runtime.recovery.bus import Bus
+from lockstep_runtime.recovery.bus_server import BusServer
 from lockstep_runtime.supervisor.bus_client import BusClient
 
 DEADLINE = 20.0
@@ -112,7 +112,7 @@ async def live_engine(
     )
     engine = Engine(settings, history)
     engine.set_model(None)
-    bus = Bus(TOKEN, engine.group, strangers=strangers)
+    bus = BusServer(TOKEN, engine.group, strangers=strangers)
     await bus.open(listen("127.0.0.1", settings.bus_port))
     live = LiveEngine(settings, engine, [FakeRank(settings, rank, cache_blocks) for rank in range(ranks)])
     tasks = [asyncio.create_task(engine.run()), asyncio.create_task(engine.report())]

@@ -22,7 +22,7 @@ from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.progress_record import Progress, Stage, new_memory
 from lockstep_runtime.protocol.status import Fault
 from lockstep_runtime.protocol.step import SequenceSlice
-from lockstep_runtime.recovery.bus import Bus, FromPeer, Peer
+from lockstep_runtime.recovery.bus_server import BusServer, FromPeer, Peer
 from lockstep_runtime.worker.bus_client import BusClient, ShutdownRequested
 from lockstep_runtime.worker.fault_classifier import classify
 from lockstep_runtime.worker.main import Worker
@@ -160,7 +160,7 @@ class Scene:
 async def scene() -> Any:
     config = ServeConfig(model="toy", served_name="toy", tensor_parallel_size=2, ranks_per_pod=2, bus_port=free_port())
     script, edge = Script(), FakeEdge()
-    server = Bus(TOKEN, script)
+    server = BusServer(TOKEN, script)
     await server.open(listen("127.0.0.1", config.bus_port))
     progress = Progress(new_memory("test"))
     control = BusClient(config, 0, TOKEN, "incarnation")

@@ -27,7 +27,7 @@ from lockstep_runtime.engine.engine import Engine
 from lockstep_runtime.host import descriptors, process_init
 from lockstep_runtime.host.addresses import listen
 from lockstep_runtime.protocol.status import GroupStatus
-from lockstep_runtime.recovery.bus import Bus
+from lockstep_runtime.recovery.bus_server import BusServer
 from lockstep_runtime.sources.errors import ModelError, may_pass
 from lockstep_runtime.sources.files import read_object
 from lockstep_runtime.sources.model_config import max_length
@@ -61,7 +61,7 @@ async def _serve(config: ServeConfig, bus_sockets: list[socket.socket], api_sock
     engine = Engine(config, _history())
     engine.await_api()
     shares = _shares(config)
-    bus = Bus(os.environ[TOKEN_VARIABLE], engine.group, strangers=shares.strangers, backlog=shares.backlog)
+    bus = BusServer(os.environ[TOKEN_VARIABLE], engine.group, strangers=shares.strangers, backlog=shares.backlog)
     await bus.open(bus_sockets)
     async with asyncio.TaskGroup() as tasks:
         running = [

@@ -38,7 +38,7 @@ from lockstep_runtime.recovery.actions import (
     RunStep,
     SendAbort,
 )
-from lockstep_runtime.recovery.bus import FromPeer, Peer
+from lockstep_runtime.recovery.bus_server import FromPeer, Peer
 from lockstep_runtime.recovery.changes import Changes
 from lockstep_runtime.recovery.coordinator import Coordinator
 from lockstep_runtime.recovery.diagnosis import Evidence

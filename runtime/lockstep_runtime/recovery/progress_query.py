@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from lockstep_runtime.protocol import bus
-from lockstep_runtime.recovery.bus import Peer
+from lockstep_runtime.recovery.bus_server import Peer
 
 LOOK_SECONDS: Final = 0.4  # a supervisor that is out of reach has nothing to say
 

@@ -19,7 +19,7 @@ from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.framing import encode
 from lockstep_runtime.protocol.status import Fault
 from lockstep_runtime.protocol.step import SequenceSlice
-from lockstep_runtime.recovery.bus import Peer
+from lockstep_runtime.recovery.bus_server import Peer
 from lockstep_runtime.recovery.coordinator import Coordinator
 from lockstep_runtime.recovery.diagnosis import Evidence, compare, diagnose, no_answer
 from lockstep_runtime.recovery.events import Answer

@@ -13,7 +13,7 @@ from tests.support.live_engine import LiveEngine, live_engine
 
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.framing import FrameError, Framer, decode, encode
-from lockstep_runtime.recovery import bus as bus_module
+from lockstep_runtime.recovery import bus_server
 
 
 async def exchange(live: LiveEngine, data: bytes) -> bytes:
@@ -60,7 +60,7 @@ async def test_a_frame_longer_than_a_hello_is_refused_by_its_header() -> None:
 
 
 async def test_a_stranger_has_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bus_module, "HELLO_SECONDS", 0.1)
+    monkeypatch.setattr(bus_server, "HELLO_SECONDS", 0.1)
     async with live_engine() as live:
         assert await exchange(live, b"\x00\x00") == b""
 
@@ -101,7 +101,7 @@ def malformed(chance: random.Random, hello: bytes) -> bytes:
 
 
 async def test_a_thousand_malformed_frames_from_strangers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bus_module, "HELLO_SECONDS", 0.3)
+    monkeypatch.setattr(bus_server, "HELLO_SECONDS", 0.3)
     chance = random.Random(3)
     async with live_engine() as live:
         hello = encode(msgspec.structs.replace(live.ranks[0].hello(), incarnation="forged", token="guess"))
@@ -176,7 +176,7 @@ class TestFramer:
 
 
 async def test_a_peer_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bus_module, "MAX_UNSENT_BYTES", 1 << 20)
+    monkeypatch.setattr(bus_server, "MAX_UNSENT_BYTES", 1 << 20)
     async with live_engine(supervisors=False) as live:
         hello = msgspec.structs.replace(live.ranks[1].hello(), role=bus.Role.SUPERVISOR, incarnation="s", rank=-1)
         reader, writer = await asyncio.open_connection("127.0.0.1", live.config.bus_port, limit=1024)

@@ -67,7 +67,7 @@ class Listener(Protocol):
     def lost(self, peer: Peer) -> None: ...
 
 
-class Bus:
+class BusServer:
     """`token` is the model's; `strangers`: connections that may be there without having proved themselves; `backlog`:
     how many are accepted at once, before any of them is looked at."""
 
@@ -134,7 +134,7 @@ class Bus:
 class _Connection(asyncio.Protocol):
     """One TCP connection; a stranger until its Hello is accepted."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: BusServer) -> None:
         self._bus = bus
         self._framer = Framer(MAX_HELLO_BYTES)
         self._hello: Hello | None = None
