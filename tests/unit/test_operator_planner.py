@@ -109,7 +109,7 @@ def test_what_the_server_rewrites_is_left_alone() -> None:
 def test_a_changed_spec_first_changes_the_statefulset_whose_turn_it_is() -> None:
     made = model(replicas=2)
     decision = decided(made, everything(made, "old"), pods(made, "old"))
-    assert reasons(decision) == [f"group 1 takes revision {REVISION}: its turn has come"]
+    assert reasons(decision) == [f"group 1 gets revision {REVISION}: it is next"]
 
 
 def test_then_its_pods_go_once_the_controller_has_seen_the_new_template() -> None:

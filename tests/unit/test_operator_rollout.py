@@ -29,7 +29,7 @@ def test_the_highest_ready_group_goes_first_and_the_others_wait_for_it() -> None
     assert reasons(*groups) == [
         "group 0 keeps revision old until group 2 is Ready",
         "group 1 keeps revision old until group 2 is Ready",
-        "group 2 takes revision new: its turn has come",
+        "group 2 gets revision new: it is next",
     ]
 
 
@@ -42,7 +42,7 @@ def test_the_next_group_waits_until_the_one_before_is_ready() -> None:
 def test_a_group_that_is_down_goes_first_whatever_its_number() -> None:
     groups = (group(0, "old", ready=False), group(1, "old"))
     assert steps(*groups) == ["Replace", "Wait"]
-    assert reasons(*groups)[0] == "group 0 isn't Ready anyway, so it takes revision new first"
+    assert reasons(*groups)[0] == "group 0 isn't Ready anyway, so it gets revision new first"
 
 
 def test_a_ready_group_is_not_taken_while_another_is_down() -> None:

@@ -153,8 +153,8 @@ def _hung(group: Group, report: GroupReport, now: float) -> DetectedFault | None
     leader, silent_since = group.leader, report.unreachable_since
     if leader is None or leader.ready or leader.deleting is not None or silent_since is None:
         return None
-    words = f"has not answered for {HUNG_SECONDS:g} s: {report.error}"
-    return _replaceable(leader, silent_since, words, now)
+    text = f"has not answered for {HUNG_SECONDS:g} s: {report.error}"
+    return _replaceable(leader, silent_since, text, now)
 
 
 def _stalled_engine(group: Group, status: GroupStatus, now: float) -> DetectedFault | None:
@@ -166,11 +166,11 @@ def _stalled_engine(group: Group, status: GroupStatus, now: float) -> DetectedFa
     begun, unready_since = leader.started, _unready_since(leader)
     if begun is None or unready_since is None or unready_since <= begun:
         return None
-    words = f"accepts no requests and has completed no step for {HUNG_SECONDS:g} s, though its ranks are healthy"
-    return _replaceable(leader, max(unready_since, status.last_step_at or 0.0), words, now)
+    text = f"accepts no requests and has completed no step for {HUNG_SECONDS:g} s, though its ranks are healthy"
+    return _replaceable(leader, max(unready_since, status.last_step_at or 0.0), text, now)
 
 
-def _replaceable(leader: Pod, since: float, words: str, now: float) -> DetectedFault | None:
+def _replaceable(leader: Pod, since: float, text: str, now: float) -> DetectedFault | None:
     begun = leader.started
     if begun is None or now - max(begun, since) < HUNG_SECONDS:
         return None
@@ -178,7 +178,7 @@ def _replaceable(leader: Pod, since: float, words: str, now: float) -> DetectedF
         key=f"silent/{leader.uid}/{format_rfc3339(begun)}",
         fault=str(Fault.HANG),
         rank=None,
-        message=f"pod {leader.name} runs and {words}",
+        message=f"pod {leader.name} runs and {text}",
         noticed=since,
         pod=leader,
     )

@@ -46,20 +46,20 @@ class GroupPlanner:
     now: float
     guard: Guard
 
-    def plan(self, facts: GroupFacts, turn: RolloutDecision) -> GroupPlan:
+    def plan(self, facts: GroupFacts, rollout: RolloutDecision) -> GroupPlan:
         group, where = facts.group, f"group {facts.group.index}"
-        recovery = self.guard(where, lambda: self._recovery(facts, turn), None)
+        recovery = self.guard(where, lambda: self._recovery(facts, rollout), None)
         upkeep: tuple[Action, ...] = ()
         if self.revision:
-            upkeep = self.guard(where, lambda: (*self._upkeep(facts, turn),), upkeep)
+            upkeep = self.guard(where, lambda: (*self._upkeep(facts, rollout),), upkeep)
         waits = group.deleting or self._template_changes(upkeep)
         urgent = () if recovery is None or waits else (*_delete_pods(recovery),)
         return GroupPlan(group=group.index, recovery=recovery, urgent=urgent, upkeep=upkeep)
 
-    def _recovery(self, facts: GroupFacts, turn: RolloutDecision) -> RecoveryDecision:
+    def _recovery(self, facts: GroupFacts, rollout: RolloutDecision) -> RecoveryDecision:
         group = facts.group
         refused = self.observed.fails(("StatefulSet", group_name(self.model.name, group.index)))
-        taken = turn.step is RolloutStep.REPLACE and not refused
+        taken = rollout.step is RolloutStep.REPLACE and not refused
         moving = taken or any(pod.revision != group.revision for pod in group.pods)
         known = RecoveryInput(
             seed=f"{self.model.uid}/{group.index}",
@@ -72,28 +72,28 @@ class GroupPlanner:
         )
         return recovery_policy.decide(self.model.recovery, known, self.now)
 
-    def _upkeep(self, facts: GroupFacts, turn: RolloutDecision) -> Iterator[Action]:
+    def _upkeep(self, facts: GroupFacts, rollout: RolloutDecision) -> Iterator[Action]:
         model, observed, group = self.model, self.observed, facts.group
         beside = [*repaired(observed, manifests.of_group(model, group.index, self.settings))]
         yield from beside
         if not manifests.has_network_policy(model, self.settings):
             yield from unwanted(model, observed, "NetworkPolicy", group.index, "is no longer asked for")
-        if group.deleting or turn.step is RolloutStep.WAIT:
+        if group.deleting or rollout.step is RolloutStep.WAIT:
             return
         avoid = sorted(facts.last.recovery.avoided)
         wanted = manifests.stateful_set(model, group.index, self.revision, self.settings, avoid, observed.limits)
-        yield from self._stateful_set(group, turn, wanted, beside)
+        yield from self._stateful_set(group, rollout, wanted, beside)
 
     def _stateful_set(
-        self, group: Group, turn: RolloutDecision, wanted: manifests.Manifest, beside: Collection[Action]
+        self, group: Group, rollout: RolloutDecision, wanted: manifests.Manifest, beside: Collection[Action]
     ) -> Iterator[Action]:
         name = wanted["metadata"]["name"]
         if group.workload and (fixed := _fixed_differences(wanted, group.workload)):
             reason = f"StatefulSet {name} can't be changed in place ({fixed}) and is recreated"
             yield Delete("StatefulSet", name, group.uid, reason)
             return
-        if turn.step is RolloutStep.REPLACE:
-            yield Apply("StatefulSet", wanted, turn.reason, uid=group.uid)
+        if rollout.step is RolloutStep.REPLACE:
+            yield Apply("StatefulSet", wanted, rollout.reason, uid=group.uid)
             return
         # No pod before the wall around it.
         needs = tuple(action.target for action in beside if not group.exists)

@@ -18,8 +18,8 @@ class Bug:
 
     @property
     def sentence(self) -> str:
-        words = str(self.error)[:300] or "no message"
-        return f"the operator can't decide about {self.where} ({type(self.error).__name__}: {words}): see its log"
+        text = str(self.error)[:300] or "no message"
+        return f"the operator can't decide about {self.where} ({type(self.error).__name__}: {text}): see its log"
 
 
 @dataclass(frozen=True, slots=True)

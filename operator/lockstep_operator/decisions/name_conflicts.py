@@ -27,7 +27,7 @@ class NameConflicts:
         """What the model must leave alone."""
         found = [*_foreign(model, observed)]
         remnant = next(
-            (words for kind, name, owner, _ in found if (words := _previous_owner_conflict(model, kind, name, owner))),
+            (text for kind, name, owner, _ in found if (text := _previous_owner_conflict(model, kind, name, owner))),
             "",
         )
         if not found:

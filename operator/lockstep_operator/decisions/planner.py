@@ -52,9 +52,9 @@ def decide(model: Model, observed: Observed, now: float, settings: Settings) -> 
     revision = ""
     if not conflicts.whole:
         revision = guard("the pods' template", lambda: _revision(model, observed, settings), "")
-    turns = _turns(model, own, revision)
+    steps = _rollout(model, own, revision)
     planner = GroupPlanner(model=model, observed=observed, revision=revision, settings=settings, now=now, guard=guard)
-    plans = [planner.plan(one, turn) for one, turn in zip(own, turns, strict=True)]
+    plans = [planner.plan(one, step) for one, step in zip(own, steps, strict=True)]
     actions: list[Action] = [action for plan in plans for action in plan.urgent]
     actions += guard("lost pods", lambda: [*_lost_pods(model, observed, now)], [])
     if not conflicts.whole:
@@ -66,7 +66,7 @@ def decide(model: Model, observed: Observed, now: float, settings: Settings) -> 
         actions=tuple(_once(actions)),
         revision=revision,
         groups=facts,
-        rollout=turns if revision else (),
+        rollout=steps if revision else (),
         excess=excess,
         conflicts=conflicts,
         recoveries={plan.group: plan.recovery for plan in plans if plan.recovery},
@@ -79,7 +79,7 @@ def _facts(group: Group, observed: Observed, model: Model, now: float, guard: Gu
     return guard(f"group {group.index}", lambda: facts_of(group, observed, model, now), bare)
 
 
-def _turns(model: Model, own: Sequence[GroupFacts], revision: str) -> tuple[RolloutDecision, ...]:
+def _rollout(model: Model, own: Sequence[GroupFacts], revision: str) -> tuple[RolloutDecision, ...]:
     """While nobody knows what pods are to be, those that there are stay, and are healed."""
     groups = [one.group for one in own]
     if not revision:

@@ -5,7 +5,7 @@ MoveAway (all pods, away from the node that keeps failing). A rung that fails, o
 next; when none is left the group is Stalled, and is tried again with growing delays. Each attempt waits longer than
 the one before, until the group has served for a while.
 
-Everything else that keeps a group from serving resolves by itself or needs a person: recovery waits, and says for what.
+Everything else that keeps a group from serving resolves by itself or needs a person: recovery waits, with a reason.
 
 A step is decided in one pass, which only writes it to the status, and taken in the next: see `recovery_state`.
 """
@@ -138,8 +138,8 @@ def _wait(step: RecoveryStep, known: RecoveryInput) -> RecoveryDecision | None:
     if known.moving:
         return RecoveryDecision(state=state, reason=known.moving)
     if known.issue and not known.issue.heals:
-        words = f"{known.issue.message}; that comes first, since replacing pods wouldn't fix it"
-        return RecoveryDecision(state=state, reason=words)
+        text = f"{known.issue.message}; that comes first, since replacing pods wouldn't fix it"
+        return RecoveryDecision(state=state, reason=text)
     if coming := " and ".join(_coming(step.group)):
         return RecoveryDecision(state=state, reason=_under_way(known, state) or f"waits until {coming}")
     if action is None or action.dry_run is not step.policy.observe or not same_fault(action.trigger, step.fault.key):
@@ -181,6 +181,6 @@ def _next_step(step: RecoveryStep, seed: str) -> RecoveryDecision:
 def _dry_run(step: RecoveryStep) -> RecoveryDecision:
     """What would be done, with nothing counted."""
     action = step.action(step.choose() or Rung.RECYCLE_GROUP)
-    words = f"{action.reason} (not done, because recovery.mode is Observe)"
-    action = replace(action, reason=words, pods=(), dry_run=True, incarnation="")
-    return RecoveryDecision(state=replace(step.state, action=action), reason=words)
+    text = f"{action.reason} (not done, because recovery.mode is Observe)"
+    action = replace(action, reason=text, pods=(), dry_run=True, incarnation="")
+    return RecoveryDecision(state=replace(step.state, action=action), reason=text)

@@ -48,14 +48,14 @@ def plan(
         if len(moving) + len(taken) >= max_unavailable:
             break
         if not group.ready:
-            taken[group.index] = f"group {group.index} isn't Ready anyway, so it takes revision {revision} first"
+            taken[group.index] = f"group {group.index} isn't Ready anyway, so it gets revision {revision} first"
         elif unavailable < max_unavailable:
-            taken[group.index] = f"group {group.index} takes revision {revision}: its turn has come"
+            taken[group.index] = f"group {group.index} gets revision {revision}: it is next"
             unavailable += 1
-    return tuple(_turn(group, revision, taken, groups) for group in groups)
+    return tuple(_decision(group, revision, taken, groups) for group in groups)
 
 
-def _turn(group: Group, revision: str, taken: dict[int, str], groups: Sequence[Group]) -> RolloutDecision:
+def _decision(group: Group, revision: str, taken: dict[int, str], groups: Sequence[Group]) -> RolloutDecision:
     if not group.exists:
         return RolloutDecision(group.index, RolloutStep.CREATE, f"group {group.index} doesn't exist yet")
     if group.revision == revision:

@@ -20,14 +20,14 @@ NOT_ASKED: Final = GroupView()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupFacts:
     group: Group  # its pods
-    last: GroupSummary  # what the status says of it
+    last: GroupSummary  # the group in the status as last written
     report: GroupReport | None = None  # to this operator
     view: GroupView = NOT_ASKED  # its report, or its last one
     issue: PodIssue | None = None
     process_failure: ProcessFailure | None = None
 
     @property
-    def heard(self) -> GroupStatus | None:
+    def reported(self) -> GroupStatus | None:
         """Its report to this operator, however old."""
         return self.report.status if self.report else None
 

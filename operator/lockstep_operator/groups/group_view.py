@@ -20,7 +20,7 @@ UNREACHABLE_SECONDS: Final = 30.0  # a group that can't be asked for so long is 
 
 @dataclass(frozen=True, slots=True)
 class GroupView:
-    """A group's own report; without one `unreachable_reason` says why, or is empty when it hasn't been asked yet."""
+    """A group's own report; without one `unreachable_reason` says why; it is empty before the first poll."""
 
     status: GroupStatus | None = None
     unreachable_reason: str = ""

@@ -85,8 +85,8 @@ def _of_pod(pod: Pod, warning: str, now: float) -> PodIssue | None:
     if pod.deleting is not None:
         return _ending(pod, now)
     if pod.phase == "Running" and node_unreachable(pod):
-        words = f"node {pod.node} of pod {pod.name} doesn't respond: Kubernetes evicts the pod if that lasts"
-        return PodIssue(Reason.NODE_LOST, words)
+        text = f"node {pod.node} of pod {pod.name} doesn't respond: Kubernetes evicts the pod if that lasts"
+        return PodIssue(Reason.NODE_LOST, text)
     status = pod.raw.get("status") or {}
     for container in [*(status.get("initContainerStatuses") or []), *pod.containers]:
         if found := _of_container(pod, container):
@@ -95,8 +95,8 @@ def _of_pod(pod: Pod, warning: str, now: float) -> PodIssue | None:
     if scheduled.get("status") == "False":
         return _unscheduled(pod, scheduled)
     if pod.phase == "Failed":
-        words = f"pod {pod.name} has failed: {status.get('reason', '')} {status.get('message', '')}".strip()
-        return PodIssue(Reason.POD_FAILED, f"{words}; its StatefulSet recreates it")
+        text = f"pod {pod.name} has failed: {status.get('reason', '')} {status.get('message', '')}".strip()
+        return PodIssue(Reason.POD_FAILED, f"{text}; its StatefulSet recreates it")
     if pod.phase == "Pending" and now - pod.created > PENDING_SECONDS and warning:
         reason = Reason.MOUNT_FAILED if warning.startswith(_MOUNT) else Reason.POD_PENDING
         return PodIssue(reason, f"pod {pod.name} can't start: {warning}")
@@ -107,8 +107,8 @@ def _unscheduled(pod: Pod, scheduled: Mapping[str, Any]) -> PodIssue:
     if scheduled.get("reason") != "SchedulingGated":
         return PodIssue(Reason.UNSCHEDULABLE, f"pod {pod.name} is unschedulable: {scheduled.get('message', '')}")
     gates = ", ".join(gate.get("name", "") for gate in (pod.raw.get("spec") or {}).get("schedulingGates") or [])
-    words = f"pod {pod.name} has scheduling gates ({gates or 'unnamed'}): whoever set them must remove them"
-    return PodIssue(Reason.SCHEDULING_GATED, words)
+    text = f"pod {pod.name} has scheduling gates ({gates or 'unnamed'}): whoever set them must remove them"
+    return PodIssue(Reason.SCHEDULING_GATED, text)
 
 
 def _ending(pod: Pod, now: float) -> PodIssue | None:
@@ -117,8 +117,8 @@ def _ending(pod: Pod, now: float) -> PodIssue | None:
         return None
     finalizers = ", ".join(pod.raw["metadata"].get("finalizers") or [])
     if node_unreachable(pod) and not finalizers:
-        words = f"pod {pod.name} can't terminate, because its node {pod.node} doesn't respond: it is force-deleted soon"
-        return PodIssue(Reason.NODE_LOST, words)
+        text = f"pod {pod.name} can't terminate, because its node {pod.node} doesn't respond: it is force-deleted soon"
+        return PodIssue(Reason.NODE_LOST, text)
     cause = f"its finalizers {finalizers} hold it" if finalizers else f"is node {pod.node} alive?"
     return PodIssue(Reason.POD_STUCK, f"pod {pod.name} has not terminated within its grace period: {cause}")
 
@@ -128,15 +128,13 @@ def _of_container(pod: Pod, container: Mapping[str, Any]) -> PodIssue | None:
     reason, message = waiting.get("reason", ""), waiting.get("message", "")
     which = f"container {container['name']} of pod {pod.name}"
     if reason in _IMAGE:
-        words = (
-            f"pod {pod.name} can't pull image {container.get('image', '')}: {message or reason}; its kubelet retries"
-        )
-        return PodIssue(Reason.IMAGE_PULL_FAILED, words)
+        text = f"pod {pod.name} can't pull image {container.get('image', '')}: {message or reason}; its kubelet retries"
+        return PodIssue(Reason.IMAGE_PULL_FAILED, text)
     if reason in _CONFIG:
         return PodIssue(Reason.CONTAINER_REFUSED, f"{which} can't be created: {message or reason}")
     if reason == "CrashLoopBackOff":
-        words = f"{which} keeps exiting: {_termination_message(container)}; its kubelet restarts it with growing delays"
-        return PodIssue(Reason.CRASH_LOOP, words, heals=True, pod=pod)
+        text = f"{which} keeps exiting: {_termination_message(container)}; its kubelet restarts it with growing delays"
+        return PodIssue(Reason.CRASH_LOOP, text, heals=True, pod=pod)
     return None
 
 
@@ -150,6 +148,6 @@ def termination_message(pod: Pod) -> str:
 
 def _termination_message(container: Mapping[str, Any]) -> str:
     ended = (container.get("lastState") or {}).get("terminated") or {}
-    words = (ended.get("message") or "").strip().splitlines()
+    text = (ended.get("message") or "").strip().splitlines()
     exit_code = f"{ended.get('reason', 'ended')}, exit code {ended.get('exitCode', 'unknown')}"
-    return f"{exit_code}: {' '.join(words[-3:])}" if words else exit_code
+    return f"{exit_code}: {' '.join(text[-3:])}" if text else exit_code

@@ -37,8 +37,8 @@ def _reported(group: Group, status: GroupStatus | None) -> Iterator[ProcessFailu
     """By the supervisors, who see what happens within a pod."""
     names = {pod.index: pod.name for pod in group.pods}
     for problem in status.pod_problems if status else ():
-        words = f"pod {names.get(problem.pod_index, problem.pod_index)}: {problem.message}"
-        yield ProcessFailure(str(problem.reason), words[:MESSAGE_LIMIT], float(int(problem.at)))
+        text = f"pod {names.get(problem.pod_index, problem.pod_index)}: {problem.message}"
+        yield ProcessFailure(str(problem.reason), text[:MESSAGE_LIMIT], float(int(problem.at)))
 
 
 def _killed(group: Group) -> Iterator[ProcessFailure]:

@@ -64,7 +64,7 @@ class StatusPoller:
     ) -> None:
         self._changed = changed
         self._now = now
-        self._tell = heard
+        self._on_report = heard
         self._tasks: dict[tuple[ModelKey, int], tuple[PollTarget, asyncio.Task[None]]] = {}
         self._reports: dict[tuple[ModelKey, int], tuple[str, GroupReport]] = {}
         self._session: aiohttp.ClientSession | None = None
@@ -76,7 +76,7 @@ class StatusPoller:
                 self._stop(known)
         for group, target in targets.items():
             if (key, group) not in self._tasks:
-                task = asyncio.create_task(self._ask(key, group, target), name=f"status of {key} group {group}")
+                task = asyncio.create_task(self._poll(key, group, target), name=f"status of {key} group {group}")
                 self._tasks[key, group] = (target, task)
 
     def reports(self, key: ModelKey, leaders: Mapping[int, str]) -> dict[int, GroupReport]:
@@ -96,12 +96,12 @@ class StatusPoller:
         self._tasks.pop(known)[1].cancel()
         self._reports.pop(known, None)
 
-    async def _ask(self, key: ModelKey, group: int, target: PollTarget) -> None:
+    async def _poll(self, key: ModelKey, group: int, target: PollTarget) -> None:
         failures, seen = 0, None
         while True:
             try:
                 status = await self._fetch(target, seen)
-                self._heard(key, group, target, status)
+                self._received(key, group, target, status)
             except _NO_ANSWER as error:
                 failures += 1
                 await self._failed(key, group, target, error, failures)
@@ -134,10 +134,10 @@ class StatusPoller:
             self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
         return self._session
 
-    def _heard(self, key: ModelKey, group: int, target: PollTarget, status: GroupStatus) -> None:
+    def _received(self, key: ModelKey, group: int, target: PollTarget, status: GroupStatus) -> None:
         before = self._report(key, group)
         self._reports[key, group] = (target.pod_uid, GroupReport(status=status))
-        self._tell(key, group, status)
+        self._on_report(key, group, status)
         if (
             before.status is None
             or before.unreachable_since is not None
@@ -148,10 +148,10 @@ class StatusPoller:
     async def _failed(self, key: ModelKey, group: int, target: PollTarget, error: Exception, failures: int) -> None:
         before = self._report(key, group)
         since = before.unreachable_since if before.unreachable_since is not None else self._now()
-        words = str(error) or type(error).__name__
-        self._reports[key, group] = (target.pod_uid, replace(before, unreachable_since=since, error=words))
+        text = str(error) or type(error).__name__
+        self._reports[key, group] = (target.pod_uid, replace(before, unreachable_since=since, error=text))
         if before.unreachable_since is None:
-            log.info("%s: group %d does not answer: %s", key, group, words)
+            log.info("%s: group %d does not answer: %s", key, group, text)
             self._changed(key, UNREACHABLE_SECONDS + 1)
         await asyncio.sleep(backoff(failures, FIRST_DELAY, MAX_DELAY))
 

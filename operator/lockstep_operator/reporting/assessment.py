@@ -91,5 +91,5 @@ def _overdue(blocker: Blocker, waiting: Waiting) -> Blocker:
     if blocker.stalled or blocker.reason in _MOVING:
         return blocker
     since = format_rfc3339(waiting.since)
-    words = f"{blocker.message}; nothing has moved since {since} ({blocker.reason})"
-    return Blocker(Reason.PROGRESS_DEADLINE_EXCEEDED, words, stalled=True)
+    text = f"{blocker.message}; nothing has moved since {since} ({blocker.reason})"
+    return Blocker(Reason.PROGRESS_DEADLINE_EXCEEDED, text, stalled=True)

@@ -12,7 +12,7 @@ from lockstep_runtime.protocol.status import GroupState, GroupStatus
 
 @dataclass(frozen=True, slots=True)
 class Blocker:
-    """`stalled`: it won't mend itself."""
+    """`stalled`: it won't resolve by itself."""
 
     reason: str
     message: str
@@ -47,8 +47,8 @@ def _explain(facts: GroupFacts, given_up: bool, remedy: str, size: int) -> Block
     group, status, issue = facts.group, facts.view.status, facts.issue
     name = f"group {group.index}"
     if issue:
-        words = _joined(issue.message, remedy if issue.heals else "")
-        return Blocker(issue.reason, words, given_up and issue.heals)
+        text = _joined(issue.message, remedy if issue.heals else "")
+        return Blocker(issue.reason, text, given_up and issue.heals)
     if not group.exists or group.deleting:
         return Blocker(Reason.STARTING, f"{name} is being created")
     if group.strays and not group.pods:
@@ -71,23 +71,23 @@ def _unheard(facts: GroupFacts, given_up: bool, remedy: str, name: str) -> Block
     if unreachable:
         return Blocker(Reason.UNREACHABLE, _joined(unreachable, remedy), given_up)
     running = sum(pod.phase == "Running" and pod.deleting is None for pod in group.pods)
-    words = f"{running} of {group.wanted} pods of {name} run; its first pod hasn't reported yet"
-    return Blocker(Reason.STARTING, _joined(words, remedy), given_up)
+    text = f"{running} of {group.wanted} pods of {name} run; its first pod hasn't reported yet"
+    return Blocker(Reason.STARTING, _joined(text, remedy), given_up)
 
 
 def _poisoned(status: GroupStatus, given_up: bool, remedy: str, name: str) -> Blocker:
     """Progress, as long as the operator has a remedy."""
-    words = remedy or f"{name} can't serve and can't recover by itself{f': {status.message}' if status.message else ''}"
-    return Blocker(Reason.RECOVERY_EXHAUSTED if given_up else Reason.POISONED, words, given_up)
+    text = remedy or f"{name} can't serve and can't recover by itself{f': {status.message}' if status.message else ''}"
+    return Blocker(Reason.RECOVERY_EXHAUSTED if given_up else Reason.POISONED, text, given_up)
 
 
 def _by_state(status: GroupStatus, name: str, size: int) -> Blocker:
-    words = f": {status.message}" if status.message else ""
+    text = f": {status.message}" if status.message else ""
     match status.state:
         case GroupState.RECOVERING:
-            return Blocker(Reason.RECOVERING, f"{name} recovers{words}")
+            return Blocker(Reason.RECOVERING, f"{name} recovers{text}")
         case GroupState.DRAINING:
-            return Blocker(Reason.DRAINING, f"{name} finishes its requests{words}")
+            return Blocker(Reason.DRAINING, f"{name} finishes its requests{text}")
         case GroupState.LOADING if group_view.loaded(status, size):
             return Blocker(Reason.LOADING, status.message or f"{name} holds its weights")
         case GroupState.LOADING:
@@ -95,7 +95,7 @@ def _by_state(status: GroupStatus, name: str, size: int) -> Blocker:
         case GroupState.READY:
             return Blocker(Reason.STARTING, f"{name} has joined its {size} ranks and is about to accept requests")
         case _:
-            return Blocker(Reason.STARTING, f"{name} waits for its {size} ranks{words}")
+            return Blocker(Reason.STARTING, f"{name} waits for its {size} ranks{text}")
 
 
 def _joined(*parts: str) -> str:

@@ -21,7 +21,7 @@ MESSAGE_LIMIT: Final = 2000
 
 @dataclass(frozen=True, slots=True)
 class ConditionValue:
-    """`stalled` says that it won't mend itself."""
+    """`stalled`: it won't resolve by itself."""
 
     status: str
     reason: str
@@ -97,8 +97,8 @@ def _ready(
         return ConditionValue("True", Reason.SCALED_TO_ZERO, "replicas is 0: nothing is served, as asked")
     behind = [one for one in groups if not (one.serves and one.group.ready_at(decision.revision))]
     if not behind:
-        words = f"{_groups(len(groups))} of {model.tensor_parallel_size} ranks serve"
-        return ConditionValue("True", Reason.READY, words)
+        text = f"{_groups(len(groups))} of {model.tensor_parallel_size} ranks serve"
+        return ConditionValue("True", Reason.READY, text)
     return _not_ready(decision, _worst(model, behind, before))
 
 
@@ -111,14 +111,14 @@ def _worst(model: Model, behind: Sequence[GroupAssessment], before: ModelStatus)
 
 def _not_ready(decision: Decision, worst: Blocker | None) -> ConditionValue:
     moving = (RolloutStep.WAIT, RolloutStep.REPLACE)
-    waiting = [turn.reason for turn in decision.rollout if turn.step in moving][:1]
-    words = "; ".join([*([worst.message] if worst else []), *waiting])
+    waiting = [one.reason for one in decision.rollout if one.step in moving][:1]
+    text = "; ".join([*([worst.message] if worst else []), *waiting])
     if worst and (worst.stalled or not waiting):
-        return ConditionValue("False", worst.reason, words, worst.stalled)
+        return ConditionValue("False", worst.reason, text, worst.stalled)
     if not decision.revision:
         return ConditionValue("False", Reason.STARTING, "the model's token is being created")
     return ConditionValue(
-        "False", Reason.ROLLING_OUT, words or f"pods of revision {decision.revision} replace older ones"
+        "False", Reason.ROLLING_OUT, text or f"pods of revision {decision.revision} replace older ones"
     )
 
 
@@ -151,7 +151,7 @@ def _model_loaded(model: Model, groups: Sequence[GroupAssessment], before: Model
         return ConditionValue("True", Reason.LOADED, f"all {model.ranks} ranks hold their weights")
     if failure := _previous_load_failure(model, before):
         return ConditionValue("False", Reason.LOAD_FAILED, failure.message)
-    unreachable = next((words for one in unloaded if (words := one.facts.view.unreachable_reason)), "")
+    unreachable = next((text for one in unloaded if (text := one.facts.view.unreachable_reason)), "")
     if unreachable:
         return ConditionValue("Unknown", Reason.UNREACHABLE, unreachable)
     return ConditionValue("False", unloaded[0].blocker.reason, unloaded[0].blocker.message)
@@ -163,21 +163,21 @@ def _collectives(model: Model, groups: Sequence[GroupAssessment]) -> ConditionVa
     for one in groups:
         if one.status and one.status.state in (GroupState.RECOVERING, GroupState.POISONED):
             newest = group_view.newest_fault(one.status)
-            words = (newest.message if newest else one.status.message) or "its ranks lost their communicator"
-            return ConditionValue("False", one.fault, f"group {one.group.index}: {words}")
+            text = (newest.message if newest else one.status.message) or "its ranks lost their communicator"
+            return ConditionValue("False", one.fault, f"group {one.group.index}: {text}")
     for one in groups:
         if one.status is None or one.status.state not in (GroupState.READY, GroupState.DRAINING):
             unreachable = one.facts.view.unreachable_reason
-            words = unreachable or f"group {one.group.index} has ranks that haven't joined yet"
-            return ConditionValue("Unknown", Reason.UNREACHABLE if unreachable else Reason.NOT_JOINED, words)
+            text = unreachable or f"group {one.group.index} has ranks that haven't joined yet"
+            return ConditionValue("Unknown", Reason.UNREACHABLE if unreachable else Reason.NOT_JOINED, text)
     return ConditionValue("True", Reason.JOINED, "the ranks of every group have proved that they reach each other")
 
 
 def _poisoned(groups: Sequence[GroupAssessment]) -> ConditionValue:
     for one in groups:
         if one.status and one.status.state is GroupState.POISONED:
-            words = one.remedy or f"group {one.group.index}: {one.status.message or 'it cannot recover by itself'}"
-            return ConditionValue("True", one.fault, words)
+            text = one.remedy or f"group {one.group.index}: {one.status.message or 'it cannot recover by itself'}"
+            return ConditionValue("True", one.fault, text)
     return ConditionValue("False", Reason.NOT_POISONED, "no group has reported a fault that it can't recover from")
 
 

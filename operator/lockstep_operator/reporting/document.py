@@ -47,7 +47,7 @@ def halted(old: Document, before: ModelStatus, generation: int, reason: Reason, 
 
 
 def essential(status: Document) -> dict[str, Any]:
-    """What an operator that starts anew can't do without: conditions, counts, and what recovery remembers."""
+    """What an operator that restarts needs: conditions, counts, and what recovery remembers."""
     kept = ("group", "leaderUID", "recovery", *_COUNTERS)
     groups = [{name: group[name] for name in kept if name in group} for group in status.get("groups") or []]
     return {name: status[name] for name in _ESSENTIAL if name in status} | {"groups": groups}

@@ -1,4 +1,4 @@
-"""What is worth an Event (pure). Names follow from what happened, so an operator that starts anew repeats none."""
+"""What is worth an Event (pure). Names follow from what happened, so an operator that restarts repeats none."""
 
 from __future__ import annotations
 

@@ -119,8 +119,8 @@ class Metrics:
             self._phases.labels("total").observe(repair.finished - repair.noticed)
 
     def stepped(self, key: ModelKey, reports: Mapping[int, GroupReport]) -> None:
-        said = {group: report.status for group, report in reports.items() if report.status}
-        self._steps.at[key] = {group: s.last_step_at for group, s in said.items() if s.last_step_at is not None}
+        known = {group: report.status.last_step_at for group, report in reports.items() if report.status}
+        self._steps.at[key] = {group: at for group, at in known.items() if at is not None}
 
     def heard(self, key: ModelKey, group: int, status: GroupStatus) -> None:
         """A group's new report: measurements need no reconciliation."""

@@ -54,7 +54,7 @@ class Repair:
 
 def new_faults(one: GroupAssessment) -> list[NewFault]:
     """By rising number."""
-    status = one.facts.heard
+    status = one.facts.reported
     if status is None:
         return []
     known = _same_process(one.facts.last, status).last_fault_id or 0
@@ -65,7 +65,7 @@ def new_faults(one: GroupAssessment) -> list[NewFault]:
 def completed_repairs(one: GroupAssessment, now: float) -> Iterator[Repair]:
     """By the group itself, that the status doesn't know yet, by rising number. One that only a step of the operator
     made possible is that step's to report."""
-    status, action = one.facts.heard, one.recovery.action
+    status, action = one.facts.reported, one.recovery.action
     if status is None:
         return
     known = _same_process(one.facts.last, status).last_repair_id or 0
@@ -80,7 +80,7 @@ def operator_repair(one: GroupAssessment, now: float) -> Repair | None:
     action, known = one.recovery.action, one.facts.last.recovery.action
     if action is None or not action.healed or action.dry_run or known is None or known.healed:
         return None
-    status = one.facts.heard
+    status = one.facts.reported
     closed = next((fault for fault in _closed(status) if status and matches(action.trigger, status, fault)), None)
     took = {"detect": max(0.0, action.since - action.noticed), "recycle": max(0.0, now - action.since)}
     return Repair(
@@ -112,8 +112,8 @@ def recoveries_since(last: GroupSummary, status: GroupStatus) -> int:
 def last_recovery(
     known: LastRecovery | None, groups: Sequence[GroupAssessment], by_operator: Sequence[Repair]
 ) -> LastRecovery | None:
-    """The newest of all. A known one is written anew, for its first token; but a step of the operator stays what
-    helped, though the group reports the same repair."""
+    """The newest of all. A known one is written again, for its first token; but a step of the operator remains,
+    though the group reports the same repair."""
     own = [
         _repair(one.status.group, fault)
         for one in groups

@@ -64,7 +64,7 @@ def _group(one: GroupAssessment, model: Model, now: float) -> GroupSummary:
         recovery=one.recovery,
         waiting=one.waiting,
         pod_problem=one.facts.process_failure,
-        # Counters go on where they were when the same process is heard again.
+        # Counters continue when the same process reports again.
         incarnation=last.incarnation,
         recoveries=last.recoveries,
         last_fault_id=last.last_fault_id,

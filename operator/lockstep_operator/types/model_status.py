@@ -1,7 +1,4 @@
-"""The status of a TensorParallelModel: parsed once in a pass, and what the next one is made of.
-
-Of `status.groups[]` the operator reads back what it can't know otherwise after a restart.
-"""
+"""The status of a TensorParallelModel as frozen types: parsed once per pass, and rendered when it is written."""
 
 from __future__ import annotations
 
@@ -85,7 +82,7 @@ class ProcessFailure(msgspec.Struct, frozen=True):
 
 
 class GroupSummary(Part, frozen=True, kw_only=True):
-    """One of `status.groups`; what the group has not said is None."""
+    """One of `status.groups`; what the group has not reported is None."""
 
     group: int
     ready: bool = False

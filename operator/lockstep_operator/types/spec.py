@@ -178,15 +178,15 @@ def parse(resource: Mapping[str, Any]) -> Model:
 
 def _restarted(annotations: Mapping[str, str]) -> tuple[float | None, str]:
     """When a restart was requested, or what is wrong with the request."""
-    wish = annotations.get(RESTARTED_ANNOTATION)
-    if not wish:
+    requested = annotations.get(RESTARTED_ANNOTATION)
+    if not requested:
         return None, ""
     try:
-        return parse_rfc3339(wish), ""
+        return parse_rfc3339(requested), ""
     except ValueError:
         return (
             None,
-            f"annotation {RESTARTED_ANNOTATION} must be a time such as 2030-01-31T12:00:00Z, and is {wish[:80]!r}",
+            f"annotation {RESTARTED_ANNOTATION} must be a time such as 2030-01-31T12:00:00Z, and is {requested[:80]!r}",
         )
 
 

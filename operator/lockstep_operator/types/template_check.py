@@ -92,8 +92,8 @@ def flaw(template: Mapping[str, Any]) -> str:
     try:
         msgspec.convert(template, _Template)
     except msgspec.ValidationError as error:
-        words, _, path = str(error).partition(" - at `$")
-        return f"template{path.rstrip('`')}: {words[0].lower()}{words[1:]}"
+        text, _, path = str(error).partition(" - at `$")
+        return f"template{path.rstrip('`')}: {text[0].lower()}{text[1:]}"
     return next(_duplicates("template.spec", template.get("spec") or {}), "")
 
 
