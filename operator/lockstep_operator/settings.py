@@ -72,7 +72,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     add("--runtime-image-pull-policy", "IfNotPresent", "its pull policy", type=_one_of(PULL_POLICIES))
     add("--runtime-image-pull-secrets", "", "with which it is pulled, comma-separated", type=_names)
     add("--fs-group", str(CACHE_GROUP), "group of files on a cache volume, or none", type=_group)
-    add("--network-policy", "Managed", "of models that don't say: Managed or None", type=_one_of(POLICIES))
+    add("--network-policy", "Managed", "default of spec.network.policy: Managed or None", type=_one_of(POLICIES))
     add("--api-from", "[]", "who else may use models' API: NetworkPolicyPeers, as JSON", type=_peers)
     add("--scrape-from", "[]", "who may scrape every model: NetworkPolicyPeers, as JSON", type=_peers)
     add("--operator-namespace", None, "where the operator runs, for the NetworkPolicies")

@@ -94,7 +94,7 @@ async def test_a_status_that_nobody_stands_by_is_not_believed() -> None:
     assert (await probe(board)).status_code == 200
     board.check(now + BELIEVED_SECONDS + 1)
     answer = await probe(board)
-    assert (answer.status_code, board.status.message) == (503, "the engine has said nothing for 15 s")
+    assert (answer.status_code, board.status.message) == (503, "the engine has not reported for 15 s")
     board.take(ready)
     assert (await probe(board)).status_code == 200
 

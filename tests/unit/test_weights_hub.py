@@ -154,7 +154,7 @@ def test_a_download_that_was_cut_short_is_no_model_while_the_hub_is_away(
 @pytest.mark.parametrize(
     ("endpoint", "status", "words", "kind"),
     [
-        ("http://hub.invalid", 407, r"the proxy \(127.0.0.1:\d+\) wants a password \(407\)", PERMANENT),
+        ("http://hub.invalid", 407, r"the proxy \(127.0.0.1:\d+\) needs a password \(407\)", PERMANENT),
         ("http://hub.invalid", 502, r"hub.invalid fails \(502\)", TRANSIENT),
         ("http://hub.invalid", 403, r"hub.invalid refuses org/model \(403\)", PERMANENT),
         ("https://hub.invalid", 407, r"the proxy \(127.0.0.1:\d+\) refuses: ProxyError: 407", TRANSIENT),

@@ -152,7 +152,7 @@ _ERRORS: Final = {
     408: "The body did not arrive in time",
     413: "The body is too large",
     415: "The body is not sent as application/json",
-    500: "The request failed for good",
+    500: "The request failed permanently",
     503: "Nothing can be queued now: try again after `Retry-After` seconds",
 }
 

@@ -25,11 +25,11 @@ def tell_networks() -> None:
 def network_sentence(devices: list[str], lacking: str) -> str:
     """`devices`: InfiniBand's and RoCE's; `lacking`: why their library can't be loaded. Pure."""
     if not devices:
-        return "no InfiniBand or RoCE device here: NCCL goes over TCP between pods (NCCL_DEBUG=INFO tells its choice)"
+        return "no InfiniBand or RoCE device here: NCCL goes over TCP between pods (NCCL_DEBUG=INFO logs its choice)"
     shown = ", ".join(devices[:8]) + (" and more" if len(devices) > 8 else "")
     if lacking:
         return f"{shown} can't be used, so NCCL goes over TCP between pods: install {VERBS} in the image ({lacking})"
-    return f"NCCL may use {shown} between pods (NCCL_DEBUG=INFO tells its choice)"
+    return f"NCCL may use {shown} between pods (NCCL_DEBUG=INFO logs its choice)"
 
 
 def _why_not(library: str) -> str:

@@ -75,7 +75,7 @@ class EngineBusyError(RuntimeError):
 
 
 class GenerationFailedError(RuntimeError):
-    """The request failed for good after it was accepted. The message is fit for the client."""
+    """The request failed permanently after it was accepted. The message is fit for the client."""
 
 
 class EngineClient(Protocol):

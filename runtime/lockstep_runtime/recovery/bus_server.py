@@ -210,7 +210,7 @@ class _Connection(asyncio.Protocol):
         return decode(_supervisor_decoder, frame)
 
     def _too_late(self) -> None:
-        logger.warning("closed a connection that said nothing for %.0f s", HELLO_SECONDS)
+        logger.warning("closed a connection without a Hello for %.0f s", HELLO_SECONDS)
         self._transport.abort()
 
 

@@ -62,7 +62,7 @@ def _explain(model: str, revision: str | None, error: BaseException) -> ModelErr
         return _permanent(f"{model} is not in the cache, and HF_HUB_OFFLINE forbids to download it: unset that")
     if "ProxyError" in kinds:
         return _transient(
-            f"{model} can't be downloaded: the proxy ({_proxy()}) refuses: {_words(error)}; mend HTTPS_PROXY"
+            f"{model} can't be downloaded: the proxy ({_proxy()}) refuses: {_words(error)}; fix HTTPS_PROXY"
         )
     if kinds & {"ConnectError", "TimeoutException", "NetworkError", "RemoteProtocolError", "ReadError"}:
         return _transient(f"{model} can't be downloaded now: {_hub()} can't be reached: {_words(error)}; tried again")
@@ -91,7 +91,7 @@ def _by_status(model: str, error: Any) -> ModelError:
         )
     if status == 407:
         return _permanent(
-            f"{model} can't be downloaded: the proxy ({_proxy()}) wants a password (407): mend HTTPS_PROXY"
+            f"{model} can't be downloaded: the proxy ({_proxy()}) needs a password (407): fix HTTPS_PROXY"
         )
     if status == 429:
         wait = _retry_after(error.response.headers.get("retry-after"))

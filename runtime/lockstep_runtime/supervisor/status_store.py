@@ -87,7 +87,7 @@ class StatusStore:
         """A status that nobody stands by any more is not believed; `now` is monotonic."""
         if self.status.accepting and now - self._heard_at > BELIEVED_SECONDS:
             self._is_overruled = True
-            message = f"the engine has said nothing for {BELIEVED_SECONDS:.0f} s"
+            message = f"the engine has not reported for {BELIEVED_SECONDS:.0f} s"
             self._publish(msgspec.structs.replace(self.status, accepting=False, message=message))
 
     def engine_lost(self, how: str, failures: int = 0) -> None:
