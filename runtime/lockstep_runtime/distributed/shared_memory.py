@@ -14,6 +14,7 @@ the scheduler lets every other process go first. With fewer cores than ranks it 
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import platform
@@ -101,7 +102,7 @@ class SharedMemoryCommunicator(HostCommunicator):
         self._sequence = 0
         memory = torch.frombuffer(self._map, dtype=torch.uint8, offset=COUNTERS_BYTES).view(2, size, PIECE_BYTES)
         self._slots = [Slots(list(memories)) for memories in memory]
-        self._spin = SPIN_SECONDS if size <= cpus() else 0.0
+        self._spin = _spin_seconds(size)
         self._deadline: float | None = time.monotonic() + timeout
         self._cancelled = cancelled
         self._meet()
@@ -167,6 +168,12 @@ class SharedMemoryCommunicator(HostCommunicator):
             raise CommunicatorAborted("the meeting was called off")
         if now > deadline:
             raise CommunicatorError(f"rank {other // CACHE_LINE_WORDS - 1} did not join in time")
+
+
+@functools.cache
+def _spin_seconds(size: int) -> float:
+    """Asked for once: who joins waits for it, and a quota that is changed later changes no thread count either."""
+    return SPIN_SECONDS if size <= cpus() else 0.0
 
 
 def _new_path() -> Path:

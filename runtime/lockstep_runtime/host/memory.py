@@ -6,6 +6,7 @@ of refusing. So the file system, the control groups and the machine are all aske
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -34,8 +35,13 @@ def file_bytes(folder: Path, root: Path = cgroup.ROOT) -> int:
 
 
 def is_memory(folder: Path) -> bool:
-    """Whether its files lie in memory: a tmpfs. proc(5), mountinfo: `36 35 0:98 / /dev/shm rw - tmpfs …`."""
-    device = folder.stat().st_dev
+    """Whether its files lie in memory: a tmpfs."""
+    return _is_memory(folder.stat().st_dev)
+
+
+@functools.cache
+def _is_memory(device: int) -> bool:
+    """What a file system is doesn't change. proc(5), mountinfo: `36 35 0:98 / /dev/shm rw - tmpfs …`."""
     number = f"{os.major(device)}:{os.minor(device)}"
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")

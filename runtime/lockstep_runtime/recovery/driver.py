@@ -67,6 +67,7 @@ from lockstep_runtime.recovery.watchdog import DeadlineModel, Work, work_of
 
 logger = logging.getLogger(__name__)
 
+_UNREPORTED: Final = (Ask, AllocateCaches, RunStep, PhaseOver, ProcessesChanged)  # the status says nothing of them
 LEAVE_SECONDS: Final = 1.0  # between a member pod's Leaving and its Release
 
 
@@ -264,7 +265,7 @@ class GroupDriver:
     def _execute(self, actions: Sequence[Action], *, urgent: bool = True) -> None:
         for action in actions:
             self._act(action)
-        self._changes.tell(urgent=urgent or bool(actions))
+        self._changes.tell(urgent=urgent or not all(isinstance(action, _UNREPORTED) for action in actions))
 
     def _act(self, action: Action) -> None:
         match action:
@@ -307,7 +308,7 @@ class GroupDriver:
         except StepRefusedError as refusal:
             event = GroupFault(refusal.evidence[0], refusal.evidence, under_way=self._under_way())
         if epoch == self.coordinator.epoch:
-            self._handle(event)
+            self._handle(event, urgent=not isinstance(event, CallDone))
 
     async def _answers(self, action: Ask | AllocateCaches | RunStep) -> Mapping[int, Answer]:
         everyone = range(len(self.coordinator.handles))

@@ -63,6 +63,7 @@ class Worker:
         self._control, self._progress, self._collectives = control, progress, collectives
         self._rendezvous: Rendezvous | None = None
         self._group: Communicator | None = None
+        self._closed: Communicator | None = None  # the last one: memory that it had mapped goes with it
         self._loaded: bus.Loaded | None = None
         self._epoch = 0  # of the communicator
         self._runner: ModelRunner
@@ -113,6 +114,8 @@ class Worker:
                         self._faults.idle()
                 case _ if command.epoch >= self._control.min_epoch:
                     self._execute(command)
+                    if self._group is not None:
+                        self._closed = None  # unmapping takes a millisecond, for which nobody waits any more
 
     def _abort(self, command: bus.Abort) -> None:
         """This thread is out of whatever it was in. To say so waits for nothing: what a communicator holds may take
@@ -258,6 +261,7 @@ class Worker:
             if rendezvous is not None:
                 rendezvous.close()
             if group is not None:
+                self._closed = group
                 group.close()
         except CommunicatorStuckError:
             raise
