@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 import pytest
 from tests.support.kube_world import well
-from tests.support.operator_models import NOW, group, pod
+from tests.support.operator_models import NOW, group, pod, recovery_of
 
 from lockstep_operator.decisions.recovery_budget import PROVED_SECONDS
 from lockstep_operator.decisions.recovery_policy import RecoveryDecision, RecoveryInput, decide
@@ -24,7 +24,7 @@ from lockstep_operator.groups.pod_issues import PodIssue
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Pod
 from lockstep_operator.types.reasons import Reason
-from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung, from_status, to_status
+from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung, to_status
 from lockstep_operator.types.spec import RecoverySpec
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState
 
@@ -61,7 +61,7 @@ class Life:
 
     def _pod(self, index: int) -> Pod:
         self.made += 1
-        avoided = from_status(json.loads(self.status)).avoided
+        avoided = recovery_of(json.loads(self.status)).avoided
         node = self.random.choice([node for node in NODES if node not in avoided] or [""])
         raw = {"metadata": {}, "spec": {"nodeName": node}, "status": {}}
         phase = "Running" if node else "Pending"
@@ -118,7 +118,7 @@ class Life:
         situation = RecoveryInput(
             seed="uid/0",
             group=self.group,
-            state=from_status(json.loads(status)),
+            state=recovery_of(json.loads(status)),
             report=self.report(),
             issue=trouble,
         )
@@ -161,7 +161,7 @@ class Life:
             self.end_pods()
             self.now += PROVED_SECONDS
             quiet = self.version == before and not self.ill
-            if quiet and from_status(json.loads(self.status)) == RecoveryState():
+            if quiet and recovery_of(json.loads(self.status)) == RecoveryState():
                 return
         raise AssertionError(f"not recovered: {self.status}")
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgspec
 import pytest
 from tests.support.kube_world import well
-from tests.support.operator_models import NOW, group, model, pass_of, pod
+from tests.support.operator_models import NOW, group, model, pass_of, pod, recovery_of
 
 from lockstep_operator.decisions.fault_detection import HUNG_SECONDS, RECOVERING_SECONDS, RESTARTING_SECONDS
 from lockstep_operator.decisions.recovery_policy import RecoveryDecision, RecoveryInput, decide
@@ -28,7 +28,6 @@ from lockstep_operator.reporting.document import document
 from lockstep_operator.types.model_status import parse
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Observed, Pod
-from lockstep_operator.types.recovery_state import from_status
 from lockstep_operator.types.spec import RecoverySpec
 from lockstep_operator.types.timestamps import format_rfc3339
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, RankState
@@ -107,7 +106,7 @@ class Life:
 
     def _made(self, index: int) -> Pod:
         self.made += 1
-        avoided = from_status(self._block().get("recovery")).avoided
+        avoided = recovery_of(self._block().get("recovery")).avoided
         free = [f"n{number}" for number in range(NODES) if f"n{number}" not in avoided]
         raw = {"metadata": {}, "spec": {"nodeName": self.random.choice(free or ["n0"])}, "status": {}}
         return pod(0, index, uid=f"pod-{self.made}", raw=raw, ready=True, created=self.now)

@@ -14,12 +14,13 @@ from typing import Any, Final
 import msgspec
 from tests.support.kube_fake import FakeKube, Identity, Killed, clone, is_ready, revision_of
 from tests.support.kube_world import Groups, World, well
+from tests.support.operator_models import recovery_of
 
 from lockstep_operator.cluster.client import KubeError
 from lockstep_operator.decisions.recovery_budget import PROVED_SECONDS
 from lockstep_operator.types.names import GROUP_LABEL, MODEL_LABEL, POD_INDEX_LABEL, REVISION_LABEL, ModelKey
 from lockstep_operator.types.observed import GroupReport, Object
-from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, from_status
+from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState
 from lockstep_operator.types.spec import parse
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState
 
@@ -149,7 +150,7 @@ class FaultWorld(World):
     def watch_over(self, key: ModelKey) -> None:
         policy = parse(self.kube.objects["TensorParallelModel", key.namespace, key.name]).recovery
         for block in self.status(key).get("groups") or []:
-            memory = from_status(block.get("recovery"))
+            memory = recovery_of(block.get("recovery"))
             known = self._plans.setdefault(block["group"], [])
             if memory.action and not any(same(memory.action, plan) for plan, _ in known):
                 self._new_plan(known, memory, memory.action)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lockstep_operator.decisions.planner import Decision
@@ -11,8 +12,10 @@ from lockstep_operator.groups.group import Group
 from lockstep_operator.reporting.conditions import Obstacle
 from lockstep_operator.reporting.transition import Transition, transition
 from lockstep_operator.settings import Settings
+from lockstep_operator.types.model_status import parse
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import Observed, Pod
+from lockstep_operator.types.recovery_state import RecoveryState
 from lockstep_operator.types.spec import HostPath, Model
 
 NOW = 1_800_000_000.0
@@ -63,3 +66,8 @@ def pass_of(
     facts = tuple(facts_of(one, observed, made, now) for one in groups)
     defaults: dict[str, Any] = {"revision": "new", "groups": facts, "rollout": plan(groups, "new", 1)}
     return transition(made, Decision(**(defaults | fields)), observed.status, obstacle, (), now)
+
+
+def recovery_of(block: Mapping[str, Any] | None) -> RecoveryState:
+    """What `status.groups[].recovery` says."""
+    return parse({"groups": [{"group": 0, "recovery": block}]}).group(0).recovery

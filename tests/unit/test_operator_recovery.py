@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tests.support.kube_world import well
-from tests.support.operator_models import NOW, group, pod
+from tests.support.operator_models import NOW, group, pod, recovery_of
 
 from lockstep_operator.decisions.fault_detection import HUNG_SECONDS, detect_fault
 from lockstep_operator.decisions.recovery_budget import PROVED_SECONDS
@@ -25,7 +25,7 @@ from lockstep_operator.groups.pod_issues import PodIssue
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Pod
 from lockstep_operator.types.reasons import Reason
-from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung, from_status, to_status
+from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung, to_status
 from lockstep_operator.types.spec import RecoverySpec
 from lockstep_operator.types.timestamps import format_rfc3339
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, RankState
@@ -404,7 +404,7 @@ memories = st.builds(
 
 @given(memories)
 def test_memory_survives_the_status(memory: RecoveryState) -> None:
-    assert from_status(to_status(memory)) == memory
+    assert recovery_of(to_status(memory)) == memory
 
 
 @given(memories, st.integers(-50, 5000), st.booleans(), st.booleans())

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from lockstep_operator.types.documents import camel, read, write
+from lockstep_operator.types.documents import camel, write
 from lockstep_operator.types.timestamps import format_rfc3339, parse_rfc3339
 
 _ACTION: Final = {
@@ -68,11 +68,6 @@ class RecoveryState(msgspec.Struct, frozen=True, kw_only=True, rename=lambda nam
 def to_status(state: RecoveryState) -> dict[str, Any] | None:
     """As `status.groups[].recovery`; None when there is nothing to remember."""
     return flat(write(state)) if state != RecoveryState() else None
-
-
-def from_status(block: Mapping[str, Any] | None) -> RecoveryState:
-    """Raises ValueError and msgspec.ValidationError."""
-    return read(nested(block or {}), RecoveryState)
 
 
 def flat(document: Mapping[str, Any]) -> dict[str, Any]:
