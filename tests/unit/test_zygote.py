@@ -15,8 +15,6 @@ import pytest
 from lockstep_runtime.protocol.progress_record import new_memory
 from lockstep_runtime.zygote.client import ZygoteClient, ZygoteLostError
 from lockstep_runtime.zygote.messages import (
-    Child,
-    ChildFiles,
     Forked,
     ForkFailed,
     ForkRequest,
@@ -33,7 +31,6 @@ from lockstep_runtime.zygote.server import serve_forks
 
 DEADLINE_SECONDS = 60.0
 NOBODY = 65532
-REQUEST = ForkRequest(rank=3, incarnation="i")
 NO_ROOM = ForkFailed("no process could be forked: Resource temporarily unavailable")
 
 
@@ -43,8 +40,8 @@ class Writes:
     def prepare(self) -> None:
         pass
 
-    def run(self, child: Child) -> None:
-        os.write(child.files.progress, f"{child.rank} {child.incarnation}".encode())
+    def run(self, request: ForkRequest) -> None:
+        os.write(request.progress, f"{request.rank} {request.incarnation}".encode())
 
 
 @pytest.fixture
@@ -62,12 +59,25 @@ def client() -> Iterator[ZygoteClient]:
     found.end()
 
 
+def a_request(memory: int, start: int | None = None, zygote: int | None = None) -> ForkRequest:
+    return ForkRequest(rank=3, incarnation="i", progress=memory, cache=memory, start=start, zygote=zygote)
+
+
+def inodes(request: ForkRequest) -> dict[str, int]:
+    return {name: os.fstat(descriptor).st_ino for name, descriptor in request.files().items()}
+
+
+def close(request: ForkRequest) -> None:
+    for descriptor in request.files().values():
+        os.close(descriptor)
+
+
 def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def fork(client: ZygoteClient, memory: int) -> int:
-    return asyncio.run(client.fork(0.2, REQUEST, memory, memory, None))
+    return asyncio.run(client.fork(0.2, a_request(memory)))
 
 
 @contextlib.contextmanager
@@ -97,14 +107,13 @@ def test_files_arrive_under_their_names(memory: int) -> None:
     wait, start = os.pipe()
     with ours, theirs:
         for zygote_socket in (None, ours.fileno()):
-            sent = ChildFiles(wait, memory, start, zygote_socket)
-            send_request(ours, REQUEST, sent)
-            request, received = receive_request(theirs)
-            assert (request.rank, request.incarnation) == (3, "i")
-            assert {name: os.fstat(one).st_ino for name, one in received.named().items()} == {
-                name: os.fstat(one).st_ino for name, one in sent.named().items()
-            }
-            received.close()
+            sent = a_request(memory, wait, zygote_socket)
+            send_request(ours, sent)
+            received = receive_request(theirs)
+            assert (received.rank, received.incarnation) == (3, "i")
+            assert inodes(received) == inodes(sent)
+            assert not set(received.files().values()) & set(sent.files().values())
+            close(received)
     os.close(wait)
     os.close(start)
 
@@ -112,7 +121,7 @@ def test_files_arrive_under_their_names(memory: int) -> None:
 def test_a_child_starts_once_it_is_told_to_and_knows_who_it_is(memory: int) -> None:
     with zygote() as requests:
         wait, start = os.pipe()
-        send_request(requests, REQUEST, ChildFiles(wait, memory, memory))
+        send_request(requests, a_request(memory, wait))
         reply = decode_reply(requests.recv(4096))
         assert isinstance(reply, Forked)
         os.close(wait)
@@ -134,16 +143,17 @@ async def written(memory: int) -> bytes:
 def test_a_zygote_that_the_kernel_gives_no_process_says_so_and_lives_on(memory: int) -> None:
     with zygote(processes=0) as requests:
         for _ in range(2):
-            send_request(requests, REQUEST, ChildFiles(memory, memory, memory))
+            send_request(requests, a_request(memory, memory))
             assert decode_reply(requests.recv(4096)) == NO_ROOM
 
 
 def test_a_child_of_which_nobody_learned_in_time_is_not_told_to_start(client: ZygoteClient, memory: int) -> None:
     with pytest.raises(ZygoteLostError, match=r"no reply within 0\.2 s"):
         fork(client, memory)
-    _, files = receive_request(client.theirs)
-    assert os.read(files.start, 1) == b""
-    files.close()
+    request = receive_request(client.theirs)
+    assert request.start is not None
+    assert os.read(request.start, 1) == b""
+    close(request)
 
 
 def test_a_zygote_that_has_ended_is_never_ready(memory: int) -> None:
@@ -176,7 +186,7 @@ def test_a_zygote_to_which_the_kernel_gives_no_process_is_asked_again(client: Zy
 async def test_an_end_releases_who_waits_for_a_reply(memory: int) -> None:
     client = ZygoteClient()
     with client.theirs:
-        waiting = asyncio.create_task(client.fork(60.0, REQUEST, memory, memory, None))
+        waiting = asyncio.create_task(client.fork(60.0, a_request(memory)))
         await asyncio.sleep(0)  # it has begun to wait
         client.end()
         async with asyncio.timeout(10):
@@ -203,12 +213,12 @@ async def test_a_zygote_of_the_pod_is_asked_once_it_is_ready(memory: int) -> Non
         waiting = asyncio.create_task(pool.wait_until_ready())
         await asyncio.sleep(0)
         with pytest.raises(ZygoteLostError, match="no zygote that is ready"):
-            await pool.fork(REQUEST, memory, memory)
+            await pool.fork(a_request(memory))
         send_ready(client.theirs)
         async with asyncio.timeout(10):
             assert await waiting, "its word was not taken for a reply"
         client.theirs.send(encode_reply(Forked(4711)))
-        assert await pool.fork(REQUEST, memory, memory) == 4711
+        assert await pool.fork(a_request(memory)) == 4711
     pool.dismiss()
     await pool.end_all_loaded()
 

@@ -48,39 +48,18 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Waited:
-    """What wait4(2) returned. `used` in bytes."""
+    """What wait4(2) returned. `stopped_by`: 0 if the process goes on; None if it has ended. `used`: bytes."""
 
     pid: int
-    status: int
+    code: int | None
+    signal: int | None
+    stopped_by: int | None
     used: int
-
-    @property
-    def has_ended(self) -> bool:
-        return not (os.WIFSTOPPED(self.status) or os.WIFCONTINUED(self.status))
-
-    @property
-    def signal(self) -> int | None:
-        """That ended it."""
-        return os.WTERMSIG(self.status) if os.WIFSIGNALED(self.status) else None
-
-    @property
-    def stopped_by(self) -> int:
-        """0: by none."""
-        return os.WSTOPSIG(self.status) if os.WIFSTOPPED(self.status) else 0
 
     @property
     def was_killed(self) -> bool:
         """By somebody else: nothing was wrong with the process."""
         return self.signal in _BY_OTHERS
-
-    @property
-    def has_crashed(self) -> bool:
-        """It may have written anywhere before."""
-        return self.signal is not None and not self.was_killed
-
-    def exit(self, name: Name, incarnation: str, message: str, *, healthy: bool) -> Exit:
-        code = None if self.signal is not None else os.WEXITSTATUS(self.status)
-        return Exit(name, self.pid, incarnation, healthy, code, self.signal, self.used, message)
 
 
 def wait_all() -> Iterator[Waited]:
@@ -92,7 +71,13 @@ def wait_all() -> Iterator[Waited]:
             return
         if pid == 0:
             return
-        yield Waited(pid, status, usage.ru_maxrss * 1024)
+        used = usage.ru_maxrss * 1024
+        if os.WIFSTOPPED(status) or os.WIFCONTINUED(status):
+            yield Waited(pid, None, None, os.WSTOPSIG(status) if os.WIFSTOPPED(status) else 0, used)
+        elif os.WIFSIGNALED(status):
+            yield Waited(pid, None, os.WTERMSIG(status), None, used)
+        else:
+            yield Waited(pid, os.WEXITSTATUS(status), None, None, used)
 
 
 async def wait_for_none(seconds: float) -> None:

@@ -92,13 +92,14 @@ class Processes:
         Raises:
             ForkError: there is none.
         """
-        request, progress = ForkRequest(rank=rank, incarnation=secrets.token_hex(8)), -1
+        incarnation, progress = secrets.token_hex(8), -1
         self._forking[rank] = 0
         try:
-            progress = new_memory(f"lockstep-progress-{rank}")
-            pid = await self.zygotes.fork(request, progress, self._cache_of(rank))
+            progress, cache = new_memory(f"lockstep-progress-{rank}"), self._cache_of(rank)
+            request = ForkRequest(rank=rank, incarnation=incarnation, progress=progress, cache=cache)
+            pid = await self.zygotes.fork(request)
             now = time.monotonic()
-            self._by_name[rank] = _Process(rank, pid, request.incarnation, now, ProgressReader(progress, pid, now))
+            self._by_name[rank] = _Process(rank, pid, incarnation, now, ProgressReader(progress, pid, now))
         except OSError as error:
             if progress >= 0:
                 os.close(progress)
@@ -152,25 +153,25 @@ class Processes:
             process = next((one for one in self._by_name.values() if one.pid == waited.pid), None)
             if process is not None:
                 news.append(self._on_named(process, waited))
-            elif self._forking and waited.has_ended:
+            elif self._forking and waited.stopped_by is None:
                 self._unknown.append(waited)
             elif waited.signal is not None:
                 news.append(Orphan(waited.signal))
         return news
 
     def _on_named(self, process: _Process, waited: Waited) -> Exit | Stop:
-        if not waited.has_ended:
+        if waited.stopped_by is not None:
             return Stop(process.name, waited.stopped_by)
         name = process.name
         del self._by_name[name]
         healthy = process.close()
         if isinstance(name, int):
-            if waited.has_crashed and name in self._caches:
-                os.close(self._caches.pop(name))
+            if waited.signal and not waited.was_killed and name in self._caches:
+                os.close(self._caches.pop(name))  # a process that crashed may have written anywhere
             if not (waited.was_killed and healthy):
                 self.zygotes.end_loaded(name)  # the cause may lie in what it was forked from
         message = self._termination_message() if name == ENGINE else ""
-        return waited.exit(name, process.incarnation, message, healthy=healthy)
+        return Exit(name, waited.pid, process.incarnation, healthy, waited.code, waited.signal, waited.used, message)
 
     def _termination_message(self) -> str:
         return os.pread(self._message, process_init.MAX_TERMINATION_MESSAGE, 0).decode(errors="replace")

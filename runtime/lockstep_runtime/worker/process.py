@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
@@ -22,7 +23,7 @@ from lockstep_runtime.worker.fault_classifier import load_failure
 from lockstep_runtime.worker.main import Worker
 from lockstep_runtime.worker.model_runner import ModelRunner
 from lockstep_runtime.zygote.loaded import fork_loaded_zygote
-from lockstep_runtime.zygote.messages import Child
+from lockstep_runtime.zygote.messages import ForkRequest
 
 logger = logging.getLogger(__name__)
 
@@ -40,18 +41,14 @@ class NewRank:
     def prepare(self) -> None:
         """Nothing is known yet of the rank."""
 
-    def run(self, child: Child) -> NoReturn:
-        """Load, leave a zygote that has loaded, and work."""
-        client, worker = _connect(self.config, child)
-        try:
-            runner = ModelRunner(self.config, child.rank, CacheMemory(child.files.cache))
-            worker.load(runner)
-        except Exception as error:
-            _report_load_failure(client, error)
-        if child.files.zygote is not None and runner.on_cpu:
+    def run(self, request: ForkRequest) -> NoReturn:
+        """Load, on a CPU leave a zygote that has loaded, and work."""
+        config, rank = self.config, request.rank
+        client, worker = _connect(config, request)
+        runner = _load(client, worker, lambda: ModelRunner(config, rank, CacheMemory(request.cache)))
+        if request.zygote is not None and runner.on_cpu:
             with client.resolving:
-                title = f"model={self.config.model_name} group={self.config.group}"
-                fork_loaded_zygote(child.rank, title, child.files.zygote, LoadedRank(self.config, child.rank, runner))
+                fork_loaded_zygote(rank, _title(config), request.zygote, LoadedRank(config, rank, runner))
         _work(worker)
 
 
@@ -65,27 +62,36 @@ class LoadedRank:
 
     def prepare(self) -> None:
         """Have the kernel fill the page table, for which the first step would wait."""
-        title = f"standby of rank {self.rank} model={self.config.model_name} group={self.config.group}"
-        process_init.become(f"worker {self.rank}", title)
+        process_init.become(f"worker {self.rank}", f"standby of rank {self.rank} {_title(self.config)}")
         self.runner.touch_weights()
 
-    def run(self, child: Child) -> NoReturn:
+    def run(self, request: ForkRequest) -> NoReturn:
         """Work."""
-        client, worker = _connect(self.config, child)
-        try:
-            self.runner.memory = CacheMemory(child.files.cache)
-            worker.load(self.runner)
-        except Exception as error:
-            _report_load_failure(client, error)
+        client, worker = _connect(self.config, request)
+        self.runner.memory = CacheMemory(request.cache)
+        _load(client, worker, lambda: self.runner)
         _work(worker)
 
 
-def _connect(config: ServeConfig, child: Child) -> tuple[BusClient, Worker]:
-    rank = child.rank
-    process_init.become(f"worker {rank}", f"worker model={config.model_name} group={config.group} rank={rank}")
-    client = BusClient(config, rank, os.environ[TOKEN_VARIABLE], child.incarnation)
+def _title(config: ServeConfig) -> str:
+    return f"model={config.model_name} group={config.group}"
+
+
+def _connect(config: ServeConfig, request: ForkRequest) -> tuple[BusClient, Worker]:
+    rank = request.rank
+    process_init.become(f"worker {rank}", f"worker {_title(config)} rank={rank}")
+    client = BusClient(config, rank, os.environ[TOKEN_VARIABLE], request.incarnation)
     client.start()
-    return client, Worker(config, rank, client, Progress(child.files.progress), collectives)
+    return client, Worker(config, rank, client, Progress(request.progress), collectives)
+
+
+def _load(client: BusClient, worker: Worker, runner: Callable[[], ModelRunner]) -> ModelRunner:
+    try:
+        found = runner()
+        worker.load(found)
+        return found
+    except Exception as error:
+        _report_load_failure(client, error)
 
 
 def _work(worker: Worker) -> NoReturn:

@@ -12,9 +12,10 @@ import signal
 import socket
 from typing import Final
 
+import msgspec
+
 from lockstep_runtime.zygote.messages import (
     MAX_BYTES,
-    ChildFiles,
     ForkFailed,
     ForkRequest,
     decode_reply,
@@ -61,12 +62,12 @@ class ZygoteClient:
                 self._ours.close()
         return self.is_ready and not self._is_lost
 
-    async def fork(self, seconds: float, request: ForkRequest, progress: int, cache: int, zygote: int | None) -> int:
+    async def fork(self, seconds: float, request: ForkRequest) -> int:
         """The pid of a new process, once it has been told to start.
 
         Args:
             seconds: within which the zygote must reply.
-            progress, cache, zygote: see `ChildFiles`; they stay open here.
+            request: its descriptors stay open here.
 
         Raises:
             ZygoteLostError: it didn't reply in time, now or before.
@@ -75,19 +76,19 @@ class ZygoteClient:
         wait, start = os.pipe()
         try:
             async with self._in_use:
-                pid = await self._request(seconds, request, ChildFiles(wait, progress, cache, zygote))
+                pid = await self._request(seconds, msgspec.structs.replace(request, start=wait))
             os.write(start, b"!")
             return pid
         finally:
             os.close(wait)
             os.close(start)
 
-    async def _request(self, seconds: float, request: ForkRequest, files: ChildFiles) -> int:
+    async def _request(self, seconds: float, request: ForkRequest) -> int:
         if self._is_lost:
             raise ZygoteLostError("it doesn't reply")
         try:
             async with asyncio.timeout(seconds):
-                send_request(self._ours, request, files)
+                send_request(self._ours, request)
                 data = await asyncio.get_running_loop().sock_recv(self._ours, MAX_BYTES)
         except TimeoutError:
             self._lose()

@@ -1,18 +1,16 @@
 """What the supervisor and a zygote send each other: one packet (SOCK_SEQPACKET) each, JSON, files as descriptors.
 
     zygote      Ready                             once, when it can fork
-    supervisor  ForkRequest, with ChildFiles      at most one that has no reply yet
+    supervisor  ForkRequest, with descriptors     at most one that has no reply yet
     zygote      Forked or ForkFailed              in reply
 
-A child that was forked waits for a byte on `ChildFiles.start` before it does anything. So one of which the supervisor
+A child that was forked waits for a byte on `ForkRequest.start` before it does anything. So one of which the supervisor
 did not learn in time never becomes the rank: the pipe is closed, and the child exits.
 """
 
 from __future__ import annotations
 
-import os
 import socket
-from dataclasses import dataclass, fields
 from typing import Final, Protocol
 
 import msgspec
@@ -31,11 +29,26 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class ForkRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A process for this rank, please."""
+    """A process for this rank; and what the process is told. The numbers of descriptors are whoever's has the object.
+
+    Args:
+        start: the read end of a pipe; the child waits for a byte of it.
+        progress: memory of its progress record.
+        cache: memory of its KV cache.
+        zygote: a socket on which the zygote that the child leaves once it has loaded takes requests, if it may.
+    """
 
     rank: int
     incarnation: str
-    files: tuple[str, ...] = ()  # names of the descriptors that come with it, in their order; set by `send_request`
+    progress: int
+    cache: int
+    zygote: int | None = None
+    start: int | None = None
+
+    def files(self) -> dict[str, int]:
+        """The descriptors, by name, in their order on the socket."""
+        named = {"start": self.start, "progress": self.progress, "cache": self.cache, "zygote": self.zygote}
+        return {name: descriptor for name, descriptor in named.items() if descriptor is not None}
 
 
 class Forked(msgspec.Struct, frozen=True, tag=True):
@@ -48,64 +61,26 @@ class ForkFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class ChildFiles:
-    """Descriptors that a child is given.
-
-    Args:
-        start: the read end of a pipe; the child waits for a byte of it.
-        progress: memory of its progress record.
-        cache: memory of its KV cache.
-        zygote: a socket on which the zygote that the child leaves once it has loaded takes requests, if it may.
-    """
-
-    start: int
-    progress: int
-    cache: int
-    zygote: int | None = None
-
-    def close(self) -> None:
-        """In a process that has handed them on."""
-        for descriptor in self.named().values():
-            os.close(descriptor)
-
-    def named(self) -> dict[str, int]:
-        """Those that there are, by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
-
-
-@dataclass(frozen=True, slots=True)
-class Child:
-    """What a forked process is told: which rank it is, and what it holds."""
-
-    rank: int
-    incarnation: str
-    files: ChildFiles
-
-
 class Entrypoint(Protocol):
     """What the children of a zygote do: the worker's, handed in."""
 
     def prepare(self) -> None:
         """In a process that was forked ahead: whatever it would otherwise do when it is needed."""
 
-    def run(self, child: Child) -> None:
+    def run(self, request: ForkRequest) -> None:
         """In a child that has been started. The process ends when it returns."""
 
 
-def send_request(requests: socket.socket, request: ForkRequest, files: ChildFiles) -> None:
+def send_request(requests: socket.socket, request: ForkRequest) -> None:
     """Send it; the descriptors stay open here.
 
     Raises:
         OSError: nobody reads it.
     """
-    named = files.named()
-    message = msgspec.structs.replace(request, files=tuple(named))
-    socket.send_fds(requests, [msgspec.json.encode(message)], list(named.values()))
+    socket.send_fds(requests, [msgspec.json.encode(request)], list(request.files().values()))
 
 
-def receive_request(requests: socket.socket) -> tuple[ForkRequest, ChildFiles]:
+def receive_request(requests: socket.socket) -> ForkRequest:
     """Wait for the next one.
 
     Raises:
@@ -115,7 +90,7 @@ def receive_request(requests: socket.socket) -> tuple[ForkRequest, ChildFiles]:
     if not data:
         raise ZygoteGoneError("the supervisor closed the socket")
     request = msgspec.json.decode(data, type=ForkRequest)
-    return request, ChildFiles(**dict(zip(request.files, descriptors, strict=True)))
+    return msgspec.structs.replace(request, **dict(zip(request.files(), descriptors, strict=True)))
 
 
 def send_ready(requests: socket.socket, pidfd: int | None = None) -> None:

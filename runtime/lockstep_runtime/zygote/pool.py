@@ -6,6 +6,8 @@ import asyncio
 import logging
 from typing import Final
 
+import msgspec
+
 from lockstep_runtime.zygote.client import ZygoteClient, ZygoteLostError
 from lockstep_runtime.zygote.messages import ForkRequest
 
@@ -39,21 +41,21 @@ class ZygotePool:
         """Whether the pod's zygote is; False if it has ended instead."""
         return self._pod is not None and await self._pod.wait_until_ready()
 
-    async def fork(self, request: ForkRequest, progress: int, cache: int) -> int:
-        """The pid of a new process; its files stay open here.
+    async def fork(self, request: ForkRequest) -> int:
+        """The pid of a new process; the request's descriptors stay open here.
 
         Raises:
             ZygoteLostError: the pod's zygote isn't ready or doesn't reply.
             OSError: the kernel refused a process.
         """
         await self._wait_for_ended(request.rank)
-        return await self._fork_loaded(request, progress, cache) or await self._fork_anew(request, progress, cache)
+        return await self._fork_loaded(request) or await self._fork_anew(request)
 
-    async def _fork_loaded(self, request: ForkRequest, progress: int, cache: int) -> int | None:
+    async def _fork_loaded(self, request: ForkRequest) -> int | None:
         loaded = self._loaded.get(request.rank)
         if loaded is not None and loaded.check_ready():
             try:
-                pid = await loaded.fork(LOADED_FORK_SECONDS, request, progress, cache, None)
+                pid = await loaded.fork(LOADED_FORK_SECONDS, request)
                 logger.info("rank %d has a new process from its loaded zygote (pid %d)", request.rank, pid)
                 return pid
             except OSError as error:
@@ -62,12 +64,12 @@ class ZygotePool:
         await self._wait_for_ended(request.rank)
         return None
 
-    async def _fork_anew(self, request: ForkRequest, progress: int, cache: int) -> int:
+    async def _fork_anew(self, request: ForkRequest) -> int:
         if self._pod is None or not self._pod.is_ready:
             raise ZygoteLostError("there is no zygote that is ready")
         self._loaded[request.rank] = loaded = ZygoteClient()
         with loaded.theirs as theirs:
-            return await self._pod.fork(FORK_SECONDS, request, progress, cache, theirs.fileno())
+            return await self._pod.fork(FORK_SECONDS, msgspec.structs.replace(request, zygote=theirs.fileno()))
 
     def end_loaded(self, rank: int) -> None:
         """The rank's next process loads again; `fork` waits until this one has freed its memory."""

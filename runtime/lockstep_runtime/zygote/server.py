@@ -13,8 +13,6 @@ from typing import Final, NoReturn
 
 from lockstep_runtime.zygote.messages import (
     MAX_ERROR_CHARACTERS,
-    Child,
-    ChildFiles,
     Entrypoint,
     Forked,
     ForkFailed,
@@ -35,17 +33,16 @@ def serve_forks(requests: socket.socket, entrypoint: Entrypoint, *, with_standby
     while True:
         if with_standby and standby is None and not _is_readable(requests, QUIET_SECONDS):
             standby = _fork_standby(requests, entrypoint)
-        request, files = _receive(requests)
-        pid = standby.take(request, files) if standby is not None else None
-        reply = Forked(pid) if pid is not None else _fork(requests, entrypoint, request, files)
+        request = _receive(requests)
+        pid = standby.take(request) if standby is not None else None
+        reply = Forked(pid) if pid is not None else _fork(requests, entrypoint, request)
         standby = None
-        files.close()
+        for descriptor in request.files().values():
+            os.close(descriptor)
         requests.send(encode_reply(reply))
 
 
-def _fork(
-    requests: socket.socket, entrypoint: Entrypoint, request: ForkRequest, files: ChildFiles
-) -> Forked | ForkFailed:
+def _fork(requests: socket.socket, entrypoint: Entrypoint, request: ForkRequest) -> Forked | ForkFailed:
     """Returns in the zygote alone."""
     try:
         pid = reparented_fork()
@@ -53,22 +50,22 @@ def _fork(
         return ForkFailed(f"no process could be forked: {error.strerror or error}"[:MAX_ERROR_CHARACTERS])
     if not pid:
         requests.close()
-        _run_child(entrypoint, request, files)
+        _run_child(entrypoint, request)
     return Forked(pid)
 
 
-def _run_child(entrypoint: Entrypoint, request: ForkRequest, files: ChildFiles) -> NoReturn:
+def _run_child(entrypoint: Entrypoint, request: ForkRequest) -> NoReturn:
     """What a child does first: it waits until the supervisor knows its pid."""
     try:
         os.setpgid(0, 0)
-        if os.read(files.start, 1):
-            os.close(files.start)
-            entrypoint.run(Child(request.rank, request.incarnation, files))
+        if request.start is not None and os.read(request.start, 1):
+            os.close(request.start)
+            entrypoint.run(request)
     finally:
         os._exit(1)  # never back into the zygote's loop
 
 
-def _receive(requests: socket.socket) -> tuple[ForkRequest, ChildFiles]:
+def _receive(requests: socket.socket) -> ForkRequest:
     try:
         return receive_request(requests)
     except ZygoteGoneError:
@@ -88,11 +85,11 @@ class _Standby:
     pid: int
     requests: socket.socket
 
-    def take(self, request: ForkRequest, files: ChildFiles) -> int | None:
+    def take(self, request: ForkRequest) -> int | None:
         """Pass the request on to it; its pid, or None if it is gone."""
         with self.requests:
             try:
-                send_request(self.requests, request, files)
+                send_request(self.requests, request)
             except OSError:
                 return None
         return self.pid
@@ -113,8 +110,8 @@ def _fork_standby(requests: socket.socket, entrypoint: Entrypoint) -> _Standby |
             ours.close()
             requests.close()
             entrypoint.prepare()
-            request, files = _receive(theirs)
+            request = _receive(theirs)
             theirs.close()
-            _run_child(entrypoint, request, files)
+            _run_child(entrypoint, request)
         finally:
             os._exit(1)
