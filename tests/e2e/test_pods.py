@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import subprocess
 
 import pytest
@@ -51,6 +52,22 @@ def test_only_scratch_places_can_be_written(served: Model, path: str, writable: 
     assert (result.returncode == 0) is writable, result.stderr
     if not writable:
         assert "Read-only file system" in result.stderr
+
+
+def test_a_report_has_the_status_and_not_the_token(served: Model) -> None:
+    secret = kubectl.get("-n", served.namespace, "secret", "tiny-chat-token")
+    token = base64.b64decode(secret["data"]["token"]).decode()
+    log = f"2026-11-30T09:49:06.991Z error   engine: refused {token}\n"
+    leader = ["exec", "-i", "tiny-chat-0-0", "--", "lockstep", "report", "--log", "-"]
+
+    report = served.kubectl(*leader, stdin=log)
+
+    assert '"state": "Ready"' in report.partition("== Status")[2], report
+    assert '"tensor_parallel_size": 2' in report.partition("== Configuration")[2]
+    assert "error   engine: refused [secret]" in report
+    assert token not in report
+    member = served.kubectl("exec", "tiny-chat-0-1", "--", "lockstep", "report")
+    assert "answered 404: only the leader pod serves the status" in member
 
 
 def _python(model: Model, pod: str, code: str) -> subprocess.CompletedProcess[str]:
