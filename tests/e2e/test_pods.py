@@ -68,6 +68,7 @@ def test_a_report_has_the_status_and_not_the_token(served: Model) -> None:
     assert token not in report
     member = served.kubectl("exec", "tiny-chat-0-1", "--", "lockstep", "report")
     assert "answered 404: only the leader pod serves the status" in member
+    assert '"pod_index": 1' in member.partition("== Configuration")[2]
 
 
 def _python(model: Model, pod: str, code: str) -> subprocess.CompletedProcess[str]:

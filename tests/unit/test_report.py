@@ -179,9 +179,10 @@ class _Answering(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         known = self.headers["Authorization"] == "Bearer secret-of-the-group"
-        self.send_response(200 if known else 401)
+        answer = self.answers.get(self.path, b"only the leader pod serves the status\n")
+        self.send_response(401 if not known else 200 if self.path in self.answers else 404)
         self.end_headers()
-        self.wfile.write(self.answers[self.path] if known else b"a bearer token is needed\n")
+        self.wfile.write(answer if known else b"a bearer token is needed\n")
 
     def log_message(self, format: str, *args: object) -> None: ...
 
@@ -239,9 +240,9 @@ def test_a_group_that_serves_here_is_found_with_the_token_that_it_made(
     ("token", "url", "answers", "words"),
     [
         ("another", "", {}, "answered 401: a bearer token is needed; set LOCKSTEP_TOKEN to the group's token"),
-        ("", "http://127.0.0.1:1", {}, "no status from http://127.0.0.1:1: "),
-        ("", "nowhere", {}, "no status from nowhere: "),
-        ("secret-of-the-group", "", {"/status": b"<html>"}, "no status from "),
+        ("", "http://127.0.0.1:1", {}, "nothing from http://127.0.0.1:1/status: "),
+        ("", "nowhere", {}, "nothing from nowhere/status: "),
+        ("secret-of-the-group", "", {"/status": b"<html>"}, "nothing from "),
         ("secret-of-the-group", "", {"/status": b" " * (group.MAX_ANSWER_BYTES + 1)}, "its answer is longer than"),
     ],
 )
@@ -262,6 +263,18 @@ def test_what_the_group_does_not_answer_is_a_line_of_the_report(
     text = capsys.readouterr().out
     assert words in text.partition("== Versions")[0]
     assert "== Machine\nkernel: Linux" in text
+
+
+def test_a_pod_without_a_status_still_has_its_settings(
+    leader: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del _Answering.answers["/status"]
+    monkeypatch.setenv("LOCKSTEP_TOKEN", "secret-of-the-group")
+    with pytest.raises(SystemExit):
+        main(["report", "--url", leader])
+    text = capsys.readouterr().out
+    assert "/status answered 404: only the leader pod serves the status\n" in text
+    assert '"served_name": "tiny-chat"' in text
 
 
 def test_a_log_that_is_not_there_is_an_error(leader: str, capsys: pytest.CaptureFixture[str]) -> None:

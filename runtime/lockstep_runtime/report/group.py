@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -20,6 +20,8 @@ SECONDS: Final = 10.0  # for each answer
 MAX_REFUSAL_BYTES: Final = 4096
 MAX_MESSAGE: Final = 2000  # characters
 
+Document = TypeVar("Document", bound=msgspec.Struct)
+
 
 @dataclass(frozen=True, slots=True)
 class GroupFacts:
@@ -31,20 +33,24 @@ class GroupFacts:
 
 
 def ask(url: str, token: str) -> GroupFacts:
-    """The group's status and configuration from the supervisor at this URL."""
+    """The group's status and the pod's configuration from the supervisor at this URL; only the leader's has a status."""
     problems: list[str] = []
-    status = config = None
+    status = _fetch(f"{url}/status", token, GroupStatus, problems)
+    config = _fetch(f"{url}/config", token, ServeConfig, problems)
+    return GroupFacts(status, config, tuple(problems))
+
+
+def _fetch(url: str, token: str, kind: type[Document], problems: list[str]) -> Document | None:
     try:
-        status = msgspec.json.decode(_get(f"{url}/status", token), type=GroupStatus)
-        config = msgspec.json.decode(_get(f"{url}/config", token), type=ServeConfig)
+        return msgspec.json.decode(_get(url, token), type=kind)
     except urllib.error.HTTPError as error:
         with error:
             said = error.read(MAX_REFUSAL_BYTES).decode(errors="replace").strip()
         hint = "; set LOCKSTEP_TOKEN to the group's token" if error.code == 401 else ""
-        problems.append(f"{error.url} answered {error.code}: {said}{hint}")
+        problems.append(f"{url} answered {error.code}: {said}{hint}")
     except (OSError, ValueError) as error:  # no connection; no URL, not HTTP, no JSON, or another's
-        problems.append(f"no status from {url}: {error}")
-    return GroupFacts(status, config, tuple(problems))
+        problems.append(f"nothing from {url}: {error}")
+    return None
 
 
 def _get(url: str, token: str) -> bytes:
