@@ -33,7 +33,7 @@ class GroupFacts:
 
 
 def ask(url: str, token: str) -> GroupFacts:
-    """The group's status and the pod's configuration from the supervisor at this URL; only the leader's has a status."""
+    """The status (the leader's supervisor alone has it) and the configuration, from the supervisor at this URL."""
     problems: list[str] = []
     status = _fetch(f"{url}/status", token, GroupStatus, problems)
     config = _fetch(f"{url}/config", token, ServeConfig, problems)
