@@ -24,7 +24,7 @@ from lockstep_operator.decisions import fault_detection, recovery_budget
 from lockstep_operator.decisions import recovery_policy as operator_recovery
 from lockstep_operator.reporting.metrics import Metrics as OperatorMetrics
 from lockstep_operator.types import spec
-from lockstep_operator.types.reasons import Reason
+from lockstep_operator.types.reasons import EventReason, Reason
 from lockstep_operator.types.recovery_state import Rung as OperatorRung
 from lockstep_runtime.api.metrics import Metrics as EngineMetrics
 from lockstep_runtime.engine.client import EngineStats
@@ -179,7 +179,7 @@ def test_the_checker_of_models_can_say_no() -> None:
 
 def test_every_reason_is_explained() -> None:
     explained = set(re.findall(r"`([A-Z][A-Za-z]+)`", (ROOT / "docs" / "troubleshooting.md").read_text()))
-    assert sorted({*Reason} - explained) == []
+    assert sorted({*Reason, *EventReason} - explained) == []
     assert sorted({str(fault) for fault in Fault} - explained) == []
 
 

@@ -11,7 +11,7 @@ from lockstep_operator.decisions.actions import Apply, Delete
 from lockstep_operator.reporting.transition import Transition
 from lockstep_operator.types.model_status import Condition, ModelStatus
 from lockstep_operator.types.names import API_VERSION, KIND, ModelKey
-from lockstep_operator.types.reasons import ConditionType, Reason
+from lockstep_operator.types.reasons import ConditionType, EventReason, Reason
 from lockstep_operator.types.timestamps import format_micro, format_rfc3339
 
 NOTE_LIMIT: Final = 1000
@@ -64,7 +64,7 @@ def manifest(key: ModelKey, uid: str, draft: EventDraft, now: float) -> dict[str
         "reportingComponent": "lockstep.dev/operator",
         "reportingInstance": "lockstep-operator",
         "action": "Reconcile",
-        "reason": draft.reason,
+        "reason": str(draft.reason),
         "message": draft.note[:NOTE_LIMIT],
         "type": "Warning" if draft.warning else "Normal",
         "involvedObject": {
@@ -79,11 +79,11 @@ def manifest(key: ModelKey, uid: str, draft: EventDraft, now: float) -> dict[str
 
 def _beginnings(before: ModelStatus, after: ModelStatus) -> Iterator[EventDraft]:
     if before.observed_generation is None:
-        yield EventDraft("created", "Created", "pods and Services are being created")
+        yield EventDraft("created", EventReason.CREATED, "pods and Services are being created")
     old, new = before.revision, after.revision
     if old and new and old != new:
         note = f"the spec asks for revision {new} instead of {old}: groups are replaced in turn"
-        yield EventDraft(f"rollout/{old}/{new}/{after.observed_generation}", "RollingOut", note)
+        yield EventDraft(f"rollout/{old}/{new}/{after.observed_generation}", EventReason.ROLLING_OUT, note)
 
 
 def condition_changes(before: ModelStatus, after: ModelStatus) -> Iterator[EventDraft]:
@@ -102,7 +102,7 @@ def condition_changes(before: ModelStatus, after: ModelStatus) -> Iterator[Event
             yield EventDraft(key, str(kind), now.message, warning=kind is ConditionType.POISONED)
         elif kind is ConditionType.READY and not stalls:  # else the stall reports the same
             expected = now.reason in (Reason.ROLLING_OUT, Reason.SCALING_DOWN)
-            yield EventDraft(key, "NotReady", now.message, warning=not expected)
+            yield EventDraft(key, EventReason.NOT_READY, now.message, warning=not expected)
 
 
 def _stalls(was: Condition | None, now: Condition | None) -> bool:
@@ -146,7 +146,7 @@ def _repairs(change: Transition) -> Iterator[EventDraft]:
     for repair in change.repairs:
         key = f"healed/{repair.group}/{repair.rung}/{repair.noticed:.3f}"
         order = _order(repair.noticed, "1")
-        yield EventDraft(key, "Recovered", repair.sentence, at=repair.finished, order=order)
+        yield EventDraft(key, EventReason.RECOVERED, repair.sentence, at=repair.finished, order=order)
 
 
 def _order(noticed: float, stage: str) -> str:
@@ -156,11 +156,11 @@ def _order(noticed: float, stage: str) -> str:
 def _lost_pods(change: Transition) -> Iterator[EventDraft]:
     for action in change.actions:
         if isinstance(action, Delete) and action.grace == 0:
-            yield EventDraft(f"lost/{action.uid}", "PodLost", action.reason, warning=True)
+            yield EventDraft(f"lost/{action.uid}", EventReason.POD_LOST, action.reason, warning=True)
 
 
 def _drift_repairs(change: Transition) -> Iterator[EventDraft]:
     for action in change.actions:
         if isinstance(action, Apply) and action.repairs:
             note = f"{action.kind} {action.name} was changed from outside and is corrected: {action.repairs}"
-            yield EventDraft(f"repair/{action.kind}/{action.name}/{action.version}", "DriftRepaired", note)
+            yield EventDraft(f"repair/{action.kind}/{action.name}/{action.version}", EventReason.DRIFT_REPAIRED, note)

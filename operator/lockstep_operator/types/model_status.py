@@ -128,6 +128,8 @@ class ModelStatus(Part, frozen=True, kw_only=True):
 
     def group(self, index: int) -> GroupSummary:
         """An empty one when the status doesn't know the group."""
+        if index < len(self.groups) and self.groups[index].group == index:  # as the operator writes them
+            return self.groups[index]
         return next((one for one in self.groups if one.group == index), GroupSummary(group=index))
 
 

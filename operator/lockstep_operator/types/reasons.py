@@ -1,4 +1,5 @@
-"""The conditions of a model and their reasons, one word each: in the status and in docs/troubleshooting.md."""
+"""The conditions of a model and the reasons of conditions and Events, one word each, as docs/troubleshooting.md has
+them."""
 
 from __future__ import annotations
 
@@ -64,3 +65,15 @@ class Reason(enum.StrEnum):
     REFUSED = "Refused"
     RETRYING = "Retrying"
     OPERATOR_ERROR = "OperatorError"
+
+
+class EventReason(enum.StrEnum):
+    """Of Events that no condition, fault or rung gives its name."""
+
+    CREATED = "Created"
+    READY = "Ready"
+    NOT_READY = "NotReady"
+    ROLLING_OUT = "RollingOut"
+    RECOVERED = "Recovered"
+    POD_LOST = "PodLost"
+    DRIFT_REPAIRED = "DriftRepaired"
