@@ -42,16 +42,14 @@ def plan(
         if group.index not in unplaced
         and (not group.exists or (group.revision == revision and not group.ready_at(revision)))
     ]
-    unavailable = sum(not group.ready for group in groups if group.index not in unplaced)
     taken: dict[int, str] = {}
     for group in sorted(outdated, key=lambda group: (group.ready, -group.index)):
         if len(moving) + len(taken) >= max_unavailable:
             break
         if not group.ready:
             taken[group.index] = f"group {group.index} isn't Ready anyway, so it gets revision {revision} first"
-        elif unavailable < max_unavailable:
+        else:
             taken[group.index] = f"group {group.index} gets revision {revision}: it is next"
-            unavailable += 1
     return tuple(_decision(group, revision, taken, groups) for group in groups)
 
 
