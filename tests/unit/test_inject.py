@@ -55,7 +55,8 @@ class Bench:
     def __init__(self) -> None:
         self.progress = Progress(new_memory("test"))
         self.called: list[str] = []
-        self.injector = Injector(self.progress, lambda: self.called.append("bus"), self._flip)
+        self.injector = Injector(0, self.progress, lambda: self.called.append("bus"))
+        self.injector.begin_load(self._flip)
 
     def _flip(self, number: int) -> str:
         self.called.append(f"bit {number}")

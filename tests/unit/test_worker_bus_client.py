@@ -129,6 +129,9 @@ class FakeEdge:
     def allocate(self, blocks: int, *, anew: bool = False) -> Any:
         return SimpleNamespace(name="anew" if anew else "fresh", blocks=blocks, nbytes=blocks * 100)
 
+    def flip_bit(self, number: int) -> str:
+        raise AssertionError(f"nobody asked for bit {number}")
+
     def give_back_unused(self) -> None: ...
 
     def is_spoiled(self, unverified: list[SequenceSlice]) -> bool:

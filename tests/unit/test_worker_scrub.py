@@ -19,6 +19,7 @@ from lockstep_runtime.protocol.status import Fault
 from lockstep_runtime.worker.bus_client import BusClient, ShutdownRequested
 from lockstep_runtime.worker.main import Worker
 from lockstep_runtime.worker.model_runner import LoadReport
+from lockstep_runtime.worker.process import choose_hooks
 from lockstep_runtime.worker.scrub import CorruptionError, Parts, Scrub, Watched
 
 SECONDS = 10.0
@@ -58,8 +59,8 @@ class Edge:
 
 
 def started(control: BusClient, edge: Edge, *, allow_faults: bool = False) -> Worker:
-    config = ServeConfig(model="m", served_name="m", allow_faults=allow_faults)
-    worker = Worker(config, 0, control, Progress(new_memory("test")), edge)
+    config, progress = ServeConfig(model="m", served_name="m", allow_faults=allow_faults), Progress(new_memory("test"))
+    worker = Worker(config, 0, control, progress, edge, choose_hooks(config, 0, control, progress))
     worker.load(edge)  # type: ignore[arg-type] # the edge plays the runner too
     return worker
 

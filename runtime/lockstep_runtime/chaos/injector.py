@@ -1,4 +1,4 @@
-"""Faults on purpose, in the worker that they befall. Nothing of this is reached without `--allow-faults`."""
+"""Faults on purpose, in the worker of a rank: its hooks where `--allow-faults` was given, and nowhere else."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import msgspec
 
+from lockstep_runtime.chaos import pending
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import CollectivePoint, FaultPhase, Inject, Injection
 from lockstep_runtime.protocol.progress_record import Progress
@@ -39,12 +40,19 @@ class InjectedError(RuntimeError):
 
 
 class Injector:
-    """`close_bus` cuts the connection to the engine; `flip_bit` changes one bit of the weights and names the tensor."""
+    """`close_bus` cuts the connection to the engine."""
 
-    def __init__(self, progress: Progress, close_bus: Callable[[], None], flip_bit: Callable[[int], str]) -> None:
-        self._progress, self._close_bus, self._flip_bit = progress, close_bus, flip_bit
+    def __init__(self, rank: int, progress: Progress, close_bus: Callable[[], None]) -> None:
+        self._rank, self._progress, self._close_bus = rank, progress, close_bus
+        self._flip_bit: Callable[[int], str]
         self._armed: list[Inject] = []
         self._lock = threading.Lock()
+
+    def begin_load(self, flip_bit: Callable[[int], str]) -> None:
+        """Take the faults that wait for this process. `flip_bit` changes a bit of the weights and names the tensor."""
+        self._flip_bit = flip_bit
+        for fault in pending.take(os.environ, self._rank):
+            self.arm(fault)
 
     def arm(self, fault: Inject) -> None:
         """From any thread; what needs no step and is wanted now happens now."""

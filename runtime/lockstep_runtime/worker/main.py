@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import time
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from typing import Final, Protocol
 
 import msgspec
 
-from lockstep_runtime.chaos import pending
 from lockstep_runtime.chaos.injector import Injector
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.distributed.communicator import Communicator
@@ -26,6 +24,7 @@ from lockstep_runtime.sources.errors import ModelError
 from lockstep_runtime.worker.bus_client import BusClient, Command, Connected, Disconnected, ShutdownRequested
 from lockstep_runtime.worker.fault_classifier import classify, is_out_of_memory
 from lockstep_runtime.worker.heartbeat import Heartbeat
+from lockstep_runtime.worker.hooks import Hooks
 from lockstep_runtime.worker.model_runner import LoadReport, ModelRunner
 from lockstep_runtime.worker.scrub import CorruptionError, Scrub
 
@@ -57,7 +56,13 @@ class Worker:
     """One rank: its weights and, within an epoch, its place in the communicator."""
 
     def __init__(
-        self, config: ServeConfig, rank: int, control: BusClient, progress: Progress, collectives: Collectives
+        self,
+        config: ServeConfig,
+        rank: int,
+        control: BusClient,
+        progress: Progress,
+        collectives: Collectives,
+        hooks: Hooks | Injector | None = None,
     ) -> None:
         self._config, self._rank = config, rank
         self._control, self._progress, self._collectives = control, progress, collectives
@@ -71,18 +76,13 @@ class Worker:
         self._progress_sent = 0.0
         self._load_progress = bus.LoadProgress(bytes_done=0, bytes_total=0)
         control.interrupt = self._interrupt
-        self._faults: Injector | None = None
-        if config.allow_faults:
-            self._faults = Injector(progress, control.disconnect, lambda number: self._runner.flip_bit(number))
-            control.on_inject = self._faults.arm
+        self._hooks = hooks or Hooks()
 
     def load(self, runner: ModelRunner) -> None:
         """Read this rank's weights."""
         self._runner = runner
         self._progress.set_stage(Stage.LOADING)
-        if self._faults is not None:
-            for fault in pending.take(os.environ, self._rank):
-                self._faults.arm(fault)
+        self._hooks.begin_load(runner.flip_bit)
         begun = time.monotonic()
         with Heartbeat(self._beat):
             report = runner.load(self._on_progress)
@@ -110,8 +110,7 @@ class Worker:
                 case bus.Abort():
                     self._abort(command)
                 case Inject():
-                    if self._faults is not None:
-                        self._faults.idle()
+                    self._hooks.idle()
                 case _ if command.epoch >= self._control.min_epoch:
                     self._execute(command)
                     if self._group is not None:
@@ -217,8 +216,7 @@ class Worker:
     def _join(self, command: bus.Join) -> bus.Joined:
         begun = time.monotonic()
         self._progress.enter(command.epoch, JOIN_STEP)
-        if self._faults is not None:
-            self._faults.joining()
+        self._hooks.joining()
         self._progress.enter_collective("the meeting place")
         group = self._collectives.join(
             self._config, self._rank, command.epoch, command.address, join_seconds(self._config),
@@ -235,8 +233,7 @@ class Worker:
             raise RuntimeError("a step came before the communicator was joined")
         self._progress.enter(command.epoch, command.step)
         begun = time.monotonic()
-        step, group = self._faults.step(command, self._group) if self._faults is not None else (command, self._group)
-        output = self._runner.step(step, group)
+        output = self._runner.step(*self._hooks.step(command, self._group))
         seconds = time.monotonic() - begun
         self._progress.leave(command.epoch, command.step)
         return bus.StepDone(
@@ -269,8 +266,7 @@ class Worker:
             logger.warning("closing the communicator: %s: %s", type(error).__name__, error)
 
     def _on_progress(self, done: int, total: int) -> None:
-        if self._faults is not None:
-            self._faults.loading()
+        self._hooks.loading()
         self._load_progress = bus.LoadProgress(bytes_done=done, bytes_total=total)
         now = time.monotonic()
         if now - self._progress_sent >= PROGRESS_SECONDS or done == total:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
+from lockstep_runtime.chaos.injector import Injector
 from lockstep_runtime.config import TOKEN_VARIABLE, ServeConfig
 from lockstep_runtime.distributed import join as collectives
 from lockstep_runtime.distributed.errors import CommunicatorStuckError
@@ -20,6 +21,7 @@ from lockstep_runtime.protocol.progress_record import Progress
 from lockstep_runtime.sources.errors import ModelError
 from lockstep_runtime.worker.bus_client import BusClient
 from lockstep_runtime.worker.fault_classifier import load_failure
+from lockstep_runtime.worker.hooks import Hooks
 from lockstep_runtime.worker.main import Worker
 from lockstep_runtime.worker.model_runner import ModelRunner
 from lockstep_runtime.zygote.loaded import fork_loaded_zygote
@@ -82,7 +84,17 @@ def _connect(config: ServeConfig, request: ForkRequest) -> tuple[BusClient, Work
     process_init.become(f"worker {rank}", f"worker {_title(config)} rank={rank}")
     client = BusClient(config, rank, os.environ[TOKEN_VARIABLE], request.incarnation)
     client.start()
-    return client, Worker(config, rank, client, Progress(request.progress), collectives)
+    progress = Progress(request.progress)
+    return client, Worker(config, rank, client, progress, collectives, choose_hooks(config, rank, client, progress))
+
+
+def choose_hooks(config: ServeConfig, rank: int, client: BusClient, progress: Progress) -> Hooks | Injector:
+    """The one place where faults on purpose come in."""
+    if not config.allow_faults:
+        return Hooks()
+    injector = Injector(rank, progress, client.disconnect)
+    client.on_inject = injector.arm
+    return injector
 
 
 def _load(client: BusClient, worker: Worker, runner: Callable[[], ModelRunner]) -> ModelRunner:
