@@ -1,18 +1,23 @@
-"""One look at one model: observe, decide, apply, report. Nothing is remembered that can't be found again."""
+"""One look at one model: observe, decide, apply, report. Nothing is remembered that can't be found again.
+
+A pass begins with the indexes. When they leave nothing to do, the model is at rest, and no request was made. Else the
+pass begins anew with what the API server says, and only such a pass writes.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 import msgspec
 
 from lockstep_operator.cluster.client import Kube, KubeError
-from lockstep_operator.cluster.executor import Applied, execute
+from lockstep_operator.cluster.executor import Applied, execute, is_due
 from lockstep_operator.cluster.failures import Failures
-from lockstep_operator.cluster.observe import read_children, read_limits, read_pods, read_warnings, token_of
+from lockstep_operator.cluster.indexes import Indexes
+from lockstep_operator.cluster.observe import Indexed, LastLook, Live, Source, last_look, read_warnings, token_of
 from lockstep_operator.cluster.served_schema import ServedSchema
 from lockstep_operator.decisions.planner import Decision, decide
 from lockstep_operator.groups.group import groups_of
@@ -57,6 +62,7 @@ class _Known:
     """What is remembered of a model. It saves writes, and makes what fails be told; no decision rests on it alone."""
 
     failures: Failures
+    last: LastLook
     server_mutations: dict[ObjectRef, frozenset[str]] = field(default_factory=dict)
     unwritten: Mapping[str, Any] | None = None  # a status that the API server takes in no form: recovery goes by it
 
@@ -72,6 +78,7 @@ class Reconciler:
         metrics: Metrics,
         now: Callable[[], float],
         schema: ServedSchema | None = None,
+        indexes: Indexes | None = None,
     ) -> None:
         self._kube = kube
         self._groups = groups
@@ -79,58 +86,91 @@ class Reconciler:
         self._metrics = metrics
         self._now = now
         self._schema = schema or ServedSchema()
+        self._indexes = indexes or Indexes()
         self._known: dict[ModelKey, _Known] = {}
 
     async def reconcile(self, key: ModelKey) -> ReconcileOutcome:
         """One pass, at the end of which the status is written whatever failed in it. Raises KubeError when the API
         server can't be asked or told anything now."""
-        resource = await self._kube.get(KIND, key.namespace, key.name)
+        now = self._now()
+        known = self._known.setdefault(key, _Known(Failures(self._now), LastLook(now)))
+        for source in self._sources(key, known, now):
+            outcome = await self._pass(key, source, known)
+            if outcome is not None:
+                return outcome
+        raise RuntimeError("a live pass does what there is to do")
+
+    def _sources(self, key: ModelKey, known: _Known, now: float) -> Iterator[Source]:
+        """The indexes first, unless they may lag behind or nothing else was asked for long."""
+        indexed = self._indexes.model(key)
+        if indexed is not None and known.last.serves(
+            key, ready=_readable(indexed.get("status") or {}).is_true(ConditionType.READY), now=now
+        ):
+            yield Indexed(self._kube, self._indexes, known.last, now)
+        yield Live(self._kube)
+
+    async def _pass(self, key: ModelKey, source: Source, known: _Known) -> ReconcileOutcome | None:
+        """None: there is something to do, and this source is not good enough for it."""
+        resource = await source.resource(key)
         if resource is None or "deletionTimestamp" in resource["metadata"]:
-            self.forget(key)
-            return ReconcileOutcome(requeue_after=None)
+            return self._ended(key) if source.live else None
         try:
-            return await self._pass(spec.parse(resource), resource)
+            return await self._look(spec.parse(resource), resource, source, known)
         except spec.SpecError as error:
-            return await self._halt(key, resource, Reason.INVALID_SPEC, str(error))
+            return await self._halt(key, resource, source, Reason.INVALID_SPEC, str(error))
         except KubeError as error:
             if error.transient:
                 raise
             words = f"the API server refuses what the operator must read or write: {error}"
-            return await self._halt(key, resource, Reason.REFUSED, words)
+            return await self._halt(key, resource, source, Reason.REFUSED, words)
         except Exception as error:  # a bug: it is told where people look, and stops no other model
             log.exception("%s: reconciling failed", key)
             words = f"the operator can't work on this model ({type(error).__name__}: {str(error)[:300]}): see its log"
-            return await self._halt(key, resource, Reason.OPERATOR_ERROR, words)
+            return await self._halt(key, resource, source, Reason.OPERATOR_ERROR, words)
 
-    async def _pass(self, model: spec.Model, resource: Object) -> ReconcileOutcome:
-        known = self._known.setdefault(model.key, _Known(Failures(self._now)))
-        observed = await self._observe(model, resource, known)
+    async def _look(
+        self, model: spec.Model, resource: Object, source: Source, known: _Known
+    ) -> ReconcileOutcome | None:
+        observed = await self._observe(model, resource, source, known)
         decision = decide(model, observed, self._now(), self._settings)
+        if not source.live and is_due(decision.actions, known.failures):
+            return None
         for bug in decision.bugs:
             log.error("%s: deciding about %s failed", model.key, bug.where, exc_info=bug.error)
-        self._groups.watch(model.key, targets(decision, observed))
-        applied = await execute(self._kube, model, decision.actions, known.failures, self._metrics)
+        if source.live:
+            applied = await execute(self._kube, model, decision.actions, known.failures, self._metrics)
+        else:
+            known.failures.keep(action.target for action in decision.actions)
+            applied = Applied()
         if applied.ending:
             return ReconcileOutcome(requeue_after=self._settings.resync_seconds)
         known.server_mutations.update(applied.server_mutations)
-        return await self._report(model, resource, observed, decision, applied, known)
+        return await self._report(model, resource, source, observed, decision, applied, known)
+
+    def _ended(self, key: ModelKey) -> ReconcileOutcome:
+        self.forget(key)
+        return ReconcileOutcome(requeue_after=None)
 
     def forget(self, key: ModelKey) -> None:
         self._groups.watch(key, {})
         self._metrics.forget(key)
         self._known.pop(key, None)
 
-    async def _observe(self, model: spec.Model, resource: Object, known: _Known) -> Observed:
-        children = await read_children(self._kube, model)
+    async def _observe(self, model: spec.Model, resource: Object, source: Source, known: _Known) -> Observed:
+        now, indexed = self._now(), self._indexes.versions(model.key)
+        children = await source.children(model)
+        pods, limits = await source.pods(model), await source.limits(model.namespace)
+        if source.live:
+            known.last = last_look(model, resource, children, pods, limits, indexed, now)
         observed = Observed(
             status=parse(_last_document(resource, known)),
             resource_version=resource["metadata"].get("resourceVersion", ""),
             token=token_of(children.get(("Secret", token_name(model.name)))),
             children=children,
-            pods=await read_pods(self._kube, model),
+            pods=pods,
             server_mutations=known.server_mutations,
             failing=frozenset(known.failures.of),
-            limits=await read_limits(self._kube, model.namespace),
+            limits=limits,
         )
         groups = groups_of(model, observed)
         leaders = {group.index: group.leader.uid for group in groups if group.leader}
@@ -142,18 +182,25 @@ class Reconciler:
         self,
         model: spec.Model,
         resource: Object,
+        source: Source,
         observed: Observed,
         decision: Decision,
         applied: Applied,
         known: _Known,
-    ) -> ReconcileOutcome:
+    ) -> ReconcileOutcome | None:
         now, failures = self._now(), known.failures
         obstacle = obstacle_of(model, decision, failures, observed, now)
         change = transition(model, decision, observed.status, obstacle, applied.effective, now)
         built = self._schema.fitting(document.document(change.after))
-        for draft in events.event_drafts(change):
+        drafts = [*events.event_drafts(change)]
+        news = known.unwritten is not None or document.worth_writing(_last_document(resource, known), built)
+        if not source.live and (drafts or news):
+            return None
+        known.last.dirty = bool(applied.done or drafts or news)
+        self._groups.watch(model.key, targets(decision, observed))
+        for draft in drafts:
             await self._record(events.manifest(model.key, model.uid, draft, now))
-        if known.unwritten is not None or document.worth_writing(_last_document(resource, known), built):
+        if news:
             known.unwritten = None if await self._written(resource, built) else built
         failing = obstacle is not None or known.unwritten is not None
         self._metrics.model(model.key, change.after)
@@ -169,13 +216,17 @@ class Reconciler:
         planned = decision.requeue_after == 0.0  # a step is written now, and taken in the next pass
         return ReconcileOutcome(requeue_after=requeue_after, wrote=planned, failing=failing)
 
-    async def _halt(self, key: ModelKey, resource: Object, reason: Reason, message: str) -> ReconcileOutcome:
+    async def _halt(
+        self, key: ModelKey, resource: Object, source: Source, reason: Reason, message: str
+    ) -> ReconcileOutcome | None:
         """What is known stays, and the conditions say why nothing is done."""
         old, now = resource.get("status") or {}, self._now()
         before = _readable(old)
         built = document.halted(old, before, resource["metadata"].get("generation", 1), reason, message, now)
         after = _readable(built)
         if document.worth_writing(old, built):
+            if not source.live:
+                return None
             for draft in events.condition_changes(before, after):
                 await self._record(events.manifest(key, resource["metadata"]["uid"], draft, now))
             await self._written(resource, self._schema.fitting(built))

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import msgspec
 from tests.support.kube_fake import FakeKube, Identity, Killed, clone, is_ready, revision_of
+from tests.support.kube_watch import KubeWatch
 from tests.support.kube_world import Groups, World, well
 from tests.support.operator_models import recovery_of
 
@@ -127,6 +128,11 @@ class FaultWorld(World):
     def _read_trouble(self) -> None:
         if self.random.random() < self.chance / 4:
             raise KubeError(503, "ServiceUnavailable", "later")
+
+    def hear(self, watch: KubeWatch) -> None:
+        """Now and then nothing, or too late to hear what has ended meanwhile."""
+        if self.random.random() >= self.chance:
+            watch.catch_up(relisted=self.random.random() < self.chance)
 
     def step(self) -> None:
         """One thing that the cluster does by itself."""

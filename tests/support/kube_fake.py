@@ -11,6 +11,7 @@ import asyncio
 import base64
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -46,7 +47,7 @@ class FakeKube:
         self.objects: dict[Identity, Object] = {}
         self.writes: list[tuple[str, str, str]] = []  # verb, kind, name
         self.deleted: list[tuple[str, str, str, int | None]] = []  # kind, name, UID, grace: that had an effect
-        self.requests: set[tuple[str, str]] = set()  # verb, kind
+        self.requests = Counter[tuple[str, str]]()  # verb, kind
         self.before_write: Callable[[str, str, str], None] = lambda verb, kind, name: None
         self.after_write: Callable[[str, str, str], None] = lambda verb, kind, name: None
         self.before_read: Callable[[], None] = lambda: None
@@ -159,7 +160,7 @@ class FakeKube:
             await asyncio.sleep(0)
 
     async def _seen(self, verb: str, kind: str) -> dict[Identity, Object]:
-        self.requests.add((verb, kind))
+        self.requests[verb, kind] += 1
         self.before_read()
         await self._turns()
         return self.objects if self.stale is None else self.stale
@@ -379,7 +380,7 @@ class _Write:
     def __enter__(self) -> None:
         self._kube.before_write(*self._what)
         self._kube.writes.append(self._what)
-        self._kube.requests.add(self._what[:2])
+        self._kube.requests[self._what[:2]] += 1
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:

@@ -7,11 +7,12 @@ from random import Random
 from typing import Any
 
 from tests.support.kube_fake import FakeKube, Killed, is_ready, resource, revision_of
+from tests.support.kube_watch import KubeWatch
 
 from lockstep_operator.cluster.failures import REFUSED_MOST
 from lockstep_operator.controller import Controller
 from lockstep_operator.groups.status_poller import PollTarget
-from lockstep_operator.reconcile import Reconciler
+from lockstep_operator.reconcile import ReconcileOutcome, Reconciler
 from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.settings import Settings
 from lockstep_operator.types.names import ModelKey
@@ -125,6 +126,15 @@ class World:
         return sum(len(pods) == size and len(set(pods)) == 1 for pods in groups.values())
 
     def _operator(self) -> Controller:
-        metrics = Metrics()
-        reconciler = Reconciler(self.kube, self.groups, SETTINGS, metrics, lambda: self.time)
-        return Controller(WorkQueue(lambda: self.time), reconciler.reconcile, metrics)
+        metrics, watch = Metrics(), KubeWatch(self.kube)
+        reconciler = Reconciler(self.kube, self.groups, SETTINGS, metrics, lambda: self.time, indexes=watch.indexes)
+
+        async def reconcile(key: ModelKey) -> ReconcileOutcome:
+            self.hear(watch)
+            return await reconciler.reconcile(key)
+
+        return Controller(WorkQueue(lambda: self.time), reconcile, metrics)
+
+    def hear(self, watch: KubeWatch) -> None:
+        """What an operator is told before a pass."""
+        watch.catch_up()

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lockstep_operator.cluster.client import Kube, KubeError
@@ -24,14 +24,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    done: tuple[Action, ...]
-    server_mutations: dict[ObjectRef, frozenset[str]]  # differences that the API server made itself
+    done: tuple[Action, ...] = ()
+    server_mutations: Mapping[ObjectRef, frozenset[str]] = field(
+        default_factory=dict
+    )  # differences that the API server made itself
     ending: bool = False  # the namespace is being deleted: nothing more can be done, nor needs to be
 
     @property
     def effective(self) -> list[Action]:
         """Without those that left the object unchanged."""
         return [a for a in self.done if not (isinstance(a, Apply) and self.server_mutations.get((a.kind, a.name)))]
+
+
+def is_due(actions: Sequence[Action], failures: Failures) -> bool:
+    """Whether `execute` would try any of these now."""
+    failing = failures.of.keys() & {action.target for action in actions}
+    return any(
+        not failures.waits(action.target, action.wish) and not failing.intersection(action.needs) for action in actions
+    )
 
 
 async def execute(kube: Kube, model: Model, actions: Sequence[Action], failures: Failures, metrics: Metrics) -> Applied:

@@ -1,53 +1,168 @@
-"""What is so, read anew for every reconciliation: no cache can be stale, no event can be missed."""
+"""What is so: as the API server says when it is asked, or as the indexes have it while nothing is to be done."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import zlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, Protocol
 
 from lockstep_operator.cluster.client import Kube, KubeError
+from lockstep_operator.cluster.indexes import CHILD_KINDS, Indexes
 from lockstep_operator.types.limits import Limits, limits_of
-from lockstep_operator.types.names import (
-    TOKEN_KEY,
-    selector,
-)
-from lockstep_operator.types.observed import Object, Pod, expected_names, parse_pod
+from lockstep_operator.types.names import KIND, MODEL_LABEL, TOKEN_KEY, ModelKey, selector, token_name
+from lockstep_operator.types.observed import Object, ObjectRef, Pod, expected_names, parse_pod
 from lockstep_operator.types.spec import Model
 
-CHILD_KINDS = ("StatefulSet", "Service", "ServiceAccount", "NetworkPolicy")
+# So old may a live look be at most. It finds what no watch tells: an event that was lost, an object of which kopf has
+# missed the end, a LimitRange, a label that was taken off.
+RESTING_SECONDS: Final = 1200.0
+UNREADY_SECONDS: Final = 60.0
+TOKEN_SECONDS: Final = 300.0  # Secrets are read by name, never listed or watched
+
+Children = Mapping[ObjectRef, Object]
 
 
-async def read_children(kube: Kube, model: Model) -> dict[tuple[str, str], Object]:
-    """By kind and name. Raises KubeError."""
-    lists = await asyncio.gather(
-        *(kube.find(kind, model.namespace, labels=selector(model.name)) for kind in CHILD_KINDS)
+class Source(Protocol):
+    """Where a pass reads. Every method may raise KubeError."""
+
+    live: ClassVar[bool]  # only then may the pass write
+
+    async def resource(self, key: ModelKey) -> Object | None: ...
+
+    async def children(self, model: Model) -> Children:
+        """By kind and name."""
+        ...
+
+    async def pods(self, model: Model) -> tuple[Pod, ...]:
+        """Pods that belong to the model's groups."""
+        ...
+
+    async def limits(self, namespace: str) -> Limits:
+        """What the namespace allows a container."""
+        ...
+
+
+@dataclass(slots=True)
+class LastLook:
+    """What is remembered of the last live look at a model, because no index holds it. Times are unix seconds."""
+
+    at: float
+    limits: Limits = field(default_factory=Limits)
+    unlabelled: Children = field(default_factory=dict)  # that have a name the model needs: another's, or damaged
+    gone: Mapping[str, str] = field(default_factory=dict)  # that the indexes had nevertheless: UID → resource version
+    secret: Object | None = None  # the token's
+    secret_at: float = 0.0
+    secret_for: str = ""  # resource version of the model when the Secret was read
+    dirty: bool = False  # the pass wrote something, which the indexes may not have yet, or it didn't come to its end
+
+    def serves(self, key: ModelKey, *, ready: bool, now: float) -> bool:
+        """Whether a pass may begin with the indexes. Models are spread, so that not all are read at once."""
+        longest = (RESTING_SECONDS if ready else UNREADY_SECONDS) * (0.75 + zlib.crc32(str(key).encode()) / 2**34)
+        return not self.dirty and now - self.at < longest
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """Asks the API server for everything: what is decided on it is as good as it can be."""
+
+    kube: Kube
+    live: ClassVar[bool] = True
+
+    async def resource(self, key: ModelKey) -> Object | None:
+        return await self.kube.get(KIND, key.namespace, key.name)
+
+    async def children(self, model: Model) -> Children:
+        lists = await asyncio.gather(
+            *(self.kube.find(kind, model.namespace, labels=selector(model.name)) for kind in CHILD_KINDS)
+        )
+        found = {
+            (kind, child["metadata"]["name"]): child
+            for kind, children in zip(CHILD_KINDS, lists, strict=True)
+            for child in children
+        }
+        missing = [(kind, name) for kind, name, _ in expected_names(model) if (kind, name) not in found]
+        objects = await asyncio.gather(*(self.kube.get(kind, model.namespace, name) for kind, name in missing))
+        return found | {key: child for key, child in zip(missing, objects, strict=True) if child is not None}
+
+    async def pods(self, model: Model) -> tuple[Pod, ...]:
+        objects = await self.kube.find("Pod", model.namespace, labels=selector(model.name))
+        return tuple(pod for raw in objects if (pod := parse_pod(raw)))
+
+    async def limits(self, namespace: str) -> Limits:
+        """An older role may not let the operator ask: then nothing is known."""
+        try:
+            return limits_of(await self.kube.find("LimitRange", namespace))
+        except KubeError as error:
+            if error.status == 403:
+                return Limits()
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """Asks nothing that the last live look answers; only a token that was read long ago is read anew."""
+
+    kube: Kube
+    indexes: Indexes
+    last: LastLook
+    now: float
+    live: ClassVar[bool] = False
+
+    async def resource(self, key: ModelKey) -> Object | None:
+        return self.indexes.model(key)
+
+    async def children(self, model: Model) -> Children:
+        found = {**self.last.unlabelled, **self.indexes.children(model.key, self.last.gone)}
+        secret = await self._secret(model)
+        if secret is not None:
+            found["Secret", token_name(model.name)] = secret
+        return found
+
+    async def pods(self, model: Model) -> tuple[Pod, ...]:
+        return tuple(pod for raw in self.indexes.pods(model.key, self.last.gone) if (pod := parse_pod(raw)))
+
+    async def limits(self, namespace: str) -> Limits:
+        return self.last.limits
+
+    async def _secret(self, model: Model) -> Object | None:
+        """Read anew when the model has changed in any way, too: so a person can have it looked at."""
+        resource = self.indexes.model(model.key)
+        version = resource["metadata"]["resourceVersion"] if resource else ""
+        if self.last.secret_for != version or self.now - self.last.secret_at > TOKEN_SECONDS:
+            self.last.secret = await self.kube.get("Secret", model.namespace, token_name(model.name))
+            self.last.secret_at, self.last.secret_for = self.now, version
+        return self.last.secret
+
+
+def last_look(
+    model: Model,
+    resource: Object,
+    children: Children,
+    pods: Iterable[Pod],
+    limits: Limits,
+    indexed: Mapping[str, str],
+    now: float,
+) -> LastLook:
+    """What is to be remembered of a live look. `indexed` are the versions that the indexes had before it, by UID."""
+    seen = {child["metadata"]["uid"] for child in children.values()} | {pod.uid for pod in pods}
+    needed = {(kind, name) for kind, name, _ in expected_names(model) if kind != "Secret"}
+    return LastLook(
+        at=now,
+        limits=limits,
+        unlabelled={key: child for key, child in children.items() if key in needed and not _labelled(child, model)},
+        gone={uid: version for uid, version in indexed.items() if uid not in seen},
+        secret=children.get(("Secret", token_name(model.name))),
+        secret_at=now,
+        secret_for=str(resource["metadata"].get("resourceVersion", "")),
+        dirty=True,
     )
-    found = {
-        (kind, child["metadata"]["name"]): child
-        for kind, children in zip(CHILD_KINDS, lists, strict=True)
-        for child in children
-    }
-    missing = [(kind, name) for kind, name, _ in expected_names(model) if (kind, name) not in found]
-    objects = await asyncio.gather(*(kube.get(kind, model.namespace, name) for kind, name in missing))
-    return found | {key: child for key, child in zip(missing, objects, strict=True) if child is not None}
 
 
-async def read_pods(kube: Kube, model: Model) -> tuple[Pod, ...]:
-    """Pods that belong to the model's groups. Raises KubeError."""
-    objects = await kube.find("Pod", model.namespace, labels=selector(model.name))
-    return tuple(pod for raw in objects if (pod := parse_pod(raw)))
-
-
-async def read_limits(kube: Kube, namespace: str) -> Limits:
-    """What the namespace allows a container. An older role may not let the operator ask: then nothing is known."""
-    try:
-        return limits_of(await kube.find("LimitRange", namespace))
-    except KubeError as error:
-        if error.status == 403:
-            return Limits()
-        raise
+def _labelled(child: Object, model: Model) -> bool:
+    return (child["metadata"].get("labels") or {}).get(MODEL_LABEL) == model.name
 
 
 async def read_warnings(kube: Kube, namespace: str, uids: Iterable[str]) -> dict[str, str]:

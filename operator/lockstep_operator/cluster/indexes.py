@@ -1,0 +1,74 @@
+"""What kopf's watches have brought, by model, so that a pass at rest asks the API server nothing.
+
+An index may lag behind, and kopf keeps objects that were deleted while a watch was down for so long that it had to list
+anew. So nothing is ever written on the word of an index: a pass that would write reads everything live first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+from lockstep_operator.cluster.client import RESOURCES
+from lockstep_operator.types.names import KIND, MODEL_LABEL, ModelKey
+from lockstep_operator.types.observed import Object, ObjectRef
+
+CHILD_KINDS: Final = ("StatefulSet", "Service", "ServiceAccount", "NetworkPolicy")
+INDEXED: Final = (KIND, "Pod", *CHILD_KINDS)
+
+Index = Mapping[ModelKey, Collection[Object]]  # kopf.Index is one
+
+
+def entry(kind: str, body: Mapping[str, Any]) -> dict[ModelKey, Object]:
+    """What the index of this kind holds of an object: by its model, without the record of who set which field."""
+    metadata = {name: value for name, value in body["metadata"].items() if name != "managedFields"}
+    model = metadata["name"] if kind == KIND else metadata["labels"][MODEL_LABEL]
+    document = {**body, "apiVersion": RESOURCES[kind][0], "kind": kind, "metadata": metadata}
+    return {ModelKey(metadata["namespace"], model): document}
+
+
+class Indexes:
+    """Empty until `bind`, which kopf's start calls with its indexes by kind."""
+
+    def __init__(self) -> None:
+        self._of: Mapping[str, Index] = {}
+
+    def bind(self, indexes: Mapping[str, Index]) -> None:
+        self._of = indexes
+
+    def model(self, key: ModelKey) -> Object | None:
+        """The custom resource; the newest where one of the same name was made after it had been deleted."""
+        return max(self._objects(KIND, key), key=_version, default=None)
+
+    def children(self, key: ModelKey, gone: Mapping[str, str] = MappingProxyType({})) -> dict[ObjectRef, Object]:
+        """By kind and name. `gone` are UIDs and the versions in which they are not to be believed in."""
+        return {(kind, name): child for kind in CHILD_KINDS for name, child in self._by_name(kind, key, gone).items()}
+
+    def pods(self, key: ModelKey, gone: Mapping[str, str] = MappingProxyType({})) -> list[Object]:
+        """By name, without what is `gone`."""
+        found = self._by_name("Pod", key, gone)
+        return [found[name] for name in sorted(found)]
+
+    def versions(self, key: ModelKey) -> dict[str, str]:
+        """UID → resource version of all that belongs to the model."""
+        found = [item["metadata"] for kind in (*CHILD_KINDS, "Pod") for item in self._objects(kind, key)]
+        return {metadata["uid"]: metadata["resourceVersion"] for metadata in found}
+
+    def _by_name(self, kind: str, key: ModelKey, gone: Mapping[str, str]) -> dict[str, Object]:
+        """The newest of each name: one that was made again may be there beside the one before it."""
+        found = [
+            item
+            for item in self._objects(kind, key)
+            if gone.get(item["metadata"]["uid"]) != item["metadata"]["resourceVersion"]
+        ]
+        return {item["metadata"]["name"]: item for item in sorted(found, key=_version)}
+
+    def _objects(self, kind: str, key: ModelKey) -> Iterator[Object]:
+        index: Index = self._of.get(kind, {})
+        yield from index.get(key, ())
+
+
+def _version(item: Object) -> int:
+    """Resource versions of one kind are numbers that rise (KEP-5504)."""
+    return int(item["metadata"]["resourceVersion"])
