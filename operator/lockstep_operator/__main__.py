@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
+import socket
 import sys
 import time
-from collections.abc import Coroutine
-from typing import Any, Final
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Final
 
 import kopf
-from kopf._core.engines.peering import Identity
 
 from lockstep_operator import handlers, server
 from lockstep_operator import log as logs
 from lockstep_operator.cluster import served_schema
 from lockstep_operator.cluster.client import ApiServer, KubeError, connect
+from lockstep_operator.cluster.indexes import Indexes
 from lockstep_operator.cluster.namespaces import Namespaces
 from lockstep_operator.cluster.served_schema import ServedSchema
 from lockstep_operator.controller import Controller
@@ -30,23 +34,19 @@ from lockstep_operator.workqueue import WorkQueue
 log = logging.getLogger("lockstep_operator")
 
 SCHEMA_RETRY_SECONDS: Final = 2.0
-# Only kopf's peering uses it, and that is off; the default asks for the user's name, which a pod's user doesn't have.
-IDENTITY: Final = Identity("lockstep-operator")
 
 
 def main() -> None:
     settings = read_settings(sys.argv[1:], os.environ)
     logs.configure(settings.log_level, settings.log_format)
+    os.environ.setdefault("POD_ID", socket.gethostname())  # else kopf asks for the user's name, which may have none
     asyncio.run(run(settings))
 
 
 async def run(settings: Settings) -> None:
     """Until a signal ends it (kopf takes SIGTERM and SIGINT) or a part of it fails."""
-    metrics, queue = Metrics(), WorkQueue[ModelKey](time.monotonic)
-    watching = asyncio.Event()
+    metrics, schema, watching = Metrics(), ServedSchema(), asyncio.Event()
     api_client = await connect()
-    schema = ServedSchema()
-    groups = StatusPoller(queue.add_after, time.time, metrics.heard)
 
     def unready() -> str:
         return schema.problem if watching.is_set() else "models aren't watched yet"
@@ -54,34 +54,83 @@ async def run(settings: Settings) -> None:
     http = await server.serve(server.application(metrics, unready), settings.port)
     try:
         kube = ApiServer(api_client)
-        namespaces = Namespaces(settings.namespaces, kube, metrics)
-        await _until_served(kube, namespaces, settings)
-        reconciler = Reconciler(kube, groups, settings, metrics, time.time, schema)
-
-        async def reconcile(key: ModelKey) -> ReconcileOutcome:
-            if namespaces.serves(key.namespace):
-                return await reconciler.reconcile(key)
-            reconciler.forget(key)  # it is heard of again when its namespace is back
-            return ReconcileOutcome(requeue_after=None)
-
-        await _until_first_ends(
-            Controller(queue, reconcile, metrics).run(settings.concurrency),
-            namespaces.keep_watching(),
-            served_schema.watch(kube, schema, metrics),
-            kopf.operator(
-                registry=handlers.registry(queue.add),
-                settings=handlers.kopf_settings(),
-                identity=IDENTITY,
-                insights=namespaces.insights,
-                clusterwide=not settings.namespaces,
-                namespaces=namespaces.served,
-                ready_flag=watching,
-            ),
-        )
+        work = Work(settings, kube, schema, metrics, Namespaces(settings.namespaces, kube, metrics))
+        while await _watch(work, watching):
+            log.info("other namespaces are to be watched")
     finally:
-        await groups.close()
         await api_client.close()
         await http.cleanup()
+
+
+@dataclass(slots=True)
+class Work:
+    """What kopf's watches are for. Each of its lives has indexes and loops of its own."""
+
+    settings: Settings
+    kube: ApiServer
+    schema: ServedSchema
+    metrics: Metrics
+    namespaces: Namespaces
+    ended: asyncio.Event = field(default_factory=asyncio.Event)  # the loops, by themselves or not
+    loops: asyncio.Task[None] | None = None
+
+    @asynccontextmanager
+    async def __call__(self, indexes: Indexes) -> AsyncIterator[handlers.Changed]:
+        """Whom to tell of models that may have changed. What runs meanwhile ends when the context does."""
+        queue = WorkQueue[ModelKey](time.monotonic)
+        groups = StatusPoller(queue.add_after, time.time, self.metrics.heard)
+        reconciler = Reconciler(
+            self.kube, groups, self.settings, self.metrics, time.time, schema=self.schema, indexes=indexes
+        )
+
+        async def reconcile(key: ModelKey) -> ReconcileOutcome:
+            if self.namespaces.serves(key.namespace):
+                return await reconciler.reconcile(key)
+            return ReconcileOutcome(requeue_after=None)  # it is heard of again when its namespace is back
+
+        self.loops = asyncio.create_task(self._run(Controller(queue, reconcile, self.metrics)), name="loops")
+        self.loops.add_done_callback(lambda _: self.ended.set())
+        try:
+            yield queue.add
+        finally:
+            self.loops.cancel()
+            await asyncio.wait({self.loops})
+            await groups.close()
+            reconciler.forget_others(self.namespaces.serves)
+
+    async def _run(self, controller: Controller) -> None:
+        """Until other namespaces can be served than could when this began."""
+        async with asyncio.TaskGroup() as loops:
+            tasks = [
+                loops.create_task(controller.run(self.settings.concurrency)),
+                loops.create_task(served_schema.watch(self.kube, self.schema, self.metrics)),
+            ]
+            await self.namespaces.other_than(self.namespaces.served)
+            for task in tasks:
+                task.cancel()
+
+
+async def _watch(work: Work, watching: asyncio.Event) -> bool:
+    """One life of kopf's. Whether another is to follow, since other namespaces can be served; not after a signal.
+    Raises what ended the loops."""
+    await _until_served(work.kube, work.namespaces, work.settings)
+    work.ended.clear()
+    try:
+        await kopf.operator(
+            registry=handlers.registry(work),
+            settings=handlers.kopf_settings(),
+            clusterwide=not work.settings.namespaces,
+            namespaces=work.namespaces.served,
+            ready_flag=watching,
+            stop_flag=work.ended,
+        )
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):  # as before: kopf leaves its handlers behind, which do nothing
+            asyncio.get_running_loop().remove_signal_handler(number)
+    if work.loops is None or work.loops.cancelled():
+        return False
+    work.loops.result()
+    return True
 
 
 async def _until_served(kube: ApiServer, namespaces: Namespaces, settings: Settings) -> None:
@@ -106,19 +155,6 @@ async def _until_served(kube: ApiServer, namespaces: Namespaces, settings: Setti
         else:
             log.info("serving %s in all namespaces", KIND)
             return
-
-
-async def _until_first_ends(*parts: Coroutine[Any, Any, None]) -> None:
-    """Run all; when one ends, or fails, end the others."""
-    tasks = [asyncio.create_task(part) for part in parts]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 if __name__ == "__main__":

@@ -1,48 +1,76 @@
-"""What kopf tells us: that something about a model may have changed. Everything else is found out by looking.
+"""What kopf does for the operator: it watches, keeps the indexes, starts and ends what works beside it.
 
-Only `on.event` handlers are used: they leave the objects alone (no finalizers, no annotations), so that models and
-their children can be deleted while the operator is away.
+Only `index` and `on.event` handlers are used: they leave the objects alone (no finalizers, no annotations), so that
+models and their children can be deleted while the operator is away. All are coroutines, since kopf runs plain functions
+in threads. Nothing is imported from kopf's private modules, and which pod this is it learns from POD_ID.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, Final
 
 import kopf
 
-from lockstep_operator.types.names import GROUP, MODEL_LABEL, PLURAL, VERSION, ModelKey, key_of_child
+from lockstep_operator.cluster.client import RESOURCES
+from lockstep_operator.cluster.indexes import INDEXED, Indexes, entry
+from lockstep_operator.types.names import KIND, MODEL_LABEL, ModelKey, key_of_child
+from lockstep_operator.types.observed import Object
 
-WATCHED: Final = (
-    ("apps", "v1", "statefulsets"),
-    ("", "v1", "pods"),
-    ("", "v1", "services"),
-    ("", "v1", "serviceaccounts"),
-    ("networking.k8s.io", "v1", "networkpolicies"),
-)
+Changed = Callable[[ModelKey], None]
+LABELLED: Final = {MODEL_LABEL: kopf.PRESENT}
 
 
-def registry(changed: Callable[[ModelKey], None]) -> kopf.OperatorRegistry:
-    """Handlers that call `changed` with the key of every model of which something may have changed."""
+def registry(work: Callable[[Indexes], AbstractAsyncContextManager[Changed]]) -> kopf.OperatorRegistry:
+    """`work` is what runs as long as kopf watches; it yields whom to tell of every model that may have changed."""
     handlers = kopf.OperatorRegistry()
 
-    async def model(namespace: str | None, name: str | None, **_: Any) -> None:
-        if namespace and name:
-            changed(ModelKey(namespace, name))
+    async def start(memo: kopf.Memo, **kwargs: Any) -> None:
+        indexes = Indexes()
+        indexes.bind({kind: kwargs[kind] for kind in INDEXED})
+        memo.work = AsyncExitStack()
+        memo.changed = await memo.work.enter_async_context(work(indexes))
 
-    async def child(body: Mapping[str, Any], **_: Any) -> None:
-        if key := key_of_child(body):
-            changed(key)
+    async def stop(memo: kopf.Memo, **_: Any) -> None:
+        await memo.work.aclose()
 
+    kopf.on.startup(registry=handlers, errors=kopf.ErrorsMode.PERMANENT)(start)
+    kopf.on.cleanup(registry=handlers)(stop)
     kopf.on.login(registry=handlers)(_login)
-    kopf.on.event(GROUP, VERSION, PLURAL, registry=handlers, id="model")(model)
-    for group, version, plural in WATCHED:
-        kopf.on.event(group, version, plural, labels={MODEL_LABEL: kopf.PRESENT}, registry=handlers, id="child")(child)
+    for kind in INDEXED:
+        labels = None if kind == KIND else LABELLED
+        kopf.index(*_resource(kind), labels=labels, registry=handlers, id=kind)(_indexer(kind))
+        changed: Callable[..., Any] = _model_changed if kind == KIND else _child_changed
+        kopf.on.event(*_resource(kind), labels=labels, registry=handlers, id=kind)(changed)
     return handlers
 
 
-def _login(**details: Any) -> kopf.ConnectionInfo | None:
+def _indexer(kind: str) -> Callable[..., Any]:
+    async def index(body: Mapping[str, Any], **_: Any) -> Mapping[ModelKey, Object]:
+        return entry(kind, body)
+
+    return index
+
+
+async def _model_changed(memo: kopf.Memo, namespace: str, name: str, **_: Any) -> None:
+    memo.changed(ModelKey(namespace, name))
+
+
+async def _child_changed(memo: kopf.Memo, body: Mapping[str, Any], **_: Any) -> None:
+    if key := key_of_child(body):
+        memo.changed(key)
+
+
+def _resource(kind: str) -> tuple[str, str, str]:
+    """API group, version and plural."""
+    api_version, plural = RESOURCES[kind]
+    group, _, version = api_version.rpartition("/")
+    return group, version, plural
+
+
+async def _login(**details: Any) -> kopf.ConnectionInfo | None:
     return kopf.login_with_service_account(**details) or kopf.login_with_kubeconfig(**details)
 
 
@@ -51,7 +79,8 @@ def kopf_settings() -> kopf.OperatorSettings:
     settings.posting.enabled = False
     settings.peering.standalone = True
     settings.scanning.disabled = True  # needs no rights to look at namespaces and CRDs
-    for resource in WATCHED:
-        settings.watching.label_selectors[resource] = MODEL_LABEL  # the API server filters
+    for kind in INDEXED:
+        if kind != KIND:
+            settings.watching.label_selectors[_resource(kind)] = MODEL_LABEL  # the API server filters
     logging.getLogger("kopf").setLevel(logging.WARNING)  # it tells of every event that it hands on
     return settings

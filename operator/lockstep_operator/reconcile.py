@@ -156,6 +156,11 @@ class Reconciler:
         self._metrics.forget(key)
         self._known.pop(key, None)
 
+    def forget_others(self, serves: Callable[[str], bool]) -> None:
+        """Of models in namespaces that aren't served any more nothing is told."""
+        for key in [key for key in self._known if not serves(key.namespace)]:
+            self.forget(key)
+
     async def _observe(self, model: spec.Model, resource: Object, source: Source, known: _Known) -> Observed:
         now, indexed = self._now(), self._indexes.versions(model.key)
         children = await source.children(model)

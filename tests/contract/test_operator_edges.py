@@ -1,15 +1,13 @@
-"""The operator's edges over real HTTP: the API server's protocol, a group's status, its own port, kopf's handlers."""
+"""The operator's edges over real HTTP: the API server's protocol, a group's status, its own port."""
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-import kopf
 import msgspec
 import pytest
 from aiohttp import ClientSession, web
@@ -18,7 +16,6 @@ from kubernetes.aio import client
 from tests.support.kube_answers import openapi_schema
 from tests.support.kube_world import well
 
-from lockstep_operator import handlers
 from lockstep_operator.cluster.client import ApiServer, KubeError
 from lockstep_operator.cluster.served_schema import ServedSchema
 from lockstep_operator.groups.status_poller import MAX_STATUS_BYTES, PollTarget, StatusPoller, significant_part
@@ -374,7 +371,7 @@ def test_measurements_are_not_lasting_and_states_are() -> None:
     assert significant_part(status) != significant_part(msgspec.structs.replace(status, epoch=2))
 
 
-# --- the operator's own port, and kopf ---
+# --- the operator's own port ---
 
 
 async def test_its_own_port() -> None:
@@ -397,29 +394,3 @@ async def test_its_own_port() -> None:
             assert 'lockstep_operator_models{state="Ready"} 0.0' in await (await session.get("/metrics")).text()
     finally:
         await server.close()
-
-
-def test_handlers_only_watch_and_leave_no_trace_on_objects() -> None:
-    registry = handlers.registry(lambda key: None)
-    assert len(registry._watching.get_all_handlers()) == 1 + len(handlers.WATCHED)
-    assert not registry._changing.get_all_handlers()
-    assert not registry._spawning.get_all_handlers()
-
-
-def test_handlers_run_on_the_loop_that_owns_the_queue() -> None:
-    """kopf runs plain functions in threads, and the queue of models is not made for that."""
-    for handler in handlers.registry(lambda key: None)._watching.get_all_handlers():
-        assert inspect.iscoroutinefunction(handler.fn), handler.id
-
-
-@pytest.mark.parametrize(
-    ("labels", "expected"),
-    [({"lockstep.dev/model": "chat"}, [KEY]), ({}, []), (None, [])],
-)
-async def test_a_child_queues_its_model(labels: dict[str, str] | None, expected: list[ModelKey]) -> None:
-    queued: list[ModelKey] = []
-    registry = handlers.registry(queued.append)
-    child = next(handler for handler in registry._watching.get_all_handlers() if handler.id == "child")
-    body: Any = {"metadata": {"namespace": "team", "labels": labels}}
-    await child.fn(body=kopf.Body(body))  # type: ignore[call-arg, misc]
-    assert queued == expected

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import msgspec
 import pytest
@@ -28,7 +30,7 @@ async def asked(world: World, *keys: ModelKey) -> Requests:
     return world.kube.requests - before
 
 
-async def at_rest(world: World, **spec: object) -> ModelKey:
+async def at_rest(world: World, **spec: Any) -> ModelKey:
     """A model that is Ready, and whose Secret was read since the status was last written."""
     key = world.add(**spec)
     await world.settle(key)
@@ -80,12 +82,13 @@ async def test_a_pass_that_writes_has_read_everything_before() -> None:
     key = await at_rest(world)
     reads: list[set[str]] = []
     world.kube.before_write = lambda verb, kind, name: reads.append({kind for _, kind in world.kube.requests})
-    for disturb in (
+    disturbances: list[Callable[[], object]] = [
         lambda: world.kube.remove("Service", "team", "chat-0"),
         lambda: world.edit(key, replicas=2),
         lambda: world.edit(key, replicas=1),
         lambda: world.groups.said.update({(key, 0): GroupReport(unreachable_since=world.time - 60, error="no")}),
-    ):
+    ]
+    for disturb in disturbances:
         await world.settle(key)
         disturb()
         reads.clear()

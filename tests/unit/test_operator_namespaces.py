@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from tests.support.kube_world import World
 
 from lockstep_operator.cluster import namespaces
 from lockstep_operator.cluster.client import KubeError
+from lockstep_operator.cluster.indexes import INDEXED
 from lockstep_operator.cluster.namespaces import Namespaces
 from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.types.observed import Object
@@ -42,7 +44,7 @@ def served(metrics: Metrics) -> dict[str, float]:
     return {s.labels["namespace"]: s.value for s in samples if s.name == "lockstep_operator_namespace_served"}
 
 
-@pytest.mark.parametrize("kind", namespaces.WATCHED)
+@pytest.mark.parametrize("kind", INDEXED)
 async def test_each_kind_that_is_watched_must_be_granted(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     lists, known, metrics = made("a", "b")
     lists.refused["a", kind] = FORBIDDEN
@@ -54,14 +56,6 @@ async def test_each_kind_that_is_watched_must_be_granted(kind: str, caplog: pyte
     assert len(told) == 1, "once, not at every look"
     assert "namespace a can't be served" in told[0]
     assert "cannot list resource" in told[0]
-
-
-async def test_what_kopf_watches_is_what_is_asked_about() -> None:
-    from lockstep_operator import handlers
-    from lockstep_operator.cluster import client
-
-    plurals = {client.RESOURCES[kind][1] for kind in namespaces.WATCHED}
-    assert plurals == {plural for _, _, plural in handlers.WATCHED} | {"tensorparallelmodels"}
 
 
 async def test_an_api_server_that_can_not_say_changes_nothing() -> None:
@@ -78,27 +72,26 @@ async def test_an_api_server_that_can_not_say_changes_nothing() -> None:
     assert served(metrics) == {"a": 0}
 
 
-async def test_kopf_is_told_of_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_change_of_what_can_be_watched_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(namespaces, "LOOK_SECONDS", 0.01)
     lists, known, _ = made("a", "b")
     await known.look()
-    known.insights.namespaces.update({"a", "b"})  # type: ignore[arg-type] # as kopf does at its start
-    known.insights.ready_namespaces.set()
-    watching = asyncio.create_task(known.keep_watching())
 
-    async def until(expected: set[str]) -> None:
-        async with asyncio.timeout(10), known.insights.revised:
-            await known.insights.revised.wait_for(lambda: known.insights.namespaces == expected)
+    async def after(change: Callable[[], object]) -> set[str]:
+        watching = asyncio.create_task(known.other_than(known.served))
+        await asyncio.sleep(0.1)
+        assert not watching.done(), "nothing has changed"
+        change()
+        async with asyncio.timeout(10):
+            await watching
+        return {*known.served}
 
-    lists.refused["a", "StatefulSet"] = FORBIDDEN
-    await until({"b"})
-    lists.refused["b", "StatefulSet"] = FORBIDDEN
-    await until(set())
-    lists.refused.clear()
-    await until({"a", "b"})
-    watching.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await watching
+    def refuse(namespace: str) -> None:
+        lists.refused[namespace, "StatefulSet"] = FORBIDDEN
+
+    assert await after(lambda: refuse("a")) == {"b"}
+    assert await after(lambda: refuse("b")) == set()
+    assert await after(lists.refused.clear) == {"a", "b"}
 
 
 async def test_without_names_the_whole_cluster_is_served_and_nothing_asked() -> None:

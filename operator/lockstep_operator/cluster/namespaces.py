@@ -1,7 +1,7 @@
 """Which of the namespaces that it is told to serve the operator may watch just now.
 
 kopf gives up altogether over a single watch that it isn't granted, and a Role goes with its namespace. So it is told
-only of namespaces that can be read, and is told anew when that changes.
+only of namespaces that can be read, and is started anew when that changes, with empty indexes.
 """
 
 from __future__ import annotations
@@ -11,17 +11,14 @@ import logging
 from collections.abc import Collection
 from typing import Final
 
-from kopf._cogs.structs.references import Insights, NamespaceName
-
 from lockstep_operator.cluster.client import Kube, KubeError
-from lockstep_operator.cluster.observe import CHILD_KINDS
+from lockstep_operator.cluster.indexes import INDEXED
 from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.types.names import KIND
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS: Final = 10.0  # kopf bears a refusal for 54 s
-WATCHED: Final = (KIND, "Pod", *CHILD_KINDS)
 NOTHING: Final = "metadata.name=-"  # no object can be called so: what is asked is whether one may ask
 
 
@@ -34,7 +31,6 @@ class Namespaces:
         self._metrics = metrics
         self._why_not: dict[str, str] = {}
         self.served: frozenset[str] = frozenset()
-        self.insights = Insights()  # what kopf watches
 
     def serves(self, namespace: str) -> bool:
         return not self._names or namespace in self.served
@@ -46,27 +42,16 @@ class Namespaces:
             if refusal is not None:
                 self._tell(name, refusal)
 
-    async def keep_watching(self) -> None:
-        """Until cancelled. kopf must have begun with those that were served when it was started."""
-        await self.insights.ready_namespaces.wait()
-        while True:
-            await self.look()
-            await self._revise()
+    async def other_than(self, watched: frozenset[str]) -> None:
+        """Wait until others than these can be served; for ever where the whole cluster is."""
+        while not self._names or self.served == watched:
             await asyncio.sleep(LOOK_SECONDS)
-
-    async def _revise(self) -> None:
-        wanted = {NamespaceName(name) for name in self.served}
-        if not self._names or wanted == self.insights.namespaces:
-            return
-        async with self.insights.revised:
-            self.insights.namespaces.clear()
-            self.insights.namespaces.update(wanted)
-            self.insights.revised.notify_all()
+            await self.look()
 
     async def _refusal(self, namespace: str) -> str | None:
         """Why it can't be watched, empty if it can; None when nobody knows."""
         try:
-            await asyncio.gather(*(self._kube.find(kind, namespace, fields=NOTHING) for kind in WATCHED))
+            await asyncio.gather(*(self._kube.find(kind, namespace, fields=NOTHING) for kind in INDEXED))
         except KubeError as error:
             return None if error.transient else str(error)
         return ""
