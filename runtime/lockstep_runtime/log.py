@@ -1,7 +1,8 @@
 """Logs to stderr, a line each. The one place that configures logging.
 
 `LOCKSTEP_LOG_FORMAT` is text, `2026-11-30T09:49:06.991Z info engine: …`, or json: objects of time, level, part, message
-and, where there is one, exception. Times are UTC, in RFC 3339. `LOCKSTEP_LOG_LEVEL` names the least severe level.
+and, where there are any, the record's `fields` and exception. Times are UTC, in RFC 3339. `LOCKSTEP_LOG_LEVEL` names
+the least severe level.
 """
 
 from __future__ import annotations
@@ -11,10 +12,36 @@ import logging
 import os
 import sys
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 LEVEL_VARIABLE: Final = "LOCKSTEP_LOG_LEVEL"
 FORMAT_VARIABLE: Final = "LOCKSTEP_LOG_FORMAT"
+_FIELDS: Final = "fields"  # the record's attribute
+
+
+def fields(
+    *,
+    fault: int | None = None,
+    epoch: int | None = None,
+    rank: int | None = None,
+    rung: str | None = None,
+    phase: str | None = None,
+    request: str | None = None,
+    seconds: float | None = None,
+    kept: bool | None = None,
+) -> dict[str, Any]:
+    """What a record is about, for `extra=`: fields of its own in JSON, and of the record that handlers see."""
+    given = {
+        "fault": fault, "epoch": epoch, "rank": rank, "rung": rung, "phase": phase, "request": request,
+        "seconds": None if seconds is None else round(seconds, 4), "kept": kept,
+    }  # fmt: skip
+    return {_FIELDS: {name: value for name, value in given.items() if value is not None}}
+
+
+def fields_of(record: logging.LogRecord) -> dict[str, Any]:
+    """What the record was given by `fields`."""
+    found: dict[str, Any] = getattr(record, _FIELDS, {})
+    return found
 
 
 class _TextFormatter(logging.Formatter):
@@ -38,15 +65,16 @@ class _JsonFormatter(logging.Formatter):
         self._part = part
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = {
+        line = {
             "time": _time(record),
             "level": record.levelname.lower(),
             "part": self._part,
             "message": record.getMessage(),
+            **fields_of(record),
         }
         if record.exc_info:
-            fields["exception"] = self.formatException(record.exc_info)
-        return json.dumps(fields, ensure_ascii=False)
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
 
 
 def _time(record: logging.LogRecord) -> str:

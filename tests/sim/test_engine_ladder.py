@@ -14,6 +14,7 @@ from tests.support.live_engine import LiveEngine, live_engine
 
 from lockstep_runtime.config import Watchdog
 from lockstep_runtime.engine.client import EngineBusyError, GenerationFailedError
+from lockstep_runtime.log import fields_of
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState
 from lockstep_runtime.recovery import timing
@@ -290,15 +291,31 @@ async def test_recycle_pods_gives_up_at_once_with_one_clean_error() -> None:
 
 
 async def test_every_phase_is_one_line_with_the_faults_id_and_the_epoch(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG)
     async with live_engine() as live:
         running = asyncio.create_task(live.generate(PROMPT, 100))
         await live.until(lambda: live.engine.stats().requests_running == 1, "it runs")
         await live.ranks[1].respawn()
         assert await running == continuation(PROMPT, 100)
-    lines = [match for line in caplog.messages if (match := re.match(r"(\w+): fault 1 epoch (\d+): ", line))]
-    assert [line[1] for line in lines] == ["watchdog", "abort", "respawn", "rebuild", "verify", "resumed"]
-    assert [line[2] for line in lines] == ["1", "2", "2", "2", "2", "2"]
+    told = [(record.getMessage(), found) for record in caplog.records if (found := fields_of(record)).get("fault") == 1]
+    lines = [found for _, found in told if "epoch" in found]
+    assert [line["phase"] for line in lines] == ["watchdog", "abort", "respawn", "rebuild", "verify", "resumed"]
+    assert [line["epoch"] for line in lines] == [1, 2, 2, 2, 2, 2]
+    assert [found["rung"] for _, found in told if "rung" in found] == ["Respawn"]
+    assert (lines[0]["rank"], lines[-1]["kept"]) == (1, True)
+    texts = [re.match(r"(\w+): fault 1(?: epoch (\d+))?: ", text) for text, _ in told]
+    assert [text and text[1] for text in texts] == [found["phase"] for _, found in told]
+    requests = [
+        (found["request"], record.getMessage())
+        for record in caplog.records
+        if "request" in (found := fields_of(record))
+    ]
+    [name] = {request for request, _ in requests}
+    assert [text for _, text in requests] == [
+        f"request {name} is queued, with {len(PROMPT)} tokens",
+        f"request {name} goes on in epoch 2",
+        f"request {name} is complete: length",
+    ]
     assert {"detect", "abort", "respawn", "rebuild", "verify", "firstToken"} == live.engine.status().faults[
         0
     ].phases.keys()

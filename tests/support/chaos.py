@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Final
 
 from tests.support.faults import inject
-from tests.support.serve import Served, is_running, served
+from tests.support.serve import AS_JSON, Served, is_running, served
 from tests.support.stream import Answer, Stream, answers, start
 
 from lockstep_runtime.host.shm_files import FOLDER_VARIABLE, SHARED_MEMORY, owner_of
 from lockstep_runtime.protocol.chaos import CollectivePoint, FaultPhase, Injection
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, GroupStatus
+from lockstep_runtime.recovery.log_trail import TrailPhase
 from lockstep_runtime.recovery.policy import RESPAWNS
 
 MAX_TOKENS: Final = 160  # so many that a fault meets the stream while it runs, however fast the machine
@@ -140,7 +141,7 @@ class Arena:
 
     def __init__(self, directory: Path, size: int, **environment: str) -> None:
         self._directory, self._size = directory, size
-        self._environment = {FOLDER_VARIABLE: str(directory / "shm"), **environment}
+        self._environment = {FOLDER_VARIABLE: str(directory / "shm"), **AS_JSON, **environment}
         (directory / "shm").mkdir()
         self._stack = contextlib.ExitStack()
         self._group: Served | None = None
@@ -219,10 +220,13 @@ def survive(arena: Arena, cell: Cell) -> None:
 def check_told(serve: Served, cell: Cell, record: FaultRecord, pids: dict[int, int]) -> None:
     """What a person reads of a fault that was the only one; and that no process went but those of suspects."""
     assert record.phases.keys() >= REPAIR - ({"firstToken"} if cell.phase is FaultPhase.IDLE else set())
-    lines = [line for line in serve.log.read_text().splitlines() if f": fault {record.id} epoch " in line]
-    told = [line.split("engine: ", 1)[1].split(":")[0] for line in lines]
-    assert [*dict.fromkeys(told)] == ["watchdog", "abort", "respawn", "rebuild", "verify", "resumed"]
-    assert ("computed again" if cell.spoils_caches else "as they were") in lines[-1]
+    lines = [line for line in serve.records() if line.get("fault") == record.id and "epoch" in line]
+    assert [*dict.fromkeys(line["phase"] for line in lines)] == [
+        TrailPhase.WATCHDOG, TrailPhase.ABORT, TrailPhase.RESPAWN, TrailPhase.REBUILD, TrailPhase.VERIFY,
+        TrailPhase.RESUMED,
+    ]  # fmt: skip
+    assert lines[-1]["kept"] is not cell.spoils_caches
+    assert lines[0].get("rank") in (record.rank, None)
     assert cell.words in record.message
     respawned = {rank for rank, pid in ranks_of(serve.status()).items() if pid != pids[rank]}
     if record.rung == "Rebuild":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Final
 
 import httpx
 import msgspec
@@ -18,12 +20,14 @@ from tests.support.http import HTTP
 from tests.support.ports import free_port
 
 from lockstep_runtime.host.addresses import join
+from lockstep_runtime.log import FORMAT_VARIABLE
 from lockstep_runtime.protocol.status import GroupStatus
 
 TINY_CHAT = Path(__file__).parents[2] / "examples" / "tiny-chat"
 TOKEN = "a token of the tests"
 START_SECONDS = 180.0  # importing torch twice on a machine that does other things too
 END_SECONDS = 60.0
+AS_JSON: Final = {FORMAT_VARIABLE: "json"}  # for `Served.records`
 
 
 @dataclass
@@ -77,6 +81,10 @@ class Served:
     def child_pids(self) -> list[int]:
         task = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(pid) for pid in task.read_text().split()]
+
+    def records(self) -> list[dict[str, Any]]:
+        """The log's lines, where it is JSON; what ends a process without one, such as a signal's dump, is left out."""
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
 
     def complete(self, prompt: str, max_tokens: int) -> str:
         """A greedy completion."""

@@ -62,3 +62,18 @@ def test_in_json_a_record_is_one_object_whatever_it_tells(
     assert "exception" not in plain
     assert failed["message"] == "it failed"
     assert failed["exception"].splitlines()[-1] == "ValueError: of itself"
+
+
+def test_what_a_record_is_about_are_fields_of_its_json_and_no_part_of_its_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = runtime_log.fields(fault=3, epoch=8, rank=0, phase="verify", seconds=0.02149, kept=False)
+    for style in ("json", "text"):
+        monkeypatch.setenv(runtime_log.FORMAT_VARIABLE, style)
+        runtime_log.configure("engine")
+        logging.getLogger("engine").info("verify: …", extra=about)
+    as_json, as_text = capsys.readouterr().err.splitlines()
+    record = json.loads(as_json)
+    known = {"fault": 3, "epoch": 8, "rank": 0, "phase": "verify", "seconds": 0.0215, "kept": False}
+    assert {name: value for name, value in record.items() if name not in ("time", "level", "part", "message")} == known
+    assert as_text.endswith(" engine: verify: …")

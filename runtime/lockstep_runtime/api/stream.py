@@ -28,6 +28,7 @@ from lockstep_runtime.api.multiplex import Batch, Multiplexed
 from lockstep_runtime.api.response_format import ResponseFormat
 from lockstep_runtime.api.tokenizer import TextTokenizer
 from lockstep_runtime.engine.client import EngineBusyError, EngineClient, GenerationFailedError, RequestTooLongError
+from lockstep_runtime.log import fields
 
 log = logging.getLogger(__name__)
 
@@ -87,12 +88,14 @@ class Answer(Response):
         self._head, self._tail = self._chunk_frame()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._log(logging.DEBUG, f"asks for {len(self._job.requests)} choices")
         gone = asyncio.create_task(_disconnected(receive))
         work = asyncio.create_task(self._run(scope, receive, self._bounded(send, gone)))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 self._metrics.failed("disconnected")
+                self._log(logging.DEBUG, "is given up: its client is gone, or takes nothing")
         finally:
             work.cancel()
             gone.cancel()
@@ -100,13 +103,23 @@ class Answer(Response):
         if not work.cancelled():
             work.result()
 
+    def _log(self, level: int, what: str) -> None:
+        """The engine's lines add the choice to the id: `chatcmpl-…-0`."""
+        log.log(level, "request %s %s", self._job.id, what, extra=fields(request=self._job.id))
+
+    def _refuse(self, error: Exception) -> ApiError:
+        refusal = refuse(error, self._metrics)
+        busy = refusal.status != 500  # which is the same for every request
+        self._log(logging.DEBUG if busy else logging.WARNING, f"is answered with {refusal.status}: {refusal.message}")
+        return refusal
+
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with Multiplexed(self._engine, self._job.requests) as merged:
             try:
                 batch = await merged.next(self._limits.headers_seconds)
                 parts = None if self._job.stream else await self._whole(batch, merged)
             except Exception as error:  # the engine's, early enough to be an HTTP status
-                await refuse(error, self._metrics).response()(scope, receive, send)
+                await self._refuse(error).response()(scope, receive, send)
                 return
             if parts is None:
                 await self._stream(batch, merged, send)
@@ -146,7 +159,7 @@ class Answer(Response):
             try:
                 batch = await merged.next(self._limits.keep_alive_seconds)
             except Exception as error:  # the engine's: neither a finish_reason nor [DONE] may follow it
-                return await _part(send, b"data: " + refuse(error, self._metrics).body() + b"\n\n", more=False)
+                return await _part(send, b"data: " + self._refuse(error).body() + b"\n\n", more=False)
             events = b"" if batch else KEEP_ALIVE
         return await _part(send, events + self._ending(), more=False)
 

@@ -7,10 +7,12 @@ event loop, so nothing here needs a lock.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import Final
 from weakref import WeakValueDictionary
 
+from lockstep_runtime import log
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.engine.client import (
     EngineBusyError,
@@ -33,6 +35,8 @@ from lockstep_runtime.recovery.changes import Changes
 from lockstep_runtime.recovery.driver import GroupDriver
 from lockstep_runtime.recovery.policy import blame_points
 from lockstep_runtime.recovery.rank_rpc import GroupFaultError, StepRefusedError
+
+logger = logging.getLogger(__name__)
 
 REFUSALS_IN_A_ROW: Final = 6  # steps that no rank could begin: then it is not the requests
 
@@ -89,14 +93,20 @@ class Engine:
         """See `EngineClient`. A refusal is raised by the first `__anext__`."""
         self._sequences += 1
         sequence_id = self._sequences
-        stream = TokenStream(lambda: self._forget(sequence_id))
+        stream = TokenStream(request.request_id, lambda: self._cancel(sequence_id, request.request_id))
         try:
             self._enqueue(Sequence(sequence_id, request))
         except (RequestTooLongError, EngineBusyError) as error:
             stream.fail(error)
             return stream
         self._streams[sequence_id] = stream
+        self._log_request(logging.DEBUG, request.request_id, f"is queued, with {len(request.prompt)} tokens")
         return stream
+
+    def _log_request(self, level: int, request_id: str, what: str) -> None:
+        if logger.isEnabledFor(level):
+            about = log.fields(request=request_id, epoch=self.group.coordinator.epoch)
+            logger.log(level, "request %s %s", request_id, what, extra=about)
 
     def _enqueue(self, sequence: Sequence) -> None:
         if self._refusing:
@@ -122,8 +132,12 @@ class Engine:
         self._wake.set()
         self._changes.tell(urgent=False)
 
+    def _cancel(self, sequence_id: int, request_id: str) -> None:
+        """Its client is gone."""
+        self._log_request(logging.DEBUG, request_id, "is cancelled")
+        self._forget(sequence_id)
+
     def _forget(self, sequence_id: int) -> None:
-        """Its client is gone, or it is complete."""
         self._streams.pop(sequence_id, None)
         if self._scheduler is not None:
             self._scheduler.remove(sequence_id)
@@ -137,6 +151,7 @@ class Engine:
     def _fail(self, sequence_id: int, message: str) -> None:
         stream = self._streams.pop(sequence_id, None)
         if stream is not None:
+            self._log_request(logging.WARNING, stream.request_id, f"fails: {message}")
             stream.fail(GenerationFailedError(message))
         self._settle()
 
@@ -221,6 +236,8 @@ class Engine:
     def resume(self, resumed: Resume) -> int:
         """Go on where the sequences stood, or from their token ids if the caches are others."""
         self._resumed_steps = self._steps
+        for stream in self._streams.values():
+            self._log_request(logging.DEBUG, stream.request_id, f"goes on in epoch {resumed.epoch}")
         length = self._length_limit() or resumed.blocks * resumed.block_size
         if self._scheduler is None:
             self._scheduler = Scheduler(
@@ -288,6 +305,8 @@ class Engine:
             stream = self._streams.get(drawn.sequence_id)
             if stream is not None:
                 stream.push(TokenEvent(drawn.token, drawn.finish, drawn.prompt))
+                if drawn.finish is not None:
+                    self._log_request(logging.DEBUG, stream.request_id, f"is complete: {drawn.finish}")
             if drawn.finish is not None:
                 self._streams.pop(drawn.sequence_id, None)
                 self._settle()

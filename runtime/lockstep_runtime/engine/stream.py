@@ -11,7 +11,8 @@ from lockstep_runtime.engine.client import TokenEvent
 class TokenStream(AsyncIterator[TokenEvent]):
     """Iterate it once. Closing or dropping it, or cancelling its reader, calls `cancel`, if it is still open."""
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
+    def __init__(self, request_id: str, cancel: Callable[[], None]) -> None:
+        self.request_id = request_id
         self._cancel = cancel
         self._events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
         self._open = True

@@ -9,6 +9,7 @@ from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.step import SequenceSlice
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.events import Answer
+from lockstep_runtime.recovery.log_trail import TrailPhase
 from lockstep_runtime.recovery.policy import Recovery
 from lockstep_runtime.recovery.watchdog import Deadline
 
@@ -136,18 +137,19 @@ class AttributeNaN:
 class PhaseOver:
     """A line of the log trail."""
 
-    phase: str
+    phase: TrailPhase
     seconds: float
     words: str
 
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """`phase`: a line of the log trail; `quiet`: nothing is wrong."""
+    """`phase`: a line of the log trail; `quiet`: nothing is wrong; `rank`: whom it is about."""
 
     words: str
-    phase: str = ""
+    phase: TrailPhase | None = None
     quiet: bool = False
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

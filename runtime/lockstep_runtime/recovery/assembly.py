@@ -16,6 +16,7 @@ from lockstep_runtime.recovery import actions
 from lockstep_runtime.recovery.actions import Action
 from lockstep_runtime.recovery.cache_plan import CachePlan
 from lockstep_runtime.recovery.events import Answer
+from lockstep_runtime.recovery.log_trail import TrailPhase
 from lockstep_runtime.recovery.rank_handle import RankHandle
 from lockstep_runtime.recovery.self_test import PROBE_BLOCKS, probe, warmup_step
 from lockstep_runtime.recovery.timing import ALLOCATE, RENDEZVOUS, SCRUB, Timing
@@ -124,7 +125,7 @@ class Assembly:
         corrupt = [rank for rank, one in answers.items() if one.corrupt]
         return [
             *([actions.AttributeNaN(corrupt[0])] if len(corrupt) == 1 else []),  # all had the same to compute it from
-            actions.PhaseOver("rebuild", self.phases["rebuild"], words),
+            actions.PhaseOver(TrailPhase.REBUILD, self.phases["rebuild"], words),
             *([actions.ProcessesChanged()] if incarnations != self._processes else []),
             self._probe(),
         ]
@@ -156,4 +157,6 @@ class Assembly:
     def _done(self, now: float) -> list[Action]:
         self.step = Step.DONE
         self.phases["verify"] = seconds = now - self._tested_at
-        return [actions.PhaseOver("verify", seconds, "an all-reduce of ones and the probe gave what they must")]
+        return [
+            actions.PhaseOver(TrailPhase.VERIFY, seconds, "an all-reduce of ones and the probe gave what they must")
+        ]

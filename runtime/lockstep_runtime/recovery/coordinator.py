@@ -18,6 +18,7 @@ from lockstep_runtime.recovery.bounded import bounded
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.events import Answer, Event
 from lockstep_runtime.recovery.gathering import Gathering
+from lockstep_runtime.recovery.log_trail import TrailPhase
 from lockstep_runtime.recovery.membership import Membership
 from lockstep_runtime.recovery.policy import RecoveryPolicy, invalidates_caches, requires_cache_check
 from lockstep_runtime.recovery.rank_handle import RankHandle
@@ -155,7 +156,7 @@ class Coordinator:
 
     def _miss(self, handle: RankHandle, how: str, now: float) -> None:
         text = self._members.left(handle, how, now)
-        self._do(actions.Log(text))
+        self._do(actions.Log(text, rank=handle.rank))
         if not self.is_apart:
             self._accuse(Evidence(Fault.RANK_LOST, handle.rank, text), now)
 
@@ -184,7 +185,7 @@ class Coordinator:
         if not self.has_served and handle.state is RankState.FAILED:
             return
         words = f"{words} before it was loaded"
-        self._do(actions.Log(words, phase="respawn"))
+        self._do(actions.Log(words, phase=TrailPhase.RESPAWN, rank=handle.rank))
         self._charge(handle, words, now)
 
     def _on_stopped(self, event: events.RankStopped, now: float) -> None:
@@ -321,7 +322,9 @@ class Coordinator:
         self._actions += self._members.send_aborts(self.epoch, now)
         if self._aborted_at is None and all(handle.abort_sent_at is None for handle in self.handles):
             self._aborted_at = now
-            self._do(actions.PhaseOver("abort", now - self.since, "the ranks that live have left their collectives"))
+            self._do(
+                actions.PhaseOver(TrailPhase.ABORT, now - self.since, "the ranks that live have left their collectives")
+            )
         if all(handle.idle_epoch >= self.epoch for handle in self.handles):
             self._assemble(now)
             return
@@ -339,7 +342,9 @@ class Coordinator:
         self._phases = {"abort": aborted - self.since, "respawn": now - aborted}
         loads = [one.loaded.seconds for one in self.handles if one.loaded is not None]
         self._longest_load = max([self._longest_load, *loads])
-        self._do(actions.PhaseOver("respawn", now - aborted, f"all {len(self.handles)} ranks have their weights"))
+        self._do(
+            actions.PhaseOver(TrailPhase.RESPAWN, now - aborted, f"all {len(self.handles)} ranks have their weights")
+        )
         self._enter(Stage.ASSEMBLING, now)
         self._actions += self._assembly.begin(self.epoch, now, processes=self._processes, is_first=not self.has_served)
 

@@ -12,12 +12,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
+from lockstep_runtime import log
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.host.addresses import join
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import FaultPhase, Inject
 from lockstep_runtime.protocol.status import Fault, GroupStatus, PodProblem
 from lockstep_runtime.protocol.step import SequenceSlice
+from lockstep_runtime.recovery import log_trail
 from lockstep_runtime.recovery.actions import (
     Accuse,
     Action,
@@ -58,6 +60,7 @@ from lockstep_runtime.recovery.events import (
 )
 from lockstep_runtime.recovery.exits import exit_text, signal_name
 from lockstep_runtime.recovery.fault_log import FaultLog
+from lockstep_runtime.recovery.log_trail import TrailPhase
 from lockstep_runtime.recovery.policy import Rung
 from lockstep_runtime.recovery.progress_query import ProgressQuery
 from lockstep_runtime.recovery.rank_rpc import GroupFaultError, RankRpc, StepRefusedError
@@ -156,7 +159,10 @@ class GroupDriver:
     def drop(self, cause: Evidence) -> None:
         """A request was given up, and nothing else happened."""
         record = self.faults.drop(cause, at=time.time(), epoch=self.coordinator.epoch)
-        logger.warning("drop: fault %d epoch %d: %s", record.id, record.epoch, record.message)
+        log_trail.write(
+            logger, logging.WARNING, TrailPhase.DROP, record.message,
+            fault=record.id, epoch=record.epoch, rank=record.rank, rung=record.rung,
+        )  # fmt: skip
 
     def model_read(self) -> None:
         """The model's configuration is known."""
@@ -180,7 +186,8 @@ class GroupDriver:
             event: Event = PodConnected(hello.pod_index, hello.incarnation)
         else:
             before, self._peers[hello.rank] = self._peers.get(hello.rank), peer
-            logger.info("rank %d has connected (pid %d, pod %s)", hello.rank, hello.pid, hello.pod)
+            about = log.fields(rank=hello.rank, epoch=hello.epoch)
+            logger.info("rank %d has connected (pid %d, pod %s)", hello.rank, hello.pid, hello.pod, extra=about)
             event = RankConnected(hello)
         if before is not None:
             before.close()
@@ -293,7 +300,7 @@ class GroupDriver:
                 self._record(action)
 
     def _kill(self, kill: Kill) -> None:
-        logger.warning("killing rank %d: %s", kill.rank, kill.reason)
+        logger.warning("killing rank %d: %s", kill.rank, kill.reason, extra=log.fields(rank=kill.rank))
         if supervisor := self.supervisors.get(self.coordinator.handles[kill.rank].pod_index):
             supervisor.send(
                 bus.KillWorker(rank=kill.rank, incarnation=kill.incarnation, reason=kill.reason, reload=kill.reload)
@@ -338,7 +345,7 @@ class GroupDriver:
         else:
             words = f"{count} {'request goes' if count == 1 else 'requests go'} on in epoch {resumed.epoch}"
             words += ", with the KV caches as they were" if resumed.kept else ", computed again from the tokens"
-            self._log_phase("resumed", seconds, words)
+            self._log_phase(TrailPhase.RESUMED, seconds, words, kept=resumed.kept)
         self.faults.repaired(dict(resumed.phases), at=time.time(), resumed=count, respawned=resumed.respawned)
         self.serving.set()
 
@@ -359,10 +366,13 @@ class GroupDriver:
             case PhaseOver():
                 self._log_phase(action.phase, action.seconds, action.words)
             case Log() if action.phase:
-                logger.warning("%s: fault %d epoch %d: %s", action.phase, self.faults.open_id, self.coordinator.epoch,
-                               action.words)  # fmt: skip
+                log_trail.write(
+                    logger, logging.WARNING, action.phase, action.words,
+                    fault=self.faults.open_id, epoch=self.coordinator.epoch, rank=action.rank,
+                )  # fmt: skip
             case Log():
-                logger.log(logging.INFO if action.quiet else logging.WARNING, "%s", action.words)
+                level = logging.INFO if action.quiet else logging.WARNING
+                logger.log(level, "%s", action.words, extra=log.fields(rank=action.rank))
             case _:
                 pass
 
@@ -372,13 +382,20 @@ class GroupDriver:
         if action.recorded:
             self.faults.begin(cause, rung, at=time.time(), epoch=epoch, detect=cause.waited)
         number = self.faults.open_id
-        logger.warning("watchdog: fault %d epoch %d: %s: %s", number, epoch, cause.fault, cause.message)
-        logger.warning("%s: fault %d: %s", rung.lower() or "poisoned", number, action.decision.reason)
+        log_trail.write(
+            logger, logging.WARNING, TrailPhase.WATCHDOG, f"{cause.fault}: {cause.message}",
+            fault=number, epoch=epoch, rank=cause.rank,
+        )  # fmt: skip
+        chosen = TrailPhase(rung.lower() or "poisoned")
+        log_trail.write(logger, logging.WARNING, chosen, action.decision.reason, fault=number, rung=rung or None)
 
-    def _log_phase(self, phase: str, seconds: float, words: str) -> None:
-        """One line a phase: `rebuild: fault 3 epoch 8: … (0.021 s)`; none while the group is first started."""
+    def _log_phase(self, phase: TrailPhase, seconds: float, words: str, *, kept: bool | None = None) -> None:
+        """One line a phase; none while the group is first started."""
         if fault := self.faults.open_id:
-            logger.info("%s: fault %d epoch %d: %s (%.3f s)", phase, fault, self.coordinator.epoch, words, seconds)
+            log_trail.write(
+                logger, logging.INFO, phase, words,
+                fault=fault, epoch=self.coordinator.epoch, seconds=seconds, kept=kept,
+            )  # fmt: skip
 
     @property
     def stage(self) -> Stage:

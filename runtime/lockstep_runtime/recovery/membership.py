@@ -91,10 +91,11 @@ class Membership:
                 handle.set_loaded(report)
                 size, seconds = report.weight_bytes / 1e6, report.seconds
                 words = f"rank {handle.rank} has its weights: {size:.1f} MB in {seconds:.2f} s"
-                return actions.Log(words, quiet=True)
+                return actions.Log(words, quiet=True, rank=handle.rank)
             case bus.LoadFailed():
                 if handle.set_failed(report):
-                    return actions.Log(f"rank {handle.rank} can't load ({report.kind}): {handle.message}")
+                    words = f"rank {handle.rank} can't load ({report.kind}): {handle.message}"
+                    return actions.Log(words, rank=handle.rank)
             case bus.LoadProgress():
                 before = handle.heard_at
                 handle.set_progress(report, now)
