@@ -164,7 +164,7 @@ async def _supervise(ports: Ports, token: str) -> int:
 def check_faults(config: ServeConfig, environment: Mapping[str, str]) -> None:
     """
     Raises:
-        UsageError: a fault is asked for in words that mean none, or one that can't happen here.
+        UsageError: the fault to inject is malformed, or can't happen here.
     """
     if config.allow_faults and (once := environment.get(pending.ONCE_VARIABLE)):
         try:
@@ -237,5 +237,5 @@ lockstep.add_command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """The console script; exit code 2 for what the user can mend on the command line."""
+    """The console script; exit code 2 for a wrong command line."""
     lockstep.main(arguments, prog_name="lockstep")

@@ -1,7 +1,7 @@
-"""What a supervisor is told at its start, and hands on to its child processes as one JSON document.
+"""The configuration of a group's processes: one JSON document, from the supervisor to its children.
 
 `lockstep serve` builds a `ServeConfig` from its arguments and `LOCKSTEP_*` variables; children get it in
-`LOCKSTEP_CONFIG`. Secrets travel apart, in their own variables, so that the document can be logged.
+`LOCKSTEP_CONFIG`. Secrets have variables of their own, so the document can be logged.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WeightCache = Literal["Memory", "Off"]
 
 
 class UsageError(Exception):
-    """What was asked for can't be done; the sentence says what to change."""
+    """The command line can't be executed; the message says what to change."""
 
 
 class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,7 +108,7 @@ def bus_address(config: ServeConfig) -> tuple[str, int]:
 
 
 def hello(config: ServeConfig, token: str, role: bus.Role, incarnation: str) -> bus.Hello:
-    """What this process tells the engine when it connects."""
+    """The Hello of this process to the engine."""
     return bus.Hello(
         protocol=bus.PROTOCOL,
         token=token,

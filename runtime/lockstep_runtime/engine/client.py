@@ -11,7 +11,7 @@ from lockstep_runtime.protocol.step import SampledToken, SamplingParams
 
 
 class FinishReason(enum.StrEnum):
-    STOP = "stop"  # a stop token id was drawn
+    STOP = "stop"  # a stop token id was sampled
     LENGTH = "length"  # max_tokens, or the model's length, was reached
 
 
@@ -28,9 +28,9 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One drawn token. The last of a request carries `finish`; a stop token itself is delivered with STOP.
+    """One sampled token. The last of a request has `finish`; a stop token itself is delivered with STOP.
 
-    The first of a request with `prompt_logprobs` carries the prompt's tokens but the first, as if they had been drawn.
+    The first of a request with `prompt_logprobs` has the prompt's tokens except the first, as if they were sampled.
     """
 
     token: SampledToken
@@ -63,7 +63,7 @@ class EngineStats:
 
 
 class RequestTooLongError(ValueError):
-    """The prompt and its answer can never fit. The message says the numbers."""
+    """The prompt and its answer can never fit. The message has the numbers."""
 
 
 class EngineBusyError(RuntimeError):
@@ -90,14 +90,14 @@ class EngineClient(Protocol):
     def stats(self) -> EngineStats: ...
 
     def set_serving_blocker(self, reason: str, *, loading: bool = False, may_pass: bool = False) -> None:
-        """The api can't answer with this model; the sentence says why, an empty one takes it back.
+        """Set why the api can't serve this model; an empty reason clears it.
 
-        Meanwhile the group's state is `Failed` with these words, or where nothing is wrong (`loading`) at most
-        `Loading`, and requests are turned away. `may_pass`: by itself, so that nobody is called.
+        Meanwhile requests are refused and the group's state is `Failed` with this reason, or, if `loading`, at most
+        `Loading`. `may_pass`: whether it may resolve by itself, without a person.
         """
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
-        """Queue the request at once and yield its tokens as they are drawn.
+        """Queue the request at once and yield its tokens as they are sampled.
 
         Closing the iterator (`aclose`, or cancelling the task that iterates) cancels the request.
 

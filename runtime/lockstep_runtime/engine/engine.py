@@ -164,16 +164,16 @@ class Engine:
         self.group.model_read()
 
     def set_model_error(self, message: str, *, may_pass: bool = False) -> None:
-        """It could not be read; the sentence says why. `may_pass`: by itself."""
+        """Set why the model's configuration can't be read. `may_pass`: whether that may resolve by itself."""
         self._reporter.model_error = Blocker(bounded(message), may_pass)
         self._changes.tell()
 
     def set_serving_blocker(self, reason: str, *, loading: bool = False, may_pass: bool = False) -> None:
-        """The api can't answer, whatever the ranks can: the sentence says why, until an empty one takes it back."""
+        """See `EngineClient`."""
         self._reporter.set_api(Blocker(bounded(reason), may_pass), loading=loading)
 
     def await_api(self) -> None:
-        """Until the api's first word no request is accepted: it is being imported, or loads its tokenizer."""
+        """Accept no request before the api's first report: it is being imported, or loads its tokenizer."""
         self._reporter.api_is_awaited = True
 
     def _length_limit(self) -> int | None:
@@ -211,7 +211,7 @@ class Engine:
             self._forget(sequence_id)
 
     def release(self) -> None:
-        """Tell every pod that it is no longer needed."""
+        """Release every pod."""
         self.group.release()
 
     def status(self) -> GroupStatus:

@@ -43,7 +43,7 @@ RELEASE_SECONDS: Final = 0.2  # for the last messages to go out
 
 
 def main() -> None:
-    """Serve until SIGTERM, then drain and exit 0; what ends it otherwise is told to the supervisor, and exits 1."""
+    """Serve until SIGTERM, then drain and exit 0; any other end is reported to the supervisor, with exit code 1."""
     try:
         config = msgspec.json.decode(os.environ[CONFIG_VARIABLE], type=ServeConfig)
         process_init.become("engine", f"engine model={config.model_name} group={config.group}")
@@ -89,7 +89,7 @@ def _shares(config: ServeConfig) -> descriptors.Shares:
 
 
 def _history() -> GroupStatus | None:
-    """What the engine before this one last said; ids and epochs go on from there."""
+    """The last status of the previous engine; fault ids and epochs continue from it."""
     if os.environ.get(process_init.HISTORY_VARIABLE) != "stdin":
         return None
     return msgspec.json.decode(sys.stdin.buffer.read(), type=GroupStatus)
@@ -104,7 +104,7 @@ async def _stopped(stop: asyncio.Event, api: asyncio.Task[None]) -> None:
 
 
 async def _read_model(config: ServeConfig, engine: Engine) -> None:
-    """Until the model's configuration can be read: a missing model may be mended."""
+    """Read the model's configuration, retrying until it succeeds."""
     attempt = 0
     while True:
         try:

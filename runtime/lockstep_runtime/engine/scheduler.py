@@ -109,7 +109,7 @@ class Scheduler:
         return drawn
 
     def fault_points(self, slices: list[SequenceSlice], points: int) -> list[Sequence]:
-        """Blame a failed step on the sequences in it; those that are guilty by now are removed and returned."""
+        """Charge a failed step to its sequences; remove and return those that have reached the limit."""
         members = {part.sequence_id for part in slices}
         guilty = []
         for sequence in (*self._running, *self._waiting):

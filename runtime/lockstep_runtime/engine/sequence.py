@@ -33,7 +33,7 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens to feed before the next can be drawn: 1 while decoding, more while prefilling."""
+        """Tokens to compute before the next can be sampled: 1 in decode, more in prefill."""
         return len(self.tokens) - self.computed
 
     @property
@@ -68,7 +68,7 @@ class Sequence:
         return scores
 
     def append(self, token: SampledToken, max_model_len: int) -> FinishReason | None:
-        """Take the drawn token; the reason when it was the last."""
+        """Append the sampled token; returns the finish reason if it was the last."""
         self.tokens.append(token.token)
         self.fault_points = 0
         if token.token in self.request.stop_token_ids:

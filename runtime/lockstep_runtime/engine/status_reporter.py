@@ -1,4 +1,4 @@
-"""Says how the group stands: its state, its ranks and faults, and the requests there are."""
+"""Reports the group's status: its state, ranks and faults, and the number of requests."""
 
 from __future__ import annotations
 

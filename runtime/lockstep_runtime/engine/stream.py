@@ -1,4 +1,4 @@
-"""The client's end of one sequence: its tokens as they are drawn, or why there are no more."""
+"""The client's end of one sequence: its tokens as they are sampled, or the error that ends it."""
 
 from __future__ import annotations
 

@@ -74,11 +74,11 @@ class Join(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class AllocateCache(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """To every rank: have a KV cache of this many blocks (the least that any rank offered), the one there is if it is
-    of that size, and fill the last block as always: it is the probe's. Answered by `CacheAllocated`.
+    """To every rank: allocate a KV cache of this many blocks (the fewest that any rank offered), or keep one of that
+    size, and fill the last block, which is the probe's. Answered by `CacheAllocated`.
 
-    `unverified`: sequences whose contexts may hold a NaN or an infinity, each with its last computed token. A cache in
-    which one stands is laid out anew."""
+    `unverified`: sequences whose contexts may hold a NaN or an infinity, each with its last computed token. A cache
+    that holds one is allocated again."""
 
     epoch: int
     blocks: int
@@ -137,7 +137,7 @@ class LoadFailure(enum.StrEnum):
 
 
 class LoadFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """In the worker's own words. The worker ends after sending it and is started again with growing delays."""
+    """The worker's error. The worker exits after sending it and is restarted with growing delays."""
 
     message: str
     kind: LoadFailure = LoadFailure.TRANSIENT
@@ -154,10 +154,9 @@ class Joined(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class CacheAllocated(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """`contents` is another name for every cache that is laid out anew: under the same one stands what was written.
+    """`contents` identifies the cache's contents: a newly allocated cache has a new id.
 
-    A rank that has no room for as many blocks as were asked for lays out nothing and says in `blocks` how many it has
-    room for.
+    A rank without room for the requested blocks allocates nothing and sets `blocks` to the number that it has room for.
     """
 
     epoch: int
@@ -257,7 +256,7 @@ class ProgressReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class PodReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """All that a pod's supervisor has to complain of now, at most one for each reason: replaces what it said before."""
+    """All current problems of a pod, at most one per reason; replaces the report before it."""
 
     problems: list[PodProblem]
 

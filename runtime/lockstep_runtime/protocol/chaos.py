@@ -1,4 +1,4 @@
-"""Faults on purpose, in the words of `lockstep inject` and `POST /inject`."""
+"""Faults on purpose: the vocabulary of `lockstep inject` and `POST /inject`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The progress record of one worker: memory that its supervisor can read without asking it.
 
-The supervisor makes the memory (memfd), the worker inherits it and alone writes to it: 64-bit words, one store each,
-and a table of the names of places (modules that call collectives), which only grows. There is no time in it: reading a
-clock costs more than all else of a note, and who reads the record often sees when it changes.
+The supervisor creates the memory (memfd); the worker inherits it and is the only writer: 64-bit words, one store each,
+and a growing table of the names of collectives (modules that call them). It has no timestamps: reading a clock costs
+more than the rest of an update, and a reader that samples it often sees when it changes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How whoever has lost the engine tries to reach it again: the supervisor's end of the bus and the worker's."""
+"""Reconnecting to the engine: for the supervisor's end of the bus and the worker's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a group says of itself, and where its pods answer: all that the operator needs to know of the runtime.
+"""The group's status and the pods' ports: all that the operator knows of the runtime.
 
 `GET /status?after=<revision>` on a supervisor's port gives a `GroupStatus` as JSON.
 """
@@ -56,7 +56,7 @@ class PodProblemReason(enum.StrEnum):
 
 
 class PodProblem(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """What keeps a pod's processes from starting or staying; told until it has not happened for a minute."""
+    """What keeps a pod's processes from starting or running; reported until a minute after its last occurrence."""
 
     pod_index: int
     reason: PodProblemReason
@@ -106,7 +106,7 @@ class FaultRecord(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class GroupStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """What a group says of itself. `revision` rises with every change; the same revision is the same status."""
+    """A group's report on itself. `revision` rises with every change; equal revisions are equal statuses."""
 
     model: str
     group: int

@@ -1,4 +1,4 @@
-"""What one step computes: its sequences, how their next tokens are drawn, and what was drawn."""
+"""What one step computes: its sequences, their sampling parameters, and the sampled tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import msgspec
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How one sequence's next token is drawn. Draws are keyed by (seed, position), never by history or batch."""
+    """How one sequence's next token is sampled. Draws are keyed by (seed, position), never by history or batch."""
 
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0  # in (0, 1]
@@ -26,7 +26,7 @@ class Scoring(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SequenceSlice(msgspec.Struct, frozen=True, kw_only=True):
-    """One sequence's part of a step: feed `tokens` at `position`; with `sample` set, draw a token after the last."""
+    """One sequence's part of a step: feed `tokens` at `position`; with `sample` set, sample a token after the last."""
 
     sequence_id: int
     position: int  # of tokens[0] in the sequence
@@ -37,7 +37,7 @@ class SequenceSlice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SampledToken(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What rank 0 drew for one sequence. Log probabilities are of the unmodified distribution, natural log."""
+    """What rank 0 sampled for one sequence. Log probabilities are of the unmodified distribution, natural log."""
 
     sequence_id: int
     token: int

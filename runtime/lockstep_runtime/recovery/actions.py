@@ -1,4 +1,4 @@
-"""What is to be done about a group: what the coordinator says."""
+"""Actions on a group, decided by the coordinator."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class NameCulprit:
 
 @dataclass(frozen=True, slots=True)
 class RefineFault:
-    """What became of a lost rank's process: better words than those that its loss was first told with."""
+    """How a lost rank's process ended: a better message than that of its loss."""
 
     before: str
     message: str

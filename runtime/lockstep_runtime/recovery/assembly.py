@@ -66,7 +66,7 @@ class Assembly:
         return self._verification.words
 
     def forget_room(self) -> None:
-        """There may be less room for caches, for good."""
+        """Forget the agreed number of blocks: there may be permanently less room."""
         self._caches.forget()
 
     def begin(self, epoch: int, now: float, *, processes: Sequence[str], is_first: bool) -> list[Action]:

@@ -1,4 +1,4 @@
-"""Texts of others in what the group keeps and tells: never longer than a reader needs. Pure."""
+"""Bounds the messages of others that the group keeps and reports. Pure."""
 
 from __future__ import annotations
 

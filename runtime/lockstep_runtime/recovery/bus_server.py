@@ -56,7 +56,7 @@ class Peer(Protocol):
 
 
 class Listener(Protocol):
-    """Who is told what happens on the bus. Called on the event loop; must not raise."""
+    """Callbacks of the bus server. Called on the event loop; must not raise."""
 
     def admit(self, hello: Hello) -> Welcome | Refused: ...
 
@@ -109,7 +109,7 @@ class BusServer:
         return self._listener.admit(hello)
 
     def arrived(self, connection: _Connection) -> None:
-        """A new connection. Of too many that have not said who they are the oldest goes: a member says it at once."""
+        """A new connection. Above the limit of those without a Hello, the oldest is closed: members send it at once."""
         if len(self._strangers) >= self._most_strangers:
             oldest = next(iter(self._strangers))
             del self._strangers[oldest]

@@ -28,7 +28,7 @@ class CachePlan:
             self.blocks = min(offered, self._wanted)
 
     def forget(self) -> None:
-        """There may be less room for good."""
+        """Forget the agreed number of blocks: there may be permanently less room."""
         self.blocks = self._wanted = 0
 
     def retry_at(self, answers: Mapping[int, int], now: float) -> float | None:

@@ -1,4 +1,4 @@
-"""That the status has changed, for whoever sends it on."""
+"""Signals that the status has changed, to its sender."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ class Coordinator:
             self._on_early_exit(handle, gone.words, now)
 
     def _on_early_exit(self, handle: RankHandle, words: str, now: float) -> None:
-        """A process ended before it was loaded. A first load that fails with words may do so any number of times."""
+        """A process ended before it was loaded. A first load that reports its error may fail any number of times."""
         if self.stage not in (Stage.PAUSING, Stage.GATHERING):
             return
         if not self.has_served and handle.state is RankState.FAILED:
@@ -252,7 +252,7 @@ class Coordinator:
             self._fault(Evidence(Fault.RANK_LOST, handle.rank, f"{how}, again and again", final=True), now)
 
     def _kill(self, handle: RankHandle, reason: str, now: float, incarnation: str = "", *, reload: bool = True) -> bool:
-        """Whether its supervisor could be told."""
+        """Returns whether its supervisor is connected."""
         kill = self._members.kill(handle, reason, now, incarnation, reload=reload)
         if kill is not None:
             self._do(kill)
@@ -268,7 +268,7 @@ class Coordinator:
     # --- poisoned
 
     def _enter_poisoned(self, reason: str, now: float) -> None:
-        """Leave every collective, say so, and wait for a new pod or, by the ladder, for the next try."""
+        """Abort every collective, report Poisoned, and wait for a new pod or, with the ladder, for the next attempt."""
         self._poisonings += 1
         patience = self._timing.poisoned(self._poisonings) if self._tries_again else None
         self._enter(Stage.POISONED, now, patience)
@@ -318,7 +318,7 @@ class Coordinator:
             handle.begin_forming(now)
 
     def _gather_on(self, now: float) -> None:
-        """Level-triggered: whoever has not been told of this epoch is told, whoever is late is killed."""
+        """Level-triggered: send Abort to ranks that have not got this epoch's, kill those that are late."""
         self._actions += self._members.send_aborts(self.epoch, now)
         if self._aborted_at is None and all(handle.abort_sent_at is None for handle in self.handles):
             self._aborted_at = now

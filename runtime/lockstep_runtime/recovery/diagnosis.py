@@ -1,4 +1,4 @@
-"""What a fault is and who is to blame. Pure: what the ranks said, and did not say, in; the cause out."""
+"""Which fault it is, and of which rank. Pure: the ranks' answers, and missing answers, in; the cause out."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lockstep_runtime.recovery.hang_attribution import HangReport, ranks_text
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What one rank said, or did not say.
+    """A rank's failure, or its missing answer.
 
-    `secondary`: the rank only noticed that another one is gone. `stragglers`: ranks that hold up the others and answer
-    nothing. `outside`: no request's doing. `waited`: seconds from the start to the notice, where that is known.
-    `final`: nothing that the group can do by itself helps.
+    `secondary`: the rank only noticed that another one is gone. `stragglers`: ranks that block the others and don't
+    answer. `outside`: not caused by a request. `waited`: seconds from the start to the detection, where known.
+    `final`: the group can't repair it by itself.
     """
 
     fault: Fault
@@ -43,9 +43,9 @@ _WEIGHT: Final = {
 
 
 def diagnose(evidence: Sequence[Evidence]) -> Evidence:
-    """The cause among all that is known: what a rank says of itself before what it says of others, the gravest first.
+    """The cause among all evidence: a rank's own failure before what it reports of others, the gravest first.
 
-    The messages of every rank that failed by itself are joined: one may explain the other.
+    The messages of all ranks that failed by themselves are joined: one may explain the other.
     """
     own = [one for one in evidence if not one.secondary]
     if not own:

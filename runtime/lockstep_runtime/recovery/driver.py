@@ -75,7 +75,7 @@ LEAVE_SECONDS: Final = 1.0  # between a member pod's Leaving and its Release
 
 
 class Requests(Protocol):
-    """What the group must know of the requests, and tell them."""
+    """The requests, as the group sees them."""
 
     def in_caches(self) -> list[SequenceSlice]:
         """What the caches hold: of each sequence its last computed token."""
@@ -135,11 +135,11 @@ class GroupDriver:
         return [problem for _, problems in sorted(self._problems.items()) for problem in problems]
 
     async def step(self, slices: Sequence[SequenceSlice]) -> tuple[bus.StepDone, float]:
-        """One step under its own deadline, and the seconds it took, from which the next ones are learned.
+        """Run one step under its deadline; returns the result and its seconds, from which later deadlines are learned.
 
         Raises:
-            GroupFaultError: the group can't go on; to be told by `broken`.
-            StepRefusedError: no rank could begin it; the group is as good as before.
+            GroupFaultError: the group can't continue; the caller reports it by `broken`.
+            StepRefusedError: no rank could begin it; the group is unharmed.
         """
         self._work = work = work_of(slices)
         begun = time.monotonic()
@@ -169,7 +169,7 @@ class GroupDriver:
         self._handle(ModelRead())
 
     def release(self) -> None:
-        """Tell every pod that it is no longer needed."""
+        """Release every pod."""
         for supervisor in self.supervisors.values():
             supervisor.send(bus.Release())
 

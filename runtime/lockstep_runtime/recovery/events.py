@@ -24,7 +24,7 @@ class RankDisconnected:
 
 @dataclass(frozen=True, slots=True)
 class RankReported:
-    """A rank says how far it is."""
+    """A rank reports its progress."""
 
     rank: int
     report: Report
@@ -72,10 +72,10 @@ class CallDone:
 
 @dataclass(frozen=True, slots=True)
 class GroupFault:
-    """The group can't go on in this epoch: a call failed, or a step of requests.
+    """The group can't continue in this epoch: a call failed, or a step of requests.
 
-    `by_request`: a request of the step was found guilty. `steps` of requests were done since the group last resumed.
-    `under_way`: seconds that a rank may compute on before it sees that it was aborted.
+    `by_request`: a request of the step is the cause. `steps`: steps of requests since the group last resumed.
+    `under_way`: seconds that a rank may compute before it sees the abort.
     """
 
     cause: Evidence

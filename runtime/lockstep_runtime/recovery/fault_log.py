@@ -34,7 +34,7 @@ class FaultLog:
         return list(self._records)
 
     def begin(self, cause: Evidence, rung: str, *, at: float, epoch: int, detect: float) -> FaultRecord:
-        """Open a record, unless the last one is open and says the same. `detect`: seconds that it took to notice."""
+        """Open a record, unless the last one is open and of the same cause. `detect`: seconds until the detection."""
         last = self._records[-1] if self._records else None
         if last is not None and last.id in self._open and (last.fault, last.rank) == (cause.fault, cause.rank):
             if bounded(cause.message) not in last.message:
@@ -55,7 +55,7 @@ class FaultLog:
         return record
 
     def set_cause(self, rank: int, message: str, rung: Rung) -> None:
-        """The culprit of the newest open fault turned out to be this rank; what is said again is only counted."""
+        """Set the rank that caused the newest open fault; repeated messages are only counted."""
         newest = next((one for one in reversed(self._records) if one.id in self._open), None)
         if newest is not None:
             self._add(newest, message, rank, rung)
@@ -80,7 +80,7 @@ class FaultLog:
                 return
 
     def refine(self, before: str, message: str) -> None:
-        """What became of a lost process, wherever an open record tells of its loss: better words."""
+        """Replace the message of a loss by a better one, in every open record that has it."""
         for record in self._records:
             if record.id in self._open and before in record.message:
                 text = bounded(record.message.replace(before, message))
@@ -112,7 +112,7 @@ class FaultLog:
         self._awaits_token = resumed > 0
 
     def token(self, at: float) -> bool:
-        """A token was drawn; whether it was the first after a repair."""
+        """Note a sampled token; returns whether it was the first after a repair."""
         if not self._awaits_token:
             return False
         self._awaits_token = False

@@ -14,8 +14,8 @@ from lockstep_runtime.recovery.timing import ABSENT_SECONDS, DEATH_SECONDS, RECO
 
 @dataclass(slots=True, kw_only=True)
 class Gathering:
-    """`abort_seconds`: to leave a collective in. `suspects` hold up the others, if it is known who does.
-    `longest_load`: seconds that a whole one has taken. `can_kill`: whether a rank's supervisor can be told."""
+    """`abort_seconds`: the time to leave a collective. `suspects`: known stragglers.
+    `longest_load`: seconds of the longest complete load. `can_kill`: whether a rank's supervisor is connected."""
 
     handles: Sequence[RankHandle]
     timing: Timing
@@ -44,7 +44,7 @@ class Gathering:
         return max(ABSENT_SECONDS, 2 * self.abort_seconds)
 
     def next_deadline(self) -> float | None:
-        """When `late` or `hopeless` has something to say next."""
+        """When `late` or `hopeless` may next return something."""
         return min((due for handle in self.handles for due in self._dues(handle) if due is not None), default=None)
 
     def _dues(self, handle: RankHandle) -> list[float | None]:
@@ -65,7 +65,7 @@ class Gathering:
         return dues
 
     def _explains_itself(self, handle: RankHandle) -> bool:
-        """It could not load for the first time: its words say more than how long that takes."""
+        """It failed its first load: its error explains more than the duration."""
         return not self.has_served and handle.state is RankState.FAILED
 
     def late(self, now: float) -> list[tuple[RankHandle, str]]:

@@ -1,4 +1,4 @@
-"""What the group says of itself, out of what the engine knows. Pure."""
+"""The group's state and message, from what the engine knows. Pure."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def is_accepting(group: Coordinator, state: GroupState) -> bool:
 
 
 def may_pass(handles: Sequence[RankHandle]) -> bool:
-    """Whether what keeps the ranks from loading may pass by itself: none of them says otherwise."""
+    """Whether the failed loads may resolve by themselves: no rank reports a permanent error."""
     failed = [one.load_failure for one in handles if one.state is RankState.FAILED]
     return bool(failed) and all(one is LoadFailure.TRANSIENT for one in failed)
 

@@ -1,8 +1,8 @@
-"""Who hangs: the rank whose progress record is furthest behind. Pure: records in, a name and a sentence out.
+"""Which rank hangs: the one whose progress record is furthest behind. Pure: records in, a rank and a sentence out.
 
-Ranks of a group run the same collectives in the same order, so a record's place in that order says who waits for whom:
-a rank that is inside collective n waits for every rank that has not entered n. Where all are inside, a record may say
-whose part its rank waits for: who is waited for, and waits for nobody, holds up the others.
+Ranks of a group run the same collectives in the same order, so a record's place in that order shows who waits for whom:
+a rank inside collective n waits for every rank that has not entered n. When all are inside, a record may name the rank
+whose part it waits for: a rank that is waited for and waits for nobody is the straggler.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _AFTER: _Place = (2, 0)
 
 @dataclass(frozen=True, slots=True)
 class HangReport:
-    """`stragglers` hold up the others; none where all wait alike. `awaited` have entered the collective like the
-    others, who say that their part has not come.
+    """`stragglers`: ranks that block the others; empty where all wait alike. `awaited`: ranks inside the same
+    collective whose part the others lack.
 
-    `moved_ago`: seconds since any rank got further. Those in which the ones that are waited for were ready to run and
-    got no CPU don't count.
+    `moved_ago`: seconds since any rank made progress, without those in which the awaited ranks were runnable and got
+    no CPU.
     """
 
     stragglers: tuple[int, ...]

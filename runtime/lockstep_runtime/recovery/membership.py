@@ -15,8 +15,8 @@ from lockstep_runtime.recovery.rank_handle import RankHandle
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """The current process of a rank has ended. `early`: before it was loaded, and nobody wanted it to. `loss`: how its
-    connection was said to have closed; empty while it is open."""
+    """The current process of a rank has ended. `early`: before it was loaded, and not killed by us. `loss`: the message
+    of its connection's end; empty while it is open."""
 
     words: str
     loss: str
@@ -83,7 +83,7 @@ class Membership:
         return f"rank {event.rank} (pid {event.pid}) was stopped by {event.signal}"
 
     def reported(self, handle: RankHandle, report: Report, now: float) -> actions.Log | None:
-        """A rank says how far it is; returns what is worth a line."""
+        """Apply a rank's report; returns a log line if it is worth one."""
         match report:
             case bus.Aborted():
                 handle.set_aborted(report.epoch)
@@ -110,7 +110,7 @@ class Membership:
                 handle.heard_at = handle.furthest_at = now
 
     def send_aborts(self, epoch: int, now: float) -> list[actions.SendAbort]:
-        """Level-triggered: whoever has not been told of this epoch is told."""
+        """Level-triggered: to every rank that has not got this epoch's."""
         untold = [one for one in self.handles if one.hello is not None and one.welcome_epoch < epoch]
         for handle in untold:
             handle.welcome_epoch = epoch
@@ -119,13 +119,13 @@ class Membership:
         return [actions.SendAbort(handle.rank, epoch) for handle in untold]
 
     def can_kill(self, handle: RankHandle) -> bool:
-        """Whether the rank's supervisor can be told, and whom to kill."""
+        """Whether the rank's supervisor is connected and the process is known."""
         return handle.pod_index in self._pods and bool(handle.last_incarnation)
 
     def kill(
         self, handle: RankHandle, reason: str, now: float, incarnation: str = "", *, reload: bool = True
     ) -> actions.Kill | None:
-        """None: its supervisor can't be told. `incarnation`: of a process that may not have connected."""
+        """None if its supervisor is not connected. `incarnation`: of a process that may not have connected."""
         incarnation = incarnation or handle.last_incarnation
         if not incarnation or handle.pod_index not in self._pods:
             return None

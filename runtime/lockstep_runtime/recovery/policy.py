@@ -1,4 +1,4 @@
-"""What to do about a fault. Pure: evidence in, a decision with its reason out.
+"""Which rung a fault gets. Pure: evidence in, a decision with its reason out.
 
 The ladder: Drop one request, Rebuild the communicator with every process kept, Respawn the processes that can't be used
 further. The cheapest rung that can help against the fault comes first. One that has just been tried without a step done
@@ -93,7 +93,7 @@ class Budget:
 
 
 class RecoveryPolicy:
-    """Decides fault by fault. `credit_healthy_time` tells it of the time between them."""
+    """Decides fault by fault. `credit_healthy_time` adds the time between them."""
 
     def __init__(self, ranks: int, strategy: Strategy) -> None:
         self._ranks, self._strategy = ranks, strategy
@@ -109,7 +109,7 @@ class RecoveryPolicy:
             self._rebuilt_in_vain = False
 
     def decide(self, cause: Evidence, evidence: Sequence[Evidence], *, by_request: bool = False) -> Recovery:
-        """What to do. `by_request`: a request was found guilty of the fault, so the rungs before it did not fail."""
+        """The next rung. `by_request`: a request caused the fault, so the rungs before it did not fail."""
         if cause.final:
             return Recovery(None, (), cause.message)
         first = cheapest(cause, evidence, self._ranks)
@@ -123,7 +123,7 @@ class RecoveryPolicy:
         return self._respawn(first)
 
     def charge_respawn(self) -> bool:
-        """A process died before it was loaded, or had to be killed meanwhile; whether the budget bears it."""
+        """Charge a process that died or was killed before it was loaded; returns whether there was budget left."""
         return self.respawns.take()
 
     def _rebuild(self, first: Recovery, cause: Evidence) -> Recovery:
@@ -158,5 +158,5 @@ def requires_cache_check(evidence: Sequence[Evidence]) -> bool:
 
 
 def blame_points(cause: Evidence) -> int:
-    """How much a fault is held against the sequences of its step: a lost process is seldom their doing."""
+    """Fault points for the sequences of the step: a lost process is rarely caused by them."""
     return 1 if cause.outside or cause.fault in _NOT_BY_A_STEP else 2

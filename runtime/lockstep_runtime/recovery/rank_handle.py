@@ -102,7 +102,7 @@ class RankHandle:
             self.state = RankState.LOADING if progress.bytes_total else RankState.STARTING
 
     def set_failed(self, failure: bus.LoadFailed) -> bool:
-        """Its own words; whether they are news."""
+        """Set the load error; returns whether it is new."""
         message, self.load_failure = bounded(failure.message), failure.kind
         news = self.state is not RankState.FAILED or self.message != message
         self.state, self.message = RankState.FAILED, message
@@ -118,7 +118,7 @@ class RankHandle:
         self.idle_epoch = self.welcome_epoch
 
     def set_killed(self, incarnation: str, now: float) -> None:
-        """Its supervisor was told to; whatever this process says from now on, it is not waited for."""
+        """Mark its process as being killed: its messages no longer count."""
         self.being_killed, self.killed_at = incarnation, now
         if incarnation == self.last_incarnation:
             self.loaded, self.idle_epoch, self.abort_sent_at = None, -1, None

@@ -1,7 +1,7 @@
-"""One call to the ranks at a time, under a deadline: their answers, or the evidence of what went wrong.
+"""One call to the ranks at a time, under a deadline: returns their answers or raises the evidence of a failure.
 
-Evidence against the epoch settles the call under way, whoever brings it, and whoever waits for the answers gets it as a
-`GroupFaultError`; from then on no call is made until a new epoch begins.
+Evidence from any source settles the pending call, whose caller gets a `GroupFaultError`; no further call is made until
+a new epoch begins.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NOT_STARTED_LOOK_SECONDS: Final = 0.005  # between two looks at whether one of t
 
 
 class GroupFaultError(RuntimeError):
-    """The group can't go on in this epoch; `evidence` says what is known of it."""
+    """The group can't continue in this epoch, by this evidence."""
 
     def __init__(self, cause: Evidence, evidence: Sequence[Evidence]) -> None:
         super().__init__(cause.message)
@@ -120,7 +120,7 @@ class RankRpc:
         self._wake.set()
 
     def refine(self, before: str, words: str) -> None:
-        """Better words for a loss that has not been raised yet."""
+        """A better message for a loss that has not been raised yet."""
         for index, one in enumerate(self._evidence):
             if one.message == before:
                 self._evidence[index] = replace(one, message=words)
@@ -140,7 +140,7 @@ class RankRpc:
                 call.settle()
 
     def failed(self, rank: int, message: bus.StepFailed) -> None:
-        """A rank says that it failed, or that another one did."""
+        """A rank reports its own failure, or another's."""
         if message.epoch != self.epoch:
             return
         secondary = message.fault is Fault.RANK_LOST  # of itself, a rank that speaks can't say so
@@ -154,19 +154,19 @@ class RankRpc:
             self.add(evidence)
 
     def _refuse(self, call: _PendingCall, rank: int, evidence: Evidence) -> None:
-        """A rank could not begin the step. When all say so, the step is at fault and the group as good as before."""
+        """A rank could not begin the step. When all report so, the step is the cause and the group is unharmed."""
         call.refused[rank] = evidence
         call.settle()
 
     # --- what is asked
 
     async def step(self, sequences: list[SequenceSlice], deadline: Callable[[], Deadline]) -> bus.StepDone:
-        """Run one step on every rank and return what rank 0 says of it, once all ranks agree. What its deadline is, is
-        asked when the ranks are at work: they wait for nothing that isn't needed to begin.
+        """Run one step on every rank; returns rank 0's answer once all ranks agree. `deadline` is called when the ranks
+        are at work already, so that they don't wait for it.
 
         Raises:
             GroupFaultError: a rank failed, was lost, differs from the others, or hangs.
-            StepRefusedError: no rank could begin it; the group is as good as before.
+            StepRefusedError: no rank could begin it; the group is unharmed.
         """
         self._step += 1
         step = bus.Step(epoch=self.epoch, step=self._step, sequences=sequences)

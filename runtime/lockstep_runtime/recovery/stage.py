@@ -1,12 +1,12 @@
-"""Where a group's life stands, for how long it may, and what follows.
+"""The stages of a group's life, their deadlines, and what follows.
 
     PAUSING → GATHERING → ASSEMBLING → WAITING → SERVING
        ↑______________________ a fault ____________|
                                   ↓ no rung of the ladder is left
                               POISONED
 
-Every stage ends: by what it waits for, or by a deadline, which leads to a fault, and that to the ladder, whose budgets
-end in POISONED, which tries again by itself ever more seldom. What the stages wait for, and what follows:
+Every stage ends by what it waits for or by a deadline. A missed deadline is a fault, which leads to the ladder; when
+its budgets are spent the group is POISONED and retries with growing delays. What the stages wait for, and what follows:
 
 | stage | until | its deadline, and what follows it |
 |---|---|---|

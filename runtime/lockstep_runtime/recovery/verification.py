@@ -24,7 +24,7 @@ class Verdict(enum.StrEnum):
 
 
 class Verification:
-    """Of one group over all its attempts. `words` say what is wrong, or was."""
+    """Of one group over all its attempts. `words`: what is or was wrong, as a sentence."""
 
     def __init__(self) -> None:
         self.words = ""

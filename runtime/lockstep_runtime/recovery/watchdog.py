@@ -130,7 +130,7 @@ def _nearest(size: _Size, others: Iterable[_Size]) -> _Size:
 
 
 class DeadlineTimer:
-    """How much of a deadline is left. Take naps of `nap()` seconds, and tell `woke` what the clock says after each."""
+    """How much of a deadline is left. Sleep for `nap()` seconds, then call `woke` with the time."""
 
     def __init__(self, seconds: float, now: float) -> None:
         self.allowed = seconds

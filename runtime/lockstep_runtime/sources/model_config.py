@@ -1,4 +1,4 @@
-"""What config.json says, read as transformers reads it. Pure: the engine, which has no torch, reads it too.
+"""Parses config.json as transformers does. Pure, without torch: the engine uses it too.
 
 Sources: transformers' `RotaryEmbeddingConfigMixin` (modeling_rope_utils.py) for the rope settings, vLLM's
 `_get_and_verify_max_len` for the lengths that a scaling implies.
@@ -102,7 +102,7 @@ def _mapping(config: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def max_length(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> int | None:
-    """In tokens: the positions that the model was made for, times what its rope scaling adds; None: nobody says.
+    """The model's maximum length in tokens: its positions times its rope scaling; None if no file has it.
 
     A tokenizer's `model_max_length` counts only where config.json names no length: it is often another model's.
     """
