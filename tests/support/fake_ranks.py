@@ -196,7 +196,7 @@ class FakeRank:
             memory.name, memory.blocks, memory.slots = secrets.token_hex(4), order.blocks, {}
         memory.slots[order.blocks - 1] = [*range(BLOCK_SIZE)]
         return bus.CacheAllocated(
-            epoch=order.epoch, contents=memory.name, blocks=memory.blocks, memory_bytes=7, corrupt=corrupt
+            epoch=order.epoch, cache_id=memory.name, blocks=memory.blocks, memory_bytes=7, corrupt=corrupt
         )
 
     def _loaded(self) -> bus.Loaded:

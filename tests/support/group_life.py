@@ -132,7 +132,7 @@ class GroupLife:
     def cache(self, rank: int, blocks: int) -> bus.CacheAllocated:
         has = min(blocks, self.offers.get(rank, 40))
         name = f"{self.name(rank, self.processes[rank])}/{has}"
-        return bus.CacheAllocated(epoch=self.group.epoch, contents=name, blocks=has, memory_bytes=9)
+        return bus.CacheAllocated(epoch=self.group.epoch, cache_id=name, blocks=has, memory_bytes=9)
 
     def call(self) -> Action | None:
         """The last call, if nobody has answered it."""

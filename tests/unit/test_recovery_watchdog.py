@@ -148,45 +148,45 @@ def test_more_tokens_than_any_step_before_never_mean_less_time(
 
 
 def test_patience_runs_out_by_its_own_clock() -> None:
-    patience, now = DeadlineTimer(1.0, 0.0), 0.0
-    while not patience.is_over:
-        now += patience.nap()
-        patience.woke(now)
+    timer, now = DeadlineTimer(1.0, 0.0), 0.0
+    while not timer.is_over:
+        now += timer.next_wait()
+        timer.elapsed(now)
     assert now == pytest.approx(1.0)
-    assert patience.nap() == pytest.approx(0.0, abs=1e-9)
+    assert timer.next_wait() == pytest.approx(0.0, abs=1e-9)
 
 
 def test_time_in_which_the_engine_did_not_run_is_not_held_against_the_ranks() -> None:
-    patience, now = DeadlineTimer(1.0, 0.0), 0.0
+    timer, now = DeadlineTimer(1.0, 0.0), 0.0
     for pause in (0.0, 30.0, 0.0, 5.0):
-        now += patience.nap() + pause
-        patience.woke(now)
-    assert patience.waited == pytest.approx(4 * LOOK_SECONDS)
-    assert patience.delayed == pytest.approx(35.0)
-    assert not patience.is_over
+        now += timer.next_wait() + pause
+        timer.elapsed(now)
+    assert timer.waited == pytest.approx(4 * LOOK_SECONDS)
+    assert timer.delayed == pytest.approx(35.0)
+    assert not timer.is_over
 
 
 @given(st.floats(0.05, 5.0), st.lists(st.floats(0.0, 2.0), min_size=1, max_size=100))
 def test_patience_never_counts_more_than_it_napped(seconds: float, pauses: list[float]) -> None:
-    patience, now, napped, naps = DeadlineTimer(seconds, 0.0), 0.0, 0.0, 0
+    timer, now, slept, waits = DeadlineTimer(seconds, 0.0), 0.0, 0.0, 0
     for pause in pauses:
-        nap = patience.nap()
-        napped, naps = napped + nap, naps + 1
-        now += nap + pause
-        patience.woke(now)
-    assert patience.waited <= napped + naps * LATE_SECONDS + 1e-6
-    assert patience.waited + patience.delayed == pytest.approx(now)
+        next_wait = timer.next_wait()
+        slept, waits = slept + next_wait, waits + 1
+        now += next_wait + pause
+        timer.elapsed(now)
+    assert timer.waited <= slept + waits * LATE_SECONDS + 1e-6
+    assert timer.waited + timer.delayed == pytest.approx(now)
 
 
 def test_a_rank_that_still_moves_is_slow_and_one_that_stands_still_hangs() -> None:
-    learned, patience = Deadline(2.0, 120.0, extends=True), DeadlineTimer(2.0, 0.0)
-    patience.waited = 2.0
-    assert extension(learned, patience, moved_ago=0.25) == pytest.approx(0.75)
-    assert extension(learned, patience, moved_ago=1.9) == 0.0
-    assert extension(learned, patience, moved_ago=None) == 0.0
-    patience.waited = 119.5
-    assert extension(learned, patience, moved_ago=0.0) == pytest.approx(0.5)
-    patience.waited = 120.0
-    assert extension(learned, patience, moved_ago=0.0) == 0.0
+    learned, timer = Deadline(2.0, 120.0, extends=True), DeadlineTimer(2.0, 0.0)
+    timer.waited = 2.0
+    assert extension(learned, timer, moved_ago=0.25) == pytest.approx(0.75)
+    assert extension(learned, timer, moved_ago=1.9) == 0.0
+    assert extension(learned, timer, moved_ago=None) == 0.0
+    timer.waited = 119.5
+    assert extension(learned, timer, moved_ago=0.0) == pytest.approx(0.5)
+    timer.waited = 120.0
+    assert extension(learned, timer, moved_ago=0.0) == 0.0
     fixed = Deadline(2.0, 2.0, extends=False)
     assert extension(fixed, DeadlineTimer(2.0, 0.0), moved_ago=0.0) == 0.0

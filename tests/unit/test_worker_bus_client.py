@@ -213,7 +213,7 @@ async def test_the_dance_and_a_step(scene: Scene) -> None:
     peer = await scene.joined(1)
     peer.send(bus.AllocateCache(epoch=1, blocks=3))
     laid_out = await scene.script.hear(bus.CacheAllocated)
-    assert (laid_out.contents, laid_out.memory_bytes) == ("fresh", 300)
+    assert (laid_out.cache_id, laid_out.memory_bytes) == ("fresh", 300)
     peer.send(step(1, 7))
     done = await scene.script.hear(bus.StepDone)
     assert (done.epoch, done.step, done.fingerprint) == (1, 7, 42)
@@ -227,7 +227,7 @@ async def test_a_cache_that_is_found_spoiled_is_laid_out_anew(scene: Scene, *, c
     unverified = SequenceSlice(sequence_id=1, position=4, tokens=[13 if corrupt else 14], blocks=[0])
     peer.send(bus.AllocateCache(epoch=1, blocks=3, unverified=[unverified]))
     laid_out = await scene.script.hear(bus.CacheAllocated)
-    assert (laid_out.contents, laid_out.corrupt) == (("anew", True) if corrupt else ("fresh", False))
+    assert (laid_out.cache_id, laid_out.corrupt) == (("anew", True) if corrupt else ("fresh", False))
 
 
 async def test_an_abort_ends_a_blocked_collective_and_is_answered_once(scene: Scene) -> None:

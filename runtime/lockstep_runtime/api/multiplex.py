@@ -31,24 +31,24 @@ class Multiplexed:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
 
-    async def next(self, patience: float) -> Batch:
-        """What came since the last call, waiting up to `patience` seconds for the first; empty: silence.
+    async def next(self, seconds: float) -> Batch:
+        """What came since the last call, waiting up to `seconds` for the first; empty: silence.
 
         Raises:
             Exception: what the engine raised for any choice, once all that came before it has been taken.
         """
         if not self._inbox and self._error is None:
-            await self._news(patience)
+            await self._news(seconds)
         if not self._inbox and self._error is not None:
             raise self._error
         batch, self._inbox = self._inbox, []
         return batch
 
-    async def _news(self, patience: float) -> None:
+    async def _news(self, seconds: float) -> None:
         """A bare timer: this runs for every token, and asyncio.timeout costs four times as much."""
         loop = asyncio.get_running_loop()
         self._waiter = loop.create_future()
-        timer = loop.call_later(patience, self._wake)
+        timer = loop.call_later(seconds, self._wake)
         try:
             await self._waiter
         finally:

@@ -59,5 +59,5 @@ def parse_once(text: str) -> Inject:
     kind, _, rank = text.partition(":")
     if kind not in list(Injection) or not rank.isdecimal():
         raise ValueError(f"{ONCE_VARIABLE}={text!r}: write <fault>:<rank> with one of {', '.join(Injection)}")
-    past_practice = 1  # whose prefill is the first of all
-    return Inject(rank=int(rank), kind=Injection(kind), phase=FaultPhase.PREFILL, skip=past_practice)
+    past_warmup = 1  # whose prefill is the first of all
+    return Inject(rank=int(rank), kind=Injection(kind), phase=FaultPhase.PREFILL, skip=past_warmup)

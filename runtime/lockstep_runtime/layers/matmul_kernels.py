@@ -61,9 +61,9 @@ def choose_kernel(kernels: Sequence[Kernel]) -> Kernel | None:
     The same on every call on one machine, so that a process in another's place computes the same bits.
     """
     for kernel in kernels:
-        if (trouble := trial(kernel)) is None:
+        if (failure := trial(kernel)) is None:
             return kernel
-        logger.info("matrices can't be multiplied by %s here: %s", kernel.name, trouble)
+        logger.info("matrices can't be multiplied by %s here: %s", kernel.name, failure)
     return None
 
 

@@ -62,8 +62,8 @@ def candidate(device: torch.device, dtype: torch.dtype, head_dim: int) -> Prefil
 def choose_prefill(device: torch.device, dtype: torch.dtype, head_dim: int) -> Prefill:
     """The candidate, if it works here."""
     chosen = candidate(device, dtype, head_dim)
-    if chosen is not Prefill.MASKED and (trouble := trial(ATTEND[chosen], device, dtype, head_dim)):
-        logger.warning("long prompts are slower here: no flash attention: %s", trouble)
+    if chosen is not Prefill.MASKED and (failure := trial(ATTEND[chosen], device, dtype, head_dim)):
+        logger.warning("long prompts are slower here: no flash attention: %s", failure)
         return Prefill.MASKED
     return chosen
 

@@ -43,7 +43,7 @@ class Assembly:
         self.step = Step.OPENING
         self.unverified = False
         self.has_joined = False  # in this attempt, whatever became of it
-        self.contents: tuple[str, ...] = ()  # of the caches, by rank
+        self.cache_ids: tuple[str, ...] = ()  # of the caches, by rank
         self.phases: dict[str, float] = {}  # seconds
         self.retry_at: float | None = None  # to ask again for caches
         self._handles, self._timing = handles, timing
@@ -116,7 +116,7 @@ class Assembly:
         for handle in self._handles:
             handle.joined_epoch = self._epoch
             handle.memory_bytes = answers[handle.rank].memory_bytes
-        self.contents = tuple(answers[handle.rank].contents for handle in self._handles)
+        self.cache_ids = tuple(answers[handle.rank].cache_id for handle in self._handles)
         self.phases["rebuild"] = now - self._begun
         words = f"a new communicator, and {self._caches.blocks} blocks of cache on each rank"
         incarnations = [handle.last_incarnation for handle in self._handles]

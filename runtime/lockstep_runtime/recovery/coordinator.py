@@ -57,7 +57,7 @@ class Coordinator:
         self._aborted_at: float | None = None
         self._phases: dict[str, float] = {}
         # what the caches are
-        self._contents: tuple[str, ...] = ()  # by rank, in which the sequences stand
+        self._cache_ids: tuple[str, ...] = ()  # by rank, in which the sequences stand
         self._processes: list[str] = []  # incarnations with which it served last
 
     @property
@@ -222,7 +222,7 @@ class Coordinator:
 
     def _decide(self, fault: events.GroupFault, now: float, *, reload: bool) -> None:
         if invalidates_caches(fault.evidence):
-            self._contents = ()
+            self._cache_ids = ()
         self._assembly.unverified |= requires_cache_check(fault.evidence)
         if self._is_in_vain(now):
             fault = replace(fault, cause=replace(fault.cause, final=True))
@@ -270,8 +270,8 @@ class Coordinator:
     def _enter_poisoned(self, reason: str, now: float) -> None:
         """Abort every collective, report Poisoned, and wait for a new pod or, with the ladder, for the next attempt."""
         self._poisonings += 1
-        patience = self._timing.poisoned(self._poisonings) if self._tries_again else None
-        self._enter(Stage.POISONED, now, patience)
+        seconds = self._timing.poisoned(self._poisonings) if self._tries_again else None
+        self._enter(Stage.POISONED, now, seconds)
         self.poison = bounded(reason)
         self._begin_epoch()
         self._actions += self._members.send_aborts(self.epoch, now)
@@ -364,7 +364,7 @@ class Coordinator:
             self._enter(Stage.WAITING, now, MODEL_SECONDS)
 
     def _serve(self, now: float) -> None:
-        kept, self._contents = self._assembly.contents == self._contents, self._assembly.contents
+        kept, self._cache_ids = self._assembly.cache_ids == self._cache_ids, self._assembly.cache_ids
         respawned = self._members.incarnations != self._processes
         self._processes = self._members.incarnations
         offered = [one.loaded for one in self.handles if one.loaded is not None]

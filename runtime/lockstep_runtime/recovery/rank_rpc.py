@@ -225,11 +225,11 @@ class RankRpc:
 
     async def _watch(self, call: _PendingCall, deadline: Deadline) -> None:
         """Until it is settled, or its deadline is over and nobody gets any further."""
-        patience = DeadlineTimer(deadline.seconds, time.monotonic())
+        timer = DeadlineTimer(deadline.seconds, time.monotonic())
         while not call.done.done():
-            await asyncio.wait([call.done], timeout=patience.nap())
-            patience.woke(time.monotonic())
-            if call.done.done() or not patience.is_over:
+            await asyncio.wait([call.done], timeout=timer.next_wait())
+            timer.elapsed(time.monotonic())
+            if call.done.done() or not timer.is_over:
                 continue
             records = await self._progress.fetch()
             if call.done.done():
@@ -237,10 +237,10 @@ class RankRpc:
             report = attribute(
                 records, epoch=self.epoch, step=call.step, silent=call.unanswered, size=len(self._handles)
             )
-            if more := _grace(call, deadline, patience, report):
-                patience.extend(more)
+            if more := _grace(call, deadline, timer, report):
+                timer.extend(more)
                 continue
-            self._evidence.append(no_answer(call.unanswered, call.kind.__name__, patience.waited, report))
+            self._evidence.append(no_answer(call.unanswered, call.kind.__name__, timer.waited, report))
             return
 
 
@@ -248,8 +248,8 @@ def _has_begun(record: bus.ProgressRecord, epoch: int, step: int) -> bool:
     return (record.epoch, record.step) == (epoch, step) and record.collective > 0
 
 
-def _grace(call: _PendingCall, deadline: Deadline, patience: DeadlineTimer, report: HangReport) -> float:
+def _grace(call: _PendingCall, deadline: Deadline, timer: DeadlineTimer, report: HangReport) -> float:
     """Seconds more; 0: it hangs. Ranks that are all joining wait for the network, not for each other."""
     if call.kind is bus.Joined and not report.stragglers:
-        return min(deadline.seconds, max(0.0, deadline.ceiling - patience.waited))
-    return extension(deadline, patience, report.moved_ago)
+        return min(deadline.seconds, max(0.0, deadline.ceiling - timer.waited))
+    return extension(deadline, timer, report.moved_ago)

@@ -130,28 +130,28 @@ def _nearest(size: _Size, others: Iterable[_Size]) -> _Size:
 
 
 class DeadlineTimer:
-    """How much of a deadline is left. Sleep for `nap()` seconds, then call `woke` with the time."""
+    """How much of a deadline is left. Sleep for `nap()` seconds, then call `elapsed` with the time."""
 
     def __init__(self, seconds: float, now: float) -> None:
         self.allowed = seconds
         self.waited = 0.0
         self.delayed = 0.0  # seconds in which the engine was kept from looking
         self._looked = now
-        self._nap = 0.0
+        self._wait = 0.0
 
     @property
     def is_over(self) -> bool:
         return self.waited >= self.allowed - 1e-9
 
-    def nap(self) -> float:
-        self._nap = max(0.0, min(LOOK_SECONDS, self.allowed - self.waited))
-        return self._nap
+    def next_wait(self) -> float:
+        self._wait = max(0.0, min(LOOK_SECONDS, self.allowed - self.waited))
+        return self._wait
 
-    def woke(self, now: float) -> None:
+    def elapsed(self, now: float) -> None:
         """Of a nap that took too long only what was meant counts: the answer may be here, unread."""
         passed = max(0.0, now - self._looked)
         self._looked = now
-        counted = passed if passed <= self._nap + LATE_SECONDS else self._nap
+        counted = passed if passed <= self._wait + LATE_SECONDS else self._wait
         self.waited += counted
         self.delayed += passed - counted
 
@@ -159,9 +159,9 @@ class DeadlineTimer:
         self.allowed += seconds
 
 
-def extension(deadline: Deadline, patience: DeadlineTimer, moved_ago: float | None) -> float:
+def extension(deadline: Deadline, timer: DeadlineTimer, moved_ago: float | None) -> float:
     """Seconds more for a step whose deadline is over; 0: it hangs. `moved_ago`: since any rank last got further."""
     still = deadline.seconds * STILL
     if not deadline.extends or moved_ago is None or moved_ago >= still:
         return 0.0
-    return max(0.0, min(still - moved_ago, deadline.ceiling - patience.waited))
+    return max(0.0, min(still - moved_ago, deadline.ceiling - timer.waited))

@@ -197,14 +197,14 @@ class Worker:
         if command.blocks > offered:  # what a process before this one had may have been given back since
             offered = self._room()
         if command.blocks > offered:
-            return bus.CacheAllocated(epoch=command.epoch, contents="", blocks=offered, memory_bytes=0)
+            return bus.CacheAllocated(epoch=command.epoch, cache_id="", blocks=offered, memory_bytes=0)
         cache = self._runner.allocate(command.blocks)
         corrupt = self._runner.is_spoiled(command.unverified)
         if corrupt:
             logger.warning("NaN or infinity stood in the KV cache, which is laid out anew")
             cache = self._runner.allocate(command.blocks, anew=True)
         return bus.CacheAllocated(
-            epoch=command.epoch, contents=cache.name, blocks=cache.blocks, memory_bytes=cache.nbytes, corrupt=corrupt
+            epoch=command.epoch, cache_id=cache.name, blocks=cache.blocks, memory_bytes=cache.nbytes, corrupt=corrupt
         )
 
     def _room(self) -> int:
