@@ -59,6 +59,12 @@ def v1_memory(folder: str, limit: str, usage: int, hierarchical: str = NO_LIMIT,
     )
 
 
+def room_is_exact(root: Path) -> bool:
+    use = cgroup.memory_use(root)
+    assert use is not None
+    return cgroup.has_memory(use.available, root) and not cgroup.has_memory(use.available + 1, root)
+
+
 def test_version_2_in_a_container_with_a_namespace_of_its_own(tmp_path: Path) -> None:
     root = tree(
         tmp_path,
@@ -67,8 +73,11 @@ def test_version_2_in_a_container_with_a_namespace_of_its_own(tmp_path: Path) ->
         | group("sys/fs/cgroup", cpu__max="150000 100000\n", memory__peak=f"{349 * MIB}\n"),
     )
     assert cgroup.memory_use(root) == MemoryUse(350 * MIB, 300 * MIB, 40 * MIB)
+    assert room_is_exact(root)
     assert memory.available_bytes(root) == 90 * MIB
     assert memory.total_bytes(root) == 350 * MIB
+    assert memory.has_room(Path("/dev/shm"), 90 * MIB, root)
+    assert not memory.has_room(Path("/dev/shm"), 91 * MIB, root)
     assert cgroup.cpu_quota(root) == 1.5
     assert cgroup.out_of_memory_kills(root) == 3
     assert cgroup.most_used(root) == 349 * MIB
@@ -89,6 +98,7 @@ def test_version_2_below_a_pod_whose_limit_is_less(tmp_path: Path) -> None:
         | group("sys/fs/cgroup/kubepods.slice", cpu__max="200000 100000\n", memory__max="max\n"),
     )
     assert cgroup.memory_use(root) == MemoryUse(512 * MIB, 500 * MIB, 10 * MIB)
+    assert room_is_exact(root)
     assert cgroup.cpu_quota(root) == 2.0
     assert cgroup.out_of_memory_kills(root) == 1  # our own group's
 
@@ -101,6 +111,7 @@ def test_version_2_where_our_group_has_no_controller_of_its_own(tmp_path: Path) 
         | v2_memory("sys/fs/cgroup/user.slice", str(2**30), 2**29, kills=2),
     )
     assert cgroup.memory_use(root) == MemoryUse(2**30, 2**29, 0)
+    assert room_is_exact(root)
     assert cgroup.out_of_memory_kills(root) == 2
 
 
@@ -122,6 +133,7 @@ def test_version_1_in_a_container_that_sees_only_its_own_group(tmp_path: Path) -
         | group("sys/fs/cgroup/cpu,cpuacct", cpu__cfs_quota_us="250000\n", cpu__cfs_period_us="100000\n"),
     )
     assert cgroup.memory_use(root) == MemoryUse(350 * MIB, 349 * MIB, 2 * MIB)
+    assert room_is_exact(root)
     assert cgroup.cpu_quota(root) == 2.5
     assert cgroup.out_of_memory_kills(root) == 5
 
@@ -140,6 +152,7 @@ def test_version_1_nested_and_beside_version_2(tmp_path: Path) -> None:
         | group("sys/fs/cgroup/unified", cgroup__controllers="hugetlb\n"),
     )
     assert cgroup.memory_use(root) == MemoryUse(100 * MIB, 90 * MIB, 2 * MIB)
+    assert room_is_exact(root)
     assert cgroup.cpu_quota(root) is None
     assert cgroup.out_of_memory_kills(root) == 1
 
@@ -151,6 +164,7 @@ def test_version_1_tells_of_limits_above_what_can_be_seen(tmp_path: Path) -> Non
         | v1_memory("sys/fs/cgroup/memory", NO_LIMIT, 50 * MIB, hierarchical=str(200 * MIB)),
     )
     assert cgroup.memory_use(root) == MemoryUse(200 * MIB, 50 * MIB, 2 * MIB)
+    assert room_is_exact(root)
 
 
 @pytest.mark.parametrize("path", ["/somewhere/else", "/../../kubepods/x", "/docker/0123abcdef"])
@@ -188,6 +202,7 @@ def test_without_limits_the_machine_is_all_there_is(tmp_path: Path, files: dict[
     assert cgroup.out_of_memory_kills(root) == 0
     assert cgroup.most_used(root) is None
     assert memory.available_bytes(root) == 21846620 * 1024
+    assert cgroup.has_memory(1 << 50, root)
     assert memory.total_bytes(root) == 24684084 * 1024
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from lockstep_runtime.distributed.errors import CommunicatorAborted, CommunicatorError, check_proof
 from lockstep_runtime.distributed.host_collectives import PIECE_BYTES, HostCommunicator, Slots
 from lockstep_runtime.host.cgroup import cpus
-from lockstep_runtime.host.memory import file_bytes, mebibytes
+from lockstep_runtime.host.memory import file_bytes, has_room, mebibytes
 from lockstep_runtime.host.shm_files import SHARED_MEMORY, owner, owner_of
 
 SCHEME: Final = "shm://"
@@ -62,10 +62,10 @@ class SharedFile:
 
     def __init__(self, size: int) -> None:
         path, needed = _new_path(), exchange_bytes(size)
-        if (room := file_bytes(FOLDER)) < needed:
+        if not has_room(FOLDER, needed):
             raise CommunicatorError(
                 f"{FOLDER} has no room for the exchange of {size} ranks: it takes {mebibytes(needed)}, and "
-                f"{mebibytes(room)} are left; give the pod or container more of it"
+                f"{mebibytes(file_bytes(FOLDER))} are left; give the pod or container more of it"
             )
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:

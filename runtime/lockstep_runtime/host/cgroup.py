@@ -65,6 +65,29 @@ def memory_use(root: Path = ROOT) -> MemoryUse | None:
     return min(uses, key=lambda use: use.available, default=None)
 
 
+def has_memory(needed: int, root: Path = ROOT) -> bool:
+    """Whether so many bytes are left: as `memory_use`, but `memory.stat`, for which the kernel adds up over all groups
+    below, is read only where it decides. Version 1 has the limits of groups that can't be seen there, of the innermost.
+    """
+    found = find_controller("memory", root)
+    if found is None:
+        return True
+    for depth, group in enumerate(found.groups):
+        if (found.is_v2 or depth > 0) and _is_plenty(group, needed, is_v2=found.is_v2):
+            continue
+        use = _memory_of(group, is_v2=found.is_v2)
+        if use is not None and use.available < needed:
+            return False
+    return True
+
+
+def _is_plenty(group: Path, needed: int, *, is_v2: bool) -> bool:
+    """Without giving anything back; also where nothing limits it."""
+    names = ("memory.max", "memory.current") if is_v2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    limit, used = (_number(group / name) for name in names)
+    return limit is None or used is None or limit - used >= needed
+
+
 def cpu_quota(root: Path = ROOT) -> float | None:
     """CPUs that our groups may use on average; None where nothing limits them."""
     found = find_controller("cpu", root)

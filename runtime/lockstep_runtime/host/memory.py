@@ -34,6 +34,14 @@ def file_bytes(folder: Path, root: Path = cgroup.ROOT) -> int:
     return min(room, available_bytes(root)) if is_memory(folder) else room
 
 
+def has_room(folder: Path, needed: int, root: Path = cgroup.ROOT) -> bool:
+    """Whether `file_bytes` are so many, which is told faster."""
+    found = os.statvfs(folder)
+    if found.f_bavail * found.f_frsize < needed:
+        return False
+    return not is_memory(folder) or (_meminfo(root)["MemAvailable"] >= needed and cgroup.has_memory(needed, root))
+
+
 def is_memory(folder: Path) -> bool:
     """Whether its files lie in memory: a tmpfs."""
     return _is_memory(folder.stat().st_dev)

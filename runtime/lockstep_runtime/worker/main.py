@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 Order = bus.Rendezvous | bus.Join | bus.AllocateCache | bus.Step | bus.Scrub
 
 JOIN_STEP: Final = -1  # joining, in the progress record
+IDLE_SECONDS: Final = 1.0  # without a command
 PROGRESS_SECONDS: Final = 0.2  # between two LoadProgress messages
 
 
@@ -68,7 +69,7 @@ class Worker:
         self._control, self._progress, self._collectives = control, progress, collectives
         self._rendezvous: Rendezvous | None = None
         self._group: Communicator | None = None
-        self._closed: Communicator | None = None  # the last one: memory that it had mapped goes with it
+        self._closed: Communicator | None = None  # the last one: what it had mapped goes with it, when there is time
         self._loaded: bus.Loaded | None = None
         self._epoch = 0  # of the communicator
         self._runner: ModelRunner
@@ -113,8 +114,6 @@ class Worker:
                     self._hooks.idle()
                 case _ if command.epoch >= self._control.min_epoch:
                     self._execute(command)
-                    if self._group is not None:
-                        self._closed = None  # unmapping takes a millisecond, for which nobody waits any more
 
     def _abort(self, command: bus.Abort) -> None:
         """This thread is out of whatever it was in. To say so waits for nothing: what a communicator holds may take
@@ -130,9 +129,14 @@ class Worker:
         while True:
             scrub = self._scrub if self._group is not None else None
             try:
-                return self._control.inbox.get(timeout=scrub.wait(time.monotonic()) if scrub else None)
+                return self._control.inbox.get(timeout=scrub.wait(time.monotonic()) if scrub else self._idle_seconds())
             except queue.Empty:
-                self._scrub_on()
+                self._closed = None
+                if scrub is not None:
+                    self._scrub_on()
+
+    def _idle_seconds(self) -> float | None:
+        return IDLE_SECONDS if self._closed is not None else None
 
     def _scrub_on(self) -> None:
         try:
