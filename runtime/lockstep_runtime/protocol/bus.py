@@ -154,13 +154,13 @@ class Joined(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class CacheAllocated(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """`contents` identifies the cache's contents: a newly allocated cache has a new id.
+    """`cache_id` names the contents of the cache: a newly allocated cache has a new id.
 
     A rank without room for the requested blocks allocates nothing and sets `blocks` to the number that it has room for.
     """
 
     epoch: int
-    contents: str
+    cache_id: str
     blocks: int
     memory_bytes: int
     corrupt: bool = False  # what was doubted was no number

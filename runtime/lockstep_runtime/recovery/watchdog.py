@@ -24,8 +24,8 @@ CEILING_SECONDS: Final = 120.0  # of a learned deadline, and of a step of which 
 SINKING: Final = 0.9  # of what a high mark is above a shorter duration, this much is left after it
 LONGEST_STRETCH: Final = 4.0
 WARMING_SECONDS: Final = 10.0  # the least for the first step of a kind after a process was replaced
-LOOK_SECONDS: Final = 0.1  # a nap between two looks at the clock
-LATE_SECONDS: Final = 0.02  # a nap that ends later than this was prolonged by our own delay
+LOOK_SECONDS: Final = 0.1  # at most, between two looks at the clock
+LATE_SECONDS: Final = 0.02  # a wait that ends later than this was prolonged by our own delay
 STILL: Final = 0.5  # of its deadline: a rank that moved more recently is slow and does not hang
 
 
@@ -130,7 +130,7 @@ def _nearest(size: _Size, others: Iterable[_Size]) -> _Size:
 
 
 class DeadlineTimer:
-    """How much of a deadline is left. Sleep for `nap()` seconds, then call `elapsed` with the time."""
+    """How much of a deadline is left. Sleep for `next_wait()` seconds, then call `elapsed` with the time."""
 
     def __init__(self, seconds: float, now: float) -> None:
         self.allowed = seconds
@@ -148,7 +148,7 @@ class DeadlineTimer:
         return self._wait
 
     def elapsed(self, now: float) -> None:
-        """Of a nap that took too long only what was meant counts: the answer may be here, unread."""
+        """Of a wait that took too long only what was meant counts: the answer may be here, unread."""
         passed = max(0.0, now - self._looked)
         self._looked = now
         counted = passed if passed <= self._wait + LATE_SECONDS else self._wait
