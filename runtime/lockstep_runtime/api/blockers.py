@@ -1,4 +1,4 @@
-"""What keeps the api from answering: several parts may have a reason, and the engine is told all that is wrong."""
+"""What keeps the api from serving: several parts may have a reason; the engine gets all of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lockstep_runtime.engine.client import EngineClient
 
 @dataclass(frozen=True, slots=True)
 class Blocker:
-    """A sentence. `loading`: nothing is wrong yet. `may_pass`: nobody need mend it."""
+    """A reason, as a sentence. `loading`: nothing is wrong yet. `may_pass`: it may resolve by itself."""
 
     reason: str
     loading: bool = False
@@ -17,7 +17,7 @@ class Blocker:
 
 
 class Blockers:
-    """By the part that has the reason. What only takes its time is told where nothing is wrong."""
+    """By the part that has the reason. `loading` is reported only where nothing is wrong."""
 
     def __init__(self, engine: EngineClient) -> None:
         self._engine = engine

@@ -15,7 +15,7 @@ MAX_MESSAGE: Final = 2000  # characters: a template may put a whole conversation
 
 
 class ApiError(Exception):
-    """What the client is told, and with which HTTP status."""
+    """The error body for the client, and its HTTP status."""
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Text to let out, and the tokens drawn since the last piece, if log probabilities were asked for."""
+    """Text to send, and the tokens sampled since the last piece, if log probabilities were requested."""
 
     text: str
     reasoning: bool = False
@@ -125,7 +125,7 @@ class Choice:
 
 
 def opens_reasoning(markers: ReasoningMarkers, prompt: Sequence[int]) -> bool:
-    """Whether a prompt's last words open the reasoning and do not close it."""
+    """Whether a prompt ends inside an open reasoning section."""
     for token in reversed(prompt[-8:]):
         if token in (markers.opening, markers.closing):
             return token == markers.opening

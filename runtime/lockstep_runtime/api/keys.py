@@ -42,7 +42,7 @@ class ApiKeys:
         return bool(self._fixed) or self._file is not None
 
     def accepts(self, key: bytes) -> bool:
-        """Digests have one length, and all are compared: the time tells nothing of the keys."""
+        """Digests have one length, and all are compared: the time reveals nothing of the keys."""
         given = _digest(key)
         return sum([hmac.compare_digest(given, valid) for valid in (*self._fixed, *self._from_file())]) > 0
 
@@ -55,7 +55,7 @@ class ApiKeys:
         return Blocker(f"{self._file} holds no API key, so {_NOBODY}: write one on each line")
 
     async def watch(self, blockers: Blockers) -> None:
-        """Tell as long as nobody can be let in, until cancelled: no request need come for that."""
+        """Report, without waiting for a request, that no key is valid; until cancelled."""
         told: Blocker | None = None
         while self._file is not None:
             found = self.blocker()

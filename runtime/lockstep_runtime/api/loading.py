@@ -1,4 +1,4 @@
-"""Loads the model's text files, however often it takes, and tells what keeps them from being used."""
+"""Loads the model's text files, retrying until it succeeds, and reports why it can't."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ModelLoader:
         self.why_not = _BEGUN
 
     async def run(self) -> ServedModel:
-        """A path that is wrong now may be mended, a hub that is away comes back."""
+        """Retries: a wrong path may be fixed, a hub that is away comes back."""
         self._blockers.set(PART, Blocker(_BEGUN, loading=True))
         while True:
             try:

@@ -18,7 +18,7 @@ class Guard:
 
     Args:
         draining: whether clients should open their next connection to another server.
-        refused: told of every error that is sent from here.
+        refused: called with every error that is sent from here.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ _TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 
 class Problem(enum.StrEnum):
-    """All that can keep a model's text files from being used. Each is told in the group's status."""
+    """Errors that keep a model's text files from being used. Each is reported in the group's status."""
 
     MODEL_NOT_FOUND = "the model's folder"  # or the hub did not deliver it, or it may not be entered
     NO_TOKENIZER = "tokenizer.json is missing"
@@ -38,8 +38,8 @@ class Problem(enum.StrEnum):
 
 
 class ModelUnavailableError(Exception):
-    """The model's text files can't be used now. The message is a sentence. It may be mended: try again, but not before
-    `retry_after` seconds. `may_pass`: nobody need mend it."""
+    """The model's text files can't be used now. The message is a sentence. Retry, but not before `retry_after` seconds.
+    `may_pass`: it may resolve by itself."""
 
     def __init__(self, problem: Problem, message: str, retry_after: float = 0.0, *, may_pass: bool = False) -> None:
         super().__init__(message)
@@ -72,7 +72,7 @@ def load(config: ServeConfig) -> ServedModel:
     """Blocking: run it in a thread.
 
     Raises:
-        ModelUnavailableError: something is missing or malformed; it may be mended, so try again.
+        ModelUnavailableError: something is missing or malformed; retry, it may be fixed.
     """
     try:
         return _load(config)
@@ -147,7 +147,7 @@ def _token_text(token: object) -> str | None:
 def _stop_ids(
     tokenizer: TextTokenizer, generation: Mapping[str, Any], config: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> frozenset[int]:
-    """Every file's say counts: a chat model's config.json often names only the base model's end of text."""
+    """The union over all files: a chat model's config.json often has only the base model's end of text."""
     places = [generation, config, text_config(config)]
     ids = {id for place in places for id in _as_list(place.get("eos_token_id")) if _is_count(id)}
     named = tokenizer.id_of(_token_text(settings.get("eos_token")) or "")

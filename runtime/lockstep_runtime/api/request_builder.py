@@ -72,7 +72,7 @@ class RequestBuilder:
         return self._job(request, requests, prompt_only=prompt_only, scores_prompt=scores), form
 
     def _ids(self, prompt: str | list[int], special: bool) -> tuple[int, ...]:
-        """Special tokens in a completion's prompt are meant: whoever writes one writes the whole prompt."""
+        """Special tokens in a completion's prompt are intended: its author writes the whole prompt."""
         if isinstance(prompt, str):
             try:
                 encode = self.model.tokenizer.encode
@@ -185,7 +185,7 @@ class RequestBuilder:
             raise invalid(f"{message}: ask for fewer tokens, choices or `logprobs`, or stream the answer", "logprobs")
 
     def _room(self, prompt: int, asked: int | None, param: str) -> int:
-        """How many tokens may be drawn after a prompt of so many.
+        """How many tokens may be sampled after a prompt of this length.
 
         Raises:
             ApiError: 400, they don't fit.
@@ -212,7 +212,7 @@ class RequestBuilder:
 def sampling(
     request: ChatRequest | CompletionRequest, defaults: SamplingDefaults, seed: int, *, scores_prompt: bool = False
 ) -> SamplingParams:
-    """What the request says, then what the model's authors advise."""
+    """The request's values, else the defaults of the model's generation_config.json."""
     top_p = defaults.top_p if request.top_p is None else request.top_p
     top_k = defaults.top_k if request.top_k is None else request.top_k
     return SamplingParams(

@@ -29,7 +29,7 @@ class ResponseFormat(Protocol):
         """The prompt's log probabilities came. This takes time in proportion to them: call it in a thread."""
 
     def echo(self, index: int) -> Json | None:
-        """The chunk with what `describe_prompt` was told."""
+        """The chunk with the prompt as given to `describe_prompt`."""
 
     def delta(self, index: int, piece: Delta) -> Json: ...
 

@@ -1,4 +1,4 @@
-"""The endpoints, and what /openapi.json says of them."""
+"""The endpoints, and their description in /openapi.json."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Services:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What the client is told of an engine's error."""
+    """The API error for an engine's error."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestTooLongError):
@@ -65,7 +65,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def refuse(error: Exception, metrics: Metrics) -> ApiError:
-    """Counted and put into the words for the client."""
+    """Count the error and return the API error for the client."""
     refusal = as_api_error(error)
     metrics.failed("refused" if refusal.status < 500 else "unavailable" if refusal.status == 503 else "failed")
     return refusal

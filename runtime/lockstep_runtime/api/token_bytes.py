@@ -1,7 +1,6 @@
-"""The bytes that one token stands for, which log probabilities are given with: a token may be a part of a character.
+"""The bytes of one token, for log probabilities: a token may be a part of a character.
 
-What a whole text decodes to is the library's to say; of a single token it tells the text alone, in which the parts of
-characters are lost.
+The library decodes whole texts; of a single token it gives text only, in which parts of characters are lost.
 """
 
 from __future__ import annotations

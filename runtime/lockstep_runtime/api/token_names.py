@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 
 class TokenNames:
-    """Each is made once. `bytes_of` says what a token stands for."""
+    """Each is computed once. `bytes_of` gives a token's bytes."""
 
     def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
         self._bytes_of = bytes_of

@@ -20,11 +20,11 @@ _SLACK_TOKENS: Final = 1024  # more than a cut in the middle of a text can add
 
 
 class UnsupportedTokenizerError(ValueError):
-    """The tokenizer can't be served. The message says why."""
+    """The tokenizer can't be used. The message has the reason."""
 
 
 class TooManyTokensError(ValueError):
-    """A text has more tokens than were allowed. The message says how many, as far as it is known."""
+    """A text has more tokens than allowed. The message has their number, as far as it is known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ class _OneFarAway:
 
 
 def provoke(kind: Injection) -> None:
-    """Queue the failing kernel on this rank's GPU; a rank without one is left unharmed, and says so."""
+    """Queue the failing kernel on this rank's GPU; on a rank without one nothing happens but a log line."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         logger.error("inject: %s is refused: this rank does not compute on a GPU", kind)
         return

@@ -54,7 +54,7 @@ def parse_once(text: str) -> Inject:
     """`sigkill:1` is a fault for rank 1.
 
     Raises:
-        ValueError: it is not written so; the message says how.
+        ValueError: it is malformed; the message has the format.
     """
     kind, _, rank = text.partition(":")
     if kind not in list(Injection) or not rank.isdecimal():

@@ -58,8 +58,8 @@ logger = logging.getLogger(__name__)
 
 
 def choose_backend(config: ServeConfig) -> str:
-    """'nccl' or 'cpu'. A rank believes what it is told, and never looks whether there is a GPU: one whose driver fails
-    would go on alone on its CPU. What `auto` means, the supervisor has settled for all (`accelerator.settle`)."""
+    """'nccl' or 'cpu'. A rank never looks for a GPU by itself: one whose driver fails would continue alone on its CPU.
+    The supervisor has resolved `auto` for all ranks (`accelerator.settle`)."""
     if config.backend == "auto":
         return "nccl" if config.device == "cuda" else "cpu"
     return config.backend
@@ -82,10 +82,10 @@ def exchange_reserve(config: ServeConfig) -> int:
 
 
 def open_rendezvous(config: ServeConfig, epoch: int) -> Rendezvous:
-    """Rank 0 opens the meeting place of an epoch. One rank alone meets nobody.
+    """On rank 0, open the rendezvous of an epoch. A single rank needs none.
 
     Raises:
-        CommunicatorError: no room in shared memory, or the leader's own address can't be told.
+        CommunicatorError: no room in shared memory, or the leader's own address is unknown.
     """
     if choose_backend(config) == "cpu" and config.pods == 1 and is_supported():
         try:

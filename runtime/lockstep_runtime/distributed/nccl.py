@@ -3,8 +3,8 @@
 torch's process group is used as an object of our own, never as the default group: an abort concerns this object and no
 global state, so that it may come from another thread while the next epoch's group is about to be made.
 
-Leaving is apart from freeing. NCCL's abort does both: it sets a flag in the host's memory, which every kernel and every
-thread of NCCL's looks at, then it waits for them and for whatever peers have to say, and frees. So `release` starts it
+Leaving is separate from freeing. NCCL's abort does both: it sets a flag in the host's memory, which every kernel and
+thread of NCCL polls, then waits for them and for its peers, and frees. So `release` starts it
 in a thread of its own, and `close` waits for that thread: the compute thread is out long before.
 """
 

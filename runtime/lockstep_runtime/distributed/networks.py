@@ -1,4 +1,4 @@
-"""What NCCL can use between pods, told in the log: where a library is missing it takes TCP, and says nothing."""
+"""Logs which networks NCCL can use between pods: without a library it falls back to TCP silently."""
 
 from __future__ import annotations
 

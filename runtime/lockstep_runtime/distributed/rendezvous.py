@@ -1,11 +1,11 @@
-"""How the ranks of an epoch that are in several pods find and connect each other.
+"""Rendezvous of an epoch's ranks in several pods: they find and connect to each other.
 
-Rank 0's process keeps the meeting place. Every rank, rank 0 too, listens on a port of its choice and tells it there;
-when all have come, each is told where the others are, and connects to those below it. Who connects anywhere must prove
-that it knows the group's token. After that nobody listens any more.
+Rank 0's process runs the rendezvous server. Every rank, rank 0 too, listens on a free port and registers it; when all
+have registered, each gets the others' addresses and connects to the ranks below it. Every connection must prove that it
+knows the group's token. Then the listeners close.
 
-torch's TCPStore could take the place, but asks the name service for the name of whoever connects: where that doesn't
-answer, a group would take five seconds longer to be healed, or ten.
+torch's TCPStore could do this, but looks up the host name of each client: where the name service doesn't answer, each
+repair would take five or ten seconds longer.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class RendezvousClient:
         peer.sendall(encode(PeerHello(self.rank, mine, _proof(self._token, nonce, self.rank))))
 
     def _await(self, peer: socket.socket) -> None:
-        """Until it says something, however busy with others it is."""
+        """Until it sends something, however busy with others it is."""
         peer.settimeout(LOOK_SECONDS)
         while True:
             try:

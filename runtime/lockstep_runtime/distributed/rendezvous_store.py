@@ -1,6 +1,6 @@
-"""torch's key-value store among ranks that have met: NCCL's ranks learn from it where rank 0 can be reached.
+"""torch's key-value store over a finished rendezvous: NCCL's ranks get rank 0's address from it.
 
-torch's own, TCPStore, knows no authentication, and asks the name service for the name of whoever connects.
+torch's own TCPStore has no authentication and looks up the host name of each client.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class RendezvousStore(Store):
                 raise CommunicatorError(f"rank {rank} left before the communicator was made: {error}") from error
 
     def get(self, key: str) -> bytes:
-        """Waits for it; the meeting says for how long."""
+        """Waits for the key, within the rendezvous' deadline."""
         self.wait([key])
         return self._entries[key]
 

@@ -103,9 +103,9 @@ def cpus(root: Path = ROOT) -> float:
 
 
 def out_of_memory_kills(root: Path = ROOT) -> int:
-    """How many processes of our group the kernel has killed for want of memory; 0 where it does not tell.
+    """Number of processes of our group that the kernel has killed for lack of memory; 0 if unknown.
 
-    Also those that it killed since the machine, not the group, had none left.
+    Includes kills because the machine, not the group, was out of memory.
     """
     found = find_controller("memory", root)
     if found is None:
@@ -115,7 +115,7 @@ def out_of_memory_kills(root: Path = ROOT) -> int:
 
 
 def most_used(root: Path = ROOT) -> int | None:
-    """Bytes that the group of `memory_use` ever held at once; None where the kernel does not tell (before 5.19)."""
+    """Peak bytes of the group of `memory_use`; None if unknown (kernels before 5.19)."""
     found = find_controller("memory", root)
     if found is None:
         return None

@@ -1,7 +1,7 @@
-"""File descriptors: as many as the host allows, and who may have how many of them.
+"""File descriptors: raises the limit and divides it.
 
-Whoever connects to a server takes one before the server knows who it is. So every server of a process has a bound, and
-all bounds together leave what the process itself needs: clients that sit idle never keep a rank from connecting.
+A connection takes a descriptor before the server knows its peer. So every server of a process has a bound, and
+all bounds together leave what the process itself needs: idle clients never keep a rank from connecting.
 """
 
 from __future__ import annotations

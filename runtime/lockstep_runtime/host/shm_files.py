@@ -1,4 +1,4 @@
-"""Files in shared memory that belong to a pod's supervisor, whoever of the pod made them: none outlives it for good.
+"""Files in shared memory, owned by a pod's supervisor: those of dead supervisors are removed.
 
 A supervisor is named by its pid, the moment that its process began, and its pid namespace, so that a file which
 outlived its owner is never taken for another's. Containers may share the memory and yet not see each other's processes,
@@ -30,7 +30,7 @@ def folder(environment: Mapping[str, str]) -> Path:
 
 
 def owner_of(pid: int) -> str | None:
-    """What tells this process from all others of this boot; None when there is none (any more)."""
+    """Identifies a process among all of this boot; None if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (FileNotFoundError, ProcessLookupError):

@@ -1,6 +1,6 @@
-"""What torch and NCCL are told by environment variables. Imports no torch: the supervisor sets them for its children.
+"""Environment variables for torch and NCCL. Imports no torch: the supervisor sets them for its children.
 
-They have to stand in the environment before a process has threads: `setenv` beside a thread that reads it is undefined.
+They must be set before a process has threads: `setenv` beside a thread that reads it is undefined.
 """
 
 from __future__ import annotations

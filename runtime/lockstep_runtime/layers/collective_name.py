@@ -1,4 +1,4 @@
-"""What a collective's place is called: the module whose weights feed it, as a person would say it."""
+"""Names a collective after the module whose weights feed it."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def build_model(config: Mapping[str, Any], shard: RankInfo, placement: Placement
     """
     Raises:
         ModelError: an unknown architecture, a setting that is missing or not supported, or a model that can't be split
-            over so many ranks; the message says what would do.
+            over so many ranks; the message has the sizes that work.
     """
     check_supported(config)
     return next(ARCHITECTURES[name] for name in config["architectures"] if name in ARCHITECTURES)(

@@ -1,4 +1,4 @@
-"""What a report says of the group: its status, the trail of its faults and its configuration, from its supervisor."""
+"""The group's part of a report: status, faults and configuration, from its supervisor."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def read(file: TextIO) -> Iterator[str]:
 
 
 def select(lines: Iterable[str], redact: Redact) -> list[str]:
-    """The newest lines that tell of something that went wrong, in their order."""
+    """The newest lines about faults, warnings and errors, in their order."""
     newest = deque(_selected(lines), maxlen=MAX_LINES)
     return [redact(line)[:MAX_CHARACTERS] for line in newest]  # a secret that is cut before would not be found
 

@@ -1,4 +1,4 @@
-"""What a report says of the software and the machine. Imports no torch, starts no process and opens no device."""
+"""The software's and the machine's part of a report. Imports no torch, starts no process and opens no device."""
 
 from __future__ import annotations
 

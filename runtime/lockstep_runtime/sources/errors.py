@@ -18,10 +18,9 @@ _LASTING: Final = frozenset(
 
 
 class ModelError(Exception):
-    """The model can't be loaded. The message is a sentence that names the file, tensor or setting to mend.
+    """The model can't be loaded. The message is a sentence that names the file, tensor or setting to fix.
 
-    `kind` says whether loading again can help; None: that is told by what caused the error. `retry_after` is for how
-    many seconds it can't, whatever the cause.
+    `kind`: whether a retry can help; None: the error's cause decides. `retry_after`: seconds in which it can't.
     """
 
     def __init__(self, message: str, *, kind: LoadFailure | None = None, retry_after: float = 0.0) -> None:
@@ -31,7 +30,7 @@ class ModelError(Exception):
 
 
 def lasts(error: OSError) -> bool:
-    """Whether the system refuses until a person mends something: gives a right, a file, another mount."""
+    """Whether a person must fix something first: a permission, a file, a mount."""
     return error.errno in _LASTING
 
 

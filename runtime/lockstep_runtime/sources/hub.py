@@ -1,4 +1,4 @@
-"""Models by hub id: what huggingface_hub raises, in a sentence that says what to do and whether to try again."""
+"""Models by hub id: turns huggingface_hub's errors into sentences with a remedy, and whether to retry."""
 
 from __future__ import annotations
 

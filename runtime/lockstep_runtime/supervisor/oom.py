@@ -1,4 +1,4 @@
-"""Whether the kernel killed a child for want of memory, which a SIGKILL alone does not tell."""
+"""Whether the kernel killed a child for lack of memory, which SIGKILL alone does not show."""
 
 from __future__ import annotations
 

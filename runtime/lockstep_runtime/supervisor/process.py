@@ -32,7 +32,7 @@ _PR_SET_CHILD_SUBREAPER: Final = 36  # prctl(2)
 
 
 class ForkError(OSError):
-    """The rank has no process; the message says why. `zygote_is_lost`: it doesn't reply, another is needed."""
+    """The rank has no process; the message has the reason. `zygote_is_lost`: it doesn't reply, another is needed."""
 
     def __init__(self, message: str, *, zygote_is_lost: bool) -> None:
         super().__init__(message)
@@ -145,8 +145,8 @@ class Processes:
         return [(one, one.progress) for one in self._by_name.values() if one.progress is not None]
 
     def reap(self) -> list[Exit | Stop | Orphan]:
-        """Every child that has ended, was stopped or goes on. Of a process without a name, such as an orphan that fell
-        to PID 1, nothing is said unless it was killed."""
+        """Every child that has ended, was stopped or continued. A process without a name, such as an orphan that fell
+        to PID 1, is included only if it was killed."""
         found, self._unknown = [*self._unknown, *wait_all()], []
         news: list[Exit | Stop | Orphan] = []
         for waited in found:

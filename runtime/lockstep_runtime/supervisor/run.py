@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 class Supervisor:
-    """One pod's processes and what they are told."""
+    """Connects the state machine with one pod's processes, the engine and the status server."""
 
     def __init__(self, config: ServeConfig, token: str) -> None:
         self._config, self._token = config, token
@@ -67,7 +67,7 @@ class Supervisor:
         self._finished: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def run(self, listening: Sequence[socket.socket]) -> int:
-        """Until every child has ended for good; returns the exit code."""
+        """Run until no child is left or will be started; returns the exit code."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGCHLD, self._on_child)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -303,7 +303,7 @@ class Supervisor:
         self._link.send(message)
 
     def _history(self) -> bytes:
-        """What the engine before said last, so that fault ids, epochs and counts go on."""
+        """The last status of the previous engine, so that fault ids, epochs and counts continue."""
         last = self._board.from_engine if self._board is not None else None
         return msgspec.json.encode(last) if last is not None else b""
 

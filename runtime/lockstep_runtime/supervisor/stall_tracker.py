@@ -12,7 +12,7 @@ _NANO: Final = 1e-9
 
 
 def run_delay(pid: int) -> float:
-    """Seconds in all that its main thread was ready to run and did not; 0 where the kernel does not tell (proc(5))."""
+    """Total seconds in which its main thread was runnable and got no CPU; 0 if unknown (proc(5))."""
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) * _NANO
     except (OSError, IndexError, ValueError):

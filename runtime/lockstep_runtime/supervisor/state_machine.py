@@ -40,7 +40,7 @@ class Spawn:
 
 @dataclass(frozen=True, slots=True)
 class SayStopped:
-    """Tell the engine that a worker was stopped and stays so."""
+    """Report to the engine that a worker was stopped and not continued."""
 
     rank: int
     number: int
@@ -55,7 +55,7 @@ class Signal:
 
 @dataclass(frozen=True, slots=True)
 class NotifyLeaving:
-    """Tell the engine that this pod was asked to end."""
+    """Report to the engine that this pod was asked to end."""
 
     grace_seconds: float
 
@@ -143,8 +143,8 @@ class Machine:
         self._children[name].stopped_at = None
 
     def exited(self, name: Name, *, healthy: bool, now: float, slowly: bool = False) -> list[Action]:
-        """A child has ended. `healthy`: it had been of use before; `slowly`: it can't be until something is mended,
-        which is no matter of seconds."""
+        """A child has ended. `healthy`: it had been useful; `slowly`: restart with longer delays, because a person
+        must fix something first."""
         child = self._children[name]
         child.alive, child.stopped_at, child.silent_at = False, None, None
         if name == ZYGOTE:

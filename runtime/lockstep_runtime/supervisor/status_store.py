@@ -1,4 +1,4 @@
-"""The group's status as this supervisor serves it: the engine's last word, stamped with a revision that only rises."""
+"""The group's status as this supervisor serves it: the engine's latest report, with a rising revision."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class StatusStore:
         )
 
     def take(self, status: GroupStatus) -> None:
-        """What the engine says now; the same as before is a sign of life."""
+        """Store the engine's report; an unchanged one is a sign of life."""
         self._heard_at = time.monotonic()
         if status != self.from_engine or self._is_overruled:
             self._is_overruled, self.from_engine = False, status
@@ -129,7 +129,7 @@ class StatusStore:
         self.from_engine = msgspec.structs.replace(self.from_engine or self.status, faults=self.status.faults)
 
     def complain(self, problems: list[PodProblem]) -> None:
-        """What this pod complains of: while there is no engine, nobody else tells it."""
+        """Set this pod's problems: without an engine nobody else reports them."""
         told = [*problems, *(one for one in self.status.pod_problems if one.pod_index != LEADER)]
         if told != self.status.pod_problems:
             self._publish(msgspec.structs.replace(self.status, pod_problems=told))

@@ -48,7 +48,7 @@ _NAMES: Final[Mapping[torch.dtype, str]] = {dtype: name for name, dtype in DTYPE
 
 
 class CacheError(Exception):
-    """The file can't be used; the message says why. It is made anew from the checkpoint."""
+    """The file can't be used; the message has the reason. It is written again from the checkpoint."""
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):

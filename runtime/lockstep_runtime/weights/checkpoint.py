@@ -63,7 +63,7 @@ class Unread:
 
 
 class Checkpoint:
-    """All tensors of a model directory. Reads count in `bytes_read`; `progress` is told of each."""
+    """All tensors of a model directory. Reads count in `bytes_read`; `progress` is called for each."""
 
     def __init__(self, directory: Path, progress: Callable[[int], None] = lambda _: None) -> None:
         self.directory = directory

@@ -1,4 +1,4 @@
-"""Checksums of tensors, fast enough to be taken again and again: several GB/s on one CPU core, more on a GPU.
+"""Checksums of tensors, fast enough for a continuous scrub.
 
 A tensor's bytes are summed page by page as 64-bit words, and the sums are hashed. A changed bit changes the sum of its
 page; the hash keeps the pages in order. It guards against accidents, not against intent.

@@ -27,7 +27,7 @@ class LoadResult:
 def load_weights(directory: Path, weights: Iterable[Weight | StoredTable], progress: Progress) -> LoadResult:
     """Fill every weight. `progress(done, total)` is called often, in bytes of the checkpoint.
 
-    All tensors are looked up before the first is read, so that what is missing is told at once.
+    All tensors are looked up before the first is read, so that a missing one is reported at once.
 
     Raises:
         ModelError: a tensor or a file is missing, malformed, or of another shape than expected.

@@ -29,7 +29,7 @@ _decoder: Final = msgspec.msgpack.Decoder(bus.ToWorker)
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """The engine knows this process (again) and wants to hear how far it is."""
+    """The engine has admitted this process (again), and needs its state."""
 
     connection: int
     epoch: int
@@ -42,7 +42,7 @@ class Disconnected:
 
 @dataclass(frozen=True, slots=True)
 class ShutdownRequested:
-    """The process must end; `reason` says why."""
+    """The process must end, for this reason."""
 
     reason: str
 
@@ -79,7 +79,7 @@ class BusClient:
         self._thread.join()
 
     def send(self, message: bus.FromWorker) -> None:
-        """Send, or drop: after a lost connection the engine asks anew."""
+        """Send, or drop without a connection: the engine repeats its requests after it reconnects."""
         frame = encode(message)
         with self._send_lock:
             if self._socket is None:

@@ -67,10 +67,10 @@ _OUT_OF_MEMORY: Final = ("out of memory", "can't allocate memory", "CUBLAS_STATU
 
 
 def classify(error: Exception) -> tuple[Fault, str]:
-    """The fault's name and a sentence. A broken collective says that a peer is lost: the cause is elsewhere.
+    """The fault and a sentence. A broken collective means that a peer is lost: the cause is elsewhere.
 
-    A lost context comes first: it shows in whatever is tried next, which may be a collective or a join. So does memory
-    that NCCL did not get.
+    A lost context is checked first: it shows in the next operation, which may be a collective or a join. The same goes
+    for memory that NCCL could not allocate.
     """
     words = str(error)
     text = f"{type(error).__name__}: {_first_line(error)}"

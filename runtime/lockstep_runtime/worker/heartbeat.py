@@ -1,6 +1,6 @@
-"""Says how far this process comes while it loads, whatever takes its time: a download, a disk, a checksum.
+"""Reports this process' progress while it loads: a download, a disk, a checksum.
 
-The kernel counts what a process reads and writes, so no library needs to be asked; one that hangs moves nothing.
+The kernel counts what a process reads and writes, so no library is involved; a load that hangs moves nothing.
 """
 
 from __future__ import annotations

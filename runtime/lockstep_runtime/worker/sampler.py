@@ -1,4 +1,4 @@
-"""Drawing tokens from logits, on rank 0.
+"""Samples tokens from logits, on rank 0.
 
 A draw is the token with the largest logit / temperature + noise, where the noise is Gumbel's, hashed from (seed,
 position, token id): that follows the softmax (https://arxiv.org/abs/1411.0030), needs no sort, and depends on nothing
@@ -29,7 +29,7 @@ class NonFiniteError(ArithmeticError):
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One token to be drawn: `position` is the one it will have in its sequence."""
+    """One token to sample; `position` is its own in its sequence."""
 
     sequence_id: int
     position: int
@@ -130,7 +130,7 @@ def _argmax(scores: Tensor) -> Tensor:
 
 
 def _log_probabilities(logits: Tensor, tokens: Sequence[int], draws: Sequence[Draw]) -> dict[int, SampledToken]:
-    """Of the rows that ask for them; what was drawn is always among the likeliest that are asked for."""
+    """For the rows that request them; the sampled token is always among the likeliest."""
     rows = [row for row, draw in enumerate(draws) if draw.params.logprobs >= 0]
     if not rows:
         return {}

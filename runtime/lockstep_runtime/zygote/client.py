@@ -42,7 +42,7 @@ class ZygoteClient:
         self._pidfds: list[int] = []  # of a loaded zygote
 
     def check_ready(self) -> bool:
-        """Whether it has said so by now."""
+        """Whether it has reported that it is ready."""
         if not self.is_ready and not self._is_lost:
             try:
                 self._pidfds = receive_ready(self._ours)

@@ -29,7 +29,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class ForkRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A process for this rank; and what the process is told. The numbers of descriptors are whoever's has the object.
+    """Requests a process for this rank, with its parameters. The numbers of descriptors are whoever's has the object.
 
     Args:
         start: the read end of a pipe; the child waits for a byte of it.
