@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -22,6 +23,8 @@ from lockstep_runtime.protocol.status import Fault, PodProblemReason
 
 TWO_RANKS = ("--tensor-parallel-size", "2", "--dtype", "float32", "--threads-per-rank", "1")
 MIB = 2**20
+LONGEST_VARIABLE = 128 * 1024 - 32  # Linux allows no longer one, its name included
+STACK = resource.getrlimit(resource.RLIMIT_STACK)
 needs_memory_cgroup = pytest.mark.skipif(bool(memory_cgroup.why_not()), reason=memory_cgroup.why_not())
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a /dev/shm of its own, which needs root")
 needs_prlimit = pytest.mark.skipif(shutil.which("prlimit") is None, reason="sets limits with util-linux' prlimit")
@@ -66,6 +69,39 @@ def test_idle_clients_hold_up_neither_repair_nor_probe_nor_request(tmp_path: Pat
         assert HTTP.get(f"{serve.status_url}/healthz", timeout=60).status_code == 200
         assert "Too many open files" not in serve.log.read_text()
         assert "Traceback" not in serve.log.read_text()
+
+
+def limit_stack(serve: Served, limits: str) -> None:
+    """`limits`: soft and hard, in bytes; of the one who serves. Its children's arguments and environment may take a
+    quarter of the soft one (execve(2))."""
+    subprocess.run(["prlimit", f"--pid={serve.process.pid}", f"--stack={limits}"], check=True, timeout=60)
+
+
+def tried(serve: Served, line: str) -> bool:
+    return serve.log.read_text().count(line) >= 3
+
+
+@needs_prlimit
+def test_what_the_kernel_refuses_to_start_is_told_and_tried_again(tmp_path: Path) -> None:
+    crowd = {f"LOCKSTEP_TEST_{number}": "x" * LONGEST_VARIABLE for number in range(12)}
+    soft, hard = (str(limit) if limit != resource.RLIM_INFINITY else "unlimited" for limit in STACK)
+    with served(tmp_path, *TWO_RANKS, environment=crowd) as serve:
+        serve.ready()
+        limit_stack(serve, f"{4 * MIB}:{hard}")
+        for name in ("lockstep: engine", "lockstep: zygote"):
+            os.kill(serve.pid_of(name), signal.SIGKILL)
+        refused = "can't be started: Argument list too long"
+        serve.until(lambda: bool(serve.status().pod_problems), "it is told", 60)
+        [problem] = serve.status().pod_problems
+        assert problem.reason is PodProblemReason.SPAWN_FAILED
+        assert refused in problem.message
+        serve.until(lambda: "the engine can't be started" in serve.status().message, "why nothing is served", 60)
+        assert not serve.status().accepting
+        serve.until(lambda: tried(serve, f"the engine {refused}"), "the engine is tried again", 60)
+        serve.until(lambda: tried(serve, f"the zygote {refused}"), "the zygote is tried again", 60)
+        limit_stack(serve, f"{soft}:{hard}")
+        serve.ready()
+        kill_and_heal(serve)
 
 
 @needs_memory_cgroup

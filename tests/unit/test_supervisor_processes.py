@@ -23,11 +23,19 @@ from lockstep_runtime.host.torch_environment import NCCL_VARIABLES, missing_nccl
 from lockstep_runtime.protocol.progress_record import Stage
 from lockstep_runtime.supervisor.exits import Exit
 from lockstep_runtime.supervisor.process import Processes
+from lockstep_runtime.supervisor.progress_reader import ProgressReader
 from lockstep_runtime.supervisor.state_machine import ZYGOTE
 
 DEADLINE_SECONDS = 120.0  # importing torch on a busy machine
 LOADED_ZYGOTE = "lockstep: loaded zygote of rank 0 model=local group=0"
 STANDBY = "lockstep: standby of rank 0 model=local group=0"
+
+
+def link(descriptor: Path) -> str:
+    try:
+        return str(descriptor.readlink())
+    except FileNotFoundError:  # the one by which the folder was read
+        return ""
 
 
 class Pod:
@@ -61,12 +69,11 @@ class Pod:
         return asyncio.run(self.processes.fork(0))
 
     def is_loaded(self) -> bool:
-        reader = self.processes._by_name[0].progress
-        return reader is not None and reader.read().stage is Stage.LOADED
+        [memory] = [int(one.name) for one in Path("/proc/self/fd").iterdir() if "lockstep-progress-0" in link(one)]
+        return ProgressReader(memory, 0, 0.0).read().stage is Stage.LOADED
 
     def has_loaded_zygote(self) -> bool:
-        loaded = self.processes.zygotes._loaded.get(0)
-        return loaded is not None and loaded.check_ready()
+        return self.processes.zygotes.has_loaded(0)
 
     def children(self, title: str) -> list[int]:
         pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()

@@ -51,11 +51,14 @@ class ZygotePool:
         await self._wait_for_ended(request.rank)
         return await self._fork_loaded(request) or await self._fork_anew(request)
 
+    def has_loaded(self, rank: int) -> bool:
+        """Whether the rank has left a zygote, by now."""
+        return rank in self._loaded and self._loaded[rank].check_ready()
+
     async def _fork_loaded(self, request: ForkRequest) -> int | None:
-        loaded = self._loaded.get(request.rank)
-        if loaded is not None and loaded.check_ready():
+        if self.has_loaded(request.rank):
             try:
-                pid = await loaded.fork(LOADED_FORK_SECONDS, request)
+                pid = await self._loaded[request.rank].fork(LOADED_FORK_SECONDS, request)
                 logger.info("rank %d has a new process from its loaded zygote (pid %d)", request.rank, pid)
                 return pid
             except OSError as error:
