@@ -84,6 +84,13 @@ def _paths(document: Path) -> set[str]:
     return set(re.findall(r"`([\w.-]+(?:/[\w.-]+)*(?:/|\.(?:py|md)))`", document.read_text()))
 
 
+def test_every_decision_is_listed() -> None:
+    folder = ROOT / "docs" / "decisions"
+    assert sorted(_links(folder / "README.md")) == sorted(
+        path.name for path in folder.glob("*.md") if path.stem != "README"
+    )
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_folders_are_there(document: Path) -> None:
     folders = (*BASES, document.parent)
