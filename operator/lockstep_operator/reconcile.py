@@ -26,6 +26,7 @@ from lockstep_operator.groups.status_poller import PollTarget as Leader
 from lockstep_operator.reporting import document, events
 from lockstep_operator.reporting.conditions import Obstacle
 from lockstep_operator.reporting.metrics import Metrics
+from lockstep_operator.reporting.significance import worth_writing
 from lockstep_operator.reporting.transition import transition
 from lockstep_operator.settings import Settings
 from lockstep_operator.types import spec
@@ -198,7 +199,7 @@ class Reconciler:
         change = transition(model, decision, observed.status, obstacle, applied.effective, now)
         built = self._schema.fitting(document.document(change.after))
         drafts = [*events.event_drafts(change)]
-        news = known.unwritten is not None or document.worth_writing(_last_document(resource, known), built)
+        news = known.unwritten is not None or worth_writing(_last_document(resource, known), built)
         if not source.live and (drafts or news):
             return None
         known.last.dirty = bool(applied.done or drafts or news)
@@ -229,7 +230,7 @@ class Reconciler:
         before = _readable(old)
         built = document.halted(old, before, resource["metadata"].get("generation", 1), reason, message, now)
         after = _readable(built)
-        if document.worth_writing(old, built):
+        if worth_writing(old, built):
             if not source.live:
                 return None
             for draft in events.condition_changes(before, after):

@@ -14,8 +14,8 @@ from tests.support.pod_security import violations
 
 from lockstep_operator.decisions.pod_template import pod_template
 from lockstep_operator.settings import Settings
+from lockstep_operator.types.durations import duration
 from lockstep_operator.types.spec import RecoverySpec, parse
-from lockstep_operator.types.timestamps import duration
 from lockstep_runtime.config import API_KEY_FILE_VARIABLE, TOKEN_VARIABLE, EngineLimits, ServeConfig, Watchdog
 from lockstep_runtime.protocol.status import API_PORT, BUS_PORT, STATUS_PORT
 from lockstep_runtime.recovery.watchdog import CEILING_SECONDS

@@ -63,8 +63,12 @@ def test_an_entry_without_its_key_is_left_for_the_api_server_to_refuse() -> None
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("500m", "0.5"), ("2Gi", "2147483648"), ("1e", None), ("1", "1"), (4, "4"), ("1.5k", "1500"), ("abc", None)],
-)
+    [
+        ("500m", "0.5"), ("2Gi", "2147483648"), ("1e", None), ("1", "1"), (4, "4"), ("1.5k", "1500"), ("abc", None),
+        ("1e3", "1000"), ("5E-1", "0.5"), ("2E", "2000000000000000000"), (".5", "0.5"), ("1e3Ki", None),
+        ("1e999", None),
+    ],
+)  # fmt: skip
 def test_quantities(text: object, number: str | None) -> None:
     assert quantity(text) == (None if number is None else Decimal(number))
 

@@ -13,7 +13,8 @@ from tests.support.operator_models import NOW, group, model, pass_of, pod
 
 from lockstep_operator.decisions.recovery_policy import RecoveryDecision
 from lockstep_operator.groups.group import Group
-from lockstep_operator.reporting.document import document, worth_writing
+from lockstep_operator.reporting.document import document
+from lockstep_operator.reporting.significance import worth_writing
 from lockstep_operator.types.model_status import parse
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Observed

@@ -16,8 +16,9 @@ from lockstep_operator.decisions.recovery_policy import RecoveryDecision
 from lockstep_operator.groups.group import Group
 from lockstep_operator.groups.pod_issues import find_issue, needs_events
 from lockstep_operator.reporting.conditions import Obstacle
-from lockstep_operator.reporting.document import document, halted, worth_writing
+from lockstep_operator.reporting.document import document, halted
 from lockstep_operator.reporting.events import EventDraft, event_drafts
+from lockstep_operator.reporting.significance import worth_writing
 from lockstep_operator.reporting.transition import Transition
 from lockstep_operator.types.model_status import parse
 from lockstep_operator.types.names import ModelKey

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tests.support.operator_models import SETTINGS, model
 
 from lockstep_operator.decisions import manifests
-from lockstep_operator.types.limits import Limits, fitted, limits_of
+from lockstep_operator.decisions.requests import fitted
+from lockstep_operator.types.limits import Limits, limits_of
 from lockstep_operator.types.template_check import flaw
 
 JUNK: st.SearchStrategy[Any] = st.recursive(

@@ -8,10 +8,11 @@ from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from lockstep_operator.decisions.rank_pod import pod_spec
+from lockstep_operator.decisions.requests import fitted
 from lockstep_operator.decisions.strategic_merge import merge
 from lockstep_operator.settings import Settings
 from lockstep_operator.types import names
-from lockstep_operator.types.limits import Limits, fitted
+from lockstep_operator.types.limits import Limits
 from lockstep_operator.types.quantity import quantity
 from lockstep_operator.types.spec import Model
 from lockstep_operator.types.timestamps import format_rfc3339

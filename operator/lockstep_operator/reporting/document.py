@@ -1,21 +1,19 @@
-"""The status as a document (pure): how much of it fits into an object, and whether it is worth writing."""
+"""The status as a document that fits into an object (pure)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
 
 from lockstep_operator.reporting import conditions
+from lockstep_operator.reporting.significance import VOLATILE, Document
 from lockstep_operator.types.model_status import ModelStatus, render, render_conditions
 from lockstep_operator.types.reasons import Reason
 
-Document = Mapping[str, Any]
 SIZE_LIMIT: Final = 200 * 1024  # bytes, before details are left out
 _COUNTERS: Final = ("incarnation", "recoveries", "lastFaultID", "lastRepairID")
-_VOLATILE: Final = frozenset({"stepLatency", "lastStepTime"})
-_DETAILS: Final = frozenset({"ranks", "leader", *_VOLATILE})
+_DETAILS: Final = frozenset({"ranks", "leader", *VOLATILE})
 _ESSENTIAL: Final = (
     "observedGeneration",
     "conditions",
@@ -53,11 +51,6 @@ def essential(status: Document) -> dict[str, Any]:
     return {name: status[name] for name in _ESSENTIAL if name in status} | {"groups": groups}
 
 
-def worth_writing(old: Document, new: Document) -> bool:
-    """Measurements alone are not: a busy model would rewrite its status for ever. The first of each are."""
-    return _lasting(new) != _lasting(old) or not _measured(new) <= _measured(old)
-
-
 def _without_details(group: Document, revision: str) -> dict[str, Any]:
     """Also without what is so for most groups: the model's revision, and nothing."""
     kept = {
@@ -75,22 +68,3 @@ def _without_messages(group: Document, revision: str) -> dict[str, Any]:
     kept = {name: value for name, value in group.items() if name not in ("message", "podProblem")}
     recovery = kept.get("recovery") or {}
     return kept | ({"recovery": {**recovery, "message": recovery["message"][:80]}} if "message" in recovery else {})
-
-
-def _lasting(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _lasting(item) for name, item in value.items() if name not in _VOLATILE}
-    return [_lasting(item) for item in value] if isinstance(value, list) else value
-
-
-def _measured(status: Document) -> frozenset[tuple[int | None, int | None]]:
-    """Where there are latencies: of the model, of groups, of ranks."""
-    groups = status.get("groups") or []
-    ranks = [(group["group"], rank["rank"]) for group in groups for rank in group.get("ranks") or [] if _timed(rank)]
-    return frozenset(
-        [*([(None, None)] if _timed(status) else []), *((g["group"], None) for g in groups if _timed(g)), *ranks]
-    )
-
-
-def _timed(block: Document) -> bool:
-    return bool(block.get("stepLatency"))

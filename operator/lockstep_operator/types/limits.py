@@ -1,8 +1,4 @@
-"""What a namespace allows a container, and requests that fit into it (pure).
-
-Requests that the operator sets are a guess: they yield to the user's limits, which Kubernetes uses where no request is
-set, and to the namespace's LimitRanges, which would otherwise reject the pods. What the user sets is kept.
-"""
+"""What a namespace allows a container: its LimitRanges (pure)."""
 
 from __future__ import annotations
 
@@ -39,28 +35,7 @@ def limits_of(ranges: Iterable[Mapping[str, Any]]) -> Limits:
     )
 
 
-def fitted(resources: Mapping[str, Any], ours: Iterable[str], limits: Limits) -> dict[str, Any]:
-    """`resources` of a container, with the requests named in `ours` as large as its own limits, and no larger than the
-    namespace's."""
-    own_limits, requests = resources.get("limits") or {}, dict(resources.get("requests") or {})
-    for name in ours:
-        if name not in requests:
-            continue
-        own = own_limits.get(name)
-        known = quantity(own) is not None
-        asked = [own] if known else [requests[name], limits.default.get(name)]
-        requests[name] = _smaller([*asked, limits.most.get(name)])
-        least = limits.least.get(name)
-        if least is not None and _number(least) > _number(requests[name]):
-            requests[name] = least
-    return {**resources, **({"requests": requests} if requests else {})}
-
-
-def _smaller(values: Iterable[Any]) -> Any:
-    return min((value for value in values if value is not None), key=_number)
-
-
-def _number(value: object) -> Decimal:
+def number(value: object) -> Decimal:
     """What isn't a quantity is left for the API server to refuse."""
     found = quantity(value)
     return Decimal("Infinity") if found is None else found
@@ -71,6 +46,6 @@ def _extreme(maps: Iterable[Mapping[str, Any]], *, smallest: bool) -> dict[str, 
     for entry in maps:
         for name, value in entry.items():
             known = found.get(name)
-            if known is None or (_number(value) < _number(known)) is smallest:
+            if known is None or (number(value) < number(known)) is smallest:
                 found[name] = str(value)
     return found

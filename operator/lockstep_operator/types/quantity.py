@@ -1,4 +1,8 @@
-"""Kubernetes quantities, such as 500m or 2Gi, as numbers."""
+"""Kubernetes quantities, such as 500m, 2Gi or 1e3, as numbers.
+
+The client's `kubernetes.utils.quantity` isn't used: importing it imports all of the client, and what only reads and
+decides does without.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,9 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Final
 
-_QUANTITY: Final = re.compile(r"^([0-9]+(?:\.[0-9]+)?)([EPTGMK]i|[EPTGMkmun])?$")
+_QUANTITY: Final = re.compile(
+    r"^([+-]?(?:\d+\.?\d*|\.\d+))(?:([eE][+-]?\d{1,2})|([EPTGMK]i|[EPTGMkmun]))?$"
+)
 _SUFFIXES: Final[Mapping[str, Decimal]] = {
     **{letter + "i": Decimal(1024) ** power for power, letter in enumerate("KMGTPE", start=1)},
     **{letter: Decimal(1000) ** power for power, letter in enumerate("kMGTPE", start=1)},
@@ -18,6 +24,6 @@ _SUFFIXES: Final[Mapping[str, Decimal]] = {
 
 
 def quantity(text: object) -> Decimal | None:
-    """The number that a Kubernetes quantity such as 500m or 2Gi stands for; None if it isn't one."""
+    """The number that it stands for; None if it isn't one."""
     match = _QUANTITY.match(str(text))
-    return Decimal(match[1]) * _SUFFIXES.get(match[2], Decimal(1)) if match else None
+    return Decimal(match[1] + (match[2] or "")) * _SUFFIXES.get(match[3], Decimal(1)) if match else None

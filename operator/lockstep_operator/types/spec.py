@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from lockstep_operator.types import template_check
+from lockstep_operator.types.durations import duration
 from lockstep_operator.types.names import RESTARTED_ANNOTATION, ModelKey
-from lockstep_operator.types.timestamps import duration, parse_rfc3339
+from lockstep_operator.types.timestamps import parse_rfc3339
 
 DEFAULT_ATTEMPTS: Final = 3
 DEFAULT_WINDOW: Final = 3600.0
