@@ -26,7 +26,7 @@ def test_a_probe_that_differs_every_time_on_ranks_whose_weights_are_right_is_acc
     life.fingerprint = 8
     reformed(life).proceed()
     assert stage(life) is Stage.SERVING
-    assert any("accepted" in one.words for one in life.of(actions.Log))
+    assert any("accepted" in one.message for one in life.of(actions.Log))
     reformed(life)
     asked = len(life.of(actions.Ask))
     life.proceed()

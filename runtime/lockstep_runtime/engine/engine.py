@@ -293,10 +293,10 @@ class Engine:
             self._refused(scheduler, slices, refusal)
             return
         except GroupFaultError as fault:
-            guilty = scheduler.fault_points(slices, blame_points(fault.cause))
-            for sequence in guilty:
+            rejected = scheduler.fault_points(slices, blame_points(fault.cause))
+            for sequence in rejected:
                 self._fail(sequence.id, f"the step of this request fails again and again: {fault}")
-            self._break(fault, by_request=bool(guilty))
+            self._break(fault, by_request=bool(rejected))
             return
         self._refusals = 0
         self._steps += 1

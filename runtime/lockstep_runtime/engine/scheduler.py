@@ -111,15 +111,15 @@ class Scheduler:
     def fault_points(self, slices: list[SequenceSlice], points: int) -> list[Sequence]:
         """Charge a failed step to its sequences; remove and return those that have reached the limit."""
         members = {part.sequence_id for part in slices}
-        guilty = []
+        rejected = []
         for sequence in (*self._running, *self._waiting):
             if sequence.id in members:
                 sequence.fault_points += points
                 if sequence.fault_points >= REJECT_AT:
-                    guilty.append(sequence)
-        for sequence in guilty:
+                    rejected.append(sequence)
+        for sequence in rejected:
             self.remove(sequence.id)
-        return guilty
+        return rejected
 
     def held(self) -> list[SequenceSlice]:
         """What the caches hold: every sequence's last computed token, which attends to all of it."""

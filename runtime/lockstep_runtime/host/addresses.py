@@ -39,8 +39,8 @@ def listen(host: str, port: int, *, reuse: bool = True) -> list[socket.socket]:
                 missing = error
                 continue
             _close(bound)
-            words = f"can't listen on {join(address, port)}: {error.strerror}"
-            raise OSError(error.errno, words) from error
+            message = f"can't listen on {join(address, port)}: {error.strerror}"
+            raise OSError(error.errno, message) from error
         if host == EVERY_ADDRESS:
             break
     if not bound:

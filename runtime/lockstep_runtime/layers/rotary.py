@@ -126,5 +126,5 @@ def _number(rope: Mapping[str, Any], name: str) -> float:
     return float(value)
 
 
-def _wrong(words: str) -> ModelError:
-    return ModelError(f"config.json {words}", kind=LoadFailure.PERMANENT)
+def _wrong(message: str) -> ModelError:
+    return ModelError(f"config.json {message}", kind=LoadFailure.PERMANENT)

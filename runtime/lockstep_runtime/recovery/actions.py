@@ -139,14 +139,14 @@ class PhaseOver:
 
     phase: TrailPhase
     seconds: float
-    words: str
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
 class Log:
     """`phase`: a line of the log trail; `quiet`: nothing is wrong; `rank`: whom it is about."""
 
-    words: str
+    message: str
     phase: TrailPhase | None = None
     quiet: bool = False
     rank: int | None = None

@@ -63,7 +63,7 @@ class Assembly:
     @property
     def wrong(self) -> str:
         """How the proof fails."""
-        return self._verification.words
+        return self._verification.message
 
     def forget_room(self) -> None:
         """Forget the agreed number of blocks: there may be permanently less room."""
@@ -118,14 +118,14 @@ class Assembly:
             handle.memory_bytes = answers[handle.rank].memory_bytes
         self.cache_ids = tuple(answers[handle.rank].cache_id for handle in self._handles)
         self.phases["rebuild"] = now - self._begun
-        words = f"a new communicator, and {self._caches.blocks} blocks of cache on each rank"
+        message = f"a new communicator, and {self._caches.blocks} blocks of cache on each rank"
         incarnations = [handle.last_incarnation for handle in self._handles]
         self.step, self._tested_at = Step.TESTING, now
         self._verification.begin(incarnations)
         corrupt = [rank for rank, one in answers.items() if one.corrupt]
         return [
             *([actions.AttributeNaN(corrupt[0])] if len(corrupt) == 1 else []),  # all had the same to compute it from
-            actions.PhaseOver(TrailPhase.REBUILD, self.phases["rebuild"], words),
+            actions.PhaseOver(TrailPhase.REBUILD, self.phases["rebuild"], message),
             *([actions.ProcessesChanged()] if incarnations != self._processes else []),
             self._probe(),
         ]
@@ -135,8 +135,8 @@ class Assembly:
 
     def _scrubbed(self, tensors: Sequence[int], now: float) -> list[Action]:
         verdict = self._verification.scrubbed(tensors)
-        words = f"{self.wrong}; it always is, and the weights are right: accepted"
-        return [*([actions.Log(words)] if verdict is Verdict.RIGHT else []), *self._judged(verdict, now)]
+        message = f"{self.wrong}; it always is, and the weights are right: accepted"
+        return [*([actions.Log(message)] if verdict is Verdict.RIGHT else []), *self._judged(verdict, now)]
 
     def _judged(self, verdict: Verdict, now: float) -> list[Action]:
         match verdict:

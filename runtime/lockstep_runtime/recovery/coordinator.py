@@ -171,32 +171,32 @@ class Coordinator:
         if not (gone := self._members.exited(event, self.epoch)):
             return
         if gone.loss:
-            self._do(actions.RefineFault(gone.loss, gone.words))
+            self._do(actions.RefineFault(gone.loss, gone.message))
         if gone.was_connected:
             self._miss(handle, event.how, now)
             self._do(actions.CloseConnection(handle.rank))
         if gone.early:
-            self._on_early_exit(handle, gone.words, now)
+            self._on_early_exit(handle, gone.message, now)
 
-    def _on_early_exit(self, handle: RankHandle, words: str, now: float) -> None:
+    def _on_early_exit(self, handle: RankHandle, message: str, now: float) -> None:
         """A process ended before it was loaded. A first load that reports its error may fail any number of times."""
         if self.stage not in (Stage.PAUSING, Stage.GATHERING):
             return
         if not self.has_served and handle.state is RankState.FAILED:
             return
-        words = f"{words} before it was loaded"
-        self._do(actions.Log(words, phase=TrailPhase.RESPAWN, rank=handle.rank))
-        self._charge(handle, words, now)
+        message = f"{message} before it was loaded"
+        self._do(actions.Log(message, phase=TrailPhase.RESPAWN, rank=handle.rank))
+        self._charge(handle, message, now)
 
     def _on_stopped(self, event: events.RankStopped, now: float) -> None:
         """It answers nothing until someone lets it go on, which nobody may ever do."""
-        if not (words := self._members.stopped(event)):
+        if not (message := self._members.stopped(event)):
             return
         if self.is_apart:
-            self._kill_unresponsive(self.handles[event.rank], words, now, event.incarnation)
+            self._kill_unresponsive(self.handles[event.rank], message, now, event.incarnation)
         else:
             rank = event.rank
-            self._accuse(Evidence(Fault.HANG, rank, words, stragglers=(rank,), outside=True), now)
+            self._accuse(Evidence(Fault.HANG, rank, message, stragglers=(rank,), outside=True), now)
 
     # --- a fault, and what is decided about it
 

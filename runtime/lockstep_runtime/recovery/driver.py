@@ -364,15 +364,15 @@ class GroupDriver:
                 words = f"it stood in the KV cache of rank {action.rank}"
                 self.faults.attribute(Fault.NON_FINITE, action.rank, words)
             case PhaseOver():
-                self._log_phase(action.phase, action.seconds, action.words)
+                self._log_phase(action.phase, action.seconds, action.message)
             case Log() if action.phase:
                 log_trail.write(
-                    logger, logging.WARNING, action.phase, action.words,
+                    logger, logging.WARNING, action.phase, action.message,
                     fault=self.faults.open_id, epoch=self.coordinator.epoch, rank=action.rank,
                 )  # fmt: skip
             case Log():
                 level = logging.INFO if action.quiet else logging.WARNING
-                logger.log(level, "%s", action.words, extra=log.fields(rank=action.rank))
+                logger.log(level, "%s", action.message, extra=log.fields(rank=action.rank))
             case _:
                 pass
 

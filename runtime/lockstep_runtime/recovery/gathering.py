@@ -101,8 +101,8 @@ class Gathering:
         """Against a rank that stays away, or never gets its weights: it is not waited for without end."""
         for handle in self.handles:
             fault = Fault.CONTEXT_FAULT if handle.load_failure is LoadFailure.DEVICE_LOST else Fault.RANK_LOST
-            if words := self._hopelessness(handle, now):
-                return Evidence(fault, handle.rank, f"rank {handle.rank} {words}", final=True)
+            if message := self._hopelessness(handle, now):
+                return Evidence(fault, handle.rank, f"rank {handle.rank} {message}", final=True)
         return None
 
     def _hopelessness(self, handle: RankHandle, now: float) -> str:

@@ -25,7 +25,7 @@ def write(
     logger: logging.Logger,
     level: int,
     phase: TrailPhase,
-    words: str,
+    message: str,
     *,
     fault: int,
     epoch: int | None = None,
@@ -44,4 +44,4 @@ def write(
     at = f"fault {fault}" if epoch is None else f"fault {fault} epoch {epoch}"
     took = "" if seconds is None else f" ({seconds:.3f} s)"
     extra = log.fields(fault=fault, epoch=epoch, rank=rank, rung=rung, phase=phase, seconds=seconds, kept=kept)
-    logger.log(level, "%s: %s: %s%s", phase, at, words, took, extra=extra)
+    logger.log(level, "%s: %s: %s%s", phase, at, message, took, extra=extra)

@@ -18,7 +18,7 @@ class Exit:
     """The current process of a rank has ended. `early`: before it was loaded, and not killed by us. `loss`: the message
     of its connection's end; empty while it is open."""
 
-    words: str
+    message: str
     loss: str
     was_connected: bool
     early: bool
@@ -70,9 +70,9 @@ class Membership:
         if handle.last_incarnation != event.incarnation:
             return None
         early = handle.loaded is None and handle.arrived_epoch >= epoch and handle.being_killed != event.incarnation
-        words = f"rank {event.rank} (pid {event.pid}) {event.how}"
+        message = f"rank {event.rank} (pid {event.pid}) {event.how}"
         connected = handle.hello is not None
-        return Exit(words, loss="" if connected else handle.loss, was_connected=connected, early=early)
+        return Exit(message, loss="" if connected else handle.loss, was_connected=connected, early=early)
 
     def stopped(self, event: RankStopped) -> str:
         """A sentence; empty: it is no process that is waited for. A new one may be unknown."""
@@ -90,12 +90,12 @@ class Membership:
             case bus.Loaded():
                 handle.set_loaded(report)
                 size, seconds = report.weight_bytes / 1e6, report.seconds
-                words = f"rank {handle.rank} has its weights: {size:.1f} MB in {seconds:.2f} s"
-                return actions.Log(words, quiet=True, rank=handle.rank)
+                message = f"rank {handle.rank} has its weights: {size:.1f} MB in {seconds:.2f} s"
+                return actions.Log(message, quiet=True, rank=handle.rank)
             case bus.LoadFailed():
                 if handle.set_failed(report):
-                    words = f"rank {handle.rank} can't load ({report.kind}): {handle.message}"
-                    return actions.Log(words, rank=handle.rank)
+                    message = f"rank {handle.rank} can't load ({report.kind}): {handle.message}"
+                    return actions.Log(message, rank=handle.rank)
             case bus.LoadProgress():
                 before = handle.heard_at
                 handle.set_progress(report, now)

@@ -119,11 +119,11 @@ class RankRpc:
             self._call.settle()
         self._wake.set()
 
-    def refine(self, before: str, words: str) -> None:
+    def refine(self, before: str, message: str) -> None:
         """A better message for a loss that has not been raised yet."""
         for index, one in enumerate(self._evidence):
             if one.message == before:
-                self._evidence[index] = replace(one, message=words)
+                self._evidence[index] = replace(one, message=message)
 
     def answered(self, rank: int, answer: Answer) -> None:
         """A rank answers; what is not for the call under way is dropped."""

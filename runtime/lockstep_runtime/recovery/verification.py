@@ -24,23 +24,23 @@ class Verdict(enum.StrEnum):
 
 
 class Verification:
-    """Of one group over all its attempts. `words`: what is or was wrong, as a sentence."""
+    """Of one group over all its attempts. `message`: what is or was wrong, as a sentence."""
 
     def __init__(self) -> None:
-        self.words = ""
+        self.message = ""
         self._baseline = Baseline()
         self._incarnations: list[str] = []
         self._odd: list[int] = []  # fingerprints of this attempt that differ from the baseline
 
     def begin(self, incarnations: Sequence[str]) -> None:
         """Another attempt, with these processes."""
-        self.words, self._odd, self._incarnations = "", [], list(incarnations)
+        self.message, self._odd, self._incarnations = "", [], list(incarnations)
 
     def tested(self, fingerprint: int) -> Verdict:
         """What a probe gave."""
         if not self._odd:
-            self.words = self._baseline.check(fingerprint, self._incarnations)
-            if not self.words:
+            self.message = self._baseline.check(fingerprint, self._incarnations)
+            if not self.message:
                 return Verdict.RIGHT
         self._odd.append(fingerprint)
         if len(set(self._odd)) > 1:

@@ -72,11 +72,11 @@ def _explain(model: str, revision: str | None, error: BaseException) -> ModelErr
 
 
 def _unstored(model: str, error: OSError) -> ModelError:
-    words = f"{model} can't be stored: {error.filename or 'the cache'}: {os.strerror(error.errno or 0)}"
+    message = f"{model} can't be stored: {error.filename or 'the cache'}: {os.strerror(error.errno or 0)}"
     if not lasts(error):
-        return _transient(words)
+        return _transient(message)
     who = f"user {os.geteuid()} (group {os.getegid()})"
-    return _permanent(f"{words}; let {who} write there, or name another cache (spec.model.cache, --download-dir)")
+    return _permanent(f"{message}; let {who} write there, or name another cache (spec.model.cache, --download-dir)")
 
 
 def _by_status(model: str, error: Any) -> ModelError:
