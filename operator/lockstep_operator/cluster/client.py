@@ -1,7 +1,7 @@
-"""The edge to the API server: a handful of requests on plain JSON objects.
+"""The edge to the API server: a handful of requests on plain JSON objects, by the official client's dynamic half.
 
-The official client gives configuration, credentials and their renewal; its model classes are left aside, because what
-the operator compares and applies are documents.
+Its discovery is not used: the kinds are known, so they are declared. It would ask for every API group at each start and
+again whenever a kind isn't served, and keep a file of a guessable name under /tmp; a request costs the same either way.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
-from urllib.parse import urlencode
 
 import aiohttp
 from kubernetes.aio import client, config
 from kubernetes.aio.client.exceptions import ApiException
+from kubernetes.aio.dynamic import DynamicClient
+from kubernetes.aio.dynamic.resource import Resource
 
 from lockstep_operator.types.names import API_VERSION, FIELD_MANAGER, KIND, PLURAL, STATUS_MANAGER
 from lockstep_operator.types.observed import Object
@@ -129,99 +130,110 @@ class ApiServer:
     """A real one."""
 
     def __init__(self, api_client: client.ApiClient) -> None:
-        self._client = api_client
+        self._client = DynamicClient(api_client)
+        self._of = {kind: _resource(self._client, kind) for kind in RESOURCES}
 
     async def get(self, kind: str, namespace: str, name: str) -> Object | None:
         try:
-            return await self._request("GET", _path(kind, namespace, name))
+            return await self._ask("get", kind, name=name, namespace=namespace)
         except KubeError as error:
             if error.status == 404:
                 return None
             raise
 
     async def find(self, kind: str, namespace: str, *, labels: str = "", fields: str = "") -> list[Object]:
-        query = {"labelSelector": labels, "fieldSelector": fields}
-        items = (await self._request("GET", _path(kind, namespace), query)).get("items") or []
+        selectors = {"label_selector": labels or None, "field_selector": fields or None}
+        items = (await self._ask("get", kind, namespace=namespace, **selectors)).get("items") or []
         return [{**item, "apiVersion": RESOURCES[kind][0], "kind": kind} for item in items]
 
     async def create(self, kind: str, manifest: Mapping[str, Any]) -> Object:
-        path = _path(kind, manifest["metadata"]["namespace"])
-        return await self._request("POST", path, {"fieldManager": FIELD_MANAGER}, manifest)
+        return await self._ask("create", kind, **_written(manifest), field_manager=FIELD_MANAGER)
 
     async def apply(self, kind: str, manifest: Mapping[str, Any]) -> Object:
-        return await self._apply(kind, manifest, FIELD_MANAGER, "")
+        asked = {**_written(manifest), "field_manager": FIELD_MANAGER, "force_conflicts": True}
+        return await self._ask("server_side_apply", kind, **asked)
 
     async def overwrite(self, kind: str, manifest: Mapping[str, Any], uid: str) -> Object:
-        path = _path(kind, manifest["metadata"]["namespace"], manifest["metadata"]["name"])
-        body = {"metadata": {"uid": uid}, "spec": manifest["spec"]}
-        return await self._request("PATCH", path, {"fieldManager": FIELD_MANAGER}, body, "application/merge-patch+json")
+        metadata = manifest["metadata"]
+        return await self._ask(
+            "patch",
+            kind,
+            body={"metadata": {"uid": uid}, "spec": manifest["spec"]},
+            name=metadata["name"],
+            namespace=metadata["namespace"],
+            content_type="application/merge-patch+json",
+            field_manager=FIELD_MANAGER,
+        )
 
     async def apply_status(self, kind: str, manifest: Mapping[str, Any]) -> Object:
-        return await self._apply(kind, manifest, STATUS_MANAGER, "/status")
+        asked = {**_written(manifest), "field_manager": STATUS_MANAGER, "force_conflicts": True}
+        return await _answer(self._client.server_side_apply(self._of[kind].status, **asked, **_RAW))
 
     async def delete(self, kind: str, namespace: str, name: str, uid: str, grace: int | None = None) -> None:
         body: Object = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
         if grace is not None:
             body["gracePeriodSeconds"] = grace
         try:
-            await self._request("DELETE", _path(kind, namespace, name), {}, body)
+            await self._ask("delete", kind, name=name, namespace=namespace, body=body)
         except KubeError as error:
             if error.status not in (404, 409):  # gone already, or another by now
                 raise
 
     async def served_schema(self) -> Mapping[str, Any]:
-        document = await self._request("GET", f"/openapi/v3/apis/{API_VERSION}")
+        document = await _answer(self._client.request("get", f"/openapi/v3/apis/{API_VERSION}", **_RAW))
         return dict((document.get("components") or {}).get("schemas") or {})
 
-    async def _apply(self, kind: str, manifest: Mapping[str, Any], manager: str, subresource: str) -> Object:
-        metadata = manifest["metadata"]
-        path = _path(kind, metadata["namespace"], metadata["name"]) + subresource
-        query = {"fieldManager": manager, "force": "true"}
-        return await self._request("PATCH", path, query, manifest, "application/apply-patch+yaml")
-
-    async def _request(
-        self,
-        method: str,
-        path: str,
-        query: Mapping[str, str] | None = None,
-        body: Mapping[str, Any] | None = None,
-        content_type: str = "application/json",
-    ) -> Object:
-        parameters = urlencode({name: value for name, value in (query or {}).items() if value})
-        headers = {"Accept": "application/json", "Content-Type": content_type}
-        try:
-            request = await self._client.param_serialize(
-                method,
-                f"{path}?{parameters}" if parameters else path,
-                header_params=headers,
-                body=body,
-                auth_settings=["BearerToken"],
-            )
-            response = await self._client.call_api(*request, _request_timeout=REQUEST_SECONDS)
-            status, text = response.status, await response.read()
-        except ApiException as error:
-            raise KubeError(error.status or 0, error.reason or "", str(error.body or error)) from error
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise KubeError(0, type(error).__name__, str(error) or "no answer from the API server") from error
-        return _read(status, text)
+    async def _ask(self, verb: str, kind: str, **asked: Any) -> Object:
+        return await _answer(getattr(self._client, verb)(self._of[kind], **asked, **_RAW))
 
 
-def _read(status: int, text: bytes) -> Object:
+_RAW: Final[Mapping[str, Any]] = {"serialize": False, "_request_timeout": REQUEST_SECONDS}  # documents, not wrappers
+
+
+def _resource(dynamic: DynamicClient, kind: str) -> Resource:
+    api_version, plural = RESOURCES[kind]
+    group, _, version = api_version.rpartition("/")
+    status = {"status": {"kind": kind, "name": f"{plural}/status", "namespaced": True}}
+    return Resource(
+        prefix="apis" if group else "api",
+        group=group,
+        api_version=version,
+        kind=kind,
+        name=plural,
+        namespaced=True,
+        subresources=status,
+        client=dynamic,
+    )
+
+
+def _written(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {"body": manifest, "namespace": manifest["metadata"]["namespace"]}
+
+
+async def _answer(asked: Awaitable[aiohttp.ClientResponse]) -> Object:
+    """The document. Raises KubeError."""
+    try:
+        text = await (await asked).read()
+    except ApiException as error:
+        raise _refusal(error) from error
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise KubeError(0, type(error).__name__, str(error) or "no answer from the API server") from error
+    try:
+        return dict(json.loads(text))
+    except ValueError:
+        raise KubeError(0, "NotJson", text[:200].decode(errors="replace")) from None
+
+
+def _refusal(error: ApiException) -> KubeError:
+    """What the API server says against it, of which the document has more than the status line."""
+    text = str(error.body or "")
     try:
         document = json.loads(text)
     except ValueError:
-        raise KubeError(status if status >= 400 else 0, "NotJson", text[:200].decode(errors="replace")) from None
-    if status >= 400:
-        causes = (document.get("details") or {}).get("causes") or []
-        reasons = tuple(str(cause.get("reason", "")) for cause in causes)
-        raise KubeError(status, document.get("reason", ""), document.get("message", ""), reasons)
-    return dict(document)
-
-
-def _path(kind: str, namespace: str, name: str = "") -> str:
-    api_version, plural = RESOURCES[kind]
-    prefix = f"/apis/{api_version}" if "/" in api_version else f"/api/{api_version}"
-    return f"{prefix}/namespaces/{namespace}/{plural}" + (f"/{name}" if name else "")
+        return KubeError(error.status or 0, "NotJson", text[:200])
+    causes = (document.get("details") or {}).get("causes") or []
+    reasons = tuple(str(cause.get("reason", "")) for cause in causes)
+    return KubeError(error.status or 0, document.get("reason", ""), document.get("message", ""), reasons)
 
 
 async def connect() -> client.ApiClient:
