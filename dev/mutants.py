@@ -44,38 +44,33 @@ LEFT_OUT: Final = re.compile(
 CONSTANT: Final = re.compile(r"[A-Z_]+: Final = ([2-9]|\d{2,})[\d.e]* ")
 SECONDS: Final = 60.0  # for a mutant's tests; one that takes longer is noticed
 BYTES: Final = 1 << 30  # of address space: one that fills the memory, too
-OPTIONS: Final = [
-    "-q",
-    "-x",
-    "-p",
-    "no:cacheprovider",
-    "-p",
-    "no:xdist",
-    "-W",
-    "ignore::pytest.PytestAssertRewriteWarning",
-]
+OPTIONS: Final = (
+    *("-q", "-x", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:hypothesispytest"),
+    *("-W", "ignore::pytest.PytestAssertRewriteWarning"),  # of what was imported before the fork
+)
 SCHEDULES: Final = "300"  # random lives for each mutant
 
 RECOVERY: Final = "runtime/lockstep_runtime/recovery"
 ENGINE: Final = "runtime/lockstep_runtime/engine"
 LIFE: Final = (
-    "tests/unit/test_coordinator.py tests/unit/test_coordinator_proof.py tests/unit/test_coordinator_poisoned.py "
+    "tests/unit/test_coordinator_details.py tests/unit/test_coordinator.py "
+    "tests/unit/test_coordinator_proof.py tests/unit/test_coordinator_poisoned.py "
     "tests/sim/test_coordinator_lives.py"
 )
 TESTS: Final = {  # the cheap ones first: the first that fails ends a mutant
     f"{RECOVERY}/bounded.py": "tests/unit/test_recovery_policy.py",
     f"{RECOVERY}/diagnosis.py": "tests/unit/test_recovery_policy.py",
     f"{RECOVERY}/policy.py": "tests/unit/test_recovery_policy.py",
-    f"{RECOVERY}/fault_log.py": "tests/unit/test_recovery_policy.py",
+    f"{RECOVERY}/fault_log.py": "tests/unit/test_recovery_fault_log.py tests/unit/test_recovery_policy.py",
     f"{RECOVERY}/watchdog.py": "tests/unit/test_recovery_watchdog.py",
     f"{RECOVERY}/hang_attribution.py": "tests/unit/test_recovery_hang_attribution.py",
     f"{RECOVERY}/timing.py": LIFE,
     f"{RECOVERY}/cache_plan.py": LIFE,
     f"{RECOVERY}/verification.py": f"{LIFE} tests/unit/test_recovery_hang_attribution.py",
     f"{RECOVERY}/gathering.py": LIFE,
-    f"{RECOVERY}/assembly.py": LIFE,
-    f"{RECOVERY}/rank_handle.py": LIFE,
-    f"{RECOVERY}/membership.py": LIFE,
+    f"{RECOVERY}/assembly.py": f"tests/unit/test_recovery_assembly.py {LIFE}",
+    f"{RECOVERY}/rank_handle.py": f"tests/unit/test_recovery_ranks.py {LIFE}",
+    f"{RECOVERY}/membership.py": f"tests/unit/test_recovery_ranks.py {LIFE}",
     f"{RECOVERY}/coordinator.py": LIFE,
     f"{ENGINE}/block_manager.py": "tests/unit/test_block_manager.py",
     f"{ENGINE}/sequence.py": "tests/unit/test_scheduler.py",
@@ -97,13 +92,15 @@ class Mutant:
 
     @property
     def changes_nothing(self) -> bool:
-        """How a dataclass is stored, and `*` in a signature, which is no multiplication, change no result.
+        """How a dataclass or struct is stored, and `*` in a signature, which is no multiplication, change no result.
 
         A constant that is one larger or smaller is another choice: tests use it by its name.
         """
-        no_arithmetic = self.change.startswith("def ") and "BinaryOperator" in self.operator
+        before = self.change.split(" => ")[0]
+        no_arithmetic = (before.startswith("def ") or ", *, " in before) and "BinaryOperator" in self.operator
+        storage = before.startswith("@dataclass(") or (before.startswith("class ") and "frozen=" in before)
         other_choice = CONSTANT.match(self.change) is not None and "Number" in self.operator
-        return self.change.startswith("@dataclass(") or no_arithmetic or other_choice
+        return storage or no_arithmetic or other_choice
 
 
 def main(words: list[str]) -> int:

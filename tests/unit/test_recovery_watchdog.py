@@ -14,12 +14,14 @@ from lockstep_runtime.recovery.watchdog import (
     CEILING_SECONDS,
     LATE_SECONDS,
     LOOK_SECONDS,
+    UNKNOWN,
     WARMING_SECONDS,
     Deadline,
     DeadlineModel,
     DeadlineTimer,
     Kind,
     Work,
+    _nearest,
     extension,
     work_of,
 )
@@ -190,3 +192,85 @@ def test_a_rank_that_still_moves_is_slow_and_one_that_stands_still_hangs() -> No
     assert extension(learned, timer, moved_ago=0.0) == 0.0
     fixed = Deadline(2.0, 2.0, extends=False)
     assert extension(fixed, DeadlineTimer(2.0, 0.0), moved_ago=0.0) == 0.0
+
+
+def test_a_deadline_that_was_learned_may_be_extended_and_one_that_is_unknown_may_not() -> None:
+    assert after((ONE, 1.0)).deadline(ONE) == Deadline(5.0, CEILING_SECONDS, extends=True)
+    assert model().deadline(ONE) == UNKNOWN == Deadline(CEILING_SECONDS, CEILING_SECONDS, extends=False)
+
+
+def test_the_work_of_nothing_and_of_two_tokens() -> None:
+    assert work_of([]) == Work(Kind.DECODE, 1, 1)
+    assert work_of([part(9, 2)]) == Work(Kind.PREFILL, 2, 11)
+
+
+def test_a_size_that_was_not_seen_is_expected_by_the_nearest_that_was() -> None:
+    chance = random.Random(0)
+
+    def size() -> tuple[int, int]:
+        return chance.randint(1, 14), chance.randint(1, 16)
+
+    for _ in range(200):
+        mine, seen = size(), [size() for _ in range(4)]
+        best = min(sum(abs(one - other) for one, other in zip(mine, other_, strict=True)) for other_ in seen)
+        found = _nearest(mine, seen)
+        assert sum(abs(one - other) for one, other in zip(mine, found, strict=True)) == best
+
+
+def test_more_work_than_was_seen_is_expected_to_take_in_proportion() -> None:
+    learned = after((Work(Kind.PREFILL, 100, 100), 0.5))
+    for tokens, context in ((250, 100), (100, 250)):
+        assert learned.expected(Work(Kind.PREFILL, tokens, context)) == pytest.approx(1.25)
+
+
+def test_a_high_mark_sinks_slowly() -> None:
+    assert after((ONE, 1.0), (ONE, 0.5)).expected(ONE) == pytest.approx(0.95)
+
+
+def test_a_machine_that_got_slow_is_believed_at_once_and_trusted_again_slowly() -> None:
+    learned = after((ONE, 1.0), (ONE, 3.0))
+    assert learned.expected(ONE) == pytest.approx(3.0 * 3.0)
+    learned.learn(ONE, 3.0)
+    assert learned.expected(ONE) == pytest.approx(3.0 * 2.8)
+    learned.learn(ONE, 10.0)
+    assert learned.expected(ONE) == pytest.approx(10.0 * 10.0 * 2.8 / 8.4)
+
+
+def test_steps_that_took_no_time_are_no_trouble() -> None:
+    assert after((ONE, 0.0), (ONE, 0.0), (ONE, 0.0)).deadline(ONE).seconds == 2.0
+
+
+@pytest.mark.parametrize(
+    ("slept", "counted"),
+    [
+        (LOOK_SECONDS, LOOK_SECONDS),
+        (LOOK_SECONDS + 0.015, LOOK_SECONDS + 0.015),
+        (LOOK_SECONDS + LATE_SECONDS, LOOK_SECONDS + LATE_SECONDS),
+        (LOOK_SECONDS + 0.03, LOOK_SECONDS),
+        (LOOK_SECONDS + 0.9, LOOK_SECONDS),
+        (-1.0, 0.0),
+    ],
+)
+def test_a_nap_that_was_a_little_too_long_counts_and_one_that_was_prolonged_does_not(
+    slept: float, counted: float
+) -> None:
+    timer = DeadlineTimer(1.0, 0.0)
+    timer.next_wait()
+    timer.elapsed(slept)
+    assert timer.waited == counted
+    assert timer.delayed == pytest.approx(max(0.0, slept) - counted)
+
+
+def test_what_passed_before_the_first_nap_is_held_against_nobody() -> None:
+    timer = DeadlineTimer(1.0, 0.0)
+    timer.elapsed(0.5)
+    assert (timer.waited, timer.delayed) == (0.0, 0.5)
+
+
+def test_nobody_naps_beyond_a_deadline_nor_extends_beyond_the_ceiling() -> None:
+    timer = DeadlineTimer(0.1, 0.0)
+    timer.next_wait()
+    timer.elapsed(0.115)
+    assert timer.next_wait() == 0.0
+    timer.waited = 121.0
+    assert extension(Deadline(2.0, 120.0, extends=True), timer, moved_ago=0.0) == 0.0
