@@ -23,7 +23,7 @@ from lockstep_operator.reporting.transition import Transition
 from lockstep_operator.types.model_status import parse
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Observed
-from lockstep_operator.types.reasons import Reason
+from lockstep_operator.types.reasons import EventReason, Reason
 from lockstep_operator.types.recovery_state import RecoveryState
 from lockstep_operator.types.timestamps import format_rfc3339
 from lockstep_runtime.protocol.status import (
@@ -472,3 +472,16 @@ def test_what_pods_complain_of_is_why_a_group_does_not_come_up() -> None:
     assert happened(decided(group(ready=False)), replace(observed, status=parse(status))) == []
     serves = status_of(decided(group()), seen(said(pod_problems=[problem])))
     assert condition(serves, "Ready")[0] == "True", "a zygote that is killed takes no service away"
+
+
+def test_a_deprecated_value_is_an_event_once_for_each_spec() -> None:
+    observed = seen(said())
+    made = model(backend="gloo")
+    change = pass_of(made, observed, group())
+    (draft,) = [one for one in event_drafts(change) if one.reason == EventReason.DEPRECATED]
+    assert draft.warning
+    assert draft.note == "spec.backend: gloo is deprecated: it is called cpu now. Set cpu, or leave the field out."
+    later = replace(observed, status=change.after)
+    assert EventReason.DEPRECATED not in {one.reason for one in event_drafts(pass_of(made, later, group()))}
+    renamed = model(backend="cpu", generation=4)
+    assert EventReason.DEPRECATED not in {one.reason for one in event_drafts(pass_of(renamed, later, group()))}

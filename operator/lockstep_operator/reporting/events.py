@@ -37,6 +37,7 @@ def event_drafts(change: Transition) -> list[EventDraft]:
     """What this pass found or did."""
     return [
         *_beginnings(change.before, change.after),
+        *_deprecations(change),
         *condition_changes(change.before, change.after),
         *_process_failures(change.before, change.after),
         *_faults(change),
@@ -84,6 +85,12 @@ def _beginnings(before: ModelStatus, after: ModelStatus) -> Iterator[EventDraft]
     if old and new and old != new:
         note = f"the spec asks for revision {new} instead of {old}: groups are replaced in turn"
         yield EventDraft(f"rollout/{old}/{new}/{after.observed_generation}", EventReason.ROLLING_OUT, note)
+
+
+def _deprecations(change: Transition) -> Iterator[EventDraft]:
+    for sentence in change.deprecated:
+        key = f"deprecated/{sentence}/{change.after.observed_generation}"
+        yield EventDraft(key, EventReason.DEPRECATED, sentence, warning=True)
 
 
 def condition_changes(before: ModelStatus, after: ModelStatus) -> Iterator[EventDraft]:

@@ -13,7 +13,7 @@ from lockstep_operator.reporting.conditions import Obstacle, conditions
 from lockstep_operator.reporting.recovery_log import NewFault, Repair
 from lockstep_operator.reporting.summary import summarize
 from lockstep_operator.types.model_status import ModelStatus
-from lockstep_operator.types.spec import Model
+from lockstep_operator.types.spec import Model, deprecations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +23,7 @@ class Transition:
     actions: Sequence[Action] = ()  # that were done and changed something
     faults: Sequence[NewFault] = ()
     repairs: Sequence[Repair] = ()
+    deprecated: Sequence[str] = ()  # sentences about fields of a spec that is new
 
 
 def transition(
@@ -41,6 +42,7 @@ def transition(
         before=before,
         after=summarize(model, decision, groups, by_operator, values, before, now),
         actions=actions,
+        deprecated=deprecations(model) if model.generation != before.observed_generation else (),
         faults=[fault for one in groups for fault in recovery_log.new_faults(one)],
         repairs=[*(repair for one in groups for repair in recovery_log.completed_repairs(one, now)), *by_operator],
     )

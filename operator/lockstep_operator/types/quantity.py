@@ -11,9 +11,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Final
 
-_QUANTITY: Final = re.compile(
-    r"^([+-]?(?:\d+\.?\d*|\.\d+))(?:([eE][+-]?\d{1,2})|([EPTGMK]i|[EPTGMkmun]))?$"
-)
+_QUANTITY: Final = re.compile(r"^([+-]?(?:\d+\.?\d*|\.\d+))(?:([eE][+-]?\d{1,2})|([EPTGMK]i|[EPTGMkmun]))?$")
 _SUFFIXES: Final[Mapping[str, Decimal]] = {
     **{letter + "i": Decimal(1024) ** power for power, letter in enumerate("KMGTPE", start=1)},
     **{letter: Decimal(1000) ** power for power, letter in enumerate("kMGTPE", start=1)},

@@ -77,3 +77,4 @@ class EventReason(enum.StrEnum):
     RECOVERED = "Recovered"
     POD_LOST = "PodLost"
     DRIFT_REPAIRED = "DriftRepaired"
+    DEPRECATED = "Deprecated"

@@ -142,6 +142,13 @@ class Model:
         return self.tensor_parallel_size * self.replicas
 
 
+def deprecations(model: Model) -> list[str]:
+    """A sentence for each value that a later version may refuse."""
+    if model.backend == "gloo":
+        return ["spec.backend: gloo is deprecated: it is called cpu now. Set cpu, or leave the field out."]
+    return []
+
+
 def parse(resource: Mapping[str, Any]) -> Model:
     """Read a TensorParallelModel as the API server gives it. Raises SpecError."""
     metadata, spec = resource["metadata"], resource.get("spec") or {}
