@@ -134,7 +134,7 @@ async def leader(
     """A group that has formed, with the api and the reader of the configuration beside it."""
     async with live_engine(model=str(model), download_dir=download_dir) as live:
         app = create_app(live.config, live.engine, api_keys or ApiKeys(None, None))
-        reading = asyncio.create_task(engine_main._read_model(live.config, live.engine))
+        reading = asyncio.create_task(engine_main.read_model(live.config, live.engine))
         async with app.router.lifespan_context(app):
             yield live
         reading.cancel()

@@ -30,7 +30,7 @@ class Joining(World):
         serving = asyncio.create_task(self.engine.run())
         self.ranks += [SimRank(self, rank) for rank in range(self.size)]
         try:
-            await self._until(lambda: self.engine.status().state is GroupState.READY, "it is ready")
+            await self.until(lambda: self.engine.status().state is GroupState.READY, "it is ready")
             await self._act(self)
         finally:
             serving.cancel()
@@ -87,7 +87,7 @@ def test_a_rank_that_has_not_come_to_the_meeting_place_is_given_none() -> None:
 def test_where_another_rank_has_begun_the_step_nobody_waits_for_it_to_refuse() -> None:
     async def act(world: Joining) -> None:
         answer = asyncio.create_task(world.answer())
-        await world._until(lambda: world.engine.stats().requests_running == 1, "it runs")
+        await world.until(lambda: world.engine.stats().requests_running == 1, "it runs")
         world.ranks[1].plan.append("refuse")
         await _soon(lambda: not world.ranks[1].plan)
         refused = time.monotonic()

@@ -39,7 +39,7 @@ async def at_rest(world: World, **spec: Any) -> ModelKey:
 
 
 def restart(world: World) -> None:
-    world._operators = [world._operator() for _ in world._operators]
+    world.operators = [world.operator() for _ in world.operators]
 
 
 async def test_a_pass_at_rest_asks_nothing() -> None:

@@ -26,9 +26,9 @@ def children(world: World) -> set[tuple[str, str]]:
 async def quiet(world: World, *keys: ModelKey) -> None:
     """Nobody writes anything any more, not even operators that have just started."""
     before = len(world.kube.writes)
-    world._operators = [world._operator() for _ in world._operators]
+    world.operators = [world.operator() for _ in world.operators]
     for key in keys:
-        for operator in range(len(world._operators)):
+        for operator in range(len(world.operators)):
             await world.reconcile(key, operator)
     assert world.kube.writes[before:] == []
 
@@ -372,7 +372,7 @@ async def test_random_orders_kills_and_a_second_operator_change_nothing_in_the_e
     for _ in range(120):
         move = random.random()
         if move < 0.5:
-            await world.reconcile(key, random.randrange(len(world._operators)))
+            await world.reconcile(key, random.randrange(len(world.operators)))
         elif move < 0.95:
             if steps := world.kube.steps(world.broken):
                 random.choice(steps)()

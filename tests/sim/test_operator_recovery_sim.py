@@ -40,7 +40,7 @@ async def pass_time(world: FaultWorld, key: ModelKey, seconds: float, step: floa
     """Everything does what it can, once every `step` seconds."""
     end = world.time + seconds
     while world.time < end:
-        for operator in range(len(world._operators)):
+        for operator in range(len(world.operators)):
             await world.look(key, operator)
         for happens in world.kube.steps(world.broken):
             happens()
@@ -184,7 +184,7 @@ async def test_what_befell_while_no_operator_was_there_is_told_when_one_is() -> 
     world, key = await serving()
     before = uids(world, key)
     world.sick.ill[key, 0] = Illness(rank=1, pods=frozenset(before[1:]))
-    world._operators = [world._operator()]
+    world.operators = [world.operator()]
     world.time += 500
     await pass_time(world, key, 30)
     assert {"Hang", "RecyclePod", "Recovered"} <= {*reasons(world)}
@@ -275,7 +275,7 @@ async def test_any_schedule_of_faults_ends_as_if_nothing_had_happened(seed: int)
     assert world.condition(key, "Ready")["status"] == "True"
     assert shape(world) == wanted
     before = len(world.kube.writes)
-    world._operators = [world._operator() for _ in world._operators]
+    world.operators = [world.operator() for _ in world.operators]
     for operator in range(operators):
         await world.look(key, operator)
     assert world.kube.writes[before:] == [], "it stays quiet, even for operators that have just started"

@@ -113,7 +113,7 @@ async def test_a_webhook_that_is_away_is_told_and_waited_for(replicas: int) -> N
     assert (reconciling["status"], reconciling["reason"]) == ("True", "Retrying")
     assert 'failed calling webhook "no.dev"' in reconciling["message"]
     assert world.condition(key, "Stalled")["status"] == "False"
-    world._operators = [world._operator()]
+    world.operators = [world.operator()]
     await world.reconcile(key)
     assert world.condition(key, "Reconciling")["reason"] == "Retrying", "an operator that has just started knows"
     world.kube.webhooks_down.clear()
@@ -138,7 +138,7 @@ async def test_a_full_quota_is_waited_for_and_what_fits_goes_on() -> None:
 async def test_an_old_crd_costs_a_field_and_nothing_else() -> None:
     world, key = await serving()
     world.kube.crd_lacks = frozenset({"status.groups.waiting", "status.groups.readyRanks"})
-    world._operators = [world._operator()]
+    world.operators = [world.operator()]
     for block in world.kube.objects[KIND, "team", "chat"]["status"]["groups"]:
         del block["readyRanks"]
     await recycled(world, key, 0, 30.0)
@@ -392,7 +392,7 @@ async def test_both_ways_of_asking_restart_the_groups_in_turn() -> None:
         assert not before & {pod["metadata"]["uid"] for pod in world.kube.of_kind("Pod")}
         assert fewest == 1, "one group at a time"
         writes = len(world.kube.writes)
-        world._operators = [world._operator()]
+        world.operators = [world.operator()]
         await world.reconcile(key)
         assert world.kube.writes[writes:] == []
 

@@ -103,7 +103,7 @@ class FakeRank:
     at_step: tuple[int, int, bool] = (0, 0, False)  # epoch, step, whether it is in it
     memory: ToyMemory = field(default_factory=lambda: ToyMemory())
     closed: bool = False  # its connection, by the engine
-    _writer: asyncio.StreamWriter | None = None
+    writer: asyncio.StreamWriter | None = None
     _task: asyncio.Task[None] | None = None
     _backlog: list[bus.ToWorker] = field(default_factory=list)
 
@@ -126,13 +126,13 @@ class FakeRank:
         self.start()
 
     def send(self, message: msgspec.Struct) -> None:
-        if self._writer is not None:
-            self._writer.write(encode(message))
+        if self.writer is not None:
+            self.writer.write(encode(message))
 
     async def _run(self) -> None:
         while True:
             try:
-                reader, self._writer = await asyncio.open_connection("127.0.0.1", self.config.bus_port)
+                reader, self.writer = await asyncio.open_connection("127.0.0.1", self.config.bus_port)
                 break
             except OSError:
                 await asyncio.sleep(0.01)
@@ -145,7 +145,7 @@ class FakeRank:
                     self._receive(decoder.decode(frame))
             self.closed = True
         finally:
-            self._writer.close()
+            self.writer.close()
 
     def hello(self) -> bus.Hello:
         return bus.Hello(
@@ -171,7 +171,7 @@ class FakeRank:
                 if self.load_error:
                     self.send(bus.LoadFailed(message=self.load_error, kind=self.load_failure))
                 else:
-                    self.send(self._loaded())
+                    self.send(self.loaded())
             case bus.Abort():
                 self.epoch = message.epoch
                 self.aborts.append(message.epoch)
@@ -199,7 +199,7 @@ class FakeRank:
             epoch=order.epoch, cache_id=memory.name, blocks=memory.blocks, memory_bytes=7, corrupt=corrupt
         )
 
-    def _loaded(self) -> bus.Loaded:
+    def loaded(self) -> bus.Loaded:
         return bus.Loaded(
             seconds=0.1,
             weight_bytes=10,

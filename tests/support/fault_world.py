@@ -100,7 +100,7 @@ class FaultWorld(World):
         self.sick = SickGroups(self.kube, lambda: self.time)
         self.groups = self.sick
         self.broken = self.sick.broken
-        self._operators = [self._operator() for _ in range(operators)]
+        self.operators = [self.operator() for _ in range(operators)]
         self.chance = 0.0
         self.kube.before_write = self.kube.after_write = self._trouble
         self.kube.before_read = self._read_trouble
@@ -194,7 +194,7 @@ class FaultWorld(World):
             illness.node = ""
         for _ in range(passes):
             before = len(self.kube.writes)
-            for operator in range(len(self._operators)):
+            for operator in range(len(self.operators)):
                 await self.look(key, operator)
             steps = self.kube.steps(self.broken)
             for step in steps:

@@ -66,7 +66,7 @@ class World:
         self.kube = FakeKube(lambda: self.time)
         self.groups = Groups(self.kube)
         self.broken: Callable[[Object], bool] = lambda pod: False
-        self._operators = [self._operator() for _ in range(operators)]
+        self.operators = [self.operator() for _ in range(operators)]
 
     def add(self, name: str = "chat", namespace: str = "team", **spec: Any) -> ModelKey:
         self.kube.put("TensorParallelModel", resource(name, namespace, **spec))
@@ -90,9 +90,9 @@ class World:
     async def reconcile(self, key: ModelKey, operator: int = 0) -> float | None:
         """One pass by an operator; one that is killed meanwhile is replaced by a new process that remembers nothing."""
         try:
-            return await self._operators[operator].step(key)
+            return await self.operators[operator].step(key)
         except Killed:
-            self._operators[operator] = self._operator()
+            self.operators[operator] = self.operator()
             return 0.0
 
     async def settle(self, *keys: ModelKey, passes: int = 400) -> None:
@@ -102,7 +102,7 @@ class World:
         for _ in range(passes):
             before = len(self.kube.writes)
             for key in keys:
-                for operator in range(len(self._operators)):
+                for operator in range(len(self.operators)):
                     await self.reconcile(key, operator)
             steps = self.kube.steps(self.broken)
             self.time += 1
@@ -125,7 +125,7 @@ class World:
                 groups.setdefault(labels["lockstep.dev/group"], []).append(revision_of(pod))
         return sum(len(pods) == size and len(set(pods)) == 1 for pods in groups.values())
 
-    def _operator(self) -> Controller:
+    def operator(self) -> Controller:
         metrics, watch = Metrics(), KubeWatch(self.kube)
         reconciler = Reconciler(self.kube, self.groups, SETTINGS, metrics, lambda: self.time, indexes=watch.indexes)
 

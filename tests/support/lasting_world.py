@@ -74,17 +74,17 @@ class LastingWorld(World):
         if moment == "before it serves":
             await asyncio.sleep(self.chance.uniform(0.0, 0.6))
             return
-        await self._until(lambda: self.engine.status().state is GroupState.READY, "it is ready at first")
+        await self.until(lambda: self.engine.status().state is GroupState.READY, "it is ready at first")
         match moment:
             case "at work":
-                await self._until(lambda: self.engine.stats().requests_running > 0, "it works")
+                await self.until(lambda: self.engine.stats().requests_running > 0, "it works")
             case "in recovery":
                 self.chance.choice(self.ranks).die()
                 await asyncio.sleep(self.chance.uniform(0.0, 0.5))
             case "poisoned":
                 first = self.chance.choice(self.ranks)
                 first.fall_ill("die in loading")
-                await self._until(lambda: self.engine.status().state is GroupState.POISONED, "it is poisoned")
+                await self.until(lambda: self.engine.status().state is GroupState.POISONED, "it is poisoned")
                 first.mend()
             case "engine restarted":
                 self.serving.cancel()
@@ -101,8 +101,7 @@ class LastingWorld(World):
         log = group.faults
         return (
             len(log.records)
-            + len(log._added)
-            + len(log._open)
+            + log.footprint
             + sum(len(handle.past_incarnations) for handle in group.coordinator.handles)
         )
 

@@ -121,13 +121,13 @@ class SimRank:
             self.crashes = max(0, self.crashes - 1)
             self.die()
         elif kind := next((one for one in LOAD_FAILURES if one in self.ill), ""):
-            self._say(bus.LoadProgress(bytes_done=5, bytes_total=10), 0.1)
-            self._say(bus.LoadFailed(message=kind, kind=LOAD_FAILURES[kind]), 0.2)
+            self.say(bus.LoadProgress(bytes_done=5, bytes_total=10), 0.1)
+            self.say(bus.LoadFailed(message=kind, kind=LOAD_FAILURES[kind]), 0.2)
             self.world.later(0.21, self.die, self.incarnation)
         elif "hang in loading" in self.ill:
-            self._say(bus.LoadProgress(bytes_done=5, bytes_total=10), 0.1)
+            self.say(bus.LoadProgress(bytes_done=5, bytes_total=10), 0.1)
         else:
-            self._say(self.toy._loaded(), self.world.chance.uniform(0.0, 0.2))
+            self.say(self.toy.loaded(), self.world.chance.uniform(0.0, 0.2))
             self.failures = 0
 
     def die(self, incarnation: str = "") -> None:
@@ -212,7 +212,7 @@ class SimRank:
             stopped = bus.ProcessStopped(rank=self.rank, pid=1, incarnation=self.incarnation, signal=19)
             self.world.later(0.5, self.supervisor.answer, stopped)
 
-    def _say(self, message: msgspec.Struct, delay: float) -> None:
+    def say(self, message: msgspec.Struct, delay: float) -> None:
         self.world.later(delay, self._said, message, self.link, self.incarnation)
 
     def _said(self, message: msgspec.Struct, link: Link | None, incarnation: str) -> None:
@@ -242,19 +242,19 @@ class SimRank:
                 self.min_epoch = max(self.min_epoch, message.epoch)
                 if self.joined != -2:  # -2: its main thread hangs
                     self.joined = -1
-                    self._say(bus.Aborted(epoch=message.epoch, seconds=0.0), 0.001)
+                    self.say(bus.Aborted(epoch=message.epoch, seconds=0.0), 0.001)
             case bus.Rendezvous() | bus.Join() | bus.AllocateCache() | bus.Step() | bus.Scrub() if self.joined == -2:
                 pass
             case bus.Rendezvous() if message.epoch >= self.min_epoch:
-                self._say(bus.RendezvousOpened(epoch=message.epoch, address="shm:///nowhere"), 0.001)
+                self.say(bus.RendezvousOpened(epoch=message.epoch, address="shm:///nowhere"), 0.001)
             case bus.Join() if message.epoch >= self.min_epoch:
                 self._join(message)
             case bus.Scrub() if message.epoch >= self.min_epoch and self.corrupt:
                 self._fail(message.epoch, -1, Fault.CORRUPTION, "the weights are no longer what was loaded")
             case bus.Scrub() if message.epoch >= self.min_epoch:
-                self._say(bus.Scrubbed(epoch=message.epoch, tensors=3), 0.05)
+                self.say(bus.Scrubbed(epoch=message.epoch, tensors=3), 0.05)
             case bus.AllocateCache() if message.epoch >= self.min_epoch:
-                self._say(self.toy.allocate(message), 0.001)
+                self.say(self.toy.allocate(message), 0.001)
             case bus.Step() if message.epoch >= self.min_epoch:
                 self._step(message)
             case _:
@@ -310,14 +310,14 @@ class SimRank:
             case "context":
                 self._fail(epoch, number, Fault.CONTEXT_FAULT, "illegal address")
             case "odd":
-                self._say(msgspec.structs.replace(done, fingerprint=done.fingerprint ^ 1), 0.01)
+                self.say(msgspec.structs.replace(done, fingerprint=done.fingerprint ^ 1), 0.01)
             case "slow":
-                self._say(done, 1.0)
+                self.say(done, 1.0)
             case _:
-                self._say(done, self.world.chance.uniform(0.03, 0.1))
+                self.say(done, self.world.chance.uniform(0.03, 0.1))
 
     def _fail(self, epoch: int, step: int, fault: Fault, message: str, *, untouched: bool = False) -> None:
-        self._say(bus.StepFailed(epoch=epoch, step=step, fault=fault, message=message, untouched=untouched), 0.01)
+        self.say(bus.StepFailed(epoch=epoch, step=step, fault=fault, message=message, untouched=untouched), 0.01)
 
     # --- the supervisor
 
@@ -342,11 +342,11 @@ class SpoilingDriver(GroupDriver):
 
     world: World
 
-    def _act(self, action: Action) -> None:
+    def act(self, action: Action) -> None:
         if isinstance(action, ReportFault) and any(one.fault in GARBAGE for one in action.evidence):
             for rank in self.world.ranks:
                 rank.memory.spoil()
-        super()._act(action)
+        super().act(action)
 
 
 @dataclass
@@ -400,7 +400,7 @@ class World:
         if len(meeting) == self.size:
             for one in meeting.values():
                 if one.joined == join.epoch:
-                    one._say(bus.Joined(epoch=join.epoch, seconds=0.0), 0.001)
+                    one.say(bus.Joined(epoch=join.epoch, seconds=0.0), 0.001)
 
     def is_corrupt(self) -> bool:
         """A wrong shard is in every rank's sum."""
@@ -416,7 +416,7 @@ class World:
         serving = asyncio.create_task(self.engine.run())
         self.ranks = [SimRank(self, rank) for rank in range(self.size)]
         try:
-            await self._until(lambda: self.engine.status().state is GroupState.READY, "it is ready at first")
+            await self.until(lambda: self.engine.status().state is GroupState.READY, "it is ready at first")
             clients = [asyncio.create_task(self._client(number)) for number in range(self.chance.randint(1, 5))]
             for _ in range(self.chance.randint(1, 10)):
                 await asyncio.sleep(self.chance.choice([0.01, 0.1, 0.3, 1.0, 5.0]))
@@ -493,7 +493,7 @@ class World:
 
     async def _rest(self) -> None:
         """After the faults have ended it serves, and nothing happens any more."""
-        await self._until(lambda: self.engine.status().state is GroupState.READY, "it is ready again")
+        await self.until(lambda: self.engine.status().state is GroupState.READY, "it is ready again")
         probe = GenerationRequest(
             request_id="r", prompt=(1, 2, 3), max_tokens=5, sampling=SamplingParams(temperature=0)
         )
@@ -506,7 +506,7 @@ class World:
         assert all(fault.recovered_at is not None for fault in self.engine.status().faults)
         self._check_budgets()
 
-    async def _until(self, condition: Callable[[], bool], what: str) -> None:
+    async def until(self, condition: Callable[[], bool], what: str) -> None:
         begun = time.monotonic()
         while not condition():
             assert time.monotonic() - begun < 3_000.0, f"not in time: {what}; {self.engine.status()}"

@@ -39,7 +39,7 @@ def test_auto_is_settled_once(device: Device, backend: Backend, gpus: bool, sett
 
 
 def test_gpus_are_seen_by_their_device_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accelerator, "_torch_knows_cuda", lambda: True)  # which depends on what is installed
+    monkeypatch.setattr(accelerator, "torch_knows_cuda", lambda: True)  # which depends on what is installed
     assert not accelerator.has_gpus({}, tmp_path)
     (tmp_path / "nvidiactl").touch()
     assert not accelerator.has_gpus({}, tmp_path)
@@ -48,12 +48,12 @@ def test_gpus_are_seen_by_their_device_files(tmp_path: Path, monkeypatch: pytest
     assert accelerator.has_gpus({"CUDA_VISIBLE_DEVICES": "0"}, tmp_path)
     assert not accelerator.has_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path)
     assert not accelerator.has_gpus({"CUDA_VISIBLE_DEVICES": "-1"}, tmp_path)
-    monkeypatch.setattr(accelerator, "_torch_knows_cuda", lambda: False)
+    monkeypatch.setattr(accelerator, "torch_knows_cuda", lambda: False)
     assert not accelerator.has_gpus({}, tmp_path)
 
 
 def test_the_installed_torch_says_what_it_was_built_for() -> None:
-    assert accelerator._torch_knows_cuda() == (torch.version.cuda is not None)
+    assert accelerator.torch_knows_cuda() == (torch.version.cuda is not None)
 
 
 def uses_cudnn() -> bool:

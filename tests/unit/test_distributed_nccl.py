@@ -183,7 +183,7 @@ def test_one_that_waits_for_room_on_the_device_is_not_waited_for(monkeypatch: py
     edge.allreduce = allreduce  # type: ignore[method-assign]
     with ThreadPoolExecutor(1) as pool:
         queued = pool.submit(group.all_reduce, torch.ones(1))
-        until("it is being queued", lambda: group._queueing.locked(), SECONDS)
+        until("it is being queued", lambda: group.is_queueing, SECONDS)
         group.release()
         with pytest.raises(CommunicatorAborted):
             queued.result(SECONDS)

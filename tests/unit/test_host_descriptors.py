@@ -104,7 +104,7 @@ class Server:
         http = uvicorn.Server(
             uvicorn.Config(app, log_config=None, lifespan="off", http=limited(MOST_CONNECTIONS), backlog=16)
         )
-        task = asyncio.create_task(http._serve([self.listening]))
+        task = asyncio.create_task(http.serve([self.listening]))
         try:
             yield
         finally:

@@ -230,10 +230,10 @@ def test_the_probe_sees_every_weight_of_a_layer(model: Path) -> None:
             right_data = weight.data
             with torch.inference_mode():
                 weight.data = right_data * 1.5
-                ranks.runners[1]._model.loaded()
+                ranks.runners[1].model.loaded()
                 assert prove(ranks) != right, name_of(weight)
                 weight.data = right_data
-                ranks.runners[1]._model.loaded()
+                ranks.runners[1].model.loaded()
         assert prove(ranks) == right
 
 

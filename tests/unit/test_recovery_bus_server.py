@@ -117,7 +117,7 @@ async def test_malformed_frames_from_a_member_cost_that_member_its_connection_on
     chance = random.Random(4)
     async with live_engine() as live:
         for turn in range(3):
-            writer = live.ranks[1]._writer
+            writer = live.ranks[1].writer
             assert writer is not None
             noise = chance.randbytes(50)
             writer.write(len(noise).to_bytes(4, "big") + noise)

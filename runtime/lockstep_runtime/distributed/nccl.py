@@ -120,6 +120,11 @@ class NcclCommunicator:
             self._freeing = None
         self._group = None  # its last reference: torch's destructor has nothing left to wait for
 
+    @property
+    def is_queueing(self) -> bool:
+        """Whether a collective is being given to the device just now."""
+        return self._queueing.locked()
+
     def _abort(self, group: Any) -> None:
         """In its own thread. A collective that is just being queued reads what an abort frees; one that waits for room
         on the device is not waited for, since only the abort makes room."""

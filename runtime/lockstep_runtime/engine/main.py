@@ -67,7 +67,7 @@ async def _serve(config: ServeConfig, bus_sockets: list[socket.socket], api_sock
         running = [
             tasks.create_task(engine.run()),
             tasks.create_task(engine.report()),
-            tasks.create_task(_read_model(config, engine)),
+            tasks.create_task(read_model(config, engine)),
         ]
         server = await _api_server(config, engine)
         api = tasks.create_task(server.serve(sockets=api_sockets))
@@ -103,7 +103,7 @@ async def _stopped(stop: asyncio.Event, api: asyncio.Task[None]) -> None:
         raise RuntimeError("the HTTP server ended by itself")
 
 
-async def _read_model(config: ServeConfig, engine: Engine) -> None:
+async def read_model(config: ServeConfig, engine: Engine) -> None:
     """Read the model's configuration, retrying until it succeeds."""
     attempt = 0
     while True:

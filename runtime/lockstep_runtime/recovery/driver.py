@@ -271,10 +271,10 @@ class GroupDriver:
 
     def _execute(self, actions: Sequence[Action], *, urgent: bool = True) -> None:
         for action in actions:
-            self._act(action)
+            self.act(action)
         self._changes.tell(urgent=urgent or not all(isinstance(action, _UNREPORTED) for action in actions))
 
-    def _act(self, action: Action) -> None:
+    def act(self, action: Action) -> None:
         match action:
             case BeginEpoch():
                 self._rpc.begin_epoch()

@@ -30,6 +30,11 @@ class FaultLog:
         return max(self._open, default=0)
 
     @property
+    def footprint(self) -> int:
+        """How much it remembers beside the records: numbers of open faults, and what was added to their messages."""
+        return len(self._open) + len(self._added)
+
+    @property
     def records(self) -> list[FaultRecord]:
         return list(self._records)
 

@@ -99,14 +99,14 @@ class RecoveryPolicy:
         self._ranks, self._strategy = ranks, strategy
         self.rebuilds = Budget(REBUILDS, REBUILD_REFILL_SECONDS)
         self.respawns = Budget(RESPAWNS, RESPAWN_REFILL_SECONDS)
-        self._rebuilt_in_vain = False
+        self.rebuilt_in_vain = False
 
     def credit_healthy_time(self, seconds: float, *, steps: bool) -> None:
         """The group was formed for so long; `steps`: and has done steps of requests."""
         self.rebuilds.credit(seconds)
         self.respawns.credit(seconds)
         if steps or seconds > PROVEN_SECONDS:
-            self._rebuilt_in_vain = False
+            self.rebuilt_in_vain = False
 
     def decide(self, cause: Evidence, evidence: Sequence[Evidence], *, by_request: bool = False) -> Recovery:
         """The next rung. `by_request`: a request caused the fault, so the rungs before it did not fail."""
@@ -127,12 +127,12 @@ class RecoveryPolicy:
         return self.respawns.take()
 
     def _rebuild(self, first: Recovery, cause: Evidence) -> Recovery:
-        if self._rebuilt_in_vain:
+        if self.rebuilt_in_vain:
             why = "a rebuild has just failed to help"
         elif not self.rebuilds.take():
             why = f"{REBUILDS} rebuilds are used up"
         else:
-            self._rebuilt_in_vain = True
+            self.rebuilt_in_vain = True
             return first
         kill = (cause.rank,) if cause.rank is not None else tuple(range(self._ranks))
         return self._respawn(Recovery(Rung.RESPAWN, kill, f"{cause.fault}: {why}; {_whose(kill)} must go"))

@@ -40,10 +40,10 @@ def has_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> bo
     if shown is not None and shown.strip() in _HIDDEN:
         return False
     nodes = any(node.name.removeprefix("nvidia").isdigit() for node in devices.glob("nvidia*"))
-    return (nodes or (devices / "dxg").exists()) and _torch_knows_cuda()
+    return (nodes or (devices / "dxg").exists()) and torch_knows_cuda()
 
 
-def _torch_knows_cuda() -> bool:
+def torch_knows_cuda() -> bool:
     found = importlib.util.find_spec("torch")
     folders = found.submodule_search_locations if found is not None else None
     return any((Path(folder) / "lib" / "libtorch_cuda.so").exists() for folder in folders or ())

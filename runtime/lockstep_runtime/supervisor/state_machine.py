@@ -94,18 +94,18 @@ class Machine:
     grace_seconds: float
     phase: Phase = Phase.RUNNING
     deadline: float | None = None  # of the phase
-    _children: dict[Name, _Child] = field(default_factory=dict)
-    _zygote_is_ready: bool = False
+    children: dict[Name, _Child] = field(default_factory=dict)
+    zygote_is_ready: bool = False
 
     def start(self, now: float) -> list[Action]:
         """Start everything; the zygote first, it takes longest, and the ranks need it."""
         names: list[Name] = [ZYGOTE, *self.ranks, *([ENGINE] if self.is_leader else [])]
-        self._children = {name: _Child(spawn_at=now) for name in names}
+        self.children = {name: _Child(spawn_at=now) for name in names}
         return self.tick(now)
 
     def zygote_ready(self, now: float) -> list[Action]:
         """The zygote has imported everything: ranks can be forked from it."""
-        self._zygote_is_ready = self._children[ZYGOTE].alive
+        self.zygote_is_ready = self.children[ZYGOTE].alive
         return self.tick(now)
 
     def spawn_failed(self, name: Name, reason: str, now: float, *, zygote_is_lost: bool = False) -> list[Action]:
@@ -113,7 +113,7 @@ class Machine:
 
         `zygote_is_lost`: it does not reply; a rank waits for another zygote then.
         """
-        child = self._children[name]
+        child = self.children[name]
         child.alive, child.stopped_at, child.silent_at = False, None, None
         if self.phase is Phase.LEAVING and name == ENGINE:
             return self._stop(now, "the engine has gone")
@@ -121,9 +121,9 @@ class Machine:
             return self._finish_if_alone()
         if zygote_is_lost:
             child.spawn_at = now
-            if not self._zygote_is_ready:  # it has ended, and another is on its way
+            if not self.zygote_is_ready:  # it has ended, and another is on its way
                 return []
-            self._zygote_is_ready = False
+            self.zygote_is_ready = False
             return [Signal(ZYGOTE, SIGKILL, reason)]
         child.failures += 1
         child.spawn_at = now + backoff(child.failures)
@@ -131,24 +131,24 @@ class Machine:
 
     def heard(self, now: float) -> None:
         """The engine has given a sign of life."""
-        if self._children[ENGINE].alive:
-            self._children[ENGINE].silent_at = now + SILENT_SECONDS
+        if self.children[ENGINE].alive:
+            self.children[ENGINE].silent_at = now + SILENT_SECONDS
 
     def stopped(self, name: Name, number: int, now: float) -> None:
         """A child was stopped by a signal."""
-        child = self._children[name]
+        child = self.children[name]
         child.stopped_at, child.stopped_by = now + STOPPED_SECONDS, number
 
     def continued(self, name: Name) -> None:
-        self._children[name].stopped_at = None
+        self.children[name].stopped_at = None
 
     def exited(self, name: Name, *, healthy: bool, now: float, slowly: bool = False) -> list[Action]:
         """A child has ended. `healthy`: it had been useful; `slowly`: restart with longer delays, because a person
         must fix something first."""
-        child = self._children[name]
+        child = self.children[name]
         child.alive, child.stopped_at, child.silent_at = False, None, None
         if name == ZYGOTE:
-            self._zygote_is_ready = False
+            self.zygote_is_ready = False
         if self.phase is Phase.LEAVING and name == ENGINE:
             return self._stop(now, "the engine has drained")
         if self.phase is Phase.STOPPING:
@@ -159,7 +159,7 @@ class Machine:
 
     def failures(self, name: Name) -> int:
         """How many of the child's processes in a row have ended before they were of use."""
-        return self._children[name].failures
+        return self.children[name].failures
 
     def asked_to_end(self, now: float, *, connected: bool) -> list[Action]:
         """SIGTERM or SIGINT; a second one ends everything now."""
@@ -167,7 +167,7 @@ class Machine:
             return self._stop(now, "asked twice")
         if self.phase is not Phase.RUNNING:
             return []
-        if self.is_leader and self._children[ENGINE].alive:
+        if self.is_leader and self.children[ENGINE].alive:
             self.phase = Phase.LEAVING
             self.deadline = now + self.grace_seconds + DRAIN_MARGIN_SECONDS
             return [Signal(ENGINE, SIGTERM, "drain")]
@@ -186,7 +186,7 @@ class Machine:
 
     def kill(self, rank: int, reason: str) -> list[Action]:
         """The engine wants a rank's process replaced."""
-        child = self._children.get(rank)
+        child = self.children.get(rank)
         return [Signal(rank, SIGKILL, reason)] if child is not None and child.alive else []
 
     def tick(self, now: float) -> list[Action]:
@@ -195,11 +195,11 @@ class Machine:
             if self.phase is Phase.LEAVING:
                 return self._stop(now, "the grace is over")
             self.deadline = None
-            return [Signal(name, SIGKILL, "it did not end") for name, child in self._children.items() if child.alive]
+            return [Signal(name, SIGKILL, "it did not end") for name, child in self.children.items() if child.alive]
         if self.phase not in (Phase.RUNNING, Phase.LEAVING):
             return []
         actions: list[Action] = []
-        for name, child in self._children.items():
+        for name, child in self.children.items():
             if child.stopped_at is not None and now >= child.stopped_at:
                 child.stopped_at = now + STOPPED_AGAIN_SECONDS
                 actions.append(self._resume_or_kill(name, child))
@@ -218,7 +218,7 @@ class Machine:
         return [] if was_late else [Signal(name, SIGKILL, f"it has given no sign of life for {SILENT_SECONDS:.0f} s")]
 
     def _can_start(self, name: Name) -> bool:
-        return self._zygote_is_ready or not isinstance(name, int)
+        return self.zygote_is_ready or not isinstance(name, int)
 
     def _resume_or_kill(self, name: Name, child: _Child) -> Action:
         """What becomes of a stopped worker is the engine's to decide; of any other child, ours."""
@@ -228,7 +228,7 @@ class Machine:
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next; None: never, by itself."""
-        children = self._children.items()
+        children = self.children.items()
         times = [child.stopped_at for _, child in children if child.stopped_at is not None]
         times += [child.silent_at for _, child in children if child.alive and child.silent_at is not None]
         times += [child.spawn_at for name, child in children if child.spawn_at is not None and self._can_start(name)]
@@ -237,15 +237,15 @@ class Machine:
     def _stop(self, now: float, reason: str) -> list[Action]:
         self.phase, self.deadline = Phase.STOPPING, now + STOP_SECONDS
         self._reason = reason
-        for child in self._children.values():
+        for child in self.children.values():
             child.spawn_at = child.stopped_at = child.silent_at = None
-        alive = [name for name, child in self._children.items() if child.alive]
+        alive = [name for name, child in self.children.items() if child.alive]
         return [Signal(name, SIGTERM, reason) for name in alive] or self._finish_if_alone()
 
     _reason: str = ""
 
     def _finish_if_alone(self) -> list[Action]:
-        if any(child.alive for child in self._children.values()):
+        if any(child.alive for child in self.children.values()):
             return []
         self.phase, self.deadline = Phase.FINISHED, None
         return [Finish(self._reason)]

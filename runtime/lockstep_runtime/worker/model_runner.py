@@ -206,6 +206,16 @@ class ModelRunner:
         with torch.inference_mode():
             return watch(self._model.weights(), known)
 
+    @property
+    def model(self) -> Model:
+        """The rank's part of it, once it is loaded."""
+        return self._model
+
+    @property
+    def cache(self) -> KVCache | None:
+        """None before `allocate`."""
+        return self._cache
+
     def allocate(self, blocks: int, *, anew: bool = False) -> KVCache:
         """The KV cache, if it is of so many blocks and not wanted anew; else another in its place. The last block is
         the probe's."""

@@ -35,12 +35,12 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 def captured(runner: ModelRunner, batch: int) -> tuple[bool, float, float, float]:
     """Whether it gives the same, and the milliseconds of: eager, replayed, capturing."""
-    cache, group = runner._cache, SingleCommunicator()
+    cache, group = runner.cache, SingleCommunicator()
     assert cache is not None
     given = build_batch(step(0, batch, GREEDY).sequences, torch.device("cuda", 0))
 
     def forward() -> Tensor:
-        return runner._model.forward(given, cache, group)
+        return runner.model.forward(given, cache, group)
 
     eager = forward().clone()
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
