@@ -219,7 +219,7 @@ def test_only_the_current_process_s_end_counts(other: str) -> None:
     members.handles[1].being_killed = other
     found = members.exited(exited, epoch=3)
     assert found is not None
-    assert (found.words, found.loss, found.was_connected) == ("rank 1 (pid 11) was killed by SIGKILL", "", True)
+    assert (found.message, found.loss, found.was_connected) == ("rank 1 (pid 11) was killed by SIGKILL", "", True)
     assert found.early
     members.handles[1].being_killed = HERE
     members.left(members.handles[1], "went", 20.0)
@@ -250,7 +250,7 @@ def test_what_is_worth_a_line_of_a_load() -> None:
     assert members.reported(handle, loaded(2_500_000_500_000), 11.0) == actions.Log(words, quiet=True, rank=1)
     log = members.reported(handle, failed("no disk"), 12.0)
     assert log is not None
-    assert (log.words, log.quiet) == (f"rank 1 can't load ({LoadFailure.TRANSIENT}): no disk", False)
+    assert (log.message, log.quiet) == (f"rank 1 can't load ({LoadFailure.TRANSIENT}): no disk", False)
     assert members.reported(handle, failed("no disk"), 13.0) is None
 
 
