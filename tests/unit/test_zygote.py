@@ -147,6 +147,15 @@ def test_a_zygote_that_the_kernel_gives_no_process_says_so_and_lives_on(memory: 
             assert decode_reply(requests.recv(4096)) == NO_ROOM
 
 
+def test_a_zygote_exits_as_it_should_when_nobody_waits_for_its_reply(memory: int) -> None:
+    with zygote() as requests:
+        requests.shutdown(socket.SHUT_RD)
+        wait, start = os.pipe()
+        send_request(requests, a_request(memory, wait))
+        os.close(wait)
+        os.close(start)
+
+
 def test_a_child_of_which_nobody_learned_in_time_is_not_told_to_start(client: ZygoteClient, memory: int) -> None:
     with pytest.raises(ZygoteLostError, match=r"no reply within 0\.2 s"):
         fork(client, memory)

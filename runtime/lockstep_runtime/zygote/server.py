@@ -5,6 +5,7 @@ While nothing is requested it may fork one process ahead, the standby, which pre
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -39,7 +40,8 @@ def serve_forks(requests: socket.socket, entrypoint: Entrypoint, *, with_standby
         standby = None
         for descriptor in request.files().values():
             os.close(descriptor)
-        requests.send(encode_reply(reply))
+        with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+            requests.send(encode_reply(reply))
 
 
 def _fork(requests: socket.socket, entrypoint: Entrypoint, request: ForkRequest) -> Forked | ForkFailed:
