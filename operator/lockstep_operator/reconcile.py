@@ -1,7 +1,7 @@
-"""One look at one model: observe, decide, apply, report. Nothing is remembered that can't be found again.
+"""One pass over one model: observe, decide, apply, report. Nothing is remembered that can't be found again.
 
-A pass begins with the indexes. When they leave nothing to do, the model is at rest, and no request was made. Else the
-pass begins anew with what the API server says, and only such a pass writes.
+A pass begins with the indexes. When they leave nothing to do, the model is at rest, and no request was made. Otherwise
+it begins again with the API server's answers, and only such a pass writes.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from lockstep_operator.cluster.executor import Applied, execute, is_due
 from lockstep_operator.cluster.failures import Failures
 from lockstep_operator.cluster.indexes import Indexes
 from lockstep_operator.cluster.observe import Indexed, LastLook, Live, Source, last_look, read_warnings, token_of
+from lockstep_operator.cluster.obstacles import find_obstacle
 from lockstep_operator.cluster.served_schema import ServedSchema
+from lockstep_operator.cluster.status_writer import StatusWriter
 from lockstep_operator.decisions.planner import Decision, decide
 from lockstep_operator.groups.group import groups_of
 from lockstep_operator.groups.pod_issues import needs_events
 from lockstep_operator.groups.status_poller import PollTarget as Leader
 from lockstep_operator.reporting import document, events
-from lockstep_operator.reporting.conditions import Obstacle
 from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.reporting.significance import worth_writing
 from lockstep_operator.reporting.transition import transition
 from lockstep_operator.settings import Settings
 from lockstep_operator.types import spec
 from lockstep_operator.types.model_status import ModelStatus, parse
-from lockstep_operator.types.names import API_VERSION, KIND, ModelKey, token_name
+from lockstep_operator.types.names import ModelKey, token_name
 from lockstep_operator.types.observed import GroupReport, Object, ObjectRef, Observed
 from lockstep_operator.types.reasons import ConditionType, Reason
-from lockstep_operator.types.timestamps import format_rfc3339
 
 log = logging.getLogger(__name__)
 
-UNSETTLED_SECONDS: Final = 10.0  # a model that isn't Ready is looked at again, for what sends no event
+UNSETTLED_SECONDS: Final = 10.0  # a model that isn't Ready is reconciled again, for what sends no event
 
 
 class Groups(Protocol):
-    """How groups are asked; see `status_poller`."""
+    """How groups are polled; see `status_poller`."""
 
     def watch(self, key: ModelKey, targets: Mapping[int, Leader]) -> None: ...
 
@@ -60,12 +60,12 @@ class ReconcileOutcome:
 
 @dataclass(slots=True)
 class _Known:
-    """What is remembered of a model. It saves writes, and makes what fails be told; no decision rests on it alone."""
+    """What is remembered of a model: it saves writes, and keeps track of what fails. No decision rests on it alone."""
 
     failures: Failures
     last: LastLook
     server_mutations: dict[ObjectRef, frozenset[str]] = field(default_factory=dict)
-    unwritten: Mapping[str, Any] | None = None  # a status that the API server takes in no form: recovery goes by it
+    unwritten: Mapping[str, Any] | None = None  # a status that the API server rejects in every form: recovery uses it
 
 
 class Reconciler:
@@ -87,12 +87,13 @@ class Reconciler:
         self._metrics = metrics
         self._now = now
         self._schema = schema or ServedSchema()
+        self._writer = StatusWriter(kube, self._schema, metrics)
         self._indexes = indexes or Indexes()
         self._known: dict[ModelKey, _Known] = {}
 
     async def reconcile(self, key: ModelKey) -> ReconcileOutcome:
         """One pass, at the end of which the status is written whatever failed in it. Raises KubeError when the API
-        server can't be asked or told anything now."""
+        server can't be reached now."""
         now = self._now()
         known = self._known.setdefault(key, _Known(Failures(self._now), LastLook(now)))
         for source in self._sources(key, known, now):
@@ -122,12 +123,12 @@ class Reconciler:
         except KubeError as error:
             if error.transient:
                 raise
-            words = f"the API server refuses what the operator must read or write: {error}"
-            return await self._halt(key, resource, source, Reason.REFUSED, words)
-        except Exception as error:  # a bug: it is told where people look, and stops no other model
+            text = f"the API server refuses what the operator must read or write: {error}"
+            return await self._halt(key, resource, source, Reason.REFUSED, text)
+        except Exception as error:  # a bug: it is reported where people look, and stops no other model
             log.exception("%s: reconciling failed", key)
-            words = f"the operator can't work on this model ({type(error).__name__}: {str(error)[:300]}): see its log"
-            return await self._halt(key, resource, source, Reason.OPERATOR_ERROR, words)
+            text = f"the operator can't work on this model ({type(error).__name__}: {str(error)[:300]}): see its log"
+            return await self._halt(key, resource, source, Reason.OPERATOR_ERROR, text)
 
     async def _look(
         self, model: spec.Model, resource: Object, source: Source, known: _Known
@@ -158,7 +159,7 @@ class Reconciler:
         self._known.pop(key, None)
 
     def forget_others(self, serves: Callable[[str], bool]) -> None:
-        """Of models in namespaces that aren't served any more nothing is told."""
+        """Of models in namespaces that are no longer served."""
         for key in [key for key in self._known if not serves(key.namespace)]:
             self.forget(key)
 
@@ -195,19 +196,18 @@ class Reconciler:
         known: _Known,
     ) -> ReconcileOutcome | None:
         now, failures = self._now(), known.failures
-        obstacle = obstacle_of(model, decision, failures, observed, now)
+        obstacle = find_obstacle(model, decision, failures, observed.status, now)
         change = transition(model, decision, observed.status, obstacle, applied.effective, now)
         built = self._schema.fitting(document.document(change.after))
-        drafts = [*events.event_drafts(change)]
+        drafts = events.event_drafts(change)
         news = known.unwritten is not None or worth_writing(_last_document(resource, known), built)
         if not source.live and (drafts or news):
             return None
         known.last.dirty = bool(applied.done or drafts or news)
         self._groups.watch(model.key, targets(decision, observed))
-        for draft in drafts:
-            await self._record(events.manifest(model.key, model.uid, draft, now))
+        await self._writer.record(resource, drafts, now)
         if news:
-            known.unwritten = None if await self._written(resource, built) else built
+            known.unwritten = None if await self._writer.write(resource, built) else built
         failing = obstacle is not None or known.unwritten is not None
         self._metrics.model(model.key, change.after)
         self._metrics.repaired(model.key, change.repairs)
@@ -225,7 +225,7 @@ class Reconciler:
     async def _halt(
         self, key: ModelKey, resource: Object, source: Source, reason: Reason, message: str
     ) -> ReconcileOutcome | None:
-        """What is known stays, and the conditions say why nothing is done."""
+        """The status stays as it is, except for conditions that say why nothing is done."""
         old, now = resource.get("status") or {}, self._now()
         before = _readable(old)
         built = document.halted(old, before, resource["metadata"].get("generation", 1), reason, message, now)
@@ -233,76 +233,14 @@ class Reconciler:
         if worth_writing(old, built):
             if not source.live:
                 return None
-            for draft in events.condition_changes(before, after):
-                await self._record(events.manifest(key, resource["metadata"]["uid"], draft, now))
-            await self._written(resource, self._schema.fitting(built))
+            await self._writer.record(resource, events.condition_changes(before, after), now)
+            await self._writer.write(resource, self._schema.fitting(built))
         self._metrics.model(key, after)
         return ReconcileOutcome(requeue_after=self._settings.resync_seconds, failing=True)
 
-    async def _written(self, resource: Object, built: Mapping[str, Any]) -> bool:
-        """Whether the API server has taken the status, or what recovery needs of it. Counts and budgets are made from
-        what was read: what someone else wrote since is never overwritten. Raises KubeError for what may pass soon."""
-        try:
-            await self._write_status(resource, built)
-        except KubeError as error:
-            if error.transient:
-                raise
-            if error.status == 404:
-                return True  # the model was deleted meanwhile: there is nothing to write to
-            lacking = error.unknown_fields and self._schema.lacks(error.unknown_fields)
-            less = self._schema.fitting(built) if lacking else document.essential(built)
-            return await self._less_written(resource, less)
-        return True
-
-    async def _less_written(self, resource: Object, less: Mapping[str, Any]) -> bool:
-        try:
-            await self._write_status(resource, less)
-        except KubeError as error:
-            if error.transient:
-                raise
-            log.error("a status is refused in every form, so it is kept in mind alone: %s", error)
-            return False
-        return True
-
-    async def _write_status(self, resource: Object, built: Mapping[str, Any]) -> None:
-        identity = ("name", "namespace", "uid", "resourceVersion")
-        metadata = {name: resource["metadata"][name] for name in identity}
-        await self._kube.apply_status(
-            KIND, {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "status": built}
-        )
-        self._metrics.writes.labels(KIND, "Status").inc()
-
-    async def _record(self, event: Mapping[str, Any]) -> None:
-        """Events are a courtesy: one that can't be written stops nothing."""
-        try:
-            await self._kube.create("Event", event)
-            self._metrics.writes.labels("Event", "Create").inc()
-        except KubeError as error:
-            if not (error.already_exists or error.namespace_ending):
-                log.warning("an Event could not be written: %s", error)
-
-
-def obstacle_of(
-    model: spec.Model, decision: Decision, failures: Failures, observed: Observed, now: float
-) -> Obstacle | None:
-    """What keeps the operator itself from doing what the spec asks; None if nothing does."""
-    if model.flaw:
-        return Obstacle(Reason.INVALID_SPEC, model.flaw, stalled=True)
-    if decision.bugs:
-        return Obstacle(Reason.OPERATOR_ERROR, "; ".join(bug.sentence for bug in decision.bugs[:3]), stalled=True)
-    if failures.refused:
-        return Obstacle(Reason.REFUSED, failures.refused, stalled=True)
-    retrying = failures.retrying(observed.status)
-    if retrying is None:
-        return None
-    if now - retrying.since < model.progress_deadline:
-        return Obstacle(Reason.RETRYING, retrying.sentence, stalled=False)
-    words = f"{retrying.sentence}; nothing has moved since {format_rfc3339(retrying.since)}"
-    return Obstacle(Reason.PROGRESS_DEADLINE_EXCEEDED, words, stalled=True)
-
 
 def targets(decision: Decision, observed: Observed) -> dict[int, Leader]:
-    """Whom to ask: the first pod of every group that has an address."""
+    """Whom to poll: the leader pod of every group that has an address."""
     if observed.token is None or decision.conflicts.token:
         return {}
     return {
