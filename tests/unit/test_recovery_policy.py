@@ -350,12 +350,12 @@ def test_which_faults_leave_the_caches_in_doubt(fault: Fault) -> None:
 @pytest.mark.parametrize(
     ("cause", "reason"),
     [
-        (Evidence(Fault.HANG, 1, "m", stragglers=(1,)), "Hang: the process of rank 1 holds up the others"),
-        (Evidence(Fault.HANG, None, "m", stragglers=(0, 2)), "Hang: the processes of ranks 0,2 holds up the others"),
+        (Evidence(Fault.HANG, 1, "m", stragglers=(1,)), "Hang: the others wait for the process of rank 1"),
+        (Evidence(Fault.HANG, None, "m", stragglers=(0, 2)), "Hang: the others wait for the processes of ranks 0,2"),
         (Evidence(Fault.CORRUPTION, None, "m"), "Corruption: the processes of ranks 0,1,2 can't be used further"),
         (Evidence(Fault.CONTEXT_FAULT, 2, "m"), "ContextFault: the process of rank 2 can't be used further"),
         (LOST, "rank 1 is gone; its supervisor starts it again"),
-        (HUNG, "Hang: every rank is aborted; one that does not answer that either is killed"),
+        (HUNG, "Hang: every rank is aborted; a rank that does not answer is killed"),
         (FAILED, "StepFailed: every process lives; a new communicator is made"),
     ],
 )

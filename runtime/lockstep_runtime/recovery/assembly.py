@@ -157,6 +157,4 @@ class Assembly:
     def _done(self, now: float) -> list[Action]:
         self.step = Step.DONE
         self.phases["verify"] = seconds = now - self._tested_at
-        return [
-            actions.PhaseOver(TrailPhase.VERIFY, seconds, "an all-reduce of ones and the probe gave what they must")
-        ]
+        return [actions.PhaseOver(TrailPhase.VERIFY, seconds, "the all-reduce of ones and the probe are right")]

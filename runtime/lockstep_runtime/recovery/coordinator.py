@@ -323,7 +323,7 @@ class Coordinator:
         if self._aborted_at is None and all(handle.abort_sent_at is None for handle in self.handles):
             self._aborted_at = now
             self._do(
-                actions.PhaseOver(TrailPhase.ABORT, now - self.since, "the ranks that live have left their collectives")
+                actions.PhaseOver(TrailPhase.ABORT, now - self.since, "the surviving ranks have left their collectives")
             )
         if all(handle.idle_epoch >= self.epoch for handle in self.handles):
             self._assemble(now)

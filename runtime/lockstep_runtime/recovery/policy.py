@@ -56,10 +56,10 @@ def cheapest(cause: Evidence, evidence: Sequence[Evidence], ranks: int) -> Recov
         return Recovery(Rung.RESPAWN, kill, f"{cause.fault}: {_whose(kill)} can't be used further")
     if cause.stragglers:
         return Recovery(
-            Rung.RESPAWN, cause.stragglers, f"{cause.fault}: {_whose(cause.stragglers)} holds up the others"
+            Rung.RESPAWN, cause.stragglers, f"{cause.fault}: the others wait for {_whose(cause.stragglers)}"
         )
     if cause.fault is Fault.HANG:
-        return Recovery(Rung.REBUILD, (), "Hang: every rank is aborted; one that does not answer that either is killed")
+        return Recovery(Rung.REBUILD, (), "Hang: every rank is aborted; a rank that does not answer is killed")
     return Recovery(Rung.REBUILD, (), f"{cause.fault}: every process lives; a new communicator is made")
 
 
