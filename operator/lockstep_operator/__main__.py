@@ -37,7 +37,7 @@ SCHEMA_RETRY_SECONDS: Final = 2.0
 
 
 def main() -> None:
-    settings = read_settings(sys.argv[1:], os.environ)
+    settings = read_settings(sys.argv[1:])
     logs.configure(settings.log_level, settings.log_format)
     os.environ.setdefault("POD_ID", socket.gethostname())  # else kopf asks for the user's name, which may have none
     asyncio.run(run(settings))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
+import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
+
+import click
+from click.core import ParameterSource
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 LOG_FORMATS: Final = ("text", "json")
@@ -34,100 +37,75 @@ class Settings:
     log_format: str = "text"
 
 
-def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
-    """Raises SystemExit with a usage message when something is missing or malformed."""
-    parsed = _parser(environment).parse_args(arguments)
-    if not parsed.runtime_image:
-        raise SystemExit(
-            "lockstep-operator: --runtime-image (or LOCKSTEP_RUNTIME_IMAGE) must name the image of the rank pods"
-        )
-    namespaces = parsed.namespace or _listed(environment.get("LOCKSTEP_NAMESPACES", ""))
-    return Settings(
-        runtime_image=parsed.runtime_image,
-        pull_policy=parsed.runtime_image_pull_policy,
-        pull_secrets=parsed.runtime_image_pull_secrets,
-        fs_group=parsed.fs_group,
-        network_policy=parsed.network_policy,
-        api_from=parsed.api_from,
-        scrape_from=parsed.scrape_from,
-        namespaces=() if parsed.all_namespaces else tuple(namespaces),
-        operator_namespace=parsed.operator_namespace or None,
-        port=parsed.port,
-        concurrency=parsed.concurrency,
-        resync_seconds=parsed.resync_seconds,
-        log_level=parsed.log_level,
-        log_format=parsed.log_format,
-    )
+_COUNT: Final = click.IntRange(min=1)
 
 
-def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lockstep-operator", description="Serves TensorParallelModel objects.")
+class _Name(click.types.StringParamType):
+    """Of a namespace. Several are comma-separated in a variable."""
 
-    def add(flag: str, default: str | None, description: str, **more: object) -> None:
-        variable = "LOCKSTEP_" + flag.lstrip("-").replace("-", "_").upper()
-        value = environment.get(variable) or default  # argparse converts and checks strings, also from variables
-        parser.add_argument(flag, default=value, help=f"{description} [{variable}]", **more)  # type: ignore[arg-type]
-
-    add("--runtime-image", None, "image of the rank pods")
-    add("--runtime-image-pull-policy", "IfNotPresent", "its pull policy", type=_one_of(PULL_POLICIES))
-    add("--runtime-image-pull-secrets", "", "with which it is pulled, comma-separated", type=_names)
-    add("--fs-group", str(CACHE_GROUP), "group of files on a cache volume, or none", type=_group)
-    add("--network-policy", "Managed", "default of spec.network.policy: Managed or None", type=_one_of(POLICIES))
-    add("--api-from", "[]", "who else may use models' API: NetworkPolicyPeers, as JSON", type=_peers)
-    add("--scrape-from", "[]", "who may scrape every model: NetworkPolicyPeers, as JSON", type=_peers)
-    add("--operator-namespace", None, "where the operator runs, for the NetworkPolicies")
-    add("--port", "8080", "of /metrics, /healthz and /readyz", type=_positive_int)
-    add("--concurrency", "8", "models reconciled at the same time", type=_positive_int)
-    add("--resync-seconds", "60", "every model is looked at again after so long", type=_positive_float)
-    add("--log-level", "info", "least severe level to log", type=_one_of(LOG_LEVELS))
-    add("--log-format", "text", "of the operator's and the rank pods' logs: text or json", type=_one_of(LOG_FORMATS))
-    scope = parser.add_mutually_exclusive_group()
-    scope.add_argument(
-        "--namespace", action="append", help="serve only this one; may be repeated [LOCKSTEP_NAMESPACES]"
-    )
-    scope.add_argument("--all-namespaces", action="store_true", help="serve every namespace (the default)")
-    return parser
+    envvar_list_splitter: ClassVar[str | None] = ","
 
 
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(_listed(text))
+def _group(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
+    return None if value == "none" else _COUNT(value, param, ctx)
 
 
-def _group(text: str) -> int | None:
-    return None if text == "none" else _positive_int(text)
-
-
-def _peers(text: str) -> tuple[Peer, ...]:
+def _peers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[Peer, ...]:
     try:
-        peers = json.loads(text)
+        peers = json.loads(value)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+        raise click.BadParameter(f"{value!r} is not JSON: {error}") from None
     if not isinstance(peers, list) or not all(isinstance(peer, dict) and peer for peer in peers):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of NetworkPolicyPeers")
+        raise click.BadParameter(f"{value!r} is not a list of NetworkPolicyPeers")
     return tuple(peers)
 
 
-def _one_of(words: Sequence[str]) -> Callable[[str], str]:
-    """Not argparse's `choices`: those are not checked where the value comes from a variable."""
-
-    def check(text: str) -> str:
-        if text not in words:
-            raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(words)}")
-        return text
-
-    return check
+_option: Final = functools.partial(click.option, show_envvar=True)
+_CONTEXT: Final = {"auto_envvar_prefix": "LOCKSTEP", "show_default": True}
 
 
-def _positive_int(text: str) -> int:
-    return int(_positive_float(text))
+@click.command("lockstep-operator", context_settings=_CONTEXT)
+@_option("--runtime-image", required=True, help="Image of the rank pods.")
+@_option(
+    "--runtime-image-pull-policy", default="IfNotPresent", type=click.Choice(PULL_POLICIES), help="Its pull policy."
+)
+@_option("--runtime-image-pull-secrets", default="", callback=_names, help="Comma-separated names of Secrets.")
+@_option("--fs-group", default=str(CACHE_GROUP), callback=_group, help="Of files on a cache volume, or none.")
+@_option("--network-policy", default="Managed", type=click.Choice(POLICIES), help="Of models that don't say.")
+@_option("--api-from", default="[]", callback=_peers, help="May use models' API: NetworkPolicyPeers, as JSON.")
+@_option("--scrape-from", default="[]", callback=_peers, help="May scrape every model: NetworkPolicyPeers, as JSON.")
+@_option("--operator-namespace", help="Where the operator runs, for the NetworkPolicies.")
+@_option("--port", default=8080, type=_COUNT, help="Of /metrics, /healthz and /readyz.")
+@_option("--concurrency", default=8, type=_COUNT, help="Models reconciled at the same time.")
+@_option("--resync-seconds", default=60.0, type=click.FloatRange(min=0, min_open=True), help="Between two passes.")
+@_option("--log-level", default="info", type=click.Choice(LOG_LEVELS), help="Least severe level to log.")
+@_option("--log-format", default="text", type=click.Choice(LOG_FORMATS), help="The rank pods' logs', too.")
+@_option("--namespace", multiple=True, type=_Name(), envvar="LOCKSTEP_NAMESPACES", help="Serve only this one.")
+@click.option("--all-namespaces", is_flag=True, allow_from_autoenv=False, help="Whatever LOCKSTEP_NAMESPACES says.")
+@click.pass_context
+def _command(context: click.Context, /, namespace: tuple[str, ...], all_namespaces: bool, **options: Any) -> Settings:
+    """Serves TensorParallelModel objects."""
+    if all_namespaces and context.get_parameter_source("namespace") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--namespace is not allowed with --all-namespaces")
+    image = {name: options.pop(f"runtime_image_{name}") for name in ("pull_policy", "pull_secrets")}
+    named = tuple(name.strip() for name in namespace if name.strip())
+    return Settings(**image, **options, namespaces=() if all_namespaces else named)
 
 
-def _positive_float(text: str) -> float:
-    number = float(text)
-    if number <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
+def read_settings(arguments: Sequence[str]) -> Settings:
+    """From flags, else from variables of the environment, else as they are by default.
+
+    Raises SystemExit after a usage message when something is missing or malformed, and after --help.
+    """
+    try:
+        found = _command.main([*arguments], prog_name="lockstep-operator", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+    if not isinstance(found, Settings):
+        raise SystemExit(found)
+    return found

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import yaml
 from tests.support.chart import CHART, LEAST_VALUES, ROOT, Manifest, helm, of_kind, one, pod_specs, render, template
+from tests.support.operator_settings import read_settings
 
 import lockstep_runtime
-from lockstep_operator.settings import Settings, read_settings
+from lockstep_operator.settings import Settings
 from lockstep_operator.types.names import OPERATOR_POD_LABELS
 
 

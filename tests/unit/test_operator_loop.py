@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import fields
 
 import pytest
+from tests.support.operator_settings import read_settings
 
 from lockstep_operator.backoff import backoff
 from lockstep_operator.cluster.client import KubeError
 from lockstep_operator.controller import BUSY_PASSES, Controller
 from lockstep_operator.reconcile import ReconcileOutcome
 from lockstep_operator.reporting.metrics import Metrics
-from lockstep_operator.settings import Settings, read_settings
+from lockstep_operator.settings import Settings
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.workqueue import WorkQueue
 
@@ -191,16 +193,30 @@ def test_settings_come_from_flags_then_variables_then_defaults() -> None:
         runtime_image="flag:1", namespaces=("c",), port=9000, concurrency=2, resync_seconds=5.0
     )
     assert read_settings(["--all-namespaces"], environment).namespaces == ()
+    empty = environment | {"LOCKSTEP_PORT": "", "LOCKSTEP_NAMESPACES": "", "LOCKSTEP_OPERATOR_NAMESPACE": ""}
+    assert read_settings([], empty) == Settings(runtime_image="env:1"), "an empty variable is none"
+
+
+def test_help_names_every_flag_and_its_variable_and_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        read_settings(["--help"], {})
+    assert ended.value.code == 0
+    page = " ".join(capsys.readouterr().out.split())
+    for name in ("RUNTIME_IMAGE", "FS_GROUP", "API_FROM", "PORT", "RESYNC_SECONDS", "NAMESPACES"):
+        assert f"LOCKSTEP_{name}" in page
+    for field in fields(Settings):
+        flag = {"pull_policy": "runtime_image_pull_policy", "pull_secrets": "runtime_image_pull_secrets"}
+        assert f"--{flag.get(field.name, field.name).replace('_', '-').removesuffix('s')}" in page
 
 
 @pytest.mark.parametrize(
     ("arguments", "environment", "words"),
     [
         ([], {}, "--runtime-image"),
-        (["--port", "0"], {"LOCKSTEP_RUNTIME_IMAGE": "a"}, "0 is not above 0"),
-        ([], {"LOCKSTEP_RUNTIME_IMAGE": "a", "LOCKSTEP_PORT": "x"}, "invalid _positive_int value"),
+        (["--port", "0"], {"LOCKSTEP_RUNTIME_IMAGE": "a"}, "0 is not in the range x>=1"),
+        ([], {"LOCKSTEP_RUNTIME_IMAGE": "a", "LOCKSTEP_PORT": "x"}, "'x' is not a valid integer"),
         ([], {"LOCKSTEP_RUNTIME_IMAGE": "a", "LOCKSTEP_LOG_LEVEL": "loud"}, "loud"),
-        ([], {"LOCKSTEP_RUNTIME_IMAGE": "a", "LOCKSTEP_LOG_FORMAT": "xml"}, "xml is none of text, json"),
+        ([], {"LOCKSTEP_RUNTIME_IMAGE": "a", "LOCKSTEP_LOG_FORMAT": "xml"}, "'xml' is not one of 'text', 'json'"),
         ([], {"LOCKSTEP_RUNTIME_IMAGE": "a", "LOCKSTEP_API_FROM": "everybody"}, "'everybody' is not JSON"),
         ([], {"LOCKSTEP_RUNTIME_IMAGE": "a", "LOCKSTEP_SCRAPE_FROM": "[{}]"}, "not a list of NetworkPolicyPeers"),
         (["--namespace", "a", "--all-namespaces"], {"LOCKSTEP_RUNTIME_IMAGE": "a"}, "not allowed with"),
