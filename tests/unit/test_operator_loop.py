@@ -136,6 +136,13 @@ async def test_one_model_that_can_not_be_reconciled_shows_until_it_can_or_is_gon
     assert failing(metrics) == {"well": 0}
 
 
+async def test_models_that_were_looked_at_together_are_not_for_ever() -> None:
+    steps = controller(*[ReconcileOutcome(requeue_after=60.0)] * 20)
+    delays = [await steps.step(ModelKey("team", f"m{number}")) or 0.0 for number in range(20)]
+    assert len(set(delays)) > 10
+    assert 48 <= min(delays) <= max(delays) <= 60
+
+
 async def test_a_fight_with_another_writer_is_slowed_down() -> None:
     steps = controller(*[ReconcileOutcome(requeue_after=0.0, wrote=True)] * (BUSY_PASSES + 8))
     delays = [await steps.step(KEY) or 0.0 for _ in range(BUSY_PASSES + 8)]

@@ -11,6 +11,7 @@ from lockstep_operator.cluster.observe import token_of
 from lockstep_operator.decisions import manifests
 from lockstep_operator.decisions.actions import Apply, CreateToken, Delete
 from lockstep_operator.decisions.planner import Decision, decide
+from lockstep_operator.reconcile import targets
 from lockstep_operator.types.model_status import GroupSummary, ModelStatus
 from lockstep_operator.types.names import API_VERSION, KIND
 from lockstep_operator.types.observed import Observed, Pod
@@ -301,3 +302,14 @@ def test_a_pod_is_given_up_only_when_its_node_is_long_gone(late: float, raw: dic
     assert decision.actions == ((Delete("Pod", "chat-0-1", "uid-0-1", reason, grace=0),) if given_up else ())
     observing = model(recovery=RecoverySpec(observe=True))
     assert decided(observing, everything(observing), (pod(0, 0, REVISION), lost)).actions == ()
+
+
+def test_only_first_pods_that_have_an_address_and_stay_are_asked() -> None:
+    made = model(replicas=4)
+    leaders: dict[int, dict[str, Any]] = {0: {}, 1: {"ip": ""}, 2: {"deleting": NOW + 5}}  # of the last there is none
+    of = tuple(pod(index, 0, REVISION, **fields) for index, fields in leaders.items())
+    observed = Observed(
+        status=ModelStatus(), resource_version="1", token=TOKEN, children=everything(made), pods=of
+    )  # fmt: skip
+    asked = targets(decide(made, observed, NOW, SETTINGS), observed)
+    assert {index: (one.pod_uid, one.address) for index, one in asked.items()} == {0: ("uid-0-0", "10.0.0.1")}

@@ -96,6 +96,34 @@ def test_a_rank_alone_is_its_own_suspect() -> None:
     assert judge(silent=[0], size=1) == HangReport((0,), "rank 0 did not answer, and its record can't be read", None)
 
 
+def test_where_one_stands_is_named_by_itself_unless_another_waits_in_the_very_next_collective() -> None:
+    for other in (record(1, 12, inside=False, done=True), record(1, 14, inside=True)):
+        found = judge(record(0, 11, inside=False), other)
+        assert found.stragglers == (0,)
+        assert found.sentence.startswith("rank 0 stopped after layers.11.mlp.down_proj, rank 1 waited")
+
+
+def test_one_that_is_in_another_step_has_not_begun_this_one() -> None:
+    for step in (8, 10):
+        found = judge(record(0, 30, inside=True, step=step), record(1, 1, inside=True))
+        assert found.sentence == "rank 0 stopped before it began, rank 1 waited 3.1 s"
+
+
+def test_all_stand_before_the_first_collective() -> None:
+    found = judge(record(0, 0, inside=False), record(1, 0, inside=False))
+    assert found.sentence == "ranks 0,1 all stopped before the first collective, none behind the others"
+
+
+@pytest.mark.parametrize(
+    ("size", "others"), [(1, ""), (2, ", the other ranks are done"), (3, ", the other ranks are done")]
+)
+def test_one_that_answers_last_may_be_alone_or_not(size: int, others: str) -> None:
+    found = judge(record(0, 3, inside=True), size=size)
+    assert found.sentence == f"rank 0 stopped in layers.3.mlp.down_proj{others}"
+    found = judge(record(0, 3, inside=False, done=True), size=size)
+    assert found.sentence == f"rank 0 stopped after it was done{others}"
+
+
 def test_a_place_without_a_name_is_its_number() -> None:
     nameless = ProgressRecord(
         rank=1, incarnation="i", epoch=4, step=9, in_step=True, collective=3, inside=True, place="", age=1.0

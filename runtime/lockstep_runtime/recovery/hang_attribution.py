@@ -74,7 +74,7 @@ def _sentence(
     stragglers: Sequence[int], waiting: Sequence[int], known: Mapping[int, ProgressRecord], places: Mapping[int, _Place]
 ) -> str:
     first = stragglers[0]
-    next_collective = (places[first][1] + 1) // 2 + 1
+    next_collective = places[first][1] // 2 + 1  # where the straggler stands between two
     ahead = [known[rank] for rank in waiting if places[rank][0] == 1 and known[rank].collective == next_collective]
     if places[first][0] == 1 and places[first][1] % 2 == 0 and ahead:
         where = f"before {_name(ahead[0])}"
