@@ -17,21 +17,17 @@ from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.host.addresses import join
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import FaultPhase, Inject
-from lockstep_runtime.protocol.status import Fault, GroupStatus, PodProblem
+from lockstep_runtime.protocol.status import GroupStatus, PodProblem
 from lockstep_runtime.protocol.step import SequenceSlice
-from lockstep_runtime.recovery import log_trail
 from lockstep_runtime.recovery.actions import (
     Accuse,
     Action,
     AllocateCaches,
     Ask,
-    AttributeNaN,
     BeginEpoch,
     CloseConnection,
     DeclarePoisoned,
     Kill,
-    Log,
-    NameCulprit,
     PhaseOver,
     ProcessesChanged,
     RefineFault,
@@ -60,8 +56,7 @@ from lockstep_runtime.recovery.events import (
 )
 from lockstep_runtime.recovery.exits import exit_text, signal_name
 from lockstep_runtime.recovery.fault_log import FaultLog
-from lockstep_runtime.recovery.log_trail import TrailPhase
-from lockstep_runtime.recovery.policy import Rung
+from lockstep_runtime.recovery.fault_recorder import FaultRecorder
 from lockstep_runtime.recovery.progress_query import ProgressQuery
 from lockstep_runtime.recovery.rank_rpc import GroupFaultError, RankRpc, StepRefusedError
 from lockstep_runtime.recovery.stage import Stage
@@ -101,6 +96,7 @@ class GroupDriver:
         self._config, self._requests, self._changes = config, requests, changes
         self.coordinator = Coordinator(config, timing_of(config), history.epoch if history else 0)
         self.faults = FaultLog(history.faults if history else [], history.recoveries if history else 0)
+        self._recorder = FaultRecorder(self.faults)
         self.supervisors: dict[int, Peer] = {}  # by pod
         self.serving = asyncio.Event()
         self.draining = False  # then no pod is released before the requests are done
@@ -158,11 +154,7 @@ class GroupDriver:
 
     def drop(self, cause: Evidence) -> None:
         """A request was given up, and nothing else happened."""
-        record = self.faults.drop(cause, at=time.time(), epoch=self.coordinator.epoch)
-        log_trail.write(
-            logger, logging.WARNING, TrailPhase.DROP, record.message,
-            fault=record.id, epoch=record.epoch, rank=record.rank, rung=record.rung,
-        )  # fmt: skip
+        self._recorder.drop(cause, self.coordinator.epoch)
 
     def model_read(self) -> None:
         """The model's configuration is known."""
@@ -296,8 +288,14 @@ class GroupDriver:
                 self._resume(action)
             case DeclarePoisoned():
                 self._requests.poisoned(action.reason)
+            case RefineFault():
+                self._rpc.refine(action.before, action.message)
+                self.faults.refine(action.before, action.message)
+            case ReportFault():
+                self.serving.clear()
+                self._recorder.report(action)
             case _:
-                self._record(action)
+                self._recorder.record(action, self.coordinator.epoch)
 
     def _kill(self, kill: Kill) -> None:
         logger.warning("killing rank %d: %s", kill.rank, kill.reason, extra=log.fields(rank=kill.rank))
@@ -343,59 +341,9 @@ class GroupDriver:
             url = f"http://{join(self._config.host, self._config.api_port)}"
             logger.info("ready: %s after %.1f s (%s)", url, time.monotonic() - self._started, times)
         else:
-            words = f"{count} {'request goes' if count == 1 else 'requests go'} on in epoch {resumed.epoch}"
-            words += ", with the KV caches as they were" if resumed.kept else ", computed again from the tokens"
-            self._log_phase(TrailPhase.RESUMED, seconds, words, kept=resumed.kept)
+            self._recorder.resumed(resumed, count, seconds)
         self.faults.repaired(dict(resumed.phases), at=time.time(), resumed=count, respawned=resumed.respawned)
         self.serving.set()
-
-    # --- the log's trail and the record of faults
-
-    def _record(self, action: Action) -> None:
-        match action:
-            case ReportFault():
-                self._report(action)
-            case NameCulprit():
-                self.faults.set_cause(action.rank, action.message, Rung.RESPAWN)
-            case RefineFault():
-                self._rpc.refine(action.before, action.message)
-                self.faults.refine(action.before, action.message)
-            case AttributeNaN():
-                words = f"it stood in the KV cache of rank {action.rank}"
-                self.faults.attribute(Fault.NON_FINITE, action.rank, words)
-            case PhaseOver():
-                self._log_phase(action.phase, action.seconds, action.message)
-            case Log() if action.phase:
-                log_trail.write(
-                    logger, logging.WARNING, action.phase, action.message,
-                    fault=self.faults.open_id, epoch=self.coordinator.epoch, rank=action.rank,
-                )  # fmt: skip
-            case Log():
-                level = logging.INFO if action.quiet else logging.WARNING
-                logger.log(level, "%s", action.message, extra=log.fields(rank=action.rank))
-            case _:
-                pass
-
-    def _report(self, action: ReportFault) -> None:
-        self.serving.clear()
-        cause, rung, epoch = action.cause, action.decision.rung or "", action.epoch
-        if action.recorded:
-            self.faults.begin(cause, rung, at=time.time(), epoch=epoch, detect=cause.waited)
-        number = self.faults.open_id
-        log_trail.write(
-            logger, logging.WARNING, TrailPhase.WATCHDOG, f"{cause.fault}: {cause.message}",
-            fault=number, epoch=epoch, rank=cause.rank,
-        )  # fmt: skip
-        chosen = TrailPhase(rung.lower() or "poisoned")
-        log_trail.write(logger, logging.WARNING, chosen, action.decision.reason, fault=number, rung=rung or None)
-
-    def _log_phase(self, phase: TrailPhase, seconds: float, words: str, *, kept: bool | None = None) -> None:
-        """One line a phase; none while the group is first started."""
-        if fault := self.faults.open_id:
-            log_trail.write(
-                logger, logging.INFO, phase, words,
-                fault=fault, epoch=self.coordinator.epoch, seconds=seconds, kept=kept,
-            )  # fmt: skip
 
     @property
     def stage(self) -> Stage:
