@@ -18,7 +18,7 @@ from lockstep_operator.types.names import KIND
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS: Final = 10.0  # kopf bears a refusal for 54 s
+LOOK_SECONDS: Final = 20.0  # kopf bears a refusal for 54 s
 NOTHING: Final = "metadata.name=-"  # no object can be called so: what is asked is whether one may ask
 
 
