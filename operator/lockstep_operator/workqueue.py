@@ -1,4 +1,7 @@
-"""Which models to look at, and when: each at most once at a time, however often it is asked for."""
+"""Which models to reconcile, and when: each at most once at a time, however often it is asked for.
+
+kopf's own queues are of single objects, and its daemons and timers, which are of models, put finalizers on them.
+"""
 
 from __future__ import annotations
 
