@@ -72,7 +72,8 @@ class FakeKube:
 
     async def find(self, kind: str, namespace: str, *, labels: str = "", fields: str = "") -> list[Object]:
         objects = await self._seen("find", kind)
-        found = [item for (k, ns, _), item in sorted(objects.items()) if (k, ns) == (kind, namespace)]
+        named = {name: item for (k, ns, name), item in objects.items() if (k, ns) == (kind, namespace)}
+        found = [named[name] for name in sorted(named)]
         name, _, value = labels.partition("=")
         if name:
             found = [item for item in found if (item["metadata"].get("labels") or {}).get(name) == value]
@@ -202,7 +203,8 @@ class FakeKube:
             del self.objects[kind, namespace, name]
 
     def of_kind(self, kind: str) -> list[Object]:
-        return [item for (k, _, _), item in sorted(self.objects.items()) if k == kind]
+        found = {identity: item for identity, item in self.objects.items() if identity[0] == kind}
+        return [found[identity] for identity in sorted(found)]
 
     # --- the cluster's own controllers: each yields the steps that it could take now ---
 
