@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import pytest
 
@@ -28,6 +29,7 @@ from lockstep_runtime.supervisor.state_machine import (
 )
 
 DEPTH = 6
+T = TypeVar("T")
 
 
 @dataclass
@@ -56,9 +58,9 @@ class Pod:
                     self.finished = True
 
     def copy(self) -> Pod:
-        """As copy.deepcopy, in a tenth of its time."""
-        machine = copy.copy(self.machine)
-        machine.children = {name: copy.copy(one) for name, one in self.machine.children.items()}
+        """As copy.deepcopy, in a small part of its time."""
+        machine = _copied(self.machine)
+        machine.children = {name: _copied(one) for name, one in self.machine.children.items()}
         return Pod(machine, self.now, set(self.alive), self.finished)
 
     def key(self) -> Hashable:
@@ -76,6 +78,14 @@ class Pod:
         )
         machine = (self.machine.phase, _ahead(self.machine.deadline, self.now), self.machine.zygote_is_ready)
         return machine, children, frozenset(self.alive), self.finished
+
+
+def _copied(one: T) -> T:
+    """As copy.copy has it, of a dataclass with slots."""
+    made = object.__new__(type(one))
+    for name in one.__slots__:  # type: ignore[attr-defined] # it has them
+        setattr(made, name, getattr(one, name))
+    return made
 
 
 def _ahead(at: float | None, now: float) -> float | None:
