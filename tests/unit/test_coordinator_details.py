@@ -37,7 +37,7 @@ def repaired(life: GroupLife) -> GroupLife:
 
 
 def test_every_phase_of_a_repair_is_timed_from_where_the_one_before_ended() -> None:
-    life = GroupLife()
+    life = GroupLife(now=0.05)
     life.serve()
     life.done.clear()
     life.exit(1)
@@ -63,7 +63,7 @@ def test_only_the_first_time_is_warmed_up() -> None:
 
 
 def test_time_in_which_it_served_gives_budget_back_and_time_in_which_it_hung_does_not() -> None:
-    life = repaired(broken())
+    life = repaired(broken(now=1.0))
     assert life.group.policy.rebuilds.left == REBUILDS - 1
     life.now += 3.0
     life.fails(Evidence(Fault.STEP_FAILED, 1, "again", waited=1.0))
@@ -197,7 +197,7 @@ def test_one_that_is_stopped_hangs_in_a_step_and_is_killed_on_the_way() -> None:
 
 
 def test_a_poisoned_group_begins_anew_with_processes_that_reload() -> None:
-    life = GroupLife()
+    life = GroupLife(now=1.0)
     life.serve()
     life.done.clear()
     life.fails(Evidence(Fault.RANK_LOST, 1, "rank 1 has been away", final=True))

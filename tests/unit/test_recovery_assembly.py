@@ -79,10 +79,10 @@ def kinds(found: Sequence[Action]) -> list[str]:
 def test_a_first_attempt_tests_and_warms_up_and_every_phase_is_timed() -> None:
     ranks = rank(0), rank(1), rank(2)
     attempt = assembly(*ranks)
-    [allocate] = to_caches(attempt)
+    [allocate] = to_caches(attempt, now=1.0)
     assert isinstance(allocate, actions.AllocateCaches)
     assert (allocate.epoch, allocate.blocks, allocate.check) == (EPOCH, 40, False)
-    joined = attempt.answered({number: allocated(number) for number in range(3)}, 104.5)
+    joined = attempt.answered({number: allocated(number) for number in range(3)}, 5.5)
     assert kinds(joined) == ["PhaseOver", "ProcessesChanged", "RunStep"]
     assert joined[0] == actions.PhaseOver(
         TrailPhase.REBUILD, 4.5, "a new communicator, and 40 blocks of cache on each rank"
@@ -90,10 +90,10 @@ def test_a_first_attempt_tests_and_warms_up_and_every_phase_is_timed() -> None:
     assert [(one.joined_epoch, one.memory_bytes) for one in ranks] == [(EPOCH, 100), (EPOCH, 101), (EPOCH, 102)]
     assert attempt.cache_ids == ("cache of 0", "cache of 1", "cache of 2")
     assert (attempt.has_joined, attempt.unverified, attempt.blocks) == (True, False, 40 - PROBE_BLOCKS)
-    assert kinds(attempt.answered(done(), 105.0)) == ["RunStep"]
+    assert kinds(attempt.answered(done(), 6.0)) == ["RunStep"]
     assert step_of(attempt) is Step.WARMING
-    assert spans(attempt.answered(done(), 107.0)) == [(TrailPhase.VERIFY, 2.5)]
-    assert attempt.phases == {"rebuild": 4.5, "verify": 2.5}
+    assert spans(attempt.answered(done(), 12.0)) == [(TrailPhase.VERIFY, 6.5)]
+    assert attempt.phases == {"rebuild": 4.5, "verify": 6.5}
     assert step_of(attempt) is Step.DONE
 
 

@@ -136,6 +136,13 @@ def test_why_a_load_failed_is_news_once_and_stays_until_a_process_gets_further()
     assert handle.state is RankState.LOADING
 
 
+def test_of_a_load_that_failed_before_its_first_byte_the_first_byte_is_further() -> None:
+    handle = arrived()
+    handle.set_failed(failed("no such file"))
+    handle.set_progress(progress(1), 12.0)
+    assert handle.state is RankState.LOADING
+
+
 def test_a_rank_is_idle_from_the_epoch_on_that_it_knows_of() -> None:
     handle = arrived(epoch=4)
     handle.set_aborted(9)
