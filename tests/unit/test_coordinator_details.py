@@ -13,7 +13,7 @@ from lockstep_runtime.recovery import actions, events, timing
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.policy import REBUILD_REFILL_SECONDS, REBUILDS, Rung
 from lockstep_runtime.recovery.stage import Stage
-from lockstep_runtime.recovery.timing import ACCEPTING_SECONDS, RETRY_SECONDS
+from lockstep_runtime.recovery.timing import ACCEPTING_SECONDS, HOST, RETRY_SECONDS
 
 
 def answer_slowly(life: GroupLife, seconds: float = 0.5) -> list[str]:
@@ -236,3 +236,53 @@ def test_a_process_is_another_whatever_its_name_sorts_after() -> None:
     life.left(0)
     life.proceed()
     assert life.of(actions.Resume)[-1].respawned
+
+
+def test_the_first_time_it_is_poisoned_it_tries_again_soonest() -> None:
+    life = GroupLife()
+    life.gather()
+    life.fails(Evidence(Fault.RANK_LOST, 1, "rank 1 is away", final=True), steps=0)
+    assert stage(life) is Stage.POISONED
+    assert life.group.next_deadline() == life.now + timing.POISONED_SECONDS[0]
+
+
+def assemble_again(life: GroupLife) -> None:
+    if stage(life) is Stage.PAUSING and (due := life.group.next_deadline()) is not None:
+        life.wait(due - life.now)
+    life.left(0)
+    life.left(1)
+    assert stage(life) is Stage.ASSEMBLING
+
+
+def test_attempts_that_fail_for_longer_than_is_allowed_are_in_vain() -> None:
+    broke = Evidence(Fault.RANK_LOST, None, "the collective broke")
+    life = broken()
+    assemble_again(life)
+    first = life.now
+    for seconds, poisoned in ((0.0, False), (HOST.attempts, False), (HOST.attempts + 20.0, True)):
+        life.now = first + seconds
+        life.fails(broke, steps=0, by_request=True)
+        assert (stage(life) is Stage.POISONED) is poisoned
+        if not poisoned:
+            assemble_again(life)
+
+
+@pytest.mark.parametrize(("spare", "killed"), [(0.5, [0]), (1e-6, [0]), (0.0, [0, 1]), (-0.5, [0, 1])])
+def test_a_first_download_that_gets_further_goes_on_when_the_group_tries_again(spare: float, killed: list[int]) -> None:
+    """`spare`: seconds that rank 1 could still be silent then."""
+    life = GroupLife()
+    for rank in (0, 1):
+        life.pod(rank)
+        life.connect(rank)
+    while stage(life) is not Stage.POISONED:
+        life.exit(0)
+        life.connect(0)
+    life.exit(0)
+    due = life.group.next_deadline()
+    assert due is not None
+    allowed = life.group._timing.loading(0.0, has_served=False)
+    life.group.handles[1].heard_at = due - allowed + spare
+    life.done.clear()
+    life.now = due
+    life._do(life.group.tick(due))
+    assert sorted(kill.rank for kill in life.of(actions.Kill)) == killed
