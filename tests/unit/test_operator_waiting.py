@@ -13,7 +13,7 @@ from tests.support.operator_models import NOW, group, pod
 from lockstep_operator.decisions.rollout import RolloutStep, plan
 from lockstep_operator.groups.group import Group
 from lockstep_operator.groups.process_failures import RECENT_SECONDS, REPEAT_SECONDS, newest_failure
-from lockstep_operator.groups.waiting import unplaced, waiting_for
+from lockstep_operator.groups.waiting import recovering_since, unplaced, waiting_for
 from lockstep_operator.types.documents import read, write
 from lockstep_operator.types.model_status import ProcessFailure, Waiting
 from lockstep_operator.types.names import ModelKey
@@ -113,3 +113,16 @@ def test_a_zygote_that_is_killed_every_few_seconds_is_told_every_few_minutes() -
     assert told
     assert told.message == "pod chat-0-1: the zygote was killed, 349 of 350 MiB used"
     assert changes == 3600 / REPEAT_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("waiting", "since"),
+    [
+        (Waiting("Recovering", NOW, "new"), NOW),
+        (Waiting("RecoveryExhausted", NOW, "new"), NOW),  # it still tries, ever more seldom
+        (Waiting("Unschedulable", NOW, "new"), None),
+        (None, None),
+    ],
+)
+def test_since_when_a_group_has_been_trying_to_serve_again(waiting: Waiting | None, since: float | None) -> None:
+    assert recovering_since(waiting) == since

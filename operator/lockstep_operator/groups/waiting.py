@@ -16,6 +16,7 @@ from lockstep_operator.types.reasons import Reason
 RESTARTING: Final = frozenset(
     {Reason.STARTING, Reason.LOADING, Reason.UNREACHABLE, Reason.OUT_OF_MEMORY, Reason.SPAWN_FAILED}
 )
+NOT_SERVING_AGAIN: Final = frozenset({Reason.RECOVERING, Reason.RECOVERY_EXHAUSTED})  # the latter tries on, seldom
 VAGUE: Final = frozenset({Reason.STARTING, Reason.UNREACHABLE})  # seen for a moment between more telling reasons
 PLACEMENT: Final = frozenset({Reason.UNSCHEDULABLE, Reason.SCHEDULING_GATED, Reason.PODS_REFUSED})
 
@@ -38,7 +39,7 @@ def waiting_for(reason: str, group: Group, before: Waiting | None, deadline: flo
 
 def recovering_since(waiting: Waiting | None) -> float | None:
     """Since when the group has been trying to serve again, whatever it reports in between; None when it isn't."""
-    return waiting.since if waiting is not None and waiting.reason == Reason.RECOVERING else None
+    return waiting.since if waiting is not None and waiting.reason in NOT_SERVING_AGAIN else None
 
 
 def unplaced(waiting: Waiting | None, revision: str) -> bool:
