@@ -106,7 +106,7 @@ class Mutant:
 def main(words: list[str]) -> int:
     os.chdir(ROOT)
     os.environ["LOCKSTEP_SIM_SCHEDULES"] = SCHEDULES
-    known = {line.split("  # ")[0].strip() for line in EQUAL.read_text().splitlines() if line.strip()}
+    known = {line.rsplit("  # ", 1)[0].strip() for line in EQUAL.read_text().splitlines() if line.strip()}
     failed = False
     for module in [one for one in TESTS if not words or any(word in one for word in words)]:
         for line in survivors(module):

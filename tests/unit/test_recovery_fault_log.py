@@ -83,3 +83,13 @@ def test_a_repair_brought_new_processes_unless_it_is_said_otherwise() -> None:
 
 def test_a_dropped_request_took_no_time_to_notice() -> None:
     assert book_of().drop(FAILED, at=2.0, epoch=1).phases == {"detect": 0.0}
+
+
+def test_what_it_remembers_beside_the_records_is_counted() -> None:
+    book = book_of(FAILED, LOST)
+    assert book.footprint == 2  # open ones
+    for words in ("it was killed", "it was killed", "it did not leave", "it stood still"):
+        book.set_cause(1, words, Rung.RESPAWN)
+    assert book.footprint == 2 + 3
+    book.repaired({}, at=2.0, resumed=0)
+    assert book.footprint == 0
