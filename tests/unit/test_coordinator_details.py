@@ -8,9 +8,10 @@ from tests.support.group_life import FAILED, HUNG, GroupLife, broken, stage
 
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.bus import LoadFailure
-from lockstep_runtime.protocol.status import Fault, RankState
+from lockstep_runtime.protocol.status import Fault, GroupState, RankState
 from lockstep_runtime.recovery import actions, events, timing
 from lockstep_runtime.recovery.diagnosis import Evidence
+from lockstep_runtime.recovery.group_state import group_state
 from lockstep_runtime.recovery.policy import REBUILD_REFILL_SECONDS, REBUILDS, Rung
 from lockstep_runtime.recovery.stage import Stage
 from lockstep_runtime.recovery.timing import ACCEPTING_SECONDS, HOST, RETRY_SECONDS
@@ -286,3 +287,19 @@ def test_a_first_download_that_gets_further_goes_on_when_the_group_tries_again(s
     life.now = due
     life._do(life.group.tick(due))
     assert sorted(kill.rank for kill in life.of(actions.Kill)) == killed
+
+
+def test_what_comes_too_late_or_is_of_no_process_that_is_known_changes_nothing() -> None:
+    life = GroupLife()
+    life.serve()
+    life.done.clear()
+    late = (events.ModelRead(), events.CallDone({}), events.RankExited(0, "of another life", 99, "was killed"))
+    assert [life.tell(event) for event in late] == [[], [], []]
+    assert stage(life) is Stage.SERVING
+
+
+def test_a_group_that_serves_loads_as_long_as_the_api_reads_its_tokenizer() -> None:
+    life = GroupLife()
+    life.serve()
+    found = group_state(life.group, life.now, draining=False, blocker="", loading="the api reads the tokenizer")
+    assert found == (GroupState.LOADING, "all 2 ranks are in step; the api reads the tokenizer")

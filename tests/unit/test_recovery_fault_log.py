@@ -93,3 +93,9 @@ def test_what_it_remembers_beside_the_records_is_counted() -> None:
     assert book.footprint == 2 + 3
     book.repaired({}, at=2.0, resumed=0)
     assert book.footprint == 0
+
+
+def test_without_an_open_fault_there_is_nothing_whose_cause_could_be_set() -> None:
+    log = FaultLog([], 0)
+    log.set_cause(0, "rank 0 did not leave and was killed", Rung.RESPAWN)
+    assert (log.records, log.open_id) == ([], 0)

@@ -166,3 +166,11 @@ def test_fingerprints_are_compared_as_long_as_a_process_is_left_that_was_there()
 @pytest.mark.parametrize("fingerprint", [0, 7])
 def test_a_first_time_is_right_by_definition(fingerprint: int) -> None:
     assert Baseline().check(fingerprint, ["a"]) == ""
+
+
+def test_ranks_that_stop_when_the_others_are_done_keep_nobody_waiting() -> None:
+    found = judge(
+        record(0, 12, inside=False), record(1, 12, inside=False), record(2, 12, inside=False, done=True), silent=[0, 1]
+    )
+    assert found.stragglers == (0, 1)
+    assert found.sentence.endswith("the other ranks are done")

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Many
 
 from lockstep_runtime.engine.client import FinishReason, GenerationRequest
 from lockstep_runtime.engine.scheduler import SampledOutput, Scheduler
-from lockstep_runtime.engine.sequence import Sequence
+from lockstep_runtime.engine.sequence import QUARANTINE_AT, Sequence
 from lockstep_runtime.protocol.step import SampledToken, SamplingParams, SequenceSlice
 
 
@@ -234,3 +234,26 @@ def test_no_sequence_is_admitted_into_the_room_that_a_running_prefill_still_need
     planner.add(sequence(2, prompt=32))  # eight: twelve are free, and six of them promised
     assert {part.sequence_id for part in step(planner)[0]} == {1}
     assert planner.preemptions == 0
+
+
+def test_a_prompts_scores_of_a_request_that_was_cancelled_meanwhile_are_dropped() -> None:
+    planner = scheduler()
+    planner.add(sequence(1, prompt=4))
+    slices = planner.plan()
+    planner.remove(1)
+    scored = [SampledToken(sequence_id=1, token=3)]
+    assert planner.apply(slices, [SampledToken(sequence_id=1, token=7)], scored) == []
+
+
+def test_a_suspect_that_runs_alone_takes_the_room_that_it_needs() -> None:
+    planner = scheduler(blocks=4)
+    suspect, other = sequence(1, prompt=4), sequence(2, prompt=8)
+    planner.add(suspect)
+    planner.add(other)
+    step(planner)
+    while planner.preemptions == 0:
+        suspect.fault_points = QUARANTINE_AT  # which every token takes back
+        slices, drawn = step(planner)
+        assert [part.sequence_id for part in slices] == [1]
+        assert drawn
+    assert planner.preemptions == 1

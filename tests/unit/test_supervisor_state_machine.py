@@ -343,3 +343,12 @@ def test_a_load_that_can_not_succeed_yet_is_tried_again_slowly() -> None:
     assert machine.exited(1, healthy=False, now=1.0, slowly=True) == []
     assert machine.tick(1.0 + SLOW_BACKOFF - 0.1) == []
     assert machine.tick(1.0 + SLOW_BACKOFF) == [Spawn(1)]
+
+
+def test_a_word_of_an_engine_that_has_ended_changes_nothing() -> None:
+    machine = leader()
+    for _ in range(3):
+        machine.exited(ENGINE, healthy=False, now=5.0)
+    due = machine.next_deadline()
+    machine.heard(5.0)
+    assert (machine.next_deadline(), machine.failures(ENGINE), machine.failures(0)) == (due, 3, 0)

@@ -151,7 +151,7 @@ class Assembly:
             case Verdict.RIGHT if self._is_first:
                 self.step = Step.WARMING
                 return [actions.RunStep(tuple(warmup_step(self.blocks)))]
-            case Verdict.RIGHT:
+            case Verdict.RIGHT:  # pragma: no branch - there is no other
                 return self._done(now)
 
     def _done(self, now: float) -> list[Action]:

@@ -102,7 +102,7 @@ class Coordinator:
                 self._on_done(event.answers, now)
             case events.GroupFault():
                 self._on_fault(event, now)
-            case events.ModelRead():
+            case events.ModelRead():  # pragma: no branch - there is no other
                 self._model_known = True
                 if self.stage is Stage.WAITING:
                     self._serve(now)

@@ -92,10 +92,9 @@ class Membership:
                 size, seconds = report.weight_bytes / 1e6, report.seconds
                 message = f"rank {handle.rank} has its weights: {size:.1f} MB in {seconds:.2f} s"
                 return actions.Log(message, quiet=True, rank=handle.rank)
-            case bus.LoadFailed():
-                if handle.set_failed(report):
-                    message = f"rank {handle.rank} can't load ({report.kind}): {handle.message}"
-                    return actions.Log(message, rank=handle.rank)
+            case bus.LoadFailed() if handle.set_failed(report):
+                message = f"rank {handle.rank} can't load ({report.kind}): {handle.message}"
+                return actions.Log(message, rank=handle.rank)
             case bus.LoadProgress():
                 before = handle.heard_at
                 handle.set_progress(report, now)
