@@ -40,6 +40,7 @@ PHASES = (
     Phase("venv"),
     Phase("lint", needs=("venv",)),
     Phase("test-unit", needs=("venv",), after=("lint",), gives_way=True),
+    Phase("coverage-pure", needs=("venv",), after=("test-unit",), gives_way=True),
     Phase("images"),
     Phase("deploy", needs=("images",)),
     Phase("test-e2e", needs=("venv", "deploy")),
