@@ -84,7 +84,7 @@ def test_kubectl_describe_tells_the_story(served: Model) -> None:
     ("path", "words"),
     [
         ("tpm", "split it between them"),
-        ("tpm.spec.tensorParallelSize", "Ranks that split the model"),
+        ("tpm.spec.tensorParallelSize", "Ranks that the model is split over"),
         ("tpm.spec.model.hostPath.path", "absolute path on the node"),
         ("tpm.status.conditions", "Stalled"),
     ],

@@ -73,10 +73,10 @@ def test_templates_of_no_shape_are_told_with_the_field(api: ClusterApi, namespac
     for field, words in (
         (
             '"terminationGracePeriodSeconds": "60s"',
-            "template.spec.terminationGracePeriodSeconds must be a whole number",
+            "template.spec.terminationGracePeriodSeconds: expected `int | null`, got `str`",
         ),
-        ('"containers": {"lockstep": {}}', "template.spec.containers must be a list"),
-        ('"affinity": "x"', "template.spec.affinity must be a map"),
+        ('"containers": {"lockstep": {}}', "template.spec.containers: expected `array`, got `object`"),
+        ('"affinity": "x"', "template.spec.affinity: expected `object | null`, got `str`"),
     ):
         name = field.partition(":")[0]
         change_spec(model, f'{{"spec": {{"template": {{"spec": {{{field}}}}}}}}}')
