@@ -111,11 +111,7 @@ def test_a_first_forming_that_fails_is_no_fault_of_the_record_yet() -> None:
 def test_a_call_without_a_fault_of_its_own_counts_as_one_failure() -> None:
     life = GroupLife(fails_at_once=False)
     life.gather()
-    call = life.call()
-    assert call is not None
-    answers = life.answer(call)
-    life.exit(1)
-    life.tell(events.CallDone(answers))
+    life.exit_after_answering(1)
     due = life.group.next_deadline()
     assert due is not None
     assert due - life.now == pytest.approx(RETRY_SECONDS[1])

@@ -150,11 +150,7 @@ def test_a_rank_lost_while_the_model_is_read_is_not_overlooked() -> None:
 def test_a_rank_that_is_lost_after_it_has_answered_is_not_overlooked() -> None:
     life = GroupLife(fails_at_once=False)
     life.gather()
-    call = life.call()
-    assert call is not None
-    answers = life.answer(call)
-    life.exit(1)
-    life.tell(events.CallDone(answers))
+    life.exit_after_answering(1)
     assert life.of(actions.ReportFault)[-1].cause.rank == 1
 
 
