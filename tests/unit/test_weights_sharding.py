@@ -64,6 +64,16 @@ def test_cuts_by_rows_columns_and_heads() -> None:
     assert (shared.start, shared.stop) == (16, 32)
 
 
+def test_cuts_of_what_is_packed_and_stacked() -> None:
+    second = RankInfo(1, 2)
+    up = split_slice("gate_up", 4, 12, 8, shard=second, part=(6, 12), index=3)
+    assert (up.start, up.stop, up.index, up.local_shape) == (9, 12, 3, (3, 8))
+    assert split_slice("down", 4, 8, 6, shard=second, dim=1, index=0).local_shape == (8, 3)
+    assert split_slice("experts", 4, 8, 6, shard=second).local_shape == (2, 8, 6)
+    value = head_slice("qkv", 40, 5, count=2, shard=RankInfo(1, 4), part=(24, 40))
+    assert (value.start, value.stop) == (24, 32)
+
+
 def test_rows_of_a_stack() -> None:
     stack = (replicated("a", 3, 2), replicated("b", 4, 2), replicated("c", 2, 2))
     found = [(rows.tensor_slice.tensor, rows.start, rows.stop, rows.at) for rows in rows_of(stack, 2, 8)]

@@ -39,6 +39,7 @@ from lockstep_runtime.weights.sharding import TensorSlice
 
 logger = logging.getLogger(__name__)
 
+NAME_CHARACTERS: Final = 400  # of a stack; a layer's experts as one have a thousand slices
 ALIGNMENT: Final = 64  # what torch's own allocator gives
 CONTENTS: Final = "lockstep"  # of `__metadata__`: `Contents`, as JSON
 DIGEST: Final = "digest"  # of that text
@@ -274,8 +275,16 @@ def _header(contents: Contents, places: Mapping[str, _Place]) -> bytes:
 
 
 def _name(slices: tuple[TensorSlice, ...]) -> str:
-    """Such as `q.weight[0:512]+k.weight[0:256]`, or `o.weight[:, 0:512]`."""
-    return "+".join(f"{one.tensor}[{':, ' * one.dim}{one.start}:{one.stop}]" for one in slices)
+    """Such as `q.weight[0:512]+k.weight[0:256]`, `o.weight[:, 0:512]`, or `experts.down_proj[7][:, 0:512]`."""
+    name = "+".join(map(_slice_name, slices))
+    if len(name) <= NAME_CHARACTERS:
+        return name
+    return f"{_slice_name(slices[0])} and {len(slices) - 1} more, {_digest(name)}"
+
+
+def _slice_name(one: TensorSlice) -> str:
+    index = "" if one.index is None else f"[{one.index}]"
+    return f"{one.tensor}{index}[{':, ' * one.dim}{one.start}:{one.stop}]"
 
 
 def _dtype(name: str) -> torch.dtype:

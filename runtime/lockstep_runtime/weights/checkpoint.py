@@ -124,23 +124,37 @@ class Checkpoint:
         return math.prod(tensor_slice.local_shape) * self.find(tensor_slice).dtype.itemsize
 
     def read(self, slices: tuple[TensorSlice, ...], start: int, stop: int, out: Tensor) -> None:
-        """Fill `out` (contiguous, on the CPU, any float type) with rows [start, stop) of the stacked slices."""
+        """Fill `out` (contiguous, on the CPU, any float type) with rows [start, stop) of the stacked slices.
+
+        Raises:
+            ModelError: as `find`; or the file can't be read, or ends within a tensor.
+            ValueError: `out` is not contiguous.
+        """
+        if not out.is_contiguous():
+            raise ValueError("only contiguous memory can be read into")
         for rows in rows_of(slices, start, stop):
             entry = self.find(rows.tensor_slice)
             target = out[rows.at : rows.at + rows.stop - rows.start]
+            if not target.numel():
+                continue
             if entry.dtype == out.dtype:
                 self._read_rows(entry, rows, target)
             else:
                 self._read_converted(entry, rows, target)
 
     def rows(self, tensor_slice: TensorSlice) -> StoredRows:
-        """The slice's rows, left where they are and read when asked for."""
+        """The slice's rows, left where they are and read when asked for.
+
+        Raises:
+            ValueError: they don't lie side by side.
+        """
         entry = self.find(tensor_slice)
-        row_bytes = math.prod(tensor_slice.shape[1:]) * entry.dtype.itemsize
+        place = tensor_slice.pieces(0, tensor_slice.rows)
+        if place.count != 1 or len(tensor_slice.local_shape) != 2:
+            raise ValueError(f"{tensor_slice} is no range of a matrix's rows")
         descriptor = os.dup(self._open(entry.file))
-        return StoredRows(
-            entry, descriptor, entry.offset + tensor_slice.start * row_bytes, tensor_slice.rows, tensor_slice.shape[1]
-        )
+        offset = entry.offset + place.first * entry.dtype.itemsize
+        return StoredRows(entry, descriptor, offset, *tensor_slice.local_shape)
 
     def _read_converted(self, entry: Entry, rows: Rows, out: Tensor) -> None:
         row_bytes = math.prod(rows.tensor_slice.local_shape[1:]) * entry.dtype.itemsize
@@ -159,18 +173,11 @@ class Checkpoint:
     def _read_rows(self, entry: Entry, rows: Rows, out: Tensor) -> None:
         """Rows [start, stop) of the slice, in the tensor's own dtype."""
         buffer = out.view(torch.uint8).reshape(-1).numpy().data
-        tensor_slice, descriptor = rows.tensor_slice, self._open(entry.file)
-        inner = (
-            math.prod(tensor_slice.shape[tensor_slice.dim + 1 :]) * entry.dtype.itemsize
-        )  # bytes of a step along dim
-        if tensor_slice.dim == 0:
-            _fill(entry, descriptor, buffer, entry.offset + (tensor_slice.start + rows.start) * inner)
-        else:
-            part, whole = (tensor_slice.stop - tensor_slice.start) * inner, tensor_slice.shape[tensor_slice.dim] * inner
-            pieces = math.prod(tensor_slice.shape[1 : tensor_slice.dim])  # of each row, that lie apart
-            offset = entry.offset + rows.start * pieces * whole + tensor_slice.start * inner
-            for piece in range((rows.stop - rows.start) * pieces):
-                _fill(entry, descriptor, buffer[piece * part : (piece + 1) * part], offset + piece * whole)
+        descriptor, size = self._open(entry.file), entry.dtype.itemsize
+        place = rows.tensor_slice.pieces(rows.start, rows.stop)
+        offset, part, stride = entry.offset + place.first * size, place.length * size, place.stride * size
+        for piece in range(place.count):
+            _fill(entry, descriptor, buffer[piece * part : (piece + 1) * part], offset + piece * stride)
         self.bytes_read += len(buffer)
         self._progress(len(buffer))
 

@@ -6,6 +6,7 @@ Every layer makes the slices of its own weights with the functions here, so the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,21 +21,54 @@ class RankInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSlice:
-    """The range [start, stop) of `tensor` along `dim`; everything along its other dimensions."""
+    """The range [start, stop) of `tensor` along `dim`; everything along its other dimensions.
+
+    With an `index`, `tensor` is a stack ([experts, outputs, inputs]), and this is a range of the one `tensor[index]`:
+    `dim` and `local_shape` leave the stack's own dimension out.
+    """
 
     tensor: str
     shape: tuple[int, ...]  # of the whole tensor, as the model's configuration implies
     dim: int = 0
     start: int
     stop: int
+    index: int | None = None
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Of what the range is cut from."""
+        return self.shape if self.index is None else self.shape[1:]
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        return (*self.shape[: self.dim], self.stop - self.start, *self.shape[self.dim + 1 :])
+        whole = self.whole_shape
+        return (*whole[: self.dim], self.stop - self.start, *whole[self.dim + 1 :])
 
     @property
     def rows(self) -> int:
         return self.local_shape[0]
+
+    def pieces(self, start: int, stop: int) -> Pieces:
+        """Where rows [start, stop) of the slice lie in the tensor, row-major."""
+        whole = self.whole_shape
+        size = math.prod(whole)
+        inner = math.prod(whole[self.dim + 1 :])
+        first = self.start * inner + (self.index or 0) * size
+        if self.dim == 0:
+            return Pieces(first=first + start * inner, count=1, length=(stop - start) * inner, stride=size)
+        outer, stride = math.prod(whole[1 : self.dim]), whole[self.dim] * inner  # of a row
+        length = (self.stop - self.start) * inner
+        return Pieces(first=first + start * outer * stride, count=(stop - start) * outer, length=length, stride=stride)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pieces:
+    """`count` pieces of `length` elements each, `stride` elements from one's begin to the next one's."""
+
+    first: int  # element of the tensor
+    count: int
+    length: int
+    stride: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +91,40 @@ def even_range(total: int, shard: RankInfo) -> tuple[int, int]:
     return total * shard.rank // shard.size, total * (shard.rank + 1) // shard.size
 
 
-def split_slice(tensor: str, *shape: int, shard: RankInfo, dim: int = 0) -> TensorSlice:
-    """An even share of the rows (dim 0: a column-parallel layer) or columns (dim 1: a row-parallel layer)."""
-    start, stop = even_range(shape[dim], shard)
-    return TensorSlice(tensor=tensor, shape=shape, dim=dim, start=start, stop=stop)
+def split_slice(
+    tensor: str,
+    *shape: int,
+    shard: RankInfo,
+    dim: int = 0,
+    part: tuple[int, int] | None = None,
+    index: int | None = None,
+) -> TensorSlice:
+    """An even share of the rows (dim 0: a column-parallel layer) or columns (dim 1: a row-parallel layer).
+
+    Args:
+        part: of several that are packed into one tensor along `dim` (gate and up), the range that is shared.
+        index: the one of a stack; `dim` leaves the stack's own dimension out.
+    """
+    base, end = _part(shape, dim, part, index)
+    start, stop = even_range(end - base, shard)
+    return TensorSlice(tensor=tensor, shape=shape, dim=dim, start=base + start, stop=base + stop, index=index)
 
 
-def head_slice(tensor: str, *shape: int, count: int, shard: RankInfo, dim: int = 0) -> TensorSlice:
+def head_slice(
+    tensor: str, *shape: int, count: int, shard: RankInfo, dim: int = 0, part: tuple[int, int] | None = None
+) -> TensorSlice:
     """The share that belongs to the rank's heads; with fewer heads than ranks, ranks share a head.
 
-    `shape[dim]` is `count` heads side by side.
+    `shape[dim]`, or the `part` of it (q, k or v of a packed projection), is `count` heads side by side.
     """
-    width = shape[dim] // count
+    base, end = _part(shape, dim, part)
+    width = (end - base) // count
     first, last = head_range(count, shard)
-    return TensorSlice(tensor=tensor, shape=shape, dim=dim, start=first * width, stop=last * width)
+    return TensorSlice(tensor=tensor, shape=shape, dim=dim, start=base + first * width, stop=base + last * width)
+
+
+def _part(shape: tuple[int, ...], dim: int, part: tuple[int, int] | None, index: int | None = None) -> tuple[int, int]:
+    return part or (0, shape[dim if index is None else dim + 1])
 
 
 def head_range(count: int, shard: RankInfo) -> tuple[int, int]:

@@ -72,6 +72,6 @@ def stacked_rows(slices: tuple[TensorSlice, ...]) -> int:
 
 def windows(rows: int, row_bytes: int, at_most: int = WINDOW_BYTES, multiple: int = 1) -> Iterator[tuple[int, int]]:
     """Cut `rows` into ranges of at most so many bytes (one `multiple` of rows at least)."""
-    step = max(1, at_most // (row_bytes * multiple)) * multiple
+    step = max(1, at_most // max(1, row_bytes * multiple)) * multiple
     for start in range(0, rows, step):
         yield start, min(start + step, rows)

@@ -14,6 +14,7 @@ from lockstep_runtime.weights.weight import StoredTable, Weight
 
 INTERVAL_VARIABLE: Final = "LOCKSTEP_SCRUB_SECONDS"  # for all weights once; 0 switches it off
 INTERVAL_SECONDS: Final = 300.0
+MOST_NAMES: Final = 8  # of what a weight is made of, in a sentence
 Parts = Generator[None, None, str]
 
 
@@ -92,7 +93,10 @@ def watch(
 
 def name_of(weight: Weight | StoredTable) -> str:
     """As the checkpoint calls what it is made of."""
-    return " + ".join(tensor_slice.tensor for tensor_slice in weight.slices)
+    names = list(dict.fromkeys(tensor_slice.tensor for tensor_slice in weight.slices))
+    if len(names) <= MOST_NAMES:
+        return " + ".join(names)
+    return f"{names[0]} and {len(names) - 1} more"
 
 
 def _exhaust(parts: Parts) -> str:
