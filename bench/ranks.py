@@ -15,6 +15,7 @@ from tests.support.models import QWEN3_0_6B, write_model
 from lockstep_runtime.config import DType, EngineLimits, ServeConfig
 from lockstep_runtime.distributed.communicator import Communicator
 from lockstep_runtime.distributed.join import join, open_rendezvous
+from lockstep_runtime.layers.cache import CacheSize
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.step import SamplingParams, SequenceSlice
 from lockstep_runtime.worker.model_runner import LoadReport, ModelRunner, StepOutput
@@ -117,7 +118,7 @@ def start(config: ServeConfig, rank: int, address: str, sequences: int) -> tuple
     """In the rank's process: a runner with room for so many sequences, and its end of the communicator."""
     runner = ModelRunner(config, rank)
     loaded = runner.load(lambda done, total: None)
-    runner.allocate(sequences * BLOCKS)
+    runner.allocate(CacheSize(blocks=sequences * BLOCKS))
     return runner, loaded, join(config, rank, 1, address, timeout=300)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lockstep_runtime.distributed.join import SingleCommunicator
 from lockstep_runtime.layers.batch import build_batch
-from lockstep_runtime.layers.cache import BLOCK_SIZE, KVCache
+from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheSize, KVCache
 from lockstep_runtime.layers.placement import choose_placement
 from lockstep_runtime.models.registry import build_model
 from lockstep_runtime.protocol.step import SamplingParams, SequenceSlice
@@ -53,7 +53,7 @@ class Model:
         self._model.loaded()
         self.vocabulary = self._model.vocabulary
         self._blocks = -(-(PROMPT + tokens) // BLOCK_SIZE)
-        self._cache = KVCache(self._model.cache_shape, COMPANY * self._blocks, placement)
+        self._cache = KVCache(self._model.cache_shape, CacheSize(blocks=COMPANY * self._blocks), placement)
 
     def slice_of(self, sequence: int, position: int, tokens: Sequence[int]) -> SequenceSlice:
         first = sequence * self._blocks

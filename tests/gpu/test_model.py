@@ -11,6 +11,7 @@ from tests.support.ranks import everything, piece
 
 from lockstep_runtime.config import Device, EngineLimits, ServeConfig
 from lockstep_runtime.distributed.join import SingleCommunicator
+from lockstep_runtime.layers.cache import CacheSize
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.step import SampledToken, SamplingParams
 from lockstep_runtime.worker.model_runner import ModelRunner
@@ -34,7 +35,7 @@ def greedy(device: Device) -> list[SampledToken]:
     """Prefill, then token by token, with the log probabilities of all tokens."""
     runner, group = ModelRunner(config(device), 0), SingleCommunicator()
     runner.load(lambda done, total: None)
-    runner.allocate(16)
+    runner.allocate(CacheSize(blocks=16))
     drawn: list[SampledToken] = []
     feed, position = PROMPT, 0
     for number in range(TOKENS):
@@ -60,7 +61,7 @@ def test_the_cache_is_sized_by_the_gpus_free_memory() -> None:
     free, total = torch.cuda.mem_get_info(0)
     runner = ModelRunner(config("cuda", EngineLimits(max_sequences=1 << 20)), 0)
     report = runner.load(lambda done, total: None)
-    size = runner.allocate(report.cache_blocks).nbytes
+    size = runner.allocate(CacheSize(blocks=report.cache.blocks)).nbytes
     assert size <= free - 0.1 * total
     assert size > 0.8 * (free - 0.1 * total)
     step = bus.Step(epoch=1, step=0, sequences=[piece(1, 0, PROMPT, BLOCKS, SamplingParams(temperature=0))])

@@ -9,6 +9,7 @@ from types import TracebackType
 from lockstep_runtime.config import DType, EngineLimits, ServeConfig
 from lockstep_runtime.distributed.communicator import Communicator
 from lockstep_runtime.distributed.join import join, open_rendezvous
+from lockstep_runtime.layers.cache import CacheSize
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.step import SamplingParams, SequenceSlice
 from lockstep_runtime.worker.model_runner import LoadReport, ModelRunner, StepOutput
@@ -76,7 +77,7 @@ class Ranks:
     def _start(self, rank: int, blocks: int) -> tuple[ModelRunner, LoadReport, Communicator]:
         runner = ModelRunner(self.config, rank)
         report = runner.load(lambda done, total: None)
-        runner.allocate(blocks)
+        runner.allocate(CacheSize(blocks=blocks, state_slots=report.cache.state_slots))
         address, called_off = self._meeting.address, lambda: bool(self._failed)
         return runner, report, join(self.config, rank, 1, address, timeout=60, cancelled=called_off)
 

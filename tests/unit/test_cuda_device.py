@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lockstep_runtime.config import Backend, Device, ServeConfig
-from lockstep_runtime.layers.cache import CacheMemory, CacheShape, Footprint, KVCache
+from lockstep_runtime.layers.cache import CacheMemory, CacheShape, CacheSize, Footprint, KVCache, PagedShape
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.supervisor import accelerator
 from lockstep_runtime.worker import device as devices
@@ -160,18 +160,18 @@ def test_a_rank_on_a_gpu_leaves_word_for_its_next_process() -> None:
     descriptor = os.memfd_create("test")
     first, second = CacheMemory(descriptor), CacheMemory(descriptor)
     assert second.footprint() is None
-    footprint = Footprint(device_bytes=125 * GIB, blocks=9000, block_bytes=1 << 20)
+    footprint = Footprint(device_bytes=125 * GIB, size=CacheSize(blocks=9000), block_bytes=1 << 20)
     first.leave_footprint(footprint)
     assert second.footprint() == footprint
-    shape = CacheShape(layers=1, kv_heads=1, head_dim=8)
+    shape = CacheShape(layers=(PagedShape(kv_heads=1, head_dim=8),))
     assert second.held(shape, torch.float32) is None, "which is no cache"
-    second.open(shape, torch.float32, 2)
+    second.open(shape, torch.float32, CacheSize(blocks=2))
     assert first.footprint() is None
 
 
 def test_a_rank_that_comes_back_offers_what_it_had() -> None:
     """A few megabytes that a driver keeps are no reason to lay out every rank's cache anew; gigabytes are."""
-    before = Footprint(device_bytes=120 * GIB, blocks=9000, block_bytes=1 << 20)
+    before = Footprint(device_bytes=120 * GIB, size=CacheSize(blocks=9000), block_bytes=1 << 20)
     assert needed_bytes(before, 140 * GIB, sharers=1) == 134 * GIB
     assert needed_bytes(before, 140 * GIB, sharers=2) == 120 * GIB, "the others have taken their part of the rest"
     assert needed_bytes(None, 140 * GIB, sharers=1) is None
@@ -185,7 +185,7 @@ def test_a_rank_that_comes_back_offers_what_it_had() -> None:
 def test_a_cache_on_a_device_is_renewed_in_place() -> None:
     """Of a device without memory: what counts is which tensor it is."""
     meta = Placement(device=torch.device("meta"), dtype=torch.bfloat16, activation=torch.bfloat16)
-    cache = KVCache(CacheShape(layers=2, kv_heads=1, head_dim=8), 4, meta)
+    cache = KVCache(CacheShape(layers=(PagedShape(kv_heads=1, head_dim=8),) * 2), CacheSize(blocks=4), meta)
     before, layers = cache.name, list(cache.layers)
     cache.renew()
     assert cache.name != before

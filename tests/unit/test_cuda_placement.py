@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lockstep_runtime.config import Backend, Device, ServeConfig, UsageError
 from lockstep_runtime.distributed.join import SingleCommunicator, choose_backend
+from lockstep_runtime.layers.attention import SequenceAttention
 from lockstep_runtime.layers.batch import build_batch
-from lockstep_runtime.layers.cache import KVCache
+from lockstep_runtime.layers.cache import CacheSize, KVCache
 from lockstep_runtime.layers.embedding import VocabularyEmbedding
 from lockstep_runtime.layers.placement import Placement, choose_placement
 from lockstep_runtime.layers.prefill_attention import candidate
@@ -112,7 +113,7 @@ def test_the_model_computes_wholly_on_its_device(dtype: str, size: int) -> None:
             rows, rest = stacked_rows(weight.slices), weight.slices[0].local_shape[1:]
             weight.data = torch.empty((rows, *rest), dtype=placement.dtype, device=CUDA)
         model.loaded()
-        cache = KVCache(model.cache_shape, 8, placement)
+        cache = KVCache(model.cache_shape, CacheSize(blocks=8), placement)
         apart = piece(1, 33, [1], [5, 3])  # blocks that don't lie side by side
         batch = build_batch([piece(0, 0, [1, 2, 3], [0]), apart], CUDA)
         group = SingleCommunicator()  # of several ranks, too, each sums alone here
@@ -159,8 +160,9 @@ def test_a_step_has_static_shapes_and_waits_for_the_device_once(size: int, dtype
             rows, rest = stacked_rows(weight.slices), weight.slices[0].local_shape[1:]
             weight.data = torch.empty((rows, *rest), dtype=placement.dtype, device=CUDA)
         model.loaded()
-        cache = KVCache(model.cache_shape, 8, placement, prefill=kind)
-        batch = build_batch([piece(1, 33, list(range(tokens)), [1, 2]), piece(2, 3, [7], [3])], CUDA)
+        cache = KVCache(model.cache_shape, CacheSize(blocks=8), placement)
+        slices = [piece(1, 33, list(range(tokens)), [1, 2]), piece(2, 3, [7], [3])]
+        batch = build_batch(slices, CUDA, SequenceAttention(kind))
         group = SingleCommunicator()
         with Watch() as watch:
             states = model.forward(batch, cache, group)

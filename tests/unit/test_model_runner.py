@@ -12,7 +12,7 @@ from tests.support.ranks import Ranks, piece
 
 from lockstep_runtime.chaos.injector import FaultyGroup
 from lockstep_runtime.config import EngineLimits, ServeConfig
-from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheMemory, KVCache
+from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheMemory, CacheSize, KVCache
 from lockstep_runtime.layers.weight import PlainWeight
 from lockstep_runtime.protocol.chaos import Inject, Injection
 from lockstep_runtime.protocol.progress_record import Progress, new_memory
@@ -56,46 +56,46 @@ def test_one_that_has_loaded_reads_nothing_again(model: Path) -> None:
 def test_the_cache_is_what_was_asked_for_or_what_can_be_used(model: Path) -> None:
     block = 2 * 2 * 2 * 16 * 4 * BLOCK_SIZE  # keys and values, layers, kv heads, width, bytes
     report = ModelRunner(config(model, EngineLimits(kv_cache_bytes=block * 10 + 5)), 0).load(lambda done, total: None)
-    assert report.cache_blocks == 10
+    assert report.cache.blocks == 10
     report = ModelRunner(config(model, EngineLimits(max_model_len=100, max_sequences=3)), 0).load(
         lambda done, total: None
     )
-    assert report.cache_blocks == 3 * 4 + 1
+    assert report.cache.blocks == 3 * 4 + 1
     with pytest.raises(ModelError, match="no room for a KV cache"):
         ModelRunner(config(model, EngineLimits(kv_cache_bytes=10)), 0).load(lambda done, total: None)
     runner = ModelRunner(config(model), 0)
     runner.load(lambda done, total: None)
-    assert runner.allocate(7).nbytes == 7 * block
-    assert runner.allocate(5).nbytes == 5 * block
+    assert runner.allocate(CacheSize(blocks=7)).nbytes == 7 * block
+    assert runner.allocate(CacheSize(blocks=5)).nbytes == 5 * block
 
 
 def write(cache: KVCache) -> None:
     with torch.inference_mode():
-        cache.layers[1].values[3] = 7.0
+        cache.paged[1].values[3] = 7.0
 
 
 def test_a_cache_is_laid_out_anew_only_for_another_size(model: Path) -> None:
     runner = ModelRunner(config(model), 0)
     runner.load(lambda done, total: None)
-    cache = runner.allocate(4)
+    cache = runner.allocate(CacheSize(blocks=4))
     write(cache)
-    assert runner.allocate(4) is cache
-    other = runner.allocate(5)
+    assert runner.allocate(CacheSize(blocks=4)) is cache
+    other = runner.allocate(CacheSize(blocks=5))
     assert other.name != cache.name
-    assert not other.layers[1].values[3].any()
+    assert not other.paged[1].values[3].any()
 
 
 def test_the_next_process_of_a_rank_finds_what_stood_in_its_cache(model: Path) -> None:
     descriptor = os.memfd_create("test")
     before, after = (ModelRunner(config(model), 0, CacheMemory(descriptor)) for _ in range(2))
-    offered = before.load(lambda done, total: None).cache_blocks
-    cache = before.allocate(offered - 2)  # another rank had less room
+    offered = before.load(lambda done, total: None).cache.blocks
+    cache = before.allocate(CacheSize(blocks=offered - 2))  # another rank had less room
     write(cache)
-    assert after.load(lambda done, total: None).cache_blocks == offered - 2
-    found = after.allocate(offered - 2)
+    assert after.load(lambda done, total: None).cache.blocks == offered - 2
+    found = after.allocate(CacheSize(blocks=offered - 2))
     assert found.name == cache.name
-    assert torch.equal(found.layers[1].values, cache.layers[1].values)
-    assert not found.layers[1].keys[3].any()
+    assert torch.equal(found.paged[1].values, cache.paged[1].values)
+    assert not found.paged[1].keys[3].any()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -105,24 +105,24 @@ def test_a_cache_is_spoiled_by_what_is_no_number_in_a_context(model: Path, bad: 
     with Ranks(model, 2, blocks=4) as ranks:
         ranks.step(piece(1, 0, list(range(41)), [2, 0], GREEDY))
         runner = ranks.runners[1]
-        cache = runner.allocate(4)
+        cache = runner.allocate(CacheSize(blocks=4))
         slot = (2, 0)[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
         beyond = 41 % BLOCK_SIZE
         with torch.inference_mode():
-            cache.layers[1].values[beyond, 0, 3] = bad  # of a step that failed: it is computed again
+            cache.paged[1].values[beyond, 0, 3] = bad  # of a step that failed: it is computed again
         assert not runner.is_spoiled([held])
         assert not runner.is_spoiled([])
         assert not runner.is_spoiled([piece(2, 200, [7], [2, 4, 5, 6, 7, 8, 9])])  # of a larger cache, that is no more
         with torch.inference_mode():
-            cache.layers[1].values[slot, 0, 3] = bad
+            cache.paged[1].values[slot, 0, 3] = bad
         assert runner.is_spoiled([held])
-        assert runner.allocate(4) is cache
+        assert runner.allocate(CacheSize(blocks=4)) is cache
         before = cache.name
-        anew = runner.allocate(4, anew=True)
+        anew = runner.allocate(CacheSize(blocks=4), anew=True)
         assert anew is cache  # in place: nowhere is there room for two
         assert anew.name != before
-        assert not anew.layers[1].values[: 3 * BLOCK_SIZE].any()
-        assert anew.layers[1].values[3 * BLOCK_SIZE :].any()  # the probe's
+        assert not anew.paged[1].values[: 3 * BLOCK_SIZE].any()
+        assert anew.paged[1].values[3 * BLOCK_SIZE :].any()  # the probe's
         assert not runner.is_spoiled([held])
 
 
@@ -133,7 +133,7 @@ def test_a_cache_of_another_model_is_not_taken_over(model: Path, tmp_path: Path)
     for path in (model, other):
         runner = ModelRunner(config(path), 0, CacheMemory(descriptor))
         runner.load(lambda done, total: None)
-        names.append(runner.allocate(4).name)
+        names.append(runner.allocate(CacheSize(blocks=4)).name)
     assert len(set(names)) == 2
 
 
@@ -241,7 +241,7 @@ def prove(ranks: Ranks) -> int:
     """The fingerprint of the probe, after a request's step."""
     ranks.step(piece(1, 0, [5, 6, 7], [0], GREEDY))
     for runner in ranks.runners:
-        runner.allocate(4)
+        runner.allocate(CacheSize(blocks=4))
     return ranks.step(*probe(3)).fingerprint
 
 

@@ -15,7 +15,7 @@ from transformers import Qwen3ForCausalLM
 
 from lockstep_runtime.distributed.join import SingleCommunicator
 from lockstep_runtime.layers.batch import build_batch
-from lockstep_runtime.layers.cache import KVCache
+from lockstep_runtime.layers.cache import CacheSize, KVCache
 from lockstep_runtime.layers.matmul_kernels import Kernel, candidates, trial
 from lockstep_runtime.layers.placement import Placement, choose_placement, place
 from lockstep_runtime.models.registry import build_model
@@ -167,7 +167,7 @@ def logits_of(path: Path, placement: Placement, prompt: list[int]) -> Tensor:
         model = build_model(read_config(path), RankInfo(0, 1), placement)
         load_weights(path, model.weights(), lambda done, total: None)
         model.loaded()
-        cache = KVCache(model.cache_shape, 4, placement)
+        cache = KVCache(model.cache_shape, CacheSize(blocks=4), placement)
         batch = build_batch([piece(0, 0, prompt, [0, 1])], CPU)
         logits = model.logits(model.forward(batch, cache, SingleCommunicator())[batch.last], SingleCommunicator())
     assert logits is not None

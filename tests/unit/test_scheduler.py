@@ -7,7 +7,7 @@ from collections.abc import Sequence as Many
 from lockstep_runtime.engine.client import FinishReason, GenerationRequest
 from lockstep_runtime.engine.scheduler import SampledOutput, Scheduler
 from lockstep_runtime.engine.sequence import QUARANTINE_AT, Sequence
-from lockstep_runtime.protocol.step import SampledToken, SamplingParams, SequenceSlice
+from lockstep_runtime.protocol.step import SampledToken, SamplingParams, SequenceSlice, StateSlots
 
 
 def scheduler(
@@ -257,3 +257,53 @@ def test_a_suspect_that_runs_alone_takes_the_room_that_it_needs() -> None:
         assert [part.sequence_id for part in slices] == [1]
         assert drawn
     assert planner.preemptions == 1
+
+
+def with_states(slots: int, **more: int) -> Scheduler:
+    return Scheduler(
+        max_sequences=8, max_batch_tokens=16, max_model_len=1000, blocks=16, block_size=4, state_slots=slots, **more
+    )
+
+
+def test_each_sequence_has_two_state_slots_and_the_rest_waits_for_them() -> None:
+    planner = with_states(5)
+    for number in (1, 2, 3):
+        planner.add(sequence(number, prompt=2, max_tokens=2))
+    first = planner.plan()
+    assert [(part.sequence_id, part.state.read) for part in first] == [(1, 0), (2, 0)]
+    assert planner.plan() == first, "a step that failed is planned again as it was"
+    planner.apply(first, [SampledToken(sequence_id=part.sequence_id, token=7) for part in first])
+    assert [one.state.read for one in planner.held()] == [part.state.write for part in first]
+    second, done = step(planner)
+    assert [part.state.read for part in second] == [part.state.write for part in first]
+    assert {one.sequence_id for one in done if one.finish} == {1, 2}
+    third, _ = step(planner)
+    assert [(part.sequence_id, part.state.read) for part in third] == [(3, 0)]
+
+
+def test_one_that_gives_up_its_blocks_begins_with_zeros_again() -> None:
+    planner = with_states(9)
+    planner.add(sequence(1, prompt=30, max_tokens=20))
+    planner.add(sequence(2, prompt=28, max_tokens=20))
+    while not planner.preemptions:
+        step(planner)
+    again = next(part for _ in range(100) for part in step(planner)[0] if part.sequence_id == 2)
+    assert (again.position, again.state.read) == (0, 0)
+
+
+def test_a_suspect_runs_alone_with_a_state_though_all_are_taken() -> None:
+    planner = with_states(3)
+    planner.add(sequence(1, prompt=2, max_tokens=9))
+    step(planner)
+    planner.add(sequence(2, prompt=2))
+    planner.fault_points([SequenceSlice(sequence_id=2, position=0, tokens=[], blocks=[])], QUARANTINE_AT)
+    slices, _ = step(planner)
+    assert [(part.sequence_id, part.state.read) for part in slices] == [(2, 0)]
+
+
+def test_new_caches_have_new_states() -> None:
+    planner = with_states(5)
+    planner.add(sequence(1, prompt=2))
+    step(planner)
+    planner.start_over(max_model_len=1000, blocks=16, block_size=4, state_slots=3)
+    assert [(part.position, part.state) for part in planner.plan()] == [(0, StateSlots(0, 1))]

@@ -21,6 +21,7 @@ from lockstep_runtime.config import EngineLimits, ServeConfig, WeightCache
 from lockstep_runtime.distributed.join import SingleCommunicator
 from lockstep_runtime.host import shm_files
 from lockstep_runtime.host.process_init import PARENT_VARIABLE
+from lockstep_runtime.layers.cache import CacheSize
 from lockstep_runtime.layers.weight import PlainWeight
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.step import SampledToken, SamplingParams, SequenceSlice
@@ -65,7 +66,7 @@ def load(config: ServeConfig, rank: int = 0) -> tuple[ModelRunner, LoadReport]:
 
 
 def output(runner: ModelRunner) -> tuple[int, list[SampledToken]]:
-    runner.allocate(2)
+    runner.allocate(CacheSize(blocks=2))
     step = runner.step(STEP, SingleCommunicator())
     return step.fingerprint, step.sampled
 

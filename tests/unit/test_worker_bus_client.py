@@ -19,6 +19,7 @@ from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.distributed.errors import CommunicatorAborted, CommunicatorError, CommunicatorStuckError
 from lockstep_runtime.distributed.traced import TracedCommunicator
 from lockstep_runtime.host.addresses import listen
+from lockstep_runtime.layers.cache import CacheSize
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.progress_record import Progress, Stage, new_memory
 from lockstep_runtime.protocol.status import Fault
@@ -124,10 +125,10 @@ class FakeEdge:
     def load(self, progress: Callable[[int, int], None]) -> LoadReport:
         progress(0, 10)
         progress(10, 10)
-        return LoadReport(weight_bytes=10, read_bytes=10, cache_blocks=5, block_size=16, memory_bytes=99)
+        return LoadReport(weight_bytes=10, read_bytes=10, cache=CacheSize(blocks=5), block_size=16, memory_bytes=99)
 
-    def allocate(self, blocks: int, *, anew: bool = False) -> Any:
-        return SimpleNamespace(name="anew" if anew else "fresh", blocks=blocks, nbytes=blocks * 100)
+    def allocate(self, size: CacheSize, *, anew: bool = False) -> Any:
+        return SimpleNamespace(name="anew" if anew else "fresh", size=size, nbytes=size.blocks * 100)
 
     def flip_bit(self, number: int) -> str:
         raise AssertionError(f"nobody asked for bit {number}")

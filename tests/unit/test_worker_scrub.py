@@ -12,6 +12,7 @@ import pytest
 from lockstep_runtime.chaos.injector import InjectedError
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.distributed.join import SingleCommunicator
+from lockstep_runtime.layers.cache import CacheSize
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import FaultPhase, Inject, Injection
 from lockstep_runtime.protocol.progress_record import Progress, new_memory
@@ -46,7 +47,9 @@ class Edge:
         self._scrub = scrub
 
     def load(self, progress: Callable[[int, int], None]) -> LoadReport:
-        return LoadReport(weight_bytes=1, read_bytes=1, cache_blocks=1, block_size=1, memory_bytes=1, scrub=self._scrub)
+        return LoadReport(
+            weight_bytes=1, read_bytes=1, cache=CacheSize(blocks=1), block_size=1, memory_bytes=1, scrub=self._scrub
+        )
 
     def join(self, *_: Any) -> SingleCommunicator:
         return SingleCommunicator()

@@ -246,10 +246,14 @@ class Engine:
                 max_model_len=length,
                 blocks=resumed.blocks,
                 block_size=resumed.block_size,
+                state_slots=resumed.state_slots,
             )
         elif not resumed.kept:
             for sequence in self._scheduler.start_over(
-                max_model_len=length, blocks=resumed.blocks, block_size=resumed.block_size
+                max_model_len=length,
+                blocks=resumed.blocks,
+                block_size=resumed.block_size,
+                state_slots=resumed.state_slots,
             ):
                 self._fail(sequence.id, "the group came back with a smaller cache, and the request no longer fits")
         return len(self._streams)

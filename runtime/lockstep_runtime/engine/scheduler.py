@@ -23,6 +23,7 @@ from lockstep_runtime.engine.block_manager import BlockManager
 from lockstep_runtime.engine.client import FinishReason
 from lockstep_runtime.engine.sequence import QUARANTINE_AT, REJECT_AT, Sequence
 from lockstep_runtime.engine.shares import share
+from lockstep_runtime.engine.state_slots import StateBook
 from lockstep_runtime.protocol.step import SampledToken, SequenceSlice
 
 _by_arrival = attrgetter("id")
@@ -45,17 +46,26 @@ class Scheduler:
     """Holds every sequence that is waiting or running. `max_sequences` is at most `max_batch_tokens`."""
 
     def __init__(
-        self, *, max_sequences: int, max_batch_tokens: int, max_model_len: int, blocks: int, block_size: int
+        self,
+        *,
+        max_sequences: int,
+        max_batch_tokens: int,
+        max_model_len: int,
+        blocks: int,
+        block_size: int,
+        state_slots: int = 0,
     ) -> None:
-        self._max_sequences = min(max_sequences, max_batch_tokens)  # so that every running one can move in a step
+        self._most_sequences = min(max_sequences, max_batch_tokens)  # so that every running one can move in a step
         self._max_batch_tokens = max_batch_tokens
         self._waiting: list[Sequence] = []  # by arrival
         self._running: list[Sequence] = []  # by arrival
         self.preemptions = 0
-        self._lay_out(max_model_len, blocks, block_size)
+        self._lay_out(max_model_len, blocks, block_size, state_slots)
 
-    def _lay_out(self, max_model_len: int, blocks: int, block_size: int) -> None:
+    def _lay_out(self, max_model_len: int, blocks: int, block_size: int, state_slots: int) -> None:
         self.book = BlockManager(blocks)
+        self._states = StateBook(state_slots)
+        self._max_sequences = min(self._most_sequences, self._states.pairs or self._most_sequences)
         self._block_size = block_size
         self.max_model_len = min(max_model_len, blocks * block_size)
 
@@ -76,7 +86,7 @@ class Scheduler:
 
     def remove(self, sequence_id: int) -> None:
         """Forget a sequence, wherever it stands; an unknown one is no error. Its blocks are free for the next step."""
-        self.book.release(sequence_id)
+        self._release(sequence_id)
         self._running = [sequence for sequence in self._running if sequence.id != sequence_id]
         self._waiting = [sequence for sequence in self._waiting if sequence.id != sequence_id]
 
@@ -96,6 +106,7 @@ class Scheduler:
         for part in slices:
             if sequence := running.get(part.sequence_id):  # else it was cancelled meanwhile
                 sequence.computed += len(part.tokens)
+                self._states.booked(sequence.id)
         for token in scored:
             if sequence := running.get(token.sequence_id):
                 sequence.score(token)
@@ -129,15 +140,16 @@ class Scheduler:
                 position=sequence.computed - 1,
                 tokens=sequence.tokens[sequence.computed - 1 : sequence.computed],
                 blocks=self.book.table(sequence.id),
+                state=self._states.slots(sequence.id),
             )
             for sequence in self._running
             if sequence.computed
         ]
 
-    def start_over(self, *, max_model_len: int, blocks: int, block_size: int) -> list[Sequence]:
+    def start_over(self, *, max_model_len: int, blocks: int, block_size: int, state_slots: int = 0) -> list[Sequence]:
         """The caches are new: every sequence is computed again. Returns (removed) what no longer fits."""
         everyone = sorted((*self._running, *self._waiting), key=_by_arrival)
-        self._lay_out(max_model_len, blocks, block_size)
+        self._lay_out(max_model_len, blocks, block_size, state_slots)
         for sequence in everyone:
             sequence.computed = 0
         self._running = []
@@ -188,6 +200,8 @@ class Scheduler:
     def _plan_alone(self, sequence: Sequence) -> list[SequenceSlice]:
         if sequence not in self._running:
             self._waiting.remove(sequence)
+            while self._states.pairs and len(self._running) >= self._max_sequences:
+                self._preempt(self._running[-1])
             insort(self._running, sequence, key=_by_arrival)
         count = min(self._wanted(sequence), self._max_batch_tokens)
         while not self.book.grow(sequence.id, self._blocks_for(sequence.computed + count)):
@@ -196,10 +210,15 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
-        self.book.release(sequence.id)
+        self._release(sequence.id)
         sequence.computed = 0
         self._running.remove(sequence)
         self.add(sequence)
+
+    def _release(self, sequence_id: int) -> None:
+        """Whatever the layers remember of it."""
+        self.book.release(sequence_id)
+        self._states.release(sequence_id)
 
     def _promised(self) -> int:
         """Blocks that the running prefills will still take."""
@@ -217,6 +236,7 @@ class Scheduler:
             position=sequence.computed,
             tokens=sequence.tokens[sequence.computed : end],
             blocks=self.book.table(sequence.id),
+            state=self._states.slots(sequence.id),
             sample=sequence.request.sampling if end == len(sequence.tokens) else None,
             scoring=sequence.scoring(end),
         )

@@ -1,15 +1,19 @@
-"""A step as tensors: all sequences' new tokens side by side, and where each one's keys and values lie."""
+"""A step as tensors: all sequences' new tokens side by side, and where what the layers remember of each one lies."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from lockstep_runtime.layers.attention import AttendLayer, Attention, SequenceAttention
 from lockstep_runtime.layers.cache import BLOCK_SIZE
 from lockstep_runtime.protocol.step import SequenceSlice
+
+BY_SEQUENCE: Final = SequenceAttention()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +23,6 @@ class Segment:
     start: int
     stop: int
     context: int
-    first_slot: int  # of the sequence, when its blocks lie side by side; else -1
-    slots: Tensor | None  # [context], when they don't
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +32,14 @@ class Batch:
     positions: Tensor  # [tokens], in their sequences
     slots: Tensor  # [tokens], where their keys and values go
     segments: tuple[Segment, ...]
+    ends: Tensor  # [3, segments], on the host: the same of the three below
     last: Tensor  # [segments], index of each one's last token
+    state_reads: Tensor  # [segments], the slot of each one's recurrent state before this step
+    state_writes: Tensor  # [segments], and after it
+    attend: AttendLayer
 
 
-def build_batch(sequences: Sequence[SequenceSlice], device: torch.device) -> Batch:
+def build_batch(sequences: Sequence[SequenceSlice], device: torch.device, attention: Attention = BY_SEQUENCE) -> Batch:
     """
     Raises:
         ValueError: a slice without tokens, or whose blocks don't cover it.
@@ -46,7 +52,7 @@ def build_batch(sequences: Sequence[SequenceSlice], device: torch.device) -> Bat
         stop = sequence.position + len(sequence.tokens)
         if not sequence.tokens or len(sequence.blocks) * BLOCK_SIZE < stop:
             raise ValueError(f"sequence {sequence.sequence_id}: {len(sequence.blocks)} blocks for {stop} tokens")
-        segments.append(_segment(sequence, len(tokens), stop, device))
+        segments.append(Segment(start=len(tokens), stop=len(tokens) + len(sequence.tokens), context=stop))
         tokens += sequence.tokens
         positions += range(sequence.position, stop)
         slots += [
@@ -55,27 +61,23 @@ def build_batch(sequences: Sequence[SequenceSlice], device: torch.device) -> Bat
         ]
     given = torch.tensor([tokens, positions, slots])
     inputs = given.to(device)
+    ends = torch.tensor(
+        [
+            [segment.stop - 1 for segment in segments],
+            [sequence.state.read for sequence in sequences],
+            [sequence.state.write for sequence in sequences],
+        ]
+    )
+    last, state_reads, state_writes = ends.to(device)
     return Batch(
         given=given,
         tokens=inputs[0],
         positions=inputs[1],
         slots=inputs[2],
         segments=tuple(segments),
-        last=torch.tensor([segment.stop - 1 for segment in segments], device=device),
-    )
-
-
-def _segment(sequence: SequenceSlice, start: int, context: int, device: torch.device) -> Segment:
-    blocks = sequence.blocks[: -(-context // BLOCK_SIZE)]
-    side_by_side = blocks == list(range(blocks[0], blocks[0] + len(blocks)))
-    slots = None
-    if not side_by_side:
-        firsts = torch.tensor(blocks, device=device)[:, None] * BLOCK_SIZE
-        slots = (firsts + torch.arange(BLOCK_SIZE, device=device)).view(-1)[:context]
-    return Segment(
-        start=start,
-        stop=start + len(sequence.tokens),
-        context=context,
-        first_slot=blocks[0] * BLOCK_SIZE if side_by_side else -1,
-        slots=slots,
+        ends=ends,
+        last=last,
+        state_reads=state_reads,
+        state_writes=state_writes,
+        attend=attention.plan(sequences, device),
     )

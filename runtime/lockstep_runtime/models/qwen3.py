@@ -15,9 +15,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from lockstep_runtime.distributed.communicator import Communicator
-from lockstep_runtime.layers.attention import attend
 from lockstep_runtime.layers.batch import Batch
-from lockstep_runtime.layers.cache import CacheShape, KVCache, LayerCache
+from lockstep_runtime.layers.cache import CacheShape, KVCache, LayerCache, PagedShape
 from lockstep_runtime.layers.embedding import VocabularyEmbedding, VocabularyHead
 from lockstep_runtime.layers.linear import ColumnLinear, RowLinear
 from lockstep_runtime.layers.norm import RMSNorm, rms_normalize
@@ -114,7 +113,8 @@ class Qwen3:
         self.vocabulary = config.vocab_size
         self.max_positions = config.max_length
         first, last = head_range(config.kv_heads, shard)
-        self.cache_shape = CacheShape(layers=config.num_hidden_layers, kv_heads=last - first, head_dim=config.head_dim)
+        paged = PagedShape(kv_heads=last - first, head_dim=config.head_dim)
+        self.cache_shape = CacheShape(layers=(paged,) * config.num_hidden_layers)
 
     @classmethod
     def build(cls, raw: Mapping[str, Any], shard: RankInfo, placement: Placement) -> Qwen3:
@@ -137,7 +137,7 @@ class Qwen3:
     def forward(self, batch: Batch, cache: KVCache, group: Communicator) -> Tensor:
         cos, sin = self._rotary.table(batch.positions, self._placement.activation)
         hidden = self._embedding(batch.tokens, group)
-        for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
+        for layer, layer_cache in zip(self._layers, cache.paged, strict=True):
             hidden = layer(hidden, layer_cache, batch, cos, sin, group)
         return self._norm(hidden)
 
@@ -218,7 +218,7 @@ class Attention:
         normed = self._q_heads + self._kv_heads
         turned = rotate_(rms_normalize(qkv[:, :normed], self._epsilon, self._norms), cos, sin)
         cache.write(batch.slots, turned[:, self._q_heads :], qkv[:, normed:])
-        return self._out(attend(turned[:, : self._q_heads], cache, batch), group)
+        return self._out(batch.attend(turned[:, : self._q_heads], cache), group)
 
 
 class MLP:

@@ -74,14 +74,15 @@ class Join(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class AllocateCache(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """To every rank: allocate a KV cache of this many blocks (the fewest that any rank offered), or keep one of that
-    size, and fill the last block, which is the probe's. Answered by `CacheAllocated`.
+    """To every rank: allocate a KV cache of this many blocks and state slots (the fewest that any rank offered), or
+    keep one of that size, and fill the last ones, which are the probe's. Answered by `CacheAllocated`.
 
     `unverified`: sequences whose contexts may hold a NaN or an infinity, each with its last computed token. A cache
     that holds one is allocated again."""
 
     epoch: int
     blocks: int
+    state_slots: int = 0
     unverified: list[SequenceSlice] = []
 
 
@@ -118,7 +119,8 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Weights in place. `cache_blocks` is how many KV blocks this rank has room for."""
+    """Weights in place. `cache_blocks` is how many KV blocks this rank has room for, beside `state_slots` for recurrent
+    states, of which it needs none if its layers have none."""
 
     seconds: float
     weight_bytes: int  # this rank's slice
@@ -126,6 +128,7 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     cache_blocks: int
     block_size: int  # tokens
     memory_bytes: int  # resident (CPU) or device memory in use
+    state_slots: int = 0
 
 
 class LoadFailure(enum.StrEnum):

@@ -25,13 +25,25 @@ class Scoring(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int  # as in `SamplingParams`, 0 or more
 
 
-class SequenceSlice(msgspec.Struct, frozen=True, kw_only=True):
+class StateSlots(msgspec.Struct, frozen=True, array_like=True):
+    """Where one sequence's recurrent state is before a step, and where it is to be after it: never the same place, so
+    that a step can be repeated. Slot 0 is what every sequence begins with."""
+
+    read: int = 0
+    write: int = 0
+
+
+NO_STATE = StateSlots()  # of models whose layers have none
+
+
+class SequenceSlice(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One sequence's part of a step: feed `tokens` at `position`; with `sample` set, sample a token after the last."""
 
     sequence_id: int
     position: int  # of tokens[0] in the sequence
     tokens: list[int]
     blocks: list[int]  # the sequence's whole block table: covers position + len(tokens)
+    state: StateSlots = NO_STATE
     sample: SamplingParams | None = None
     scoring: Scoring | None = None
 

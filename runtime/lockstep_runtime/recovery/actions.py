@@ -56,10 +56,11 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class AllocateCaches:
-    """The same, for caches of so many blocks; `check` what the requests in flight have there."""
+    """The same, for caches of so many blocks and state slots; `check` what the requests in flight have there."""
 
     epoch: int
     blocks: int
+    state_slots: int
     check: bool
     deadline: Deadline
 
@@ -85,7 +86,7 @@ class ProcessesChanged:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Serve. `blocks` for requests; `kept`: the caches hold what the sequences have computed.
+    """Serve. `blocks` and `state_slots` for requests; `kept`: the caches hold what the sequences have computed.
 
     `phases` are seconds; `respawned`: with any new process; `first`: for the first time.
     """
@@ -93,6 +94,7 @@ class Resume:
     epoch: int
     blocks: int
     block_size: int
+    state_slots: int
     kept: bool
     phases: Mapping[str, float]
     respawned: bool

@@ -18,7 +18,7 @@ from lockstep_runtime.recovery.cache_plan import CachePlan
 from lockstep_runtime.recovery.events import Answer
 from lockstep_runtime.recovery.log_trail import TrailPhase
 from lockstep_runtime.recovery.rank_handle import RankHandle
-from lockstep_runtime.recovery.self_test import PROBE_BLOCKS, probe, warmup_step
+from lockstep_runtime.recovery.self_test import PROBE_BLOCKS, PROBE_STATE_SLOTS, probe, warmup_step
 from lockstep_runtime.recovery.timing import ALLOCATE, RENDEZVOUS, SCRUB, Timing
 from lockstep_runtime.recovery.verification import Verdict, Verification
 
@@ -61,6 +61,11 @@ class Assembly:
         return self._caches.blocks - PROBE_BLOCKS
 
     @property
+    def state_slots(self) -> int:
+        """The same."""
+        return max(0, self._caches.state_slots - PROBE_STATE_SLOTS)
+
+    @property
     def wrong(self) -> str:
         """How the proof fails."""
         return self._verification.message
@@ -85,7 +90,8 @@ class Assembly:
                 join = bus.Join(epoch=self._epoch, address=opened.address)
                 return [actions.Ask(join, bus.Joined, self._timing.backend.join)]
             case Step.JOINING:
-                self._caches.choose([one.loaded.cache_blocks for one in self._handles if one.loaded is not None], now)
+                loaded = [one.loaded for one in self._handles if one.loaded is not None]
+                self._caches.choose([one.cache_blocks for one in loaded], min(one.state_slots for one in loaded), now)
                 return self.allocate()
             case Step.ALLOCATING:
                 return self._allocated(cast("Mapping[int, bus.CacheAllocated]", answers), now)
@@ -100,7 +106,11 @@ class Assembly:
     def allocate(self) -> list[Action]:
         """Have every rank lay out its cache, or look at the one it has."""
         self.step, self.retry_at = Step.ALLOCATING, None
-        return [actions.AllocateCaches(self._epoch, self._caches.blocks, self.unverified, ALLOCATE)]
+        return [
+            actions.AllocateCaches(
+                self._epoch, self._caches.blocks, self._caches.state_slots, self.unverified, ALLOCATE
+            )
+        ]
 
     def _allocated(self, answers: Mapping[int, bus.CacheAllocated], now: float) -> list[Action]:
         before = self._caches.blocks
@@ -131,7 +141,7 @@ class Assembly:
         ]
 
     def _probe(self) -> Action:
-        return actions.RunStep(tuple(probe(self.blocks)))
+        return actions.RunStep(tuple(probe(self.blocks, self.state_slots)))
 
     def _scrubbed(self, tensors: Sequence[int], now: float) -> list[Action]:
         verdict = self._verification.scrubbed(tensors)
@@ -150,7 +160,7 @@ class Assembly:
                 return []
             case Verdict.RIGHT if self._is_first:
                 self.step = Step.WARMING
-                return [actions.RunStep(tuple(warmup_step(self.blocks)))]
+                return [actions.RunStep(tuple(warmup_step(self.blocks, self.state_slots)))]
             case Verdict.RIGHT:  # pragma: no branch - there is no other
                 return self._done(now)
 

@@ -14,16 +14,18 @@ from lockstep_runtime.recovery.timing import ROOM_LOOK_SECONDS, ROOM_SECONDS
 
 @dataclass(slots=True)
 class CachePlan:
-    """`blocks` of each rank's cache, the probe's included; 0: not known yet."""
+    """`blocks` and `state_slots` of each rank's cache, the probe's included; 0 blocks: not known yet."""
 
     blocks: int = 0
+    state_slots: int = 0  # as at the first time
     _wanted: int = 0  # those of the first time
     _until: float = 0.0
 
-    def choose(self, offers: Sequence[int], now: float) -> None:
-        """For another attempt, in which the ranks offer so many."""
+    def choose(self, offers: Sequence[int], state_slots: int, now: float) -> None:
+        """For another attempt, in which the ranks offer so many, and all have room for so many state slots."""
         offered, self._until = min(offers), now + ROOM_SECONDS
-        self._wanted = self._wanted or offered
+        if not self._wanted:
+            self._wanted, self.state_slots = offered, state_slots
         if not self.blocks or offered >= self._wanted:
             self.blocks = min(offered, self._wanted)
 

@@ -378,6 +378,7 @@ class Coordinator:
                 epoch=self.epoch,
                 blocks=self._assembly.blocks,
                 block_size=offered[0].block_size if offered else 1,
+                state_slots=self._assembly.state_slots,
                 kept=kept,
                 phases={name: round(value, 4) for name, value in phases.items()},
                 respawned=respawned,

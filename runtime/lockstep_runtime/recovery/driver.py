@@ -323,7 +323,9 @@ class GroupDriver:
                 return await self._rpc.call_all(ranks, action.message, action.answer, action.deadline)
             case AllocateCaches():
                 unverified = self._requests.in_caches() if action.check else []
-                order = bus.AllocateCache(epoch=action.epoch, blocks=action.blocks, unverified=unverified)
+                order = bus.AllocateCache(
+                    epoch=action.epoch, blocks=action.blocks, state_slots=action.state_slots, unverified=unverified
+                )
                 return await self._rpc.call_all(everyone, order, bus.CacheAllocated, action.deadline)
             case RunStep():
                 return {0: (await self.step(action.slices))[0]}

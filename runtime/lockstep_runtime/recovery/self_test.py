@@ -14,22 +14,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from lockstep_runtime.protocol.step import SamplingParams, SequenceSlice
+from lockstep_runtime.protocol.step import NO_STATE, SamplingParams, SequenceSlice, StateSlots
 
 SEQUENCE: Final = 0  # no request's: those count from 1
 PROMPT: Final = [1, 2, 3]  # token ids that every vocabulary has
 PROBE_BLOCKS: Final = 1  # of the cache, behind those of requests
+PROBE_STATE_SLOTS: Final = 2  # the same: one that it reads, and one that it writes
 GREEDY: Final = SamplingParams(temperature=0)
 
 
-def probe(block: int) -> list[SequenceSlice]:
-    """A decode step behind what the block was filled with."""
-    return [SequenceSlice(sequence_id=SEQUENCE, position=len(PROMPT), tokens=[4], blocks=[block])]
+def probe(block: int, state_slots: int = 0) -> list[SequenceSlice]:
+    """A decode step behind what the block was filled with, and the slot behind the `state_slots` of requests."""
+    state = StateSlots(state_slots, state_slots + 1) if state_slots else NO_STATE
+    return [SequenceSlice(sequence_id=SEQUENCE, position=len(PROMPT), tokens=[4], blocks=[block], state=state)]
 
 
-def warmup_step(block: int) -> list[SequenceSlice]:
-    """A prefill step over it."""
-    return [SequenceSlice(sequence_id=SEQUENCE, position=0, tokens=PROMPT, blocks=[block], sample=GREEDY)]
+def warmup_step(block: int, state_slots: int = 0) -> list[SequenceSlice]:
+    """A prefill step over them."""
+    state = StateSlots(0, state_slots + 1) if state_slots else NO_STATE
+    return [SequenceSlice(sequence_id=SEQUENCE, position=0, tokens=PROMPT, blocks=[block], state=state, sample=GREEDY)]
 
 
 class Baseline:

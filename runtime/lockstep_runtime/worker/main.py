@@ -16,6 +16,7 @@ from lockstep_runtime.distributed.communicator import Communicator
 from lockstep_runtime.distributed.errors import CommunicatorStuckError
 from lockstep_runtime.distributed.join import Rendezvous, join_seconds
 from lockstep_runtime.distributed.traced import TracedCommunicator
+from lockstep_runtime.layers.cache import CacheSize
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import Inject
 from lockstep_runtime.protocol.progress_record import Progress, Stage
@@ -197,23 +198,24 @@ class Worker:
         return bus.Scrubbed(epoch=command.epoch, tensors=tensors)
 
     def _allocate(self, command: bus.AllocateCache) -> bus.CacheAllocated:
-        offered = self._loaded.cache_blocks if self._loaded is not None else command.blocks
-        if command.blocks > offered:  # what a process before this one had may have been given back since
+        wanted = CacheSize(blocks=command.blocks, state_slots=command.state_slots)
+        offered = self._loaded.cache_blocks if self._loaded is not None else wanted.blocks
+        if wanted.blocks > offered:  # what a process before this one had may have been given back since
             offered = self._room()
-        if command.blocks > offered:
+        if wanted.blocks > offered:
             return bus.CacheAllocated(epoch=command.epoch, cache_id="", blocks=offered, memory_bytes=0)
-        cache = self._runner.allocate(command.blocks)
+        cache = self._runner.allocate(wanted)
         corrupt = self._runner.is_spoiled(command.unverified)
         if corrupt:
             logger.warning("NaN or infinity stood in the KV cache, which is laid out anew")
-            cache = self._runner.allocate(command.blocks, anew=True)
+            cache = self._runner.allocate(wanted, anew=True)
         return bus.CacheAllocated(
-            epoch=command.epoch, cache_id=cache.name, blocks=cache.blocks, memory_bytes=cache.nbytes, corrupt=corrupt
+            epoch=command.epoch, cache_id=cache.name, blocks=wanted.blocks, memory_bytes=cache.nbytes, corrupt=corrupt
         )
 
     def _room(self) -> int:
         try:
-            return self._runner.room()
+            return self._runner.room().blocks
         except ModelError:
             return 0
 
@@ -287,7 +289,8 @@ def _loaded(report: LoadReport, seconds: float) -> bus.Loaded:
         seconds=seconds,
         weight_bytes=report.weight_bytes,
         read_bytes=report.read_bytes,
-        cache_blocks=report.cache_blocks,
+        cache_blocks=report.cache.blocks,
+        state_slots=report.cache.state_slots,
         block_size=report.block_size,
         memory_bytes=report.memory_bytes,
     )

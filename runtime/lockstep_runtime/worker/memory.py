@@ -98,5 +98,5 @@ def blocks_as_before(blocks: int, block_bytes: int, before: Footprint | None, to
     the smallest cache decides for all, and theirs would have to be laid out anew."""
     if before is None or before.block_bytes != block_bytes:
         return blocks
-    short = (before.blocks - blocks) * block_bytes
-    return before.blocks if 0 < short <= reserved_bytes(total) // 4 else blocks
+    short = (before.size.blocks - blocks) * block_bytes
+    return before.size.blocks if 0 < short <= reserved_bytes(total) // 4 else blocks

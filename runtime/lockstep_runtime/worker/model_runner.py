@@ -20,11 +20,11 @@ from lockstep_runtime.distributed.communicator import Communicator
 from lockstep_runtime.distributed.join import choose_backend, exchange_reserve
 from lockstep_runtime.host.cgroup import cpus
 from lockstep_runtime.host.shm_files import cache_file
-from lockstep_runtime.layers.attention import is_finite
-from lockstep_runtime.layers.batch import Batch, build_batch
-from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheMemory, Footprint, KVCache
+from lockstep_runtime.layers.attention import Attention, choose_attention
+from lockstep_runtime.layers.batch import BY_SEQUENCE, Batch, build_batch
+from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheMemory, CacheSize, Footprint, KVCache, PagedShape
+from lockstep_runtime.layers.finite import is_finite
 from lockstep_runtime.layers.placement import choose_placement
-from lockstep_runtime.layers.prefill_attention import Prefill, choose_prefill
 from lockstep_runtime.layers.weight import PlainWeight
 from lockstep_runtime.models.registry import Model, build_model
 from lockstep_runtime.protocol import bus
@@ -38,10 +38,9 @@ from lockstep_runtime.weights.load import LoadResult, attach_weights, fill_cache
 from lockstep_runtime.weights.parallel_map import in_own_thread
 from lockstep_runtime.weights.sharding import RankInfo
 from lockstep_runtime.weights.weight import StoredTable, Weight
+from lockstep_runtime.worker.cache_room import CacheRoom
 from lockstep_runtime.worker.device import choose_device, prepare, sharers, wait_for_memory
 from lockstep_runtime.worker.memory import (
-    blocks_as_before,
-    cache_budget,
     give_back_freed_memory,
     keep_freed_memory,
     needed_bytes,
@@ -61,7 +60,7 @@ DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 class LoadReport:
     weight_bytes: int  # this rank's slices
     read_bytes: int  # read from storage to get them
-    cache_blocks: int  # that this rank has room for
+    cache: CacheSize  # that this rank has room for
     block_size: int  # tokens
     memory_bytes: int
     scrub: Scrub | None = None
@@ -89,7 +88,7 @@ class ModelRunner:
         self._watched: list[Watched] = []
         self._model: Model
         self._cache: KVCache | None = None
-        self._prefill = Prefill.MASKED
+        self._attention: Attention = BY_SEQUENCE
         torch.set_num_threads(config.threads_per_rank or max(1, int(cpus() / config.ranks_per_pod)))
 
     def load(self, progress: Callable[[int, int], None]) -> LoadReport:
@@ -109,16 +108,16 @@ class ModelRunner:
         return LoadReport(
             weight_bytes=self._loaded.weight_bytes,
             read_bytes=self._loaded.read_bytes,
-            cache_blocks=self.room(),
+            cache=self.room(),
             block_size=BLOCK_SIZE,
             memory_bytes=used_bytes(self._device),
             scrub=Scrub(self._watched, _interval(), time.monotonic()) if self._watched else None,
         )
 
-    def _leave_footprint(self, blocks: int) -> None:
+    def _leave_footprint(self, size: CacheSize) -> None:
         if not self.on_cpu:
             each = self._model.cache_shape.block_bytes(self._placement.activation)
-            footprint = Footprint(device_bytes=used_bytes(self._device), blocks=blocks, block_bytes=each)
+            footprint = Footprint(device_bytes=used_bytes(self._device), size=size, block_bytes=each)
             self.memory.leave_footprint(footprint)
 
     def _wait_for_device(self) -> None:
@@ -185,8 +184,9 @@ class ModelRunner:
         shard = RankInfo(self._rank, self._config.tensor_parallel_size)
         with torch.inference_mode():
             self._model = build_model(settings, shard, self._placement)
-            shape = self._model.cache_shape
-            self._prefill = choose_prefill(self._device, self._placement.activation, shape.head_dim)
+            paged = [layer for layer in self._model.cache_shape.layers if isinstance(layer, PagedShape)]
+            if paged:
+                self._attention = choose_attention(self._placement, paged[0].head_dim)
 
     def _identity(self) -> Identity:
         config = self._config
@@ -216,19 +216,19 @@ class ModelRunner:
         """None before `allocate`."""
         return self._cache
 
-    def allocate(self, blocks: int, *, anew: bool = False) -> KVCache:
-        """The KV cache, if it is of so many blocks and not wanted anew; else another in its place. The last block is
-        the probe's."""
+    def allocate(self, size: CacheSize, *, anew: bool = False) -> KVCache:
+        """The KV cache, if it is of this size and not wanted anew; else another in its place. The last block and the
+        last state slots are the probe's."""
         with torch.inference_mode():
-            if self._cache is None or self._cache.blocks != blocks:
+            if self._cache is None or self._cache.size != size:
                 self._cache = None  # its memory is needed
                 if anew:
                     self.memory.forget()
-                self._cache = KVCache(self._model.cache_shape, blocks, self._placement, self.memory, self._prefill)
-                self._leave_footprint(blocks)
+                self._cache = KVCache(self._model.cache_shape, size, self._placement, self.memory)
+                self._leave_footprint(size)
             elif anew:
                 self._cache.renew()
-            self._cache.fill_last_block()
+            self._cache.fill_for_probe()
         return self._cache
 
     def is_spoiled(self, unverified: Sequence[SequenceSlice]) -> bool:
@@ -237,9 +237,9 @@ class ModelRunner:
         cache = self._cache
         if cache is None:
             raise RuntimeError("there is no cache to look at yet")
-        held = [one for one in unverified if max(one.blocks) < cache.blocks]
+        held = [one for one in unverified if cache.holds(one)]
         with torch.inference_mode():
-            return not is_finite(cache, build_batch(held, self._device))
+            return not is_finite(cache, held, self._device)
 
     def step(self, step: bus.Step, group: Communicator) -> StepOutput:
         """Run one step with all ranks of the group.
@@ -252,7 +252,7 @@ class ModelRunner:
         if self._cache is None:
             raise RuntimeError("a step came before there was a cache")
         with torch.inference_mode():
-            batch = build_batch(step.sequences, self._device)
+            batch = build_batch(step.sequences, self._device, self._attention)
             _check_tokens(batch, self._model.vocabulary)
             check_scoring(step.sequences, self._model.vocabulary)
             states = self._model.forward(batch, self._cache, group)
@@ -306,25 +306,16 @@ class ModelRunner:
         logits = self._model.logits(rows, group)
         return [] if logits is None else sample(logits, draws)
 
-    def room(self) -> int:
-        """Blocks that fit; never more than all sequences at full length could use, beside the probe."""
-        shape, dtype = self._model.cache_shape, self._placement.activation
-        if self.on_cpu and (held := self.memory.held(shape, dtype)):
-            return held.blocks
-        limits = self._config.limits
-        length = min(limits.max_model_len or self._model.max_positions, self._model.max_positions)
-        useful = limits.max_sequences * -(-length // BLOCK_SIZE) + 1
-        here = self._config.ranks_per_pod
-        if self._device.type == "cuda":
-            here = sharers(self._config, torch.cuda.device_count())
-        budget = cache_budget(self._device, here, limits.kv_cache_bytes)
-        blocks = min(useful, budget // shape.block_bytes(dtype))
-        if not self.on_cpu and self._cache is None:
-            total = int(torch.cuda.mem_get_info(self._device)[1])
-            blocks = blocks_as_before(blocks, shape.block_bytes(dtype), self.memory.footprint(), total)
-        if blocks < 2:  # the probe's, and one for requests
-            raise ModelError(f"no room for a KV cache: {budget} bytes are left beside the weights")
-        return blocks
+    def room(self) -> CacheSize:
+        """See `CacheRoom.offer`."""
+        room = CacheRoom(
+            config=self._config,
+            device=self._device,
+            shape=self._model.cache_shape,
+            dtype=self._placement.activation,
+            max_positions=self._model.max_positions,
+        )
+        return room.offer(self.memory, has_cache=self._cache is not None)
 
 
 def _check_tokens(batch: Batch, rows: int) -> None:
@@ -348,7 +339,7 @@ def _fingerprint(batch: Batch, states: Tensor, hidden: Tensor) -> int:
     as well: others see it only by its keys and values, which one rank has alone. A long prompt's states are summed as
     whole numbers where they are, since to hash them all would take longer than a step may be watched.
     """
-    raw = b"".join(map(_bytes, (batch.given, *on_host(states, hidden))))
+    raw = b"".join(map(_bytes, (batch.given, batch.ends, *on_host(states, hidden))))
     return hash(int.from_bytes(raw, "little"))
 
 

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lockstep_runtime.config import Device, EngineLimits, ServeConfig
 from lockstep_runtime.distributed.join import SingleCommunicator
-from lockstep_runtime.layers.cache import BLOCK_SIZE
+from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheSize
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.step import SamplingParams
 from lockstep_runtime.worker.model_runner import ModelRunner
@@ -44,7 +44,7 @@ def loaded(directory: Path, device: Device, shape: ModelShape, batch: int) -> Mo
     )  # fmt: skip
     runner = ModelRunner(config, 0)
     runner.load(lambda done, total: None)
-    runner.allocate(batch * BLOCKS + 1)
+    runner.allocate(CacheSize(blocks=batch * BLOCKS + 1))
     return runner
 
 
