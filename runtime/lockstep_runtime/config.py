@@ -25,6 +25,7 @@ Backend = Literal["auto", "cpu", "nccl"]
 Device = Literal["auto", "cpu", "cuda"]
 Strategy = Literal["Ladder", "RecyclePods"]
 WeightCache = Literal["Memory", "Off"]
+ReasoningParser = Literal["auto", "qwen3", "none"]
 
 
 class UsageError(Exception):
@@ -72,6 +73,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: Device = "auto"  # auto: see `accelerator.settle`; cuda with the backend cpu lets ranks share a GPU
     threads_per_rank: int | None = None  # CPU threads; None: the cores there are, divided by the pod's ranks
     limits: EngineLimits = EngineLimits()
+    reasoning_parser: ReasoningParser = "auto"  # auto: qwen3 where the tokenizer has its markers, else none
 
     watchdog: Watchdog = Watchdog()
     recovery_strategy: Strategy = "Ladder"  # RecyclePods: abort, report Poisoned, and leave the rest to the operator

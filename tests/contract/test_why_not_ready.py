@@ -19,6 +19,7 @@ from lockstep_runtime.api import keys, loading
 from lockstep_runtime.api.app import create_app
 from lockstep_runtime.api.keys import ApiKeys
 from lockstep_runtime.api.model import Problem
+from lockstep_runtime.config import ReasoningParser
 from lockstep_runtime.engine import main as engine_main
 from lockstep_runtime.protocol.status import GroupState
 
@@ -82,7 +83,7 @@ FAULTS: dict[Problem, list[tuple[Callable[[Path], None], str]]] = {
 
 
 def test_no_problem_is_forgotten() -> None:
-    assert set(FAULTS) == set(Problem)
+    assert {*FAULTS, Problem.PARSER_UNFIT} == set(Problem)
 
 
 @pytest.fixture
@@ -129,10 +130,13 @@ def mend(folder: Path) -> None:
 
 @contextlib.asynccontextmanager
 async def leader(
-    model: Path | str, api_keys: ApiKeys | None = None, download_dir: str | None = None
+    model: Path | str,
+    api_keys: ApiKeys | None = None,
+    download_dir: str | None = None,
+    reasoning_parser: ReasoningParser = "auto",
 ) -> AsyncIterator[LiveEngine]:
     """A group that has formed, with the api and the reader of the configuration beside it."""
-    async with live_engine(model=str(model), download_dir=download_dir) as live:
+    async with live_engine(model=str(model), download_dir=download_dir, reasoning_parser=reasoning_parser) as live:
         app = create_app(live.config, live.engine, api_keys or ApiKeys(None, None))
         reading = asyncio.create_task(engine_main.read_model(live.config, live.engine))
         async with app.router.lifespan_context(app):
@@ -165,6 +169,13 @@ async def test_what_keeps_a_leader_from_serving_is_the_groups_state(
             mend(folder)
         await live.ready()
         assert live.engine.readiness().ready
+
+
+async def test_a_parser_that_does_not_fit_the_tokenizer_is_told() -> None:
+    async with leader(TINY_CHAT, reasoning_parser="qwen3") as live:
+        words = "--reasoning-parser qwen3 needs the tokens <think> and </think>, which the tokenizer lacks"
+        await live.until(lambda: words in live.engine.status().message, words)
+        assert (live.engine.status().state, live.engine.status().may_pass) == (GroupState.FAILED, False)
 
 
 async def test_keys_and_tokenizer_are_told_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,24 +9,17 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.api_server import TINY_CHAT
-from tokenizers import AddedToken, Tokenizer
+from tests.support.chat_model import chat_tokenizer
 
-from lockstep_runtime.api.generation import Choice, Delta, Job, opens_reasoning
+from lockstep_runtime.api.generation import Choice, Delta, Job
+from lockstep_runtime.api.reasoning import find_markers, opens_reasoning
 from lockstep_runtime.api.response_format import ChatFormat, CompletionFormat
 from lockstep_runtime.api.tokenizer import TextTokenizer
 from lockstep_runtime.engine.client import FinishReason, GenerationRequest, TokenEvent
 from lockstep_runtime.protocol.step import SampledToken, SamplingParams
 
-
-def thinking_tokenizer() -> TextTokenizer:
-    """Qwen3 marks its reasoning with added tokens that are not special."""
-    tokenizer = Tokenizer.from_file(str(TINY_CHAT / "tokenizer.json"))
-    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
-    return TextTokenizer(tokenizer)
-
-
-TOKENIZER = thinking_tokenizer()
+TOKENIZER = TextTokenizer(chat_tokenizer())
+MARKERS = find_markers(TOKENIZER.added, "auto")
 END = TOKENIZER.id_of("<|im_end|>") or 0
 
 
@@ -48,7 +41,8 @@ def job(
         requests=(request,),
         prompt_tokens=len(prompt),
         stops=tuple(stops),
-        reasoning=reasoning,
+        chat=reasoning,
+        markers=MARKERS if reasoning else None,
         thinks=thinks,
         stream=True,
         include_usage=False,
@@ -105,11 +99,10 @@ def test_reasoning_is_parted_from_the_answer(text: str, expected: tuple[str, str
 
 def test_the_template_may_have_opened_the_reasoning() -> None:
     assert parts("hm</think>\nyes", job(thinks=True)) == ("hm", "yes")
-    markers = TOKENIZER.markers
-    assert markers is not None
-    assert opens_reasoning(markers, TOKENIZER.encode("assistant\n<think>\n"))
-    assert not opens_reasoning(markers, TOKENIZER.encode("assistant\n<think>\n\n</think>\n\n"))
-    assert not opens_reasoning(markers, TOKENIZER.encode("assistant\n"))
+    assert MARKERS is not None
+    assert opens_reasoning(MARKERS, TOKENIZER.encode("assistant\n<think>\n"))
+    assert not opens_reasoning(MARKERS, TOKENIZER.encode("assistant\n<think>\n\n</think>\n\n"))
+    assert not opens_reasoning(MARKERS, TOKENIZER.encode("assistant\n"))
 
 
 def test_where_reasoning_is_not_asked_for_the_markers_are_text() -> None:

@@ -24,10 +24,17 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+class CompletionTokensDetails(BaseModel):
+    """`reasoning_tokens`: drawn between the markers, which don't count."""
+
+    reasoning_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 class TopLogprob(BaseModel):
@@ -49,6 +56,7 @@ class AnswerMessage(BaseModel):
     role: Literal["assistant"]
     content: str
     reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 FinishReasonName = Literal["stop", "length"]
@@ -74,6 +82,7 @@ class Delta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class ChatChunkChoice(BaseModel):

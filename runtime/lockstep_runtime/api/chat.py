@@ -33,7 +33,7 @@ def encode_chat(
         TooManyTokensError: see `TextTokenizer.encode`.
     """
     given = (chat.messages, chat.variables)
-    if not any(True for text in _strings(given) for _ in tokenizer.break_points(text)):
+    if not any(True for text in strings_of(given) for _ in tokenizer.break_points(text)):
         return tokenizer.encode(template.render(chat, seconds=seconds, limit=limit), most=most)
     cut = _unused_cut(given)
 
@@ -54,15 +54,16 @@ def encode_chat(
     return ids
 
 
-def _strings(value: object) -> Iterator[str]:
+def strings_of(value: object) -> Iterator[str]:
+    """All strings in nested lists and objects, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for item in (*value.keys(), *value.values()):
-            yield from _strings(item)
+            yield from strings_of(item)
     elif isinstance(value, Sequence):
         for item in value:
-            yield from _strings(item)
+            yield from strings_of(item)
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
@@ -76,7 +77,7 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _unused_cut(given: object) -> str:
-    used = {character for text in _strings(given) for character in _CUTS if character in text}
+    used = {character for text in strings_of(given) for character in _CUTS if character in text}
     for cut in _CUTS:
         if cut not in used:
             return cut

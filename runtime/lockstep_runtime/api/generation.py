@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep_runtime.api.detokenizer import Detokenizer
+from lockstep_runtime.api.reasoning import ReasoningMarkers
 from lockstep_runtime.api.stop_matcher import StopMatcher
-from lockstep_runtime.api.tokenizer import ReasoningMarkers, TextTokenizer
+from lockstep_runtime.api.tokenizer import TextTokenizer
 from lockstep_runtime.engine.client import FinishReason, GenerationRequest, TokenEvent
 from lockstep_runtime.protocol.step import SampledToken
 
@@ -22,7 +23,8 @@ class Job:
     requests: tuple[GenerationRequest, ...]
     prompt_tokens: int
     stops: tuple[str, ...]
-    reasoning: bool  # part reasoning from answer
+    chat: bool  # the answer begins a text; a completion goes on with its prompt's
+    markers: ReasoningMarkers | None = None  # part reasoning from answer
     thinks: bool = False  # the prompt's end has opened the reasoning already
     scores_prompt: bool = False  # the prompt's log probabilities are part of the answer
     prompt_only: bool = False  # the one token that is drawn is no part of the answer
@@ -49,13 +51,13 @@ class Choice:
         self.begun = False  # its prompt's log probabilities were taken
         self.finish_reason: FinishReason | None = None
         self._tokenizer = tokenizer
-        # A chat's answer begins a text; a completion goes on with its prompt's.
-        self._detokenizer = Detokenizer(tokenizer, () if job.reasoning else request.prompt)
+        self._detokenizer = Detokenizer(tokenizer, () if job.chat else request.prompt)
         self._stops = StopMatcher(job.stops)
         self._keep_tokens = request.sampling.logprobs >= 0
         self._pending: list[SampledToken] = []
-        self._markers = tokenizer.markers if job.reasoning else None
+        self._markers = job.markers
         self._reasoning = job.thinks
+        self.reasoning_tokens = 0  # drawn between the markers
         self._prompt_only = job.prompt_only
         self._answered = False
         self._trim = self._reasoning  # newlines beside a marker belong to the markup
@@ -86,6 +88,7 @@ class Choice:
                 return self._turn(token, False, pieces)
             if token == self._markers.opening and not self._reasoning and not self._answered:
                 return self._turn(token, True, pieces)
+        self.reasoning_tokens += self._reasoning
         if text := self._detokenizer.feed(token):
             self._emit(self._stops.feed(text), pieces)
             self._check_stopped()
@@ -122,11 +125,3 @@ class Choice:
     def _append(self, text: str, pieces: list[Delta]) -> None:
         pieces.append(Delta(text, self._reasoning, tuple(self._pending)))
         self._pending.clear()
-
-
-def opens_reasoning(markers: ReasoningMarkers, prompt: Sequence[int]) -> bool:
-    """Whether a prompt ends inside an open reasoning section."""
-    for token in reversed(prompt[-8:]):
-        if token in (markers.opening, markers.closing):
-            return token == markers.opening
-    return False

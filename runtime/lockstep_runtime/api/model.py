@@ -12,9 +12,10 @@ from typing import Any, Final, TypeGuard
 import jinja2
 
 from lockstep_runtime.api.chat_template import ChatTemplate
+from lockstep_runtime.api.reasoning import CLOSING, OPENING, ReasoningMarkers, find_markers
 from lockstep_runtime.api.template_files import DEFAULT, Templates, find_templates
 from lockstep_runtime.api.tokenizer import TextTokenizer, UnsupportedTokenizerError
-from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.config import ReasoningParser, ServeConfig
 from lockstep_runtime.sources.errors import ModelError, may_pass
 from lockstep_runtime.sources.files import read_bytes, read_object
 from lockstep_runtime.sources.model_config import text_config
@@ -34,6 +35,7 @@ class Problem(enum.StrEnum):
     SETTINGS_UNREADABLE = "config.json, generation_config.json or tokenizer_config.json"
     TEMPLATE_UNREADABLE = "the chat template's file"
     TEMPLATE_MALFORMED = "the chat template's Jinja"
+    PARSER_UNFIT = "the parser that was asked for"
     UNEXPECTED = "anything else"
 
 
@@ -63,6 +65,7 @@ class ServedModel:
     tokenizer: TextTokenizer
     template: ChatTemplate | None  # None: the model is no chat model, and `why_no_template` says so
     why_no_template: str = ""
+    markers: ReasoningMarkers | None = None  # None: reasoning is part of the answer
     stop_ids: frozenset[int]
     defaults: SamplingDefaults
     vocabulary: int | None = None  # rows of its embedding: a token's id must be less; None: nobody says
@@ -98,6 +101,7 @@ def _load(config: ServeConfig) -> ServedModel:
         tokenizer=tokenizer,
         template=_template(templates, settings),
         why_no_template=templates.why_none,
+        markers=_markers(tokenizer, config.reasoning_parser),
         stop_ids=_stop_ids(tokenizer, generation, model, settings),
         defaults=sampling_defaults(generation),
         vocabulary=rows,
@@ -136,6 +140,14 @@ def _template(templates: Templates, settings: Mapping[str, Any]) -> ChatTemplate
     except jinja2.TemplateSyntaxError as error:
         words = f"{templates.places[DEFAULT]}: the chat template is malformed in line {error.lineno}: {error.message}"
         raise ModelUnavailableError(Problem.TEMPLATE_MALFORMED, words) from error
+
+
+def _markers(tokenizer: TextTokenizer, parser: ReasoningParser) -> ReasoningMarkers | None:
+    markers = find_markers(tokenizer.added, parser)
+    if markers is None and parser not in ("auto", "none"):
+        words = f"--reasoning-parser {parser} needs the tokens {OPENING} and {CLOSING}, which the tokenizer lacks"
+        raise ModelUnavailableError(Problem.PARSER_UNFIT, f"{words}: choose auto or none")
+    return markers
 
 
 def _token_text(token: object) -> str | None:

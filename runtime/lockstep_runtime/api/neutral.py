@@ -52,9 +52,6 @@ REFUSED: Final[Mapping[str, Neutral]] = {
     "priority": Neutral((0,), "requests are served in the order of their arrival; leave it out"),
     "prompt_embeds": Neutral(([], ""), _NO_EMBEDDINGS),
     "prompt_logprobs": Neutral((False,), "ask /v1/completions with `echo` and `logprobs`"),
-    "reasoning_effort": Neutral(
-        (), "what the model's template knows goes into chat_template_kwargs, e.g. enable_thinking"
-    ),
     "repetition_penalty": Neutral((1,), _PENALTIES),
     "response_format": Neutral(({}, {"type": "text"}), _CONSTRAINED),
     "return_token_ids": Neutral(OFF, "answers hold text; leave it out"),

@@ -5,13 +5,12 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
-from lockstep_runtime.api.chat import encode_chat
-from lockstep_runtime.api.chat_template import Chat
+from lockstep_runtime.api.chat_prompt import chat_prompt
 from lockstep_runtime.api.errors import ApiError, invalid, too_long
-from lockstep_runtime.api.generation import Job, opens_reasoning
+from lockstep_runtime.api.generation import Job
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.model import SamplingDefaults, ServedModel
 from lockstep_runtime.api.response_format import ChatFormat, CompletionFormat, ResponseFormat
@@ -35,27 +34,13 @@ class RequestBuilder:
     limits: Limits
 
     def chat(self, request: ChatRequest) -> tuple[Job, ResponseFormat]:
-        if self.model.template is None:
-            raise invalid(self.model.why_no_template, "messages")
-        chat = Chat(
-            messages=[message.for_template() for message in request.messages],
-            variables=request.chat_template_kwargs or {},
-            add_generation_prompt=request.add_generation_prompt is not False,
-        )
         try:
-            prompt = encode_chat(
-                self.model.template,
-                self.model.tokenizer,
-                chat,
-                seconds=self.limits.render_seconds,
-                limit=self.limits.max_prompt_chars,
-                most=self.max_model_len,
-            )
+            prompt = chat_prompt(self.model, request, self.limits, most=self.max_model_len)
         except TooManyTokensError as error:
             raise self._too_long(str(error), "messages") from None
-        requests = self._requests("chatcmpl", request, [tuple(prompt)], request.asked_tokens, "messages", False)
+        requests = self._requests("chatcmpl", request, [tuple(prompt.ids)], request.asked_tokens, "messages", False)
         logprobs = request.asked_logprobs >= 0
-        job = self._job(request, requests, thinks=self._thinks(chat, prompt), reasoning=True)
+        job = self._job(request, requests, chat=True, thinks=prompt.thinks)
         return job, ChatFormat(self.model.tokenizer, len(requests), logprobs=logprobs)
 
     def completion(self, request: CompletionRequest) -> tuple[Job, ResponseFormat]:
@@ -87,23 +72,6 @@ class RequestBuilder:
 
     def _text(self, prompt: str | list[int]) -> str:
         return prompt if isinstance(prompt, str) else self.model.tokenizer.decode(prompt)
-
-    def _thinks(self, chat: Chat, prompt: list[int]) -> bool:
-        """Whether the template opened the reasoning. A marker that stands in what users wrote means nothing: where
-        there is one near the end, what the template adds after the last message decides."""
-        markers, template = self.model.tokenizer.markers, self.model.template
-        if markers is None or template is None or not opens_reasoning(markers, prompt):
-            return False
-        opening = self.model.tokenizer.decode([markers.opening])
-        if not any(opening in text for message in chat.messages for text in map(str, message.values())):
-            return True
-        seconds, limit = self.limits.render_seconds, self.limits.max_prompt_chars
-        with_prompt = template.render(chat, seconds=seconds, limit=limit)
-        without = template.render(replace(chat, add_generation_prompt=False), seconds=seconds, limit=limit)
-        pairs = enumerate(zip(with_prompt, without, strict=False))
-        common = next((index for index, (one, other) in pairs if one != other), min(len(with_prompt), len(without)))
-        added = with_prompt[common:]
-        return opens_reasoning(markers, self.model.tokenizer.encode(added))
 
     def _requests(
         self,
@@ -137,7 +105,7 @@ class RequestBuilder:
         request: ChatRequest | CompletionRequest,
         requests: Sequence[GenerationRequest],
         *,
-        reasoning: bool = False,
+        chat: bool = False,
         thinks: bool = False,
         prompt_only: bool = False,
         scores_prompt: bool = False,
@@ -150,7 +118,8 @@ class RequestBuilder:
             requests=tuple(requests),
             prompt_tokens=sum(len(one.prompt) for one in requests[:: request.choices]),
             stops=tuple(request.stop or ()),
-            reasoning=reasoning,
+            chat=chat,
+            markers=self.model.markers if chat else None,
             thinks=thinks,
             prompt_only=prompt_only,
             scores_prompt=scores_prompt,

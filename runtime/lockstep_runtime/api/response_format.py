@@ -59,9 +59,9 @@ class ChatFormat:
         return None
 
     def delta(self, index: int, piece: Delta) -> Json:
-        name = "reasoning_content" if piece.reasoning else "content"
         logprobs = None if self._described is None else self._described[index].of(piece.tokens)
-        return self._part(index, {name: piece.text}, logprobs, None)
+        delta = _reasoning(piece.text) if piece.reasoning else {"content": piece.text}
+        return self._part(index, delta, logprobs, None)
 
     def closing(self, index: int, reason: str) -> Json:
         return self._part(index, {}, None, reason)
@@ -74,12 +74,17 @@ class ChatFormat:
     def choice(self, index: int, reason: str) -> Json:
         message = {"role": "assistant", "content": "".join(self._answers[index])}
         if reasoning := "".join(self._thoughts[index]):
-            message["reasoning_content"] = reasoning
+            message |= _reasoning(reasoning)
         logprobs = None if self._described is None else self._described[index].take()
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def _part(self, index: int, delta: Json, logprobs: Json | None, reason: str | None) -> Json:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _reasoning(text: str) -> Json:
+    """By both of its names: SGLang's and DeepSeek's clients read the first, vLLM's the second."""
+    return {"reasoning_content": text, "reasoning": text}
 
 
 class CompletionFormat:

@@ -108,6 +108,7 @@ def _are_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int and item >= 0 for item in value)
 
 
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 _Flag = Annotated[bool | None, BeforeValidator(_flag)]  # null: the default
 
 
@@ -119,6 +120,7 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, PlainValidator(_text), WithJsonSchema(_CONTENT_SCHEMA)] = ""
     reasoning_content: str | None = None
+    reasoning: str | None = Field(None, description="vLLM's name of reasoning_content")
 
     @model_validator(mode="before")
     @classmethod
@@ -134,7 +136,8 @@ class Message(_Strict):
     def for_template(self) -> dict[str, str]:
         """Templates know `system`; OpenAI's newer name for the same role is `developer`."""
         shown = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
-        return shown if self.reasoning_content is None else shown | {"reasoning_content": self.reasoning_content}
+        thoughts = self.reasoning if self.reasoning_content is None else self.reasoning_content
+        return shown if thoughts is None else shown | {"reasoning_content": thoughts}
 
 
 class StreamOptions(_Strict):
@@ -199,6 +202,7 @@ class ChatRequest(_Request):
     logprobs: _Flag = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: ReasoningEffort | None = Field(None, description="none: without reasoning, if the model can")
     add_generation_prompt: _Flag = None
 
     @model_validator(mode="after")
@@ -206,6 +210,12 @@ class ChatRequest(_Request):
         if self.top_logprobs and not self.logprobs:
             raise invalid("`top_logprobs` needs `logprobs`: true", "top_logprobs")
         return self
+
+    def template_variables(self) -> dict[str, Any]:
+        """An effort is a variable of some templates, and for the others a switch."""
+        effort = self.reasoning_effort
+        implied = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+        return implied | (self.chat_template_kwargs or {})
 
     @property
     def asked_tokens(self) -> int | None:

@@ -218,10 +218,14 @@ class Answer(Response):
     def _event(self, choice: Mapping[str, Any]) -> bytes:
         return self._head + msgspec.json.encode(choice) + self._tail
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         drawn = sum(choice.tokens for choice in self._choices)
         prompt = self._job.prompt_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
+        usage = {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
+        if not self._job.chat:
+            return usage
+        reasoning = sum(choice.reasoning_tokens for choice in self._choices)
+        return usage | {"completion_tokens_details": {"reasoning_tokens": reasoning}}
 
     def _bounded(self, send: Send, gone: asyncio.Task[None]) -> Send:
         """A client that takes nothing for too long is as good as gone."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -27,14 +26,6 @@ class TooManyTokensError(ValueError):
     """A text has more tokens than allowed. The message has their number, as far as it is known."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReasoningMarkers:
-    """The two tokens between which a model thinks aloud."""
-
-    opening: int
-    closing: int
-
-
 class TextTokenizer:
     """A `tokenizer.json`: byte-level BPE (GPT-2, Qwen, Llama 3), SentencePiece's kinds (Llama 2, Mistral, Gemma), and
     whatever else the library decodes.
@@ -53,7 +44,7 @@ class TextTokenizer:
         rowless = {id: token.content for id, token in added.items() if rows is not None and id >= rows}
         self._rowless = frozenset(text for id, text in rowless.items() if id in special)
         self._cut = _any_of({**special, **rowless}.values())
-        self.markers = _markers(tokenizer)
+        self.added = {token.content: id for id, token in added.items()}
         self.bytes = TokenBytes(tokenizer, frozenset(added))
         self.names = TokenNames(self.bytes.of)
         self.longest_token = longest_token(tokenizer)
@@ -142,9 +133,3 @@ class TextTokenizer:
 def _any_of(strings: Iterable[str]) -> re.Pattern[str] | None:
     alternatives = sorted(filter(None, strings), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, alternatives))) if alternatives else None
-
-
-def _markers(tokenizer: Tokenizer) -> ReasoningMarkers | None:
-    added = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items()}
-    opening, closing = added.get("<think>"), added.get("</think>")
-    return ReasoningMarkers(opening, closing) if opening is not None and closing is not None else None

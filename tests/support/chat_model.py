@@ -1,0 +1,54 @@
+"""tiny-chat's text side with the markers and templates of models that think and call tools."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Final
+
+from tests.support.api_server import TINY_CHAT
+from tokenizers import AddedToken, Tokenizer
+
+MARKERS: Final = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # text in an answer, as in Qwen3's tokenizer
+SPECIAL: Final = ("<|python_tag|>", "<|eom_id|>")  # none, as in Llama 3's
+
+# As Qwen3.5's: thinking begins in the prompt, unless it is switched off.
+THINKING: Final = """
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.reasoning_content %}{{ '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}{% endif %}
+{{- message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}
+{%- else %}{{ '<think>\\n' }}{% endif %}
+{%- endif %}"""
+
+
+def chat_tokenizer() -> Tokenizer:
+    """tiny-chat's, with the markers."""
+    tokenizer: Tokenizer = Tokenizer.from_file(str(TINY_CHAT / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in MARKERS])
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in SPECIAL])
+    return tokenizer
+
+
+def write_chat_model(folder: Path, template: str | None = None) -> Path:
+    """What the api reads of a model.
+
+    Args:
+        template: Jinja in the place of tiny-chat's own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("chat_template.jinja", "generation_config.json", "tokenizer_config.json"):
+        shutil.copy(TINY_CHAT / name, folder)
+    tokenizer = chat_tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = json.loads((TINY_CHAT / "config.json").read_text())
+    config["vocab_size"] = tokenizer.get_vocab_size(with_added_tokens=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
