@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.agreement import Oracle, agree, agree_in_bfloat16, dense
 from tests.support.models import ModelShape, write_model
 from tests.support.ranks import Ranks, everything, piece
 from torch import Tensor
@@ -32,6 +33,8 @@ SHAPES = {
     "one kv head": ModelShape(heads=8, kv_heads=1, head_dim=8, layers=3, vocabulary=97),
     "wide heads, uneven mlp": ModelShape(heads=4, kv_heads=4, head_dim=32, hidden=36, intermediate=50, tied=True),
     "vocabulary of fewer rows than padding": ModelShape(vocabulary=9, heads=4, kv_heads=2),
+}
+ROPES = {
     "yarn": ModelShape(
         max_positions=256,
         rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
@@ -50,79 +53,34 @@ SHAPES = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @functools.cache
-    def make(name: str) -> tuple[Path, Any]:
-        path = write_model(tmp_path_factory.mktemp("model"), SHAPES[name], shards=3)
-        return path, Qwen3ForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    def make(name: str) -> Oracle:
+        return Oracle(write_model(tmp_path_factory.mktemp("model"), (SHAPES | ROPES)[name], shards=3), Qwen3ForCausalLM)
 
     return make
 
 
-def oracle_logprobs(oracle: Any, tokens: list[int]) -> Tensor:
-    """[tokens, vocabulary]"""
-    with torch.inference_mode():
-        logits: Tensor = oracle(torch.tensor([tokens])).logits[0]
-        return logits.log_softmax(-1)
-
-
-def prompt_of(length: int, vocabulary: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    drawn: list[int] = torch.randint(0, vocabulary, (length,), generator=generator).tolist()
-    return drawn
-
-
-def dense(top: list[tuple[int, float]], vocabulary: int) -> Tensor:
-    out = torch.full((vocabulary,), float("nan"))
-    for token, logprob in top:
-        out[token] = logprob
-    return out
+@pytest.mark.parametrize(
+    ("name", "size"), [*((name, size) for name in SHAPES for size in (1, 2, 4)), *((name, 2) for name in ROPES)]
+)
+def test_it_agrees_with_transformers(models: Any, name: str, size: int) -> None:
+    agree(models(name), size)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("name", SHAPES)
-def test_log_probabilities_and_greedy_tokens_equal_transformers(models: Any, name: str, size: int) -> None:
-    shape = SHAPES[name]
-    path, oracle = models(name)
-    prompt = prompt_of(75, shape.vocabulary)
-    blocks = [5, 6, 7, 8]
-    with Ranks(path, size) as ranks:
-        output = ranks.step(piece(1, 0, prompt, blocks, everything(shape.vocabulary)))
-        mine = dense(output.sampled[0].top, shape.vocabulary)
-        torch.testing.assert_close(mine, oracle_logprobs(oracle, prompt)[-1], atol=1e-4, rtol=0)
-        drawn = ranks.greedy(prompt, 16, blocks)
-    inputs = torch.tensor([prompt])
-    expected = oracle.generate(
-        inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=16, pad_token_id=0
-    )[0, len(prompt) :]
-    assert drawn == expected.tolist()
-
-
-def test_chunks_scattered_blocks_and_company_change_nothing(models: Any) -> None:
-    shape = SHAPES["small"]
-    path, oracle = models("small")
-    first, second = prompt_of(90, shape.vocabulary, 1), prompt_of(41, shape.vocabulary, 2)
-    scattered, side_by_side = [9, 3, 17, 4], [20, 21]
-    sample = everything(shape.vocabulary)
-    with Ranks(path, 2) as ranks:
-        ranks.step(piece(1, 0, first[:33], scattered), piece(2, 0, second[:40], side_by_side))
-        ranks.step(piece(1, 33, first[33:70], scattered))
-        output = ranks.step(
-            piece(2, 40, second[40:], side_by_side, sample), piece(1, 70, first[70:], scattered, sample)
-        )
-    assert [token.sequence_id for token in output.sampled] == [2, 1]
-    for drawn, prompt in zip(output.sampled, (second, first), strict=True):
-        mine = dense(drawn.top, shape.vocabulary)
-        torch.testing.assert_close(mine, oracle_logprobs(oracle, prompt)[-1], atol=1e-4, rtol=0)
+def test_in_bfloat16_it_is_as_near_as_transformers(tmp_path: Path, size: int) -> None:
+    path = write_model(tmp_path, ModelShape(dtype="bfloat16", hidden=64, layers=3))
+    agree_in_bfloat16(path, Qwen3ForCausalLM, size)
 
 
 def test_a_long_chunk_is_attended_in_tiles(models: Any) -> None:
     shape = SHAPES["small"]
-    path, oracle = models("small")
-    prompt = prompt_of(1300, shape.vocabulary)
-    with Ranks(path, 2) as ranks:
+    oracle = models("small")
+    prompt = oracle.prompt(1300)
+    with Ranks(oracle.path, 2) as ranks:
         ranks.step(piece(1, 0, prompt[:100], list(range(41))))
         output = ranks.step(piece(1, 100, prompt[100:], list(range(41)), everything(shape.vocabulary)))
-    mine = dense(output.sampled[0].top, shape.vocabulary)
-    torch.testing.assert_close(mine, oracle_logprobs(oracle, prompt)[-1], atol=1e-4, rtol=0)
+    mine = dense(output.sampled[0], shape.vocabulary)
+    torch.testing.assert_close(mine, oracle.logprobs(prompt)[-1], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -131,13 +89,13 @@ def test_half_precision_checkpoints_stay_close_to_float32(tmp_path: Path, dtype:
     """Weights in half precision on both sides; the oracle computes in float32, we as this machine does best."""
     shape = ModelShape(dtype=dtype, tied=tied, hidden=64)
     path = write_model(tmp_path, shape)
-    oracle = Qwen3ForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    prompt = prompt_of(50, shape.vocabulary)
+    oracle = Oracle(path, Qwen3ForCausalLM)
+    prompt = oracle.prompt(50)
     with Ranks(path, 2) as ranks:
         output = ranks.step(piece(1, 0, prompt, [0, 1], everything(shape.vocabulary)))
         ranks.greedy(prompt, 3, [0, 1])
-    mine = dense(output.sampled[0].top, shape.vocabulary)
-    torch.testing.assert_close(mine, oracle_logprobs(oracle, prompt)[-1], atol=0.1, rtol=0)
+    mine = dense(output.sampled[0], shape.vocabulary)
+    torch.testing.assert_close(mine, oracle.logprobs(prompt)[-1], atol=0.1, rtol=0)
 
 
 PACKED = [
@@ -155,11 +113,11 @@ def test_a_whole_model_computes_with_any_kernel(tmp_path: Path, dtype: torch.dty
         pytest.skip(f"this machine or torch can't run it: {trouble}")
     shape = ModelShape(dtype=str(dtype).removeprefix("torch."), tied=tied, hidden=64, vocabulary=257)
     path = write_model(tmp_path, shape)
-    prompt = prompt_of(50, shape.vocabulary)
+    oracle = Oracle(path, Qwen3ForCausalLM)
+    prompt = oracle.prompt(50)
     first, second = (logits_of(path, place(CPU, dtype, kernel), prompt) for _ in range(2))
     assert torch.equal(first, second)
-    oracle = Qwen3ForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    torch.testing.assert_close(first.log_softmax(-1), oracle_logprobs(oracle, prompt)[-1], atol=0.1, rtol=0)
+    torch.testing.assert_close(first.log_softmax(-1), oracle.logprobs(prompt)[-1], atol=0.1, rtol=0)
 
 
 def logits_of(path: Path, placement: Placement, prompt: list[int]) -> Tensor:
