@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lockstep_runtime.layers.placement import place
 from lockstep_runtime.layers.weight import PlainWeight
+from lockstep_runtime.sources.errors import ModelError
 from lockstep_runtime.weights import checkpoint
 from lockstep_runtime.weights.cache import Identity
 from lockstep_runtime.weights.checkpoint import Checkpoint
@@ -137,6 +138,38 @@ def test_experts_are_read_one_by_one_or_as_they_are_stacked(tmp_path: Path) -> N
     ups = torch.empty(experts, inner // 2, hidden)
     reader.read((stacked,), 0, experts, ups)
     assert ups.equal(expected[:, inner // 2 :])
+    reader.close()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_single_experts_may_be_stacked_in_the_checkpoint(tmp_path: Path, stacked: bool) -> None:
+    """The weight cache holds the same under the same names."""
+    experts, inner, hidden, shard = 3, 4, 5, RankInfo(1, 2)
+    gate_up = torch.randn(experts, 2 * inner, hidden, generator=torch.Generator().manual_seed(1))
+    single = {f"{n}.{name}": gate_up[n].chunk(2)[at].clone() for n in range(experts) for at, name in enumerate("gu")}
+    save_file({"gate_up": gate_up} if stacked else single, tmp_path / "model.safetensors")
+    slices = [
+        split_slice(
+            f"{n}.{name}", inner, hidden, shard=shard,
+            otherwise=split_slice("gate_up", *gate_up.shape, shard=shard, part=part, index=n),
+        )
+        for n in range(experts)
+        for name, part in (("g", (0, inner)), ("u", (inner, 2 * inner)))
+    ]  # fmt: skip
+    weights = [PlainWeight(*slices, placement=place(torch.device("cpu"), torch.float32, None)) for _ in range(2)]
+    load_weights(tmp_path, weights[:1], lambda done, total: None)
+    cache, _ = fill_cache(tmp_path / "cache", IDENTITY, {}, tmp_path, weights[1:], lambda done, total: None, 0)
+    attach_weights(cache, weights[1:], lambda done, total: None)
+    expected = gate_up.view(2 * experts, inner, hidden)[:, inner // 2 :].reshape(-1, hidden)
+    assert all(weight.data.equal(expected) for weight in weights)
+    assert list(cache.contents.checksums) == ["+".join(f"{one.tensor}[2:4]" for one in slices)]
+
+
+def test_one_that_is_missing_in_either_form_is_named(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(4, 6)}, tmp_path / "model.safetensors")
+    reader = Checkpoint(tmp_path)
+    with pytest.raises(ModelError, match=r"the tensor 0\.g is missing"):
+        reader.find(replace(replicated("0.g", 4, 6), otherwise=replicated("gate_up", 4, 6)))
     reader.close()
 
 

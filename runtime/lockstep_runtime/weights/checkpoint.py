@@ -80,6 +80,13 @@ class Checkpoint:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
+    def _placed(self, tensor_slice: TensorSlice) -> TensorSlice:
+        """The slice itself, or the one that stands for it in this checkpoint."""
+        other = tensor_slice.otherwise
+        if other is not None and tensor_slice.tensor not in self._entries and other.tensor in self._entries:
+            return other
+        return tensor_slice
+
     def find(self, tensor_slice: TensorSlice) -> Entry:
         """The slice's tensor, checked.
 
@@ -87,6 +94,7 @@ class Checkpoint:
             ModelError: it is missing, of a type that is not computed with, or has another shape than the model's
                 configuration implies.
         """
+        tensor_slice = self._placed(tensor_slice)
         entry = self._entries.get(tensor_slice.tensor)
         if entry is None:
             raise ModelError(self._missing(tensor_slice.tensor))
@@ -132,7 +140,7 @@ class Checkpoint:
         """
         if not out.is_contiguous():
             raise ValueError("only contiguous memory can be read into")
-        for rows in rows_of(slices, start, stop):
+        for rows in rows_of(tuple(map(self._placed, slices)), start, stop):
             entry = self.find(rows.tensor_slice)
             target = out[rows.at : rows.at + rows.stop - rows.start]
             if not target.numel():
@@ -148,6 +156,7 @@ class Checkpoint:
         Raises:
             ValueError: they don't lie side by side.
         """
+        tensor_slice = self._placed(tensor_slice)
         entry = self.find(tensor_slice)
         place = tensor_slice.pieces(0, tensor_slice.rows)
         if place.count != 1 or len(tensor_slice.local_shape) != 2:

@@ -24,7 +24,8 @@ class TensorSlice:
     """The range [start, stop) of `tensor` along `dim`; everything along its other dimensions.
 
     With an `index`, `tensor` is a stack ([experts, outputs, inputs]), and this is a range of the one `tensor[index]`:
-    `dim` and `local_shape` leave the stack's own dimension out.
+    `dim` and `local_shape` leave the stack's own dimension out. `otherwise`: where the same numbers are in checkpoints
+    that have no `tensor`, such as stacked experts in the place of single ones; of the same `local_shape`.
     """
 
     tensor: str
@@ -33,6 +34,7 @@ class TensorSlice:
     start: int
     stop: int
     index: int | None = None
+    otherwise: TensorSlice | None = None
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
@@ -98,16 +100,20 @@ def split_slice(
     dim: int = 0,
     part: tuple[int, int] | None = None,
     index: int | None = None,
+    otherwise: TensorSlice | None = None,
 ) -> TensorSlice:
     """An even share of the rows (dim 0: a column-parallel layer) or columns (dim 1: a row-parallel layer).
 
     Args:
         part: of several that are packed into one tensor along `dim` (gate and up), the range that is shared.
         index: the one of a stack; `dim` leaves the stack's own dimension out.
+        otherwise: the same share of another tensor, for checkpoints that don't have this one.
     """
     base, end = _part(shape, dim, part, index)
     start, stop = even_range(end - base, shard)
-    return TensorSlice(tensor=tensor, shape=shape, dim=dim, start=base + start, stop=base + stop, index=index)
+    return TensorSlice(
+        tensor=tensor, shape=shape, dim=dim, start=base + start, stop=base + stop, index=index, otherwise=otherwise
+    )
 
 
 def head_slice(
