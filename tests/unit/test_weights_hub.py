@@ -16,7 +16,7 @@ from tests.support.fake_hub import COMMIT, Failure, FakeHub, fake_hub
 
 from lockstep_runtime.protocol.bus import LoadFailure
 from lockstep_runtime.sources.errors import ModelError
-from lockstep_runtime.sources.hub import SLOW_RETRY_SECONDS, explain
+from lockstep_runtime.sources.hub_errors import SLOW_RETRY_SECONDS, explain
 from lockstep_runtime.sources.model_folder import find_model, read_config
 from lockstep_runtime.worker.fault_classifier import load_failure
 
@@ -57,21 +57,22 @@ def refused(tmp_path: Path, model: str = MODEL, words: str | None = None) -> Mod
     return caught.value
 
 
-def test_a_model_is_downloaded_its_configuration_first(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_model_is_downloaded_its_weights_last(hub: FakeHub, tmp_path: Path) -> None:
     folder = found(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in TINY_CHAT.iterdir())
     files = [path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path]
-    assert files[0] == "config.json"
-    assert "model.safetensors" in files[1:]
+    assert files[-1] == "model.safetensors"
 
 
 def test_weights_that_nobody_reads_are_not_fetched(hub: FakeHub, tmp_path: Path) -> None:
-    for name in ("consolidated.safetensors", "original/model.safetensors", "pytorch_model.bin", "extra/chat.jinja"):
+    kept, unread = "additional_chat_templates/tools.jinja", ("README.md", "training_args.json", "extra/chat.jinja")
+    others = ("consolidated.safetensors", "original/model.safetensors", "pytorch_model.bin", "model-1-of-2.safetensors")
+    for name in (kept, *unread, *others):
         (hub.folder / name).parent.mkdir(exist_ok=True)
         (hub.folder / name).write_bytes(b"x")
     folder = found(tmp_path)
     fetched = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-    assert fetched == {path.name for path in TINY_CHAT.iterdir()} | {"extra/chat.jinja"}
+    assert fetched == {path.name for path in TINY_CHAT.iterdir()} | {kept}
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_what_is_neither_a_folder_nor_a_hub_id_is_said(tmp_path: Path, name: str
     ],
 )
 def test_a_disk_that_refuses_a_download_is_named(number: int, kind: LoadFailure) -> None:
-    error = explain(MODEL, None, OSError(number, "", "/cache/blobs/x.incomplete"))
+    error = explain(MODEL, None, OSError(number, "", "/cache/blobs/x.incomplete"), "https://hub")
     assert error.kind is kind
     assert str(error).startswith("org/model can't be stored: /cache/blobs/x.incomplete: ")
     assert ("write there, or name another cache" in str(error)) is (kind is PERMANENT)

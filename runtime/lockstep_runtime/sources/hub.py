@@ -1,139 +1,150 @@
-"""Models by hub id: turns huggingface_hub's errors into sentences with a remedy, and whether to retry."""
+"""What is asked of a hub, through huggingface_hub: which commit a revision is, which files it has, and their contents.
+
+The library's own download into its cache begins anew when its process has ended (each writes to a file of its own,
+https://github.com/huggingface/huggingface_hub/pull/4228), and says nothing on the way. So the transfer is made here,
+with the library's client, addresses, headers and errors.
+"""
 
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from lockstep_runtime.protocol.bus import LoadFailure
-from lockstep_runtime.sources.errors import ModelError, chain, lasts
+from lockstep_runtime.sources.hub_cache import CHUNK_BYTES
+from lockstep_runtime.sources.hub_errors import explain, wrong_contents
+from lockstep_runtime.sources.repository import Digest, RemoteFile
 
-SLOW_RETRY_SECONDS: Final = 30.0  # where a person must act: the hub is asked again, but seldom
-UNREAD: Final = ["consolidated*.safetensors", "*/*.safetensors"]  # the same weights in other layouts
-_TOKEN: Final = "the token (HF_TOKEN; in a TensorParallelModel spec.model.huggingFace.tokenSecretRef)"  # noqa: S105
+READ_SECONDS: Final = 20.0  # without a byte
+AGAIN_SECONDS: Final = 0.5  # before a connection that was cut is made again
+Moved = Callable[[int], None]  # so many bytes came; negative: what was there is of no use
 
 
-def download(model: str, revision: str | None, directory: str | None, patterns: list[str]) -> Path:
-    """The snapshot's folder, with all files that match.
+class Hub:
+    """`endpoint` None: huggingface.co, or HF_ENDPOINT. `token` None: that of `hf auth login`, False: none."""
 
-    Raises:
-        ModelError: the hub did not deliver it.
-    """
-    from huggingface_hub import snapshot_download
+    def __init__(self, endpoint: str | None, token: str | bool | None) -> None:
+        self._endpoint, self._token = endpoint, token
 
-    try:
-        found = snapshot_download(
-            model,
-            revision=revision,
-            cache_dir=directory,
-            allow_patterns=patterns,
-            ignore_patterns=UNREAD,
-            endpoint=_hub(),
+    @property
+    def endpoint(self) -> str:
+        from huggingface_hub import constants
+
+        return (self._endpoint or os.environ.get("HF_ENDPOINT") or str(constants.ENDPOINT)).rstrip("/")
+
+    def resolve(self, repo: str, revision: str) -> str:
+        """The commit that the revision is now.
+
+        Raises:
+            ModelError: the hub did not say.
+        """
+        return str(self._info(repo, revision).sha)
+
+    def files(self, repo: str, commit: str) -> list[RemoteFile]:
+        """
+        Raises:
+            ModelError: the hub did not list them.
+        """
+        return [
+            _remote(repo, one, self.endpoint) for one in self._info(repo, commit, files_metadata=True).siblings or ()
+        ]
+
+    def _info(self, repo: str, revision: str, *, files_metadata: bool = False) -> Any:
+        from huggingface_hub import HfApi
+
+        api = HfApi(endpoint=self.endpoint, token=self._token, library_name="lockstep")
+        try:
+            return api.model_info(repo, revision=revision, files_metadata=files_metadata, timeout=READ_SECONDS)
+        except Exception as error:  # of the library, or of its HTTP client
+            raise explain(repo, revision, error, self.endpoint) from error
+
+    def transfer(self, repo: str, commit: str, file: RemoteFile, part: Path, moved: Moved) -> None:
+        """Append to `part` what it lacks, and check it. A connection that is cut is made again as long as it helps.
+
+        Raises:
+            ModelError: the hub did not deliver it, or the disk refuses. What came stays, for the next time.
+        """
+        try:
+            for attempt in range(2):
+                digest = self._whole(repo, commit, file, part, moved)
+                if digest.found == digest.expected:
+                    return
+                part.unlink()
+                moved(-file.size)
+                if attempt:
+                    raise wrong_contents(repo, file.path, digest.name, digest.found, digest.expected, self.endpoint)
+        except Exception as error:
+            raise explain(repo, commit, error, self.endpoint) from error
+
+    def _whole(self, repo: str, commit: str, file: RemoteFile, part: Path, moved: Moved) -> Digest:
+        """Until it has its size."""
+        while True:
+            had = part.stat().st_size if part.exists() else 0
+            try:
+                digest, size = self._append(repo, commit, file, part, moved)
+                if size >= file.size:
+                    return digest
+                ended: Exception = ConnectionError(f"{self.endpoint} ended after {size} of {file.size} bytes")
+            except Exception as error:
+                ended = error
+            if part.stat().st_size <= had:
+                raise ended
+            time.sleep(AGAIN_SECONDS)
+
+    def _append(self, repo: str, commit: str, file: RemoteFile, part: Path, moved: Moved) -> tuple[Digest, int]:
+        """One request. Returns the hash of what is there, and its size."""
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("r+b" if part.exists() else "w+b") as stream:
+            digest, have = file.digest, 0
+            while chunk := stream.read(CHUNK_BYTES):
+                digest.update(chunk)
+                have += len(chunk)
+            if have > file.size:
+                moved(-have)
+                stream.truncate(0)
+                stream.seek(0)
+                digest, have = file.digest, 0
+            if have < file.size or not file.size:
+                digest, have = self._receive(repo, commit, file, stream, (digest, have), moved)
+            stream.flush()
+            os.fsync(stream.fileno())
+        return digest, have
+
+    def _receive(
+        self, repo: str, commit: str, file: RemoteFile, stream: Any, known: tuple[Digest, int], moved: Moved
+    ) -> tuple[Digest, int]:
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils import (  # type: ignore[attr-defined] # documented, and not marked so for mypy
+            build_hf_headers,
+            hf_raise_for_status,
         )
-        return Path(found)
-    except Exception as error:  # of the library, of its HTTP client (another one in each major version), of the disk
-        raise explain(model, revision, error) from error
+
+        digest, have = known
+        url = hf_hub_url(repo, file.path, revision=commit, endpoint=self.endpoint)
+        headers = build_hf_headers(token=self._token, library_name="lockstep") | {"Accept-Encoding": "identity"}
+        if have:
+            headers["Range"] = f"bytes={have}-"
+        with get_session().stream("GET", url, headers=headers, timeout=READ_SECONDS) as response:
+            hf_raise_for_status(response)
+            if have and response.status_code != 206:  # it begins anew, whatever was asked for
+                moved(-have)
+                stream.truncate(0)
+                stream.seek(0)
+                digest, have = file.digest, 0
+            for chunk in response.iter_bytes():
+                stream.write(chunk)
+                digest.update(chunk)
+                have += len(chunk)
+                moved(len(chunk))
+                if have > file.size:
+                    break
+        return digest, have
 
 
-def explain(model: str, revision: str | None, error: Exception) -> ModelError:
-    """The first cause that names itself decides: the library wraps what its HTTP client raises."""
-    for cause in chain(error):
-        if found := _explain(model, revision, cause):
-            return found
-    return _transient(f"{model} is no directory here, and the hub did not deliver it: {_words(error)}")
-
-
-def _explain(model: str, revision: str | None, error: BaseException) -> ModelError | None:
-    from huggingface_hub import errors
-
-    kinds = {cls.__name__ for cls in type(error).__mro__}
-    if isinstance(error, errors.GatedRepoError):
-        return _permanent(
-            f"{model} is gated: ask for access on its page at {_hub()}, and give {_TOKEN} of that account"
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return _permanent(f"{model} has no revision {revision or 'main'} at {_hub()}: give another")
-    if isinstance(error, errors.HfHubHTTPError):
-        return _by_status(model, error)
-    if isinstance(error, errors.HFValidationError):
-        return _permanent(f"{model} is neither a directory here nor a hub id such as Qwen/Qwen3-8B")
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return _permanent(f"{model} is not in the cache, and HF_HUB_OFFLINE forbids to download it: unset that")
-    if "ProxyError" in kinds:
-        return _transient(
-            f"{model} can't be downloaded: the proxy ({_proxy()}) refuses: {_words(error)}; fix HTTPS_PROXY"
-        )
-    if kinds & {"ConnectError", "TimeoutException", "NetworkError", "RemoteProtocolError", "ReadError"}:
-        return _transient(f"{model} can't be downloaded now: {_hub()} can't be reached: {_words(error)}; tried again")
-    if isinstance(error, OSError) and error.errno is not None:
-        return _unstored(model, error)
-    return None
-
-
-def _unstored(model: str, error: OSError) -> ModelError:
-    message = f"{model} can't be stored: {error.filename or 'the cache'}: {os.strerror(error.errno or 0)}"
-    if not lasts(error):
-        return _transient(message)
-    who = f"user {os.geteuid()} (group {os.getegid()})"
-    return _permanent(f"{message}; let {who} write there, or name another cache (spec.model.cache, --download-dir)")
-
-
-def _by_status(model: str, error: Any) -> ModelError:
-    status = error.response.status_code
-    if status in (401, 403):
-        return _permanent(
-            f"{_hub()} refuses {model} ({status}): it needs another token, or there is no such model: check {_TOKEN}"
-        )
-    if status == 404:
-        return _permanent(
-            f"{_hub()} has no model {model}, or not for this token ({status}): check the name and {_TOKEN}"
-        )
-    if status == 407:
-        return _permanent(
-            f"{model} can't be downloaded: the proxy ({_proxy()}) needs a password (407): fix HTTPS_PROXY"
-        )
-    if status == 429:
-        wait = _retry_after(error.response.headers.get("retry-after"))
-        return _transient(
-            f"{_hub()} allows no more requests now (429) and {model} is tried again after {wait:g} s", wait
-        )
-    if status >= 500:
-        return _transient(f"{_hub()} fails ({status}) and {model} is tried again")
-    return _permanent(f"{_hub()} refuses {model}: {status} {error.response.reason_phrase}")
-
-
-def _retry_after(header: str | None) -> float:
-    return min(float(header), 600.0) if header and header.isdecimal() else SLOW_RETRY_SECONDS
-
-
-def _permanent(message: str) -> ModelError:
-    return ModelError(message, kind=LoadFailure.PERMANENT, retry_after=SLOW_RETRY_SECONDS)
-
-
-def _transient(message: str, retry_after: float = 0.0) -> ModelError:
-    return ModelError(message, kind=LoadFailure.TRANSIENT, retry_after=retry_after)
-
-
-def _words(error: BaseException) -> str:
-    """One line, bounded: the library's own messages go over several."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-
-
-def _hub() -> str:
-    from huggingface_hub import constants
-
-    return (os.environ.get("HF_ENDPOINT") or str(constants.ENDPOINT)).rstrip("/")
-
-
-def _proxy() -> str:
-    """Without the password that it may hold."""
-    found = next(
-        (
-            os.environ[name]
-            for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy")
-            if os.environ.get(name)
-        ),
-        "of the environment",
-    )
-    return found.rpartition("@")[2]
+def _remote(repo: str, listed: Any, endpoint: str) -> RemoteFile:
+    size = listed.lfs.size if listed.lfs else listed.size
+    if size is None:
+        raise explain(repo, None, ValueError(f"{endpoint} lists {listed.rfilename} without its size"), endpoint)
+    return RemoteFile(listed.rfilename, size, listed.blob_id or "", listed.lfs.sha256 if listed.lfs else None)

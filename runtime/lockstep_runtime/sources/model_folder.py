@@ -6,20 +6,21 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.sources.fetch import Wanted, fetch, resolve
 from lockstep_runtime.sources.files import read_object, unreadable
-from lockstep_runtime.sources.hub import download
+from lockstep_runtime.sources.hub import Hub
+from lockstep_runtime.sources.hub_cache import HubCache
 from lockstep_runtime.sources.model_config import check_supported
-
-MODEL_FILES: Final = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+from lockstep_runtime.sources.repository import is_hub_id
 
 
 def find_model(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
     """The directory that holds the model, downloaded first when `model` is a hub id.
 
-    Ranks of one pod may call this at once: huggingface_hub locks each file.
+    Ranks and pods that share a cache may call this at once: one of them downloads.
 
     Raises:
         ModelError: there is no such directory, it may not be read, or the hub could not deliver it.
@@ -27,11 +28,13 @@ def find_model(model: str, revision: str | None = None, download_dir: str | None
     path = Path(model).expanduser()
     if _is_folder(path):
         return path
-    if path.is_absolute() or path.is_symlink() or model.startswith((".", "~")) or model.count("/") > 1:
+    if path.is_symlink() or not is_hub_id(model):
         raise ModelError(f"the model directory can't be found: {unreadable(path, FileNotFoundError())}")
-    # What can't be served is told before its weights are fetched.
-    check_supported(read_config(download(model, revision, download_dir, ["config.json"])))
-    return download(model, revision, download_dir, MODEL_FILES)
+    from huggingface_hub import constants
+
+    cache = HubCache(Path(download_dir or constants.HF_HUB_CACHE), model)
+    wanted = Wanted(repo=model, cache=cache, hub=Hub(None, None), revision=revision)
+    return fetch(wanted, resolve(wanted)).folder
 
 
 def _is_folder(path: Path) -> bool:
