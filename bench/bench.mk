@@ -1,5 +1,5 @@
-.PHONY: bench bench-all-reduce bench-decode bench-load bench-same-answer
-bench: bench-all-reduce bench-decode bench-load bench-same-answer ## all measurements, into build/bench (those of the cluster apart: see bench-startup)
+.PHONY: bench bench-all-reduce bench-decode bench-load bench-same-answer bench-sampling
+bench: bench-all-reduce bench-decode bench-load bench-same-answer bench-sampling ## all measurements, into build/bench (those of the cluster apart: see bench-startup)
 
 bench-all-reduce: venv ## microseconds of an all-reduce between CPU ranks, beside gloo
 	$(PY) -m bench.all_reduce
@@ -12,3 +12,6 @@ bench-load: venv ## bytes read, peak memory and rate of loading that shape
 
 bench-same-answer: venv ## how often a draw is another because its logits were rounded otherwise
 	$(PY) -m bench.same_answer
+
+bench-sampling: venv ## milliseconds of sampling a batch from a vocabulary of 151,936, beside row by row
+	$(PY) -m bench.sampling

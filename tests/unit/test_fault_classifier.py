@@ -15,7 +15,7 @@ from lockstep_runtime.protocol.bus import LoadFailure
 from lockstep_runtime.protocol.status import Fault
 from lockstep_runtime.sources.errors import ModelError
 from lockstep_runtime.worker.fault_classifier import classify, load_failure
-from lockstep_runtime.worker.sampler import NonFiniteError
+from lockstep_runtime.worker.likeliest import NonFiniteError
 
 ADVICE = "\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace is wrong.\n"
 # cudaGetErrorString of CUDA 13.2, of every error that needs a new process by the headers' words

@@ -19,8 +19,8 @@ from lockstep_runtime.protocol.progress_record import Progress, new_memory
 from lockstep_runtime.protocol.step import SamplingParams
 from lockstep_runtime.recovery.self_test import probe
 from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.worker.likeliest import NonFiniteError
 from lockstep_runtime.worker.model_runner import ModelRunner
-from lockstep_runtime.worker.sampler import NonFiniteError
 from lockstep_runtime.worker.scrub import name_of
 
 GREEDY = SamplingParams(temperature=0)

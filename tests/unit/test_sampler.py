@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 
 from lockstep_runtime.protocol.step import SamplingParams
-from lockstep_runtime.worker.sampler import Draw, NonFiniteError, sample, take_best
+from lockstep_runtime.worker.gumbel import gumbel_noise, keys
+from lockstep_runtime.worker.likeliest import NonFiniteError
+from lockstep_runtime.worker.sampler import Draw, sample, take_best
 
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.0, 0.0])
 
@@ -122,6 +125,40 @@ def test_a_row_is_drawn_alike_whatever_else_is_in_the_batch() -> None:
     for row, draw in enumerate(company):
         (alone,) = sample(logits[row : row + 1], [draw])
         assert alone == together[row]
+
+
+@pytest.mark.parametrize("rounded", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spread", [0.05, 3.0, 12.0])
+def test_draws_are_those_of_a_plain_search_over_each_row(rounded: torch.dtype, spread: float) -> None:
+    """Of every mixture of filters, over sharp and flat rows; in bfloat16 many logits tie."""
+    generator = torch.Generator().manual_seed(11)
+    logits = (torch.randn(120, 9001, generator=generator) * spread).to(rounded).float()
+    company = [
+        Draw(row, 7 + row, SamplingParams(temperature=t, top_k=k, top_p=p, min_p=m, seed=row))
+        for row, (t, k, p, m) in enumerate(itertools.product((0, 0.6, 1.5), (0, 1, 20, 300, 8000), (1, 0.8), (0, 0.2)))
+    ]
+    together = [one.token for one in sample(logits[: len(company)], company)]
+    assert together == [plain_search(logits[row], draw) for row, draw in enumerate(company)]
+    backwards = sample(logits[: len(company)].flip(0), company[::-1])
+    assert [one.token for one in backwards[::-1]] == together
+
+
+def plain_search(logits: torch.Tensor, draw: Draw) -> int:
+    """All tokens in one line: what ties with the last that a filter leaves stays in."""
+    params = draw.params
+    if params.temperature == 0:
+        return int(logits.argmax())
+    border = float(logits.sort(descending=True).values[min(params.top_k or 10**9, len(logits)) - 1])
+    weights = ((logits.double() - float(logits.max())) / params.temperature).exp()
+    weights = weights.where(logits >= border, 0.0)
+    if params.top_p < 1:
+        ordered = weights.sort(descending=True, stable=True)
+        enough = int((ordered.values.cumsum(0) < params.top_p * float(weights.sum())).sum())
+        border = max(border, float(logits[ordered.indices[enough]]))
+    if params.min_p:
+        border = max(border, float(logits.max()) + math.log(params.min_p) * params.temperature)
+    noise = gumbel_noise(keys([(params.seed, draw.position)], logits.device), torch.arange(len(logits))[None])[0]
+    return int((logits.where(logits >= border, -math.inf) + params.temperature * noise).argmax())
 
 
 def test_top_p_over_a_flat_vocabulary_sorts_it_all() -> None:

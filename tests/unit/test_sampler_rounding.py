@@ -12,9 +12,9 @@ from tests.support.odds import of_gumbel_draws, of_lookups
 from torch import Tensor
 
 from lockstep_runtime.protocol.step import SamplingParams
-from lockstep_runtime.worker.filters import filter_for
+from lockstep_runtime.worker.filters import Filters
 from lockstep_runtime.worker.gumbel import gumbel_noise, keys
-from lockstep_runtime.worker.sampler import Draw, largest, sample
+from lockstep_runtime.worker.sampler import Draw, first_of_best, noisy, sample
 
 VOCABULARY = 151_936  # Qwen's
 ROWS = 16
@@ -141,8 +141,12 @@ def test_a_filter_moves_its_own_border_and_nothing_else(
 
 def drawn_from(row: Tensor, params: SamplingParams, draws: list[Draw]) -> tuple[Tensor, Tensor]:
     """The tokens that the filter leaves, and those that are drawn."""
-    allowed, tokens = filter_for(params)(row[None], [params])
-    left = allowed[0] > float("-inf")
-    values, kept = allowed[0, left], tokens[0, left].long()
-    best = largest(values.expand(len(draws), -1), kept.expand(len(draws), -1), draws)
-    return kept, kept[best]
+    filters = Filters.of([params], row.device)
+    values, tokens = row[None].sort(dim=1, descending=True)
+    total = ((values - values[:, :1]) / params.temperature).double().exp().sum(dim=1, keepdim=True)
+    border, _ = filters.border(values, total)
+    left, kept = values[values >= border], tokens[values >= border]
+    streams = keys([(draw.params.seed, draw.position) for draw in draws], row.device)
+    everywhere = filters.rows(torch.zeros(len(draws), dtype=torch.int64))
+    scores = noisy(left.expand(len(draws), -1), kept.expand(len(draws), -1), streams, everywhere)
+    return kept, first_of_best(scores, kept.expand(len(draws), -1))

@@ -27,9 +27,9 @@ from lockstep_runtime.protocol.step import SequenceSlice
 from lockstep_runtime.recovery.bus_server import BusServer, FromPeer, Peer
 from lockstep_runtime.worker.bus_client import BusClient, ShutdownRequested
 from lockstep_runtime.worker.fault_classifier import classify
+from lockstep_runtime.worker.likeliest import NonFiniteError
 from lockstep_runtime.worker.main import Worker
 from lockstep_runtime.worker.model_runner import LoadReport, StepOutput
-from lockstep_runtime.worker.sampler import NonFiniteError
 
 TOKEN = "a token"
 SECONDS = 10.0

@@ -1,12 +1,13 @@
-"""What top_k, top_p and min_p leave of a row of logits.
+"""What top_k, top_p and min_p leave of a row of logits: all that is not below a border.
 
-Each rules out what lies below a border. A rounding of the logits may move a token that lies at the border across it;
-it changes nothing for any other.
+A rounding of the logits may move a token that lies at the border across it; it changes nothing for any other. What ties
+with the last that is left stays in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -14,71 +15,62 @@ from torch import Tensor
 
 from lockstep_runtime.protocol.step import SamplingParams
 
+COLDEST: Final = 1e-5  # a lower temperature's noise is less than the rounding of a logit
 NONE: Final = float("-inf")
-NUCLEUS_GUESS: Final = 1024  # likeliest tokens tried for top_p before the whole vocabulary is sorted
-TIES: Final = 16  # tokens that may share the last place of top_k and stay in
-
-Filter = Callable[[Tensor, Sequence[SamplingParams]], tuple[Tensor, Tensor]]
-"""logits [n, vocabulary] and n parameters -> logits [n, m], minus infinity where ruled out; and whose they are, [n, m],
-or [1, m] where every row has the same tokens."""
 
 
-def filter_for(params: SamplingParams) -> Filter:
-    """One for all rows that it is given for."""
-    if params.top_k > 0:
-        return among_top_k
-    return in_nucleus if params.top_p < 1 else above_min_p
+def is_greedy(params: SamplingParams) -> bool:
+    """Whether the likeliest token is drawn, the first of equals."""
+    return params.temperature < COLDEST or params.top_k == 1
 
 
-def above_min_p(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
-    allowed = logits
-    if any(one.min_p > 0 for one in params):
-        allowed = _apply_min_p(logits, logits.amax(dim=1, keepdim=True), params)
-    return allowed, torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)[None]
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Of n rows: [n, 1] each, float64."""
+
+    temperature: Tensor  # 0: greedy
+    top_k: Tensor  # 0: off
+    top_p: Tensor  # 1: off
+    min_p: Tensor  # 0: off
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], device: torch.device) -> Filters:
+        rows = [_GREEDY if is_greedy(one) else (one.temperature, one.top_k, one.top_p, one.min_p) for one in params]
+        return cls(*torch.tensor(rows, dtype=torch.float64).to(device)[:, :, None].unbind(1))
+
+    def rows(self, of: Tensor) -> Filters:
+        return Filters(self.temperature[of], self.top_k[of], self.top_p[of], self.min_p[of])
+
+    def needs_total(self) -> Tensor:
+        """[n]: the rows for which `border` needs the sum of all tokens' weights."""
+        return ((self.top_p < 1) & (self.top_k == 0))[:, 0]
+
+    def border(self, values: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """The least logit that is left, and whether there were enough values to know it: [n, 1] each.
+
+        values: [n, m], a row's likeliest from the largest on; total: [n, 1], the sum of all tokens' weights, as a
+        multiple of the likeliest one's. top_k comes first, top_p is a share of what it leaves.
+        """
+        limited, divisor = self.top_k > 0, torch.where(self.temperature > 0, self.temperature, 1)
+        kth = torch.where(limited, _at(values, self.top_k - 1), NONE)
+        weights = ((values - values[:, :1]) / divisor).exp()
+        reached = weights.masked_fill(values < kth, 0).cumsum(dim=1)
+        short = reached < self.top_p * torch.where(limited, reached[:, -1:], total)
+        border = torch.where(self.top_p < 1, kth.maximum(_at(values, short.sum(dim=1, keepdim=True))), kth)
+        least = values[:, :1] + self.min_p.log() * self.temperature
+        border = torch.where(self.min_p > 0, border.maximum(least.to(values.dtype)), border)
+        last = values[:, -1:]
+        return border, (last < torch.where(limited, kth, border)) | (last == NONE)
 
 
-def among_top_k(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
-    """The k likeliest, and those that tie with the k-th; then top_p and min_p of these."""
-    size = logits.shape[1]
-    last = [min(one.top_k, size) - 1 for one in params]
-    values, tokens = logits.topk(min(max(last) + 1 + TIES, size))
-    border = values.gather(1, torch.tensor(last, device=logits.device)[:, None])
-    allowed = values.masked_fill(values < border, NONE)
-    total = _weights(allowed, allowed[:, :1], params).sum(dim=1, keepdim=True)
-    return _apply_top_p(allowed, total, params), tokens
+_GREEDY: Final = (0.0, 1, 1.0, 0.0)
 
 
-def in_nucleus(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
-    values, tokens = logits.topk(min(NUCLEUS_GUESS, logits.shape[1]))
-    total = _weights(logits, values[:, :1], params).sum(dim=1, keepdim=True)
-    reached = _weights(values, values[:, :1], params).sum(dim=1, keepdim=True) / total
-    if bool((reached < column(params, "top_p", logits)).any()):
-        values, tokens = logits.sort(dim=1, descending=True)
-    return _apply_top_p(values, total, params), tokens
+def is_off(params: SamplingParams) -> bool:
+    """Whether every token may be drawn."""
+    return not is_greedy(params) and params.top_k <= 0 and params.top_p >= 1 and params.min_p <= 0
 
 
-def _apply_top_p(values: Tensor, total: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """values: [n, m], descending; total: [n, 1], the sum of the weights of which top_p is a share.
-
-    Leaves the fewest that reach it, and what ties with the last of them; then min_p of these.
-    """
-    reached = _weights(values, values[:, :1], params).cumsum(dim=1, dtype=torch.float64) / total
-    top_p = column(params, "top_p", values)
-    needed = ((reached < top_p) | (top_p >= 1)).sum(dim=1, keepdim=True).clamp_(max=values.shape[1] - 1)
-    allowed = values.masked_fill(values < values.gather(1, needed), NONE)
-    return _apply_min_p(allowed, values[:, :1], params)
-
-
-def _apply_min_p(logits: Tensor, best: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    border = column(params, "min_p", logits).log_().mul_(column(params, "temperature", logits))
-    return logits.masked_fill(logits < best + border, NONE)
-
-
-def _weights(logits: Tensor, best: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Probabilities, as multiples of the likeliest one's; best: [n, 1], its logit."""
-    return ((logits - best) / column(params, "temperature", logits)).exp_()
-
-
-def column(params: Sequence[SamplingParams], name: str, like: Tensor) -> Tensor:
-    """A parameter of every row: [n, 1]."""
-    return torch.tensor([[getattr(one, name)] for one in params], dtype=like.dtype, device=like.device)
+def _at(values: Tensor, place: Tensor) -> Tensor:
+    """[n, m] and [n, 1] -> [n, 1]; beyond an end what stands there."""
+    return values.gather(1, place.long().clamp(0, values.shape[1] - 1))

@@ -40,13 +40,14 @@ from lockstep_runtime.weights.sharding import RankInfo
 from lockstep_runtime.weights.weight import StoredTable, Weight
 from lockstep_runtime.worker.cache_room import CacheRoom
 from lockstep_runtime.worker.device import choose_device, prepare, sharers, wait_for_memory
+from lockstep_runtime.worker.likeliest import check_finite
 from lockstep_runtime.worker.memory import (
     give_back_freed_memory,
     keep_freed_memory,
     needed_bytes,
     used_bytes,
 )
-from lockstep_runtime.worker.sampler import check_finite, draw_of, is_plain_greedy, sample, take_best
+from lockstep_runtime.worker.sampler import draw_of, is_plain_greedy, sample, take_best
 from lockstep_runtime.worker.scores import check_scoring, score
 from lockstep_runtime.worker.scrub import INTERVAL_SECONDS, INTERVAL_VARIABLE, Scrub, Watched, name_of, watch
 

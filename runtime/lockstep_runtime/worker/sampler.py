@@ -4,6 +4,9 @@ A draw is the token with the largest logit / temperature + noise, where the nois
 position, token id): that follows the softmax (https://arxiv.org/abs/1411.0030), needs no sort, and depends on nothing
 else: not on the batch, on what was drawn before, or on a preemption or repair in between. Logits that were rounded
 otherwise, as by another batch's shape, give another token only where the two best nearly tie.
+
+A batch is drawn by a few operations on tensors. Where a filter leaves few tokens, as most do, only the likeliest are
+looked at; rows whose filters leave more than were looked at are tried again with more of them.
 """
 
 from __future__ import annotations
@@ -16,15 +19,13 @@ import torch
 from torch import Tensor
 
 from lockstep_runtime.protocol.step import SampledToken, SamplingParams, SequenceSlice
-from lockstep_runtime.worker.filters import Filter, column, filter_for
+from lockstep_runtime.worker.filters import NONE, Filters, is_greedy, is_off
 from lockstep_runtime.worker.gumbel import gumbel_noise, keys
+from lockstep_runtime.worker.likeliest import Logits, check_finite, look_at, pieces, total_weight
 
-COLDEST: Final = 1e-5  # a lower temperature's noise is less than the rounding of a logit
-CACHED: Final = 1 << 16  # logits that are worked on at once on a CPU: what is computed of them stays in a core's cache
-
-
-class NonFiniteError(ArithmeticError):
-    """The logits hold a NaN or an infinity: some rank computed garbage."""
+TIES: Final = 16  # tokens that share the last place of top_k and are looked at with the others
+LAST: Final = 2**31 - 1  # no token is beyond
+FEW, MANY = 128, 4096  # likeliest tokens that are looked at, where top_k doesn't say how many
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,7 @@ def draw_of(sequence: SequenceSlice) -> Draw:
 
 def is_plain_greedy(params: SamplingParams) -> bool:
     """Whether the likeliest token is all that is asked for."""
-    return _is_greedy(params) and params.logprobs < 0
-
-
-def _is_greedy(params: SamplingParams) -> bool:
-    return params.temperature < COLDEST or params.top_k == 1
+    return is_greedy(params) and params.logprobs < 0
 
 
 def take_best(tokens: Tensor, logits: Tensor, draws: Sequence[Draw]) -> list[SampledToken]:
@@ -69,57 +66,84 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[SampledToken]:
     Raises:
         NonFiniteError: instead of drawing from garbage.
     """
-    check_finite(logits)
-    tokens = torch.empty(len(draws), dtype=torch.int64, device=logits.device)
-    at_once = max(1, CACHED // logits.shape[1]) if logits.is_cpu else len(draws)
-    for wanted, rows in _by_filter(draws).items():
-        for start in range(0, len(rows), at_once):
-            some = rows[start : start + at_once]
-            side_by_side = some[-1] - some[0] < len(some)  # then they need no copy
-            part = logits[some[0] : some[-1] + 1] if side_by_side else logits[some]
-            tokens[some] = _draw(part, wanted, [draws[row] for row in some])
-    drawn = tokens.tolist()
-    described = _log_probabilities(logits, drawn, draws)
+    seen = look_at(logits)
+    tokens = Sampler(seen, draws).draw().tolist()
+    described = _log_probabilities(seen, tokens, draws)
     return [
         described.get(row) or SampledToken(sequence_id=draw.sequence_id, token=token)
-        for row, (draw, token) in enumerate(zip(draws, drawn, strict=True))
+        for row, (draw, token) in enumerate(zip(draws, tokens, strict=True))
     ]
 
 
-def check_finite(rows: Tensor, what: str = "logits") -> None:
-    """rows: [sequences, n].
+class Sampler:
+    """Draws of one batch."""
 
-    Raises:
-        NonFiniteError: naming how many rows are bad.
-    """
-    if not bool(torch.isfinite(rows.sum())):  # one pass; a sum that overflows is looked at again
-        bad = int((~torch.isfinite(rows)).any(dim=-1).sum())
-        if bad:
-            raise NonFiniteError(f"the {what} of {bad} of {rows.shape[0]} sequences hold NaN or infinity")
+    def __init__(self, logits: Logits, draws: Sequence[Draw]) -> None:
+        self._logits, self._device = logits, logits.rows.device
+        self._params = [draw.params for draw in draws]
+        self._filters = Filters.of(self._params, self._device)
+        self._keys = keys([(draw.params.seed, draw.position) for draw in draws], self._device)
+        self._tokens = torch.empty(len(draws), dtype=torch.int64, device=self._device)
+
+    def draw(self) -> Tensor:
+        """[n], int64."""
+        rows = torch.arange(len(self._params))
+        off = torch.tensor([is_off(params) for params in self._params])
+        narrow, wide = rows[~off].to(self._device), rows[off].to(self._device)
+        for count in (self._few(), MANY):
+            if len(narrow):
+                narrow = narrow[~self._draw_among(narrow, count)]
+        if len(narrow) or len(wide):
+            self._draw_from_all(torch.cat((narrow, wide)))
+        return self._tokens
+
+    def _few(self) -> int:
+        """How many of the likeliest are enough for most rows."""
+        return max((_enough(params) for params in self._params if not is_off(params)), default=FEW)
+
+    def _draw_among(self, rows: Tensor, count: int) -> Tensor:
+        """rows: [m] -> [m]: whether so many of the likeliest were enough."""
+        values, tokens = self._logits.likeliest(rows, count)
+        filters = self._filters.rows(rows)
+        border, known = filters.border(values, self._totals(rows, filters, values[:, :1]))
+        scores = noisy(values.masked_fill_(values < border, NONE), tokens, self._keys[rows], filters)
+        self._tokens[rows] = first_of_best(scores, tokens)
+        return known[:, 0]
+
+    def _draw_from_all(self, rows: Tensor) -> None:
+        """The same of the whole vocabulary."""
+        everything = torch.arange(self._logits.rows.shape[1], dtype=torch.int32, device=self._device)[None]
+        for some in pieces(self._logits.rows, len(rows)):
+            of = rows[some]
+            values, filters = self._logits.rows[of], self._filters.rows(of)
+            if not all(is_off(self._params[row]) for row in of.tolist()):
+                ordered = values.sort(dim=1, descending=True).values
+                border, _ = filters.border(ordered, self._totals(of, filters, ordered[:, :1]))
+                values.masked_fill_(values < border, NONE)
+            self._tokens[of] = _argmax(noisy(values, everything, self._keys[of], filters))
+
+    def _totals(self, rows: Tensor, filters: Filters, best: Tensor) -> Tensor:
+        """[m, 1]: of the rows for which it matters."""
+        totals = torch.ones_like(filters.top_p)
+        if len(of := filters.needs_total().nonzero()[:, 0]):
+            totals[of] = total_weight(self._logits.rows[rows[of]], best[of], filters.temperature[of])
+        return totals
 
 
-def _by_filter(draws: Sequence[Draw]) -> dict[Filter | None, list[int]]:
-    """The rows of each; None: the likeliest token."""
-    found: dict[Filter | None, list[int]] = {}
-    for row, draw in enumerate(draws):
-        found.setdefault(None if _is_greedy(draw.params) else filter_for(draw.params), []).append(row)
-    return found
+def _enough(params: SamplingParams) -> int:
+    if is_greedy(params):
+        return 1 + TIES
+    return params.top_k + TIES if 0 < params.top_k <= FEW else FEW
 
 
-def _draw(logits: Tensor, wanted: Filter | None, draws: Sequence[Draw]) -> Tensor:
-    """logits: [n, vocabulary] -> tokens [n]."""
-    if wanted is None:
-        return _argmax(logits)
-    allowed, tokens = wanted(logits, [draw.params for draw in draws])
-    best = largest(allowed, tokens, draws)
-    return tokens.expand(len(draws), -1).gather(1, best[:, None])[:, 0].long()
+def noisy(logits: Tensor, tokens: Tensor, keys: Tensor, filters: Filters) -> Tensor:
+    """logits: [n, m], tokens: [n or 1, m] -> [n, m], logit + temperature * noise: the largest is drawn."""
+    return torch.addcmul(logits, gumbel_noise(keys, tokens), filters.temperature.to(logits.dtype))
 
 
-def largest(logits: Tensor, tokens: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """logits: [n, m], tokens: [n or 1, m] -> [n], where logit + temperature * noise is largest."""
-    noise = gumbel_noise(keys([(draw.params.seed, draw.position) for draw in draws], logits.device), tokens)
-    temperature = column([draw.params for draw in draws], "temperature", logits)
-    return _argmax(torch.addcmul(logits, noise, temperature))
+def first_of_best(scores: Tensor, tokens: Tensor) -> Tensor:
+    """[n, m] each -> [n]: of equals the first token, whatever their order."""
+    return torch.where(scores == scores.amax(dim=1, keepdim=True), tokens, LAST).amin(dim=1)
 
 
 def _argmax(scores: Tensor) -> Tensor:
@@ -129,18 +153,19 @@ def _argmax(scores: Tensor) -> Tensor:
     return scores.argmax(dim=1)
 
 
-def _log_probabilities(logits: Tensor, tokens: Sequence[int], draws: Sequence[Draw]) -> dict[int, SampledToken]:
+def _log_probabilities(logits: Logits, tokens: Sequence[int], draws: Sequence[Draw]) -> dict[int, SampledToken]:
     """For the rows that request them; the sampled token is always among the likeliest."""
-    rows = [row for row, draw in enumerate(draws) if draw.params.logprobs >= 0]
-    if not rows:
+    asked = [row for row, draw in enumerate(draws) if draw.params.logprobs >= 0]
+    if not asked:
         return {}
-    asked = logits[rows].log_softmax(dim=1)
-    drawn = asked.gather(1, torch.tensor([[tokens[row]] for row in rows], device=logits.device))[:, 0].tolist()
-    best = asked.topk(min(max(draws[row].params.logprobs for row in rows), asked.shape[1]))
-    likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    rows = torch.tensor(asked, device=logits.rows.device)
+    best, likeliest = logits.likeliest(rows, max(1, *(draws[row].params.logprobs for row in asked), 1))
+    drawn = logits.rows[rows, torch.tensor([tokens[row] for row in asked], device=rows.device)]
+    whole = best[:, :1] + total_weight(logits.rows[rows], best[:, :1], torch.ones_like(best[:, :1])).log()
+    columns = zip(asked, (drawn - whole[:, 0]).tolist(), likeliest.tolist(), (best - whole).tolist(), strict=True)
     return {
         row: _described(draws[row], tokens[row], logprob, list(zip(*both, strict=True)))
-        for row, logprob, both in zip(rows, drawn, likeliest, strict=True)
+        for row, logprob, *both in columns
     }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lockstep_runtime.layers.batch import Batch
 from lockstep_runtime.protocol.step import SampledToken, Scoring, SequenceSlice
-from lockstep_runtime.worker.sampler import check_finite
+from lockstep_runtime.worker.likeliest import check_finite
 
 ROWS: Final = 64  # whose logits are held at once: with 150,000 words 40 MB
 
