@@ -11,7 +11,7 @@ import torch
 from tests.support.ranks import Ranks
 from torch import Tensor
 
-from lockstep_runtime.protocol.step import SampledToken, SamplingParams, Scoring, SequenceSlice
+from lockstep_runtime.protocol.step import SampledToken, SamplingParams, Scoring, SequenceSlice, StateSlots
 
 TOLERANCE: Final = 1e-4  # of a log probability, in float32
 ROUNDING: Final = 1.25  # times transformers' own: partial sums of several ranks are rounded, too
@@ -52,11 +52,17 @@ class Oracle:
 
 
 class Text:
-    """One sequence on the ranks: its tokens, its blocks, and how far it has come."""
+    """One sequence on the ranks: its tokens, its blocks, its slots of recurrent state, and how far it has come."""
 
     def __init__(self, number: int, tokens: list[int], blocks: list[int]) -> None:
-        self.number, self.tokens, self.blocks = number, tokens, blocks
-        self.position = 0
+        self.number, self.tokens = number, tokens
+        self.begin(blocks, number)
+
+    def begin(self, blocks: list[int], pair: int) -> None:
+        """Anew, as one that was preempted: it is computed again from its tokens, elsewhere."""
+        self.position, self.blocks = 0, blocks
+        self._written, self._other = 2 * pair - 1, 2 * pair
+        self._read = 0
 
     def piece(self, count: int, vocabulary: int = 0, sample: SamplingParams | None = None) -> SequenceSlice:
         """The next tokens; with a vocabulary, all log probabilities after each of them."""
@@ -64,16 +70,13 @@ class Text:
         scoring = Scoring(first=0, targets=[0] * len(tokens), logprobs=vocabulary) if vocabulary else None
         return SequenceSlice(
             sequence_id=self.number, position=self.position, tokens=tokens, blocks=self.blocks, sample=sample,
-            scoring=scoring,
+            scoring=scoring, state=StateSlots(self._read, self._written),
         )  # fmt: skip
 
     def book(self, piece: SequenceSlice) -> None:
         """The piece's step is done."""
         self.position += len(piece.tokens)
-
-    def forget(self, blocks: list[int]) -> None:
-        """It was preempted: it is computed again from its tokens, in other blocks."""
-        self.position, self.blocks = 0, blocks
+        self._read, self._written, self._other = self._written, self._other, self._written
 
 
 class Comparison:
@@ -162,8 +165,9 @@ def preempted(compare: Comparison) -> None:
     text, other = compare.text(7, 80, [12, 13, 14]), compare.text(8, 70, [13, 12, 14])
     for count in (60, 1, 1):
         compare.feed((text, count))
+    other.begin(other.blocks, text.number)
     compare.feed((other, 70))
-    text.forget([15, 14, 2])
+    text.begin([15, 14, 2], other.number)
     for count in (40, 22, 1, 1):
         compare.feed((text, count))
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from lockstep_runtime.weights.sharding import TensorSlice
 
-
-def collective_name(tensor_slice: TensorSlice) -> str:
+def collective_name(tensor: str) -> str:
     """`model.layers.12.mlp.down_proj.weight` is the place `layers.12.mlp.down_proj`."""
-    return tensor_slice.tensor.removeprefix("model.").removesuffix(".weight")
+    return tensor.removeprefix("model.").removesuffix(".weight")

@@ -30,7 +30,7 @@ class VocabularyEmbedding:
         )
         self._first, self._rows, self._activation = tensor_slice.start, tensor_slice.rows, placement.activation
         self._hidden, self._alone = hidden, shard.size == 1
-        self._place = collective_name(tensor_slice)
+        self._place = collective_name(tensor_slice.tensor)
 
     def weights(self) -> list[Weight | StoredTable]:
         return [self.table]
@@ -56,7 +56,7 @@ class VocabularyHead:
         tensor_slice = vocabulary_slice(tensor, size, hidden, shard=shard)
         self._size, self._first, self._held = size, tensor_slice.start, tensor_slice.rows
         self._matrix = matrix(tensor_slice, placement=placement)
-        self._place = "lm_head" if "embed" in tensor else collective_name(tensor_slice)
+        self._place = "lm_head" if "embed" in tensor else collective_name(tensor_slice.tensor)
         self._padding = padded_vocabulary(size, shard) // shard.size - tensor_slice.rows
 
     def weights(self) -> list[Weight]:

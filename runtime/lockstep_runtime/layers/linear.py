@@ -35,12 +35,16 @@ class RowLinear:
     def __init__(self, tensor_slice: TensorSlice, bias: TensorSlice | None = None, *, placement: Placement) -> None:
         self._matrix = matrix(tensor_slice, placement=placement)
         self._bias = PlainWeight(bias, placement=placement) if bias else None
-        self._place = collective_name(tensor_slice)
+        self._place = collective_name(tensor_slice.tensor)
 
     def weights(self) -> list[Weight]:
         return [self._matrix, *([self._bias] if self._bias else [])]
 
     def __call__(self, x: Tensor, group: Communicator) -> Tensor:
         """x: [tokens, this rank's inputs] -> [tokens, outputs], the same on every rank."""
-        y = group.all_reduce(self._matrix(x), self._place)
+        y = group.all_reduce(self.part(x), self._place)
         return y if self._bias is None else y.add_(self._bias.data)
+
+    def part(self, x: Tensor) -> Tensor:
+        """This rank's summand, for who sums it together with others."""
+        return self._matrix(x)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lockstep_runtime.layers import grouped_product
 from lockstep_runtime.layers.matmul_kernels import Kernel, candidates, choose_kernel
 
 
@@ -17,12 +18,14 @@ class Placement:
     dtype: torch.dtype  # the model's, as configured
     activation: torch.dtype  # of hidden states, small weights and the KV cache
     kernel: Kernel | None = None  # packs matrices; None: they stay row-major, as in the checkpoint
+    grouped: bool = False  # several matrices are multiplied by at once (`grouped_product`)
 
 
 def choose_placement(device: torch.device, dtype: torch.dtype) -> Placement:
     """The fastest way that works here and is at least as exact as computing in `dtype`."""
-    kernel = choose_kernel(candidates(dtype)) if device.type == "cpu" else None
-    return place(device, dtype, kernel)
+    if device.type == "cpu":
+        return place(device, dtype, choose_kernel(candidates(dtype)))
+    return Placement(device=device, dtype=dtype, activation=dtype, grouped=grouped_product.works(device, dtype))
 
 
 def place(device: torch.device, dtype: torch.dtype, kernel: Kernel | None) -> Placement:

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Final
 
 import msgspec
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from lockstep_runtime.distributed.communicator import Communicator
@@ -19,6 +18,7 @@ from lockstep_runtime.layers.batch import Batch
 from lockstep_runtime.layers.cache import CacheShape, KVCache, LayerCache, PagedShape
 from lockstep_runtime.layers.embedding import VocabularyEmbedding, VocabularyHead
 from lockstep_runtime.layers.linear import ColumnLinear, RowLinear
+from lockstep_runtime.layers.mlp import GatedMLP
 from lockstep_runtime.layers.norm import RMSNorm, rms_normalize
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.layers.rotary import build_rotary, rotate_
@@ -31,7 +31,6 @@ from lockstep_runtime.weights.sharding import (
     head_range,
     head_slice,
     replicated,
-    split_slice,
     tensor_parallel_sizes,
 )
 from lockstep_runtime.weights.weight import StoredTable, Weight
@@ -157,7 +156,7 @@ class Layer:
         self._input_norm = RMSNorm(replicated(f"{prefix}.input_layernorm.weight", config.hidden_size), *norm)
         self._attention = Attention(config, f"{prefix}.self_attn", shard, placement)
         self._post_norm = RMSNorm(replicated(f"{prefix}.post_attention_layernorm.weight", config.hidden_size), *norm)
-        self._mlp = MLP(config, f"{prefix}.mlp", shard, placement)
+        self._mlp = GatedMLP(f"{prefix}.mlp", config.hidden_size, config.intermediate_size, shard, placement)
 
     def weights(self) -> list[Weight]:
         norms = [self._input_norm.weight, self._post_norm.weight]
@@ -219,28 +218,6 @@ class Attention:
         turned = rotate_(rms_normalize(qkv[:, :normed], self._epsilon, self._norms), cos, sin)
         cache.write(batch.slots, turned[:, self._q_heads :], qkv[:, normed:])
         return self._out(batch.attend(turned[:, : self._q_heads], cache), group)
-
-
-class MLP:
-    """down(silu(gate(x)) · up(x))."""
-
-    def __init__(self, config: Qwen3Config, prefix: str, shard: RankInfo, placement: Placement) -> None:
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self._gate_up = ColumnLinear(
-            split_slice(f"{prefix}.gate_proj.weight", inner, hidden, shard=shard),
-            split_slice(f"{prefix}.up_proj.weight", inner, hidden, shard=shard),
-            placement=placement,
-        )
-        self._down = RowLinear(
-            split_slice(f"{prefix}.down_proj.weight", hidden, inner, shard=shard, dim=1), placement=placement
-        )
-
-    def weights(self) -> list[Weight]:
-        return [*self._gate_up.weights(), *self._down.weights()]
-
-    def __call__(self, x: Tensor, group: Communicator) -> Tensor:
-        gate, up = self._gate_up(x).chunk(2, dim=-1)
-        return self._down(F.silu(gate).mul_(up), group)
 
 
 def _check(config: Qwen3Config, shard: RankInfo) -> None:
