@@ -42,9 +42,15 @@ class RowLinear:
 
     def __call__(self, x: Tensor, group: Communicator) -> Tensor:
         """x: [tokens, this rank's inputs] -> [tokens, outputs], the same on every rank."""
-        y = group.all_reduce(self.part(x), self._place)
-        return y if self._bias is None else y.add_(self._bias.data)
+        return self._biased(group.all_reduce(self.part(x), self._place))
 
     def part(self, x: Tensor) -> Tensor:
         """This rank's summand, for who sums it together with others."""
         return self._matrix(x)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """The sum where this rank has all inputs, as every other has."""
+        return self._biased(self._matrix(x))
+
+    def _biased(self, y: Tensor) -> Tensor:
+        return y if self._bias is None else y.add_(self._bias.data)
