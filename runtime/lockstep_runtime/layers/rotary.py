@@ -7,7 +7,7 @@ llama3. Its `dynamic` and `longrope` change the angles of tokens that are in the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,18 +20,40 @@ from lockstep_runtime.sources.errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """Angles per position: `inverse_frequencies` [head_dim / 2], float32; `scale` multiplies cos and sin."""
+    """Angles per position: `inverse_frequencies` [head_dim / 2], float32; `scale` multiplies cos and sin. `axes`
+    [head_dim / 2]: which of time, height and width each frequency turns with, where positions are of three kinds."""
 
     inverse_frequencies: Tensor
     scale: float
+    axes: Tensor | None = None
 
     def on(self, device: torch.device) -> Rotary:
         """The same, for positions that lie there."""
-        return Rotary(self.inverse_frequencies.to(device), self.scale)
+        axes = None if self.axes is None else self.axes.to(device)
+        return Rotary(self.inverse_frequencies.to(device), self.scale, axes)
+
+    def interleaved(self, sections: Sequence[int]) -> Rotary:
+        """The same, of positions of three kinds: as many frequencies as the sections say turn with time, height and
+        width, in turn (https://arxiv.org/abs/2511.21631, interleaved MRoPE).
+
+        Raises:
+            ModelError: sections that don't fit the frequencies.
+        """
+        count = len(self.inverse_frequencies)
+        if len(sections) != 3 or sum(sections) != count or min(sections) < 0:
+            raise _wrong(f"gives mrope_section {list(sections)}, which don't share out {count} frequencies")
+        axes = torch.zeros(count, dtype=torch.int64)
+        for axis in (1, 2):
+            axes[axis : sections[axis] * 3 : 3] = axis
+        return Rotary(self.inverse_frequencies, self.scale, axes)
 
     def table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions: [tokens] -> cos and signed sin, each [tokens, 1, head_dim], for `rotate_`."""
-        angles = positions.float()[:, None] * self.inverse_frequencies
+        """positions: [tokens], or [3, tokens] where they are of three kinds -> cos and signed sin, each [tokens, 1,
+        head_dim], for `rotate_`."""
+        if positions.ndim == 1 or self.axes is None:
+            angles = positions.float()[:, None] * self.inverse_frequencies
+        else:
+            angles = positions.float().index_select(0, self.axes).T * self.inverse_frequencies
         cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
         return (
             torch.cat((cos, cos), -1)[:, None].to(dtype),
