@@ -30,11 +30,16 @@ RUN --mount=type=bind,source=images/installer.txt,target=/tmp/installer.txt \
     && /tmp/installer/bin/uv venv --quiet --python python3 /opt/lockstep \
     && /tmp/installer/bin/uv pip install --python /opt/lockstep --compile-bytecode --require-hashes -r /tmp/requirements.txt \
     && find /opt/lockstep -name '*.a' -delete && rm -rf /tmp/installer
-# NCCL loads these when it meets InfiniBand or RoCE; without them it takes TCP, and says nothing.
-RUN apt-get update --quiet=2 \
-    && apt-get install --quiet=2 --yes --no-install-recommends libibverbs1 ibverbs-providers librdmacm1 \
+# NCCL loads the RDMA libraries when it meets InfiniBand or RoCE; without them it takes TCP, and says nothing. Triton
+# builds its bridge to the GPU's driver, which includes Python.h, when it is first used; without a C compiler attention
+# goes sequence by sequence.
+RUN headers="$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
+    && apt-get update --quiet=2 \
+    && apt-get install --quiet=2 --yes --no-install-recommends libibverbs1 ibverbs-providers librdmacm1 gcc libc6-dev \
+       $(test -e "$headers/Python.h" || echo python3-dev) \
     && rm -rf /var/lib/apt/lists/* \
-    && python3 -c "import ctypes; ctypes.CDLL('libibverbs.so.1'); ctypes.CDLL('librdmacm.so.1')"
+    && python3 -c "import ctypes; ctypes.CDLL('libibverbs.so.1'); ctypes.CDLL('librdmacm.so.1')" \
+    && echo '#include <Python.h>' | gcc -E -I "$headers" - > /dev/null
 # The same virtual environment, with nothing in it but the project.
 COPY --from=code /opt/lockstep /opt/lockstep
 # The name spares libraries that ask for it a look into /etc/passwd, which knows no such user.

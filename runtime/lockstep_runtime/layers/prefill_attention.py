@@ -75,10 +75,10 @@ def trial(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: in
     def numbers(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    queries = numbers(TRIED_TOKENS, TRIED_HEADS, head_dim)
-    keys, values = (numbers(TRIED_CONTEXT, TRIED_KV_HEADS, head_dim).transpose(0, 1)[None] for _ in range(2))
-    found, expected = torch.empty_like(queries), torch.empty_like(queries, dtype=torch.float32)
     try:
+        queries = numbers(TRIED_TOKENS, TRIED_HEADS, head_dim)
+        keys, values = (numbers(TRIED_CONTEXT, TRIED_KV_HEADS, head_dim).transpose(0, 1)[None] for _ in range(2))
+        found, expected = torch.empty_like(queries), torch.empty_like(queries, dtype=torch.float32)
         attend(queries, keys, values, found)
         attend_masked(queries.float(), keys.float(), values.float(), expected)
         if torch.allclose(found.float(), expected, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps):

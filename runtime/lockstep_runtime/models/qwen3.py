@@ -112,7 +112,8 @@ class Qwen3:
         self.vocabulary = config.vocab_size
         self.max_positions = config.max_length
         first, last = head_range(config.kv_heads, shard)
-        paged = PagedShape(kv_heads=last - first, head_dim=config.head_dim)
+        sharing = config.num_attention_heads // shard.size // (last - first)
+        paged = PagedShape(kv_heads=last - first, head_dim=config.head_dim, sharing=sharing)
         self.cache_shape = CacheShape(layers=(paged,) * config.num_hidden_layers)
 
     @classmethod

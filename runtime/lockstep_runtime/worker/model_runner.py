@@ -187,7 +187,7 @@ class ModelRunner:
             self._model = build_model(settings, shard, self._placement)
             paged = [layer for layer in self._model.cache_shape.layers if isinstance(layer, PagedShape)]
             if paged:
-                self._attention = choose_attention(self._placement, paged[0].head_dim)
+                self._attention = choose_attention(self._placement, paged[0])
 
     def _identity(self) -> Identity:
         config = self._config

@@ -1,4 +1,4 @@
-"""D1, D13: what torch chooses for attention, and what a context of a new length costs."""
+"""D1, D2, D13: what is chosen for attention, what a context of a new length costs, and a whole batch in one launch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F  # noqa: N812
 from tests.gpu.findings import Row, answer
+from tests.support.ranks import piece
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from lockstep_runtime.layers.attention import Attention, SequenceAttention, choose_attention
+from lockstep_runtime.layers.cache import BLOCK_SIZE, LayerCache, PagedShape
+from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.layers.prefill_attention import Attend, Prefill, attend_flash, attend_masked, choose_prefill
 from lockstep_runtime.worker.device import choose_attention_kernels
 
@@ -66,6 +70,36 @@ def prefill(device: torch.device, attend: Attend, tokens: int, context: int) -> 
     return milliseconds, peak / 1e9, str(kernels[0].key)[:60] if kernels else "", out
 
 
+def whole_batch(device: torch.device, attention: Attention, sequences: int, context: int) -> tuple[float, Tensor]:
+    """Milliseconds of one layer of a decode step, and what came out."""
+    torch.manual_seed(0)
+    blocks = -(-context // BLOCK_SIZE)
+    held = torch.randn(2, sequences * blocks * BLOCK_SIZE, KV_HEADS, WIDTH, device=device, dtype=torch.bfloat16)
+    queries = torch.randn(sequences, KV_HEADS * SHARING, WIDTH, device=device, dtype=torch.bfloat16)
+    slices = [
+        piece(index + 1, context - 1, [0], list(range(index * blocks, (index + 1) * blocks)))
+        for index in range(sequences)
+    ]
+    attend, cache = attention.plan(slices, device), LayerCache(*held)
+    result = attend(queries, cache)
+    return statistics.median(timed(device, lambda: attend(queries, cache)) for _ in range(5)), result
+
+
+def paged_row(device: torch.device, sequences: int = 64, context: int = 1000) -> Row:
+    placement = Placement(device=device, dtype=torch.bfloat16, activation=torch.bfloat16)
+    chosen = choose_attention(placement, PagedShape(kv_heads=KV_HEADS, head_dim=WIDTH, sharing=SHARING))
+    paged, result = whole_batch(device, chosen, sequences, context)
+    apart, plain = whole_batch(device, SequenceAttention(), sequences, context)
+    differs = float((result.float() - plain.float()).abs().max())
+    taken = not isinstance(chosen, SequenceAttention)
+    return Row(
+        "D2", "one launch for a whole batch is taken, right, and faster",
+        "holds" if taken and differs < 0.05 and paged < apart / SLOW else "fails",
+        f"{type(chosen).__name__}, {sequences} sequences of {context}: {paged:.3f} ms a layer, one by one {apart:.3f}; "
+        f"differs by {differs:.4f} at most",
+    )  # fmt: skip
+
+
 def rows(device: torch.device, steps: int = STEPS, tokens: int = TOKENS, context: int = CONTEXT) -> list[Row]:
     order = [int(one) for one in torch._C._get_sdp_priority_order()]
     with torch.inference_mode():
@@ -79,6 +113,7 @@ def rows(device: torch.device, steps: int = STEPS, tokens: int = TOKENS, context
         way = choose_prefill(device, torch.bfloat16, WIDTH)
         chosen = attend_flash if way is Prefill.FLASH else attend_masked
         flash, less, other, result = prefill(device, chosen, tokens, context)
+        batch = paged_row(device, context=min(context, 1000))
     middle, slowest = statistics.median(ours), max(ours)
     differs = float((result.float() - plain.float()).abs().max())
     plans = statistics.median(stock) / middle
@@ -93,6 +128,7 @@ def rows(device: torch.device, steps: int = STEPS, tokens: int = TOKENS, context
         Row("D13", "flash attention is taken, and right",
             "holds" if way is Prefill.FLASH and differs < 0.05 else "fails",
             f"{way.value}: {flash:.2f} ms, {less:.2f} GB ({other}); differs by {differs:.4f} at most"),
+        batch,
     ]  # fmt: skip
 
 
