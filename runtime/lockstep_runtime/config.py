@@ -26,6 +26,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Strategy = Literal["Ladder", "RecyclePods"]
 WeightCache = Literal["Memory", "Off"]
 ReasoningParser = Literal["auto", "qwen3", "none"]
+ToolCallParser = Literal["auto", "hermes", "qwen3_coder", "llama3_json", "none"]
 
 
 class UsageError(Exception):
@@ -74,6 +75,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads_per_rank: int | None = None  # CPU threads; None: the cores there are, divided by the pod's ranks
     limits: EngineLimits = EngineLimits()
     reasoning_parser: ReasoningParser = "auto"  # auto: qwen3 where the tokenizer has its markers, else none
+    tool_call_parser: ToolCallParser = "auto"  # auto: of the format that the chat template writes calls in
 
     watchdog: Watchdog = Watchdog()
     recovery_strategy: Strategy = "Ladder"  # RecyclePods: abort, report Poisoned, and leave the rest to the operator

@@ -9,15 +9,18 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.api_server import SERVED, serving
+from tests.support.api_server import SERVED, TINY_CHAT, serving
+from tests.support.chat_model import CODER, HERMES, LLAMA, chat_tokenizer, write_chat_model
 from tests.support.engine import FakeEngine
 from tests.support.http import HTTP, async_http
+from tests.support.tool_texts import WEATHER
 
 LONGEST_PAUSE = 0.05  # seconds
 TRIES = 8
@@ -55,11 +58,19 @@ def post(url: str, path: str, body: bytes) -> int:
     return HTTP.post(url + path, content=body, headers=JSON, timeout=60).status_code
 
 
-async def shortest_pause(path: str, body: bytes, statuses: set[int], max_model_len: int = 2048) -> float:
+async def shortest_pause(
+    path: str,
+    body: bytes,
+    statuses: set[int],
+    max_model_len: int = 2048,
+    *,
+    model: Path = TINY_CHAT,
+    answer: Sequence[int] = (70, 71, 72),
+) -> float:
     """The body is made before, and sent from a thread: what is measured is the server's part."""
     pauses: list[float] = []
-    fake = FakeEngine(lambda _: [70, 71, 72], end=1, max_model_len=max_model_len)
-    async with serving(fake) as url:
+    fake = FakeEngine(lambda _: answer, end=1, max_model_len=max_model_len)
+    async with serving(fake, model=model) as url:
         with ThreadPoolExecutor(1) as client:
             for _ in range(TRIES):
                 async with watching() as watch:
@@ -146,6 +157,47 @@ async def test_many_long_answers_log_probabilities_hold_up_nothing() -> None:
 async def test_as_many_choices_as_there_may_be_hold_up_nothing() -> None:
     body = text(["a " * 500] * 8, n=16, ignore_eos=True)
     assert await shortest_pause(TEXT, body, {200}) < LONGEST_PAUSE
+
+
+def called(arguments: str) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": arguments}}]}
+
+
+TOOLS: dict[str, tuple[bytes, set[int]]] = {
+    "many": (chat(users("Hi"), tools=[{**WEATHER, "function": {"name": f"f{n}"}} for n in range(1000)]), {200, 400}),
+    "long": (chat(users("Hi"), tools=[{"type": "function", "function": {"name": "f", "description": WORDS}}]), {400}),
+    "special": (chat(users("Hi"), tools=[{**WEATHER, "more": ["<|im_end|>"] * 90_000}]), {400}),
+    "arguments": (chat([*users("Hi"), called("[" + "[]," * (BYTES // 3) + "[]]")]), {400}),
+    "calls": (chat([*users("Hi"), *[called('{"city": "Paris"}')] * 4000]), {400}),
+}
+
+
+@pytest.mark.parametrize("name", TOOLS)
+async def test_tools_and_calls_hold_up_nothing(name: str, tmp_path: Path) -> None:
+    body, statuses = TOOLS[name]
+    assert await shortest_pause(CHAT, body, statuses, model=write_chat_model(tmp_path, HERMES)) < LONGEST_PAUSE
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}], ids=str)
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        (HERMES, '<tool_call>\n{"name": "weather", "arguments": {"many": [' + "[], " * 6000),
+        (CODER, "<tool_call>\n<function=weather>\n<parameter=city>\n" + "</parameter>\n" * 3000),
+        (CODER, "<tool_call>\n<function=weather>\n<parameter=many>\n[" + "[], " * 6000 + "1]\n</parameter>"),
+        (LLAMA, '{"arguments": {"many": [' + "[], " * 6000 + "1]}, "),
+        (LLAMA, '{"name": "weather", "parameters": {"city": "' + "\\n" * 9000 + '"}}'),
+    ],
+    ids=["open", "ends", "held", "unnamed", "text"],
+)
+async def test_a_long_call_holds_up_nothing(
+    template: str, written: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each piece costs what its own text does; and what is looked at as a whole is looked at once."""
+    answer = chat_tokenizer().encode(written, add_special_tokens=False).ids
+    body = chat(users("Hi"), tools=[WEATHER], max_tokens=len(answer), **fields)
+    pause = await shortest_pause(CHAT, body, {200}, 40_000, model=write_chat_model(tmp_path, template), answer=answer)
+    assert pause < LONGEST_PAUSE
 
 
 async def test_a_small_prompt_does_not_wait_for_large_ones() -> None:

@@ -86,7 +86,14 @@ def test_every_setting_of_the_spec_arrives() -> None:
         "tensorParallelSize": 2,
         "dtype": "bfloat16",
         "backend": "cpu",
-        "engine": {"maxModelLen": 4096, "maxSequences": 8, "maxBatchTokens": 512, "kvCacheMemory": "1.5Gi"},
+        "engine": {
+            "maxModelLen": 4096,
+            "maxSequences": 8,
+            "maxBatchTokens": 512,
+            "kvCacheMemory": "1.5Gi",
+            "reasoningParser": "none",
+            "toolCallParser": "qwen3_coder",
+        },
         "apiKeySecretRef": {"name": "keys", "key": "chat"},
         "watchdog": {"floor": "1m30s", "factor": 2.5},
         "recovery": {"strategy": "RecyclePods", "weightCache": "Off"},
@@ -98,6 +105,7 @@ def test_every_setting_of_the_spec_arrives() -> None:
     assert config.limits == EngineLimits(
         max_model_len=4096, max_sequences=8, max_batch_tokens=512, kv_cache_bytes=3 * 2**29
     )
+    assert (config.reasoning_parser, config.tool_call_parser) == ("none", "qwen3_coder")
     assert config.watchdog == Watchdog(floor=90.0, factor=2.5)
     assert (config.recovery_strategy, config.weight_cache) == ("RecyclePods", "Off")
     fixed, _ = started({"model": HUB, "tensorParallelSize": 1, "watchdog": {"stepTimeout": "500ms"}}, index=0)

@@ -16,7 +16,7 @@ from tests.support.http import async_http
 from lockstep_runtime.api.app import create_app
 from lockstep_runtime.api.keys import ApiKeys
 from lockstep_runtime.api.limits import Limits
-from lockstep_runtime.config import EngineLimits, ReasoningParser, ServeConfig
+from lockstep_runtime.config import EngineLimits, ReasoningParser, ServeConfig, ToolCallParser
 from lockstep_runtime.engine.client import EngineClient
 
 TINY_CHAT: Final = Path(__file__).parents[2] / "examples" / "tiny-chat"
@@ -41,6 +41,7 @@ async def serving(
     wait_loaded: bool = True,
     cors: tuple[str, ...] = (),
     reasoning_parser: ReasoningParser = "auto",
+    tool_call_parser: ToolCallParser = "auto",
 ) -> AsyncIterator[str]:
     """The server's URL."""
     config = ServeConfig(
@@ -49,6 +50,7 @@ async def serving(
         limits=engine_limits or EngineLimits(),
         cors_allow_origins=cors,
         reasoning_parser=reasoning_parser,
+        tool_call_parser=tool_call_parser,
     )
     app = create_app(config, engine, ApiKeys(api_key, api_key_file), limits)
     server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=5))

@@ -14,17 +14,48 @@ MARKERS: Final = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # text 
 SPECIAL: Final = ("<|python_tag|>", "<|eom_id|>")  # none, as in Llama 3's
 
 # As Qwen3.5's: thinking begins in the prompt, unless it is switched off.
-THINKING: Final = """
+THINKING: Final = r"""
 {%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\\n' }}
-{%- if message.reasoning_content %}{{ '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}{% endif %}
-{{- message.content + '<|im_end|>\\n' }}
+{{- '<|im_start|>' + message.role + '\n' }}
+{%- if message.reasoning_content %}{{ '<think>\n' + message.reasoning_content + '\n</think>\n\n' }}{% endif %}
+{{- message.content + '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}
-{%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}
-{%- else %}{{ '<think>\\n' }}{% endif %}
+{{- '<|im_start|>assistant\n' }}
+{%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}
+{%- else %}{{ '<think>\n' }}{% endif %}
 {%- endif %}"""
+
+
+def _with_calls(call: str) -> str:
+    """A template with tools. `call`: Jinja that writes one."""
+    return rf"""
+{{%- if tools %}}{{{{ '<|im_start|>system\n# Tools\n' }}}}
+{{%- for tool in tools %}}{{{{ tool | tojson + '\n' }}}}{{% endfor %}}{{{{ '<|im_end|>\n' }}}}{{% endif %}}
+{{%- for message in messages %}}{{{{ '<|im_start|>' + message.role + '\n' + message.content }}}}
+{{%- for call in message.tool_calls or [] %}}
+{{%- set name, arguments = call.function.name, call.function.arguments %}}
+{call}
+{{%- endfor %}}
+{{{{- '<|im_end|>\n' }}}}
+{{%- endfor %}}
+{{%- if add_generation_prompt %}}{{{{ '<|im_start|>assistant\n' }}}}{{% endif %}}"""
+
+
+_HERMES: Final = (
+    r"""{{- '\n<tool_call>\n{"name": "' + name + '", "arguments": ' + arguments | tojson + '}\n</tool_call>' }}"""
+)
+_CODER: Final = r"""
+{{- '\n<tool_call>\n<function=' + name + '>\n' }}
+{%- for key, value in arguments.items() %}
+{{- '<parameter=' + key + '>\n' + (value if value is string else value | tojson) + '\n</parameter>\n' }}
+{%- endfor %}
+{{- '</function>\n</tool_call>' }}"""
+_LLAMA: Final = r"""{{- '{"name": "' + name + '", "parameters": ' + arguments | tojson + '}' }}"""
+HERMES: Final = _with_calls(_HERMES)  # as Qwen3's
+CODER: Final = _with_calls(_CODER)  # as Qwen3-Coder's and Qwen3.5's
+LLAMA: Final = _with_calls(_LLAMA)  # as Llama 3.1's
+TEXT_ARGUMENTS: Final = _with_calls(_HERMES.replace("arguments | tojson", "arguments"))  # as DeepSeek V3's
 
 
 def chat_tokenizer() -> Tokenizer:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.chat_model import chat_tokenizer
 
-from lockstep_runtime.api.generation import Choice, Delta, Job
+from lockstep_runtime.api.answer_text import Delta
+from lockstep_runtime.api.generation import Choice, Job
 from lockstep_runtime.api.reasoning import find_markers, opens_reasoning
 from lockstep_runtime.api.response_format import ChatFormat, CompletionFormat
 from lockstep_runtime.api.tokenizer import TextTokenizer

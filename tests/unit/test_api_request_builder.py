@@ -14,6 +14,7 @@ from lockstep_runtime.api.chat_template import ChatTemplate
 from lockstep_runtime.api.errors import ApiError
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.model import SamplingDefaults, ServedModel
+from lockstep_runtime.api.reasoning import find_markers
 from lockstep_runtime.api.request_builder import RequestBuilder
 from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest, validate
 from lockstep_runtime.api.tokenizer import TextTokenizer, TooManyTokensError
@@ -31,9 +32,11 @@ def raw() -> Tokenizer:
 def preparation(template: str = PLAIN, max_model_len: int = 2048) -> RequestBuilder:
     tokenizer = raw()
     tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    text = TextTokenizer(tokenizer)
     model = ServedModel(
-        tokenizer=TextTokenizer(tokenizer),
+        tokenizer=text,
         template=ChatTemplate(template, {}),
+        markers=find_markers(text.added, "auto"),
         stop_ids=frozenset(),
         defaults=SamplingDefaults(),
     )

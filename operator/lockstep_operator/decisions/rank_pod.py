@@ -93,6 +93,8 @@ def _arguments(model: Model) -> list[str]:
         ("max-sequences", model.engine.max_sequences),
         ("max-batch-tokens", model.engine.max_batch_tokens),
         ("kv-cache-memory", model.engine.kv_cache_memory),
+        ("reasoning-parser", model.engine.reasoning_parser),
+        ("tool-call-parser", model.engine.tool_call_parser),
         ("step-timeout", _plain(model.watchdog.step_timeout)),
         ("watchdog-floor", _plain(model.watchdog.floor)),
         ("watchdog-factor", _plain(model.watchdog.factor)),

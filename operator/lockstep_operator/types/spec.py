@@ -59,12 +59,14 @@ Cache = Claim | HostPath | EmptyDir
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """Limits of the engine; None leaves them to the runtime."""
+    """Limits of the engine, and its parsers of answers; None leaves them to the runtime."""
 
     max_model_len: int | None = None
     max_sequences: int | None = None
     max_batch_tokens: int | None = None
     kv_cache_memory: str | None = None
+    reasoning_parser: str | None = None
+    tool_call_parser: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,6 +231,8 @@ def _engine(engine: Mapping[str, Any]) -> EngineLimits:
         max_sequences=engine.get("maxSequences"),
         max_batch_tokens=engine.get("maxBatchTokens"),
         kv_cache_memory=None if memory is None else str(memory),
+        reasoning_parser=engine.get("reasoningParser"),
+        tool_call_parser=engine.get("toolCallParser"),
     )
 
 

@@ -52,21 +52,38 @@ class ChatLogprobsBody(BaseModel):
     refusal: None
 
 
+class FunctionBody(BaseModel):
+    name: str
+    arguments: str
+
+
+class ToolCallBody(BaseModel):
+    """`arguments` are JSON, unless the answer was cut (`length`)."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionBody
+
+
 class AnswerMessage(BaseModel):
+    """`content` is null beside calls, if the model wrote nothing else."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    tool_calls: list[ToolCallBody] | None = None
 
 
 FinishReasonName = Literal["stop", "length"]
+ChatFinishReasonName = Literal["stop", "length", "tool_calls"]
 
 
 class ChatChoice(BaseModel):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobsBody | None
-    finish_reason: FinishReasonName
+    finish_reason: ChatFinishReasonName
 
 
 class ChatCompletion(BaseModel):
@@ -78,18 +95,33 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
+class FunctionDelta(BaseModel):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(BaseModel):
+    """The first of a call has its id and name; the others go on with its arguments."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class Delta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):
     index: int
     delta: Delta
     logprobs: ChatLogprobsBody | None
-    finish_reason: FinishReasonName | None
+    finish_reason: ChatFinishReasonName | None
 
 
 class ChatCompletionChunk(BaseModel):

@@ -32,19 +32,23 @@ def encode_chat(
         ApiError: 400, see `ChatTemplate.render`.
         TooManyTokensError: see `TextTokenizer.encode`.
     """
-    given = (chat.messages, chat.variables)
+    given = (chat.messages, chat.tools, chat.variables)
     if not any(True for text in strings_of(given) for _ in tokenizer.break_points(text)):
         return tokenizer.encode(template.render(chat, seconds=seconds, limit=limit), most=most)
     cut = _unused_cut(given)
+    cuts = 0
 
     def cut_up(text: str) -> str:
-        positions = list(islice(tokenizer.break_points(text), most + 1))
-        if len(positions) > most:  # and each begins a token
+        nonlocal cuts
+        positions = list(islice(tokenizer.break_points(text), most + 1 - cuts))
+        cuts += len(positions)
+        if cuts > most:  # and each begins a token
             raise TooManyTokensError(f"more than {most}")
         return _insert(text, positions, cut)
 
-    messages, variables = _map_strings(given, cut_up)
-    rendered = template.render(replace(chat, messages=messages, variables=variables), seconds=seconds, limit=limit)
+    messages, tools, variables = _map_strings(given, cut_up)
+    cut_chat = replace(chat, messages=messages, tools=tools, variables=variables)
+    rendered = template.render(cut_chat, seconds=seconds, limit=limit)
     first, *further = rendered.split(cut)
     ids = tokenizer.encode(first, most=most)
     for part in further:
@@ -70,7 +74,7 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _map_strings(item, change) for key, item in value.items()}
+        return {_map_strings(key, change): _map_strings(item, change) for key, item in value.items()}
     if isinstance(value, Sequence):
         return [_map_strings(item, change) for item in value]
     return value

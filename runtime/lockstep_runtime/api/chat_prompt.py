@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lockstep_runtime.api.chat import encode_chat
 from lockstep_runtime.api.chat_template import Chat
-from lockstep_runtime.api.errors import invalid
+from lockstep_runtime.api.errors import invalid, unsupported
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.model import ServedModel
 from lockstep_runtime.api.reasoning import is_open
@@ -31,11 +31,15 @@ def chat_prompt(model: ServedModel, request: ChatRequest, limits: Limits, *, mos
         ApiError: 400, the model has no template, or its template refuses the messages.
         TooManyTokensError: see `TextTokenizer.encode`.
     """
-    template, tokenizer = model.template, model.tokenizer
-    if template is None:
+    if model.template is None:
         raise invalid(model.why_no_template, "messages")
+    tools = request.offered_tools
+    if tools:
+        _check_tools(model)
+    template, tokenizer = (model.tool_template if tools else None) or model.template, model.tokenizer
     chat = Chat(
-        messages=[message.for_template() for message in request.messages],
+        messages=[message.for_template(objects=model.tools.objects) for message in request.messages],
+        tools=tools,
         variables=request.template_variables(),
         add_generation_prompt=request.add_generation_prompt is not False,
     )
@@ -43,3 +47,10 @@ def chat_prompt(model: ServedModel, request: ChatRequest, limits: Limits, *, mos
     ids = encode_chat(template, tokenizer, chat, seconds=seconds, limit=limit, most=most)
     thinks = is_open(model.markers, template, tokenizer, chat, ids, seconds=seconds, limit=limit)
     return ChatPrompt(ids, thinks)
+
+
+def _check_tools(model: ServedModel) -> None:
+    if not model.tools.shown:
+        raise unsupported("tools", "this model's chat template tells the model of none")
+    if model.tools.format is None:
+        raise unsupported("tools", "how this model writes calls is not known; choose a --tool-call-parser")

@@ -31,6 +31,7 @@ class Chat:
     """What a template is given. `variables` are the client's `chat_template_kwargs`."""
 
     messages: Sequence[Mapping[str, object]]
+    tools: Sequence[Mapping[str, object]] | None = None
     variables: Mapping[str, object] = field(default_factory=dict)
     add_generation_prompt: bool = True
 
@@ -123,7 +124,7 @@ class ChatTemplate:
         values = {
             "messages": chat.messages,
             "add_generation_prompt": chat.add_generation_prompt,
-            "tools": None,
+            "tools": chat.tools,
             "documents": None,
             **self._tokens,
             **chat.variables,

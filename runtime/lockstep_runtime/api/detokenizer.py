@@ -21,20 +21,27 @@ MOST_HELD: Final = 64
 
 
 class Detokenizer:
-    """`after`: the tokens that come before the first one, if it continues their text."""
+    """
+    Args:
+        after: the tokens that come before the first one, if it continues their text.
+        shown: special tokens that are text.
+    """
 
-    __slots__ = ("_bytes", "_held", "_out", "_tokenizer", "_window")
+    __slots__ = ("_bytes", "_held", "_hidden", "_out", "_tokenizer", "_window")
 
-    def __init__(self, tokenizer: TextTokenizer, after: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, after: Sequence[int] = (), shown: frozenset[int] = frozenset()
+    ) -> None:
         self._tokenizer, self._bytes = tokenizer, tokenizer.bytes
+        self._hidden = tokenizer.special_ids - shown if shown else tokenizer.special_ids
         self._window = list(after[-CONTEXT_TOKENS:])
         self._held = 0  # the last tokens of the window that are not let out yet
         text = self._decode() if self._window else ""
         self._out = len(text) - text.endswith(REPLACEMENT)  # characters of the window's text that are
 
     def feed(self, id: int) -> str:
-        """What is certain now. Special tokens, and ids of a padded vocabulary, are no text."""
-        if id in self._tokenizer.special_ids or self._tokenizer.token_of(id) is None:
+        """What is certain now. Special tokens that aren't shown, and ids of a padded vocabulary, are no text."""
+        if id in self._hidden or self._tokenizer.token_of(id) is None:
             return ""
         self._window.append(id)
         self._held += 1

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+from lockstep_runtime.api.answer_text import AnswerText, Delta
 from lockstep_runtime.api.detokenizer import Detokenizer
 from lockstep_runtime.api.reasoning import ReasoningMarkers
 from lockstep_runtime.api.stop_matcher import StopMatcher
 from lockstep_runtime.api.tokenizer import TextTokenizer
+from lockstep_runtime.api.tools.formats import MARKERS, ToolFormat, tool_parser
 from lockstep_runtime.engine.client import FinishReason, GenerationRequest, TokenEvent
 from lockstep_runtime.protocol.step import SampledToken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolUse:
+    """The tools that an answer may call, as in the request, and how the model writes calls."""
+
+    format: ToolFormat
+    tools: Sequence[dict[str, Any]]
+    parallel: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,19 +38,11 @@ class Job:
     chat: bool  # the answer begins a text; a completion goes on with its prompt's
     markers: ReasoningMarkers | None = None  # part reasoning from answer
     thinks: bool = False  # the prompt's end has opened the reasoning already
+    tools: ToolUse | None = None  # part calls from answer
     scores_prompt: bool = False  # the prompt's log probabilities are part of the answer
     prompt_only: bool = False  # the one token that is drawn is no part of the answer
     stream: bool
     include_usage: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """Text to send, and the tokens sampled since the last piece, if log probabilities were requested."""
-
-    text: str
-    reasoning: bool = False
-    tokens: Sequence[SampledToken] = ()
 
 
 class Choice:
@@ -48,20 +52,25 @@ class Choice:
         request = job.requests[index]
         self.index = index
         self.tokens = 0
+        self.reasoning_tokens = 0  # drawn between the markers
         self.begun = False  # its prompt's log probabilities were taken
         self.finish_reason: FinishReason | None = None
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer, () if job.chat else request.prompt)
+        self._shown = _shown(tokenizer, job.tools)
+        self._detokenizer = Detokenizer(tokenizer, () if job.chat else request.prompt, self._shown)
         self._stops = StopMatcher(job.stops)
         self._keep_tokens = request.sampling.logprobs >= 0
         self._pending: list[SampledToken] = []
         self._markers = job.markers
-        self._reasoning = job.thinks
-        self.reasoning_tokens = 0  # drawn between the markers
         self._prompt_only = job.prompt_only
-        self._answered = False
-        self._trim = self._reasoning  # newlines beside a marker belong to the markup
-        self._newlines = ""
+        self._text = _text(job)
+
+    @property
+    def reason(self) -> str:
+        """The finish reason as clients know it."""
+        if self._text.calls and self.finish_reason is FinishReason.STOP:
+            return "tool_calls"
+        return str(self.finish_reason)
 
     def feed(self, event: TokenEvent) -> list[Delta]:
         """Sets `finish_reason` when the choice is complete; nothing may be fed after that."""
@@ -74,9 +83,11 @@ class Choice:
             self._take(event.token, pieces)
         if event.finish is not None and self.finish_reason is None:
             self._flush(pieces)
-            self.finish_reason = event.finish
-        if self.finish_reason is not None and self._pending:
-            self._append("", pieces)
+            self.finish_reason = self.finish_reason or event.finish
+        if self.finish_reason is not None:
+            self._append(self._text.finish(cut=self.finish_reason is FinishReason.LENGTH), pieces)
+            if self._pending:
+                self._append([Delta(reasoning=self._text.reasoning)], pieces)
         return pieces
 
     def _take(self, sampled: SampledToken, pieces: list[Delta]) -> None:
@@ -84,44 +95,45 @@ class Choice:
             self._pending.append(sampled)
         token = sampled.token
         if self._markers is not None:
-            if self._reasoning and token == self._markers.closing:
+            if self._text.reasoning and token == self._markers.closing:
                 return self._turn(token, False, pieces)
-            if token == self._markers.opening and not self._reasoning and not self._answered:
+            if token == self._markers.opening and self._text.may_think:
                 return self._turn(token, True, pieces)
-        self.reasoning_tokens += self._reasoning
+        self.reasoning_tokens += self._text.reasoning
         if text := self._detokenizer.feed(token):
             self._emit(self._stops.feed(text), pieces)
-            self._check_stopped()
         return None
 
     def _turn(self, marker: int, reasoning: bool, pieces: list[Delta]) -> None:
         """Stop strings don't reach across a marker."""
         self._flush(pieces)
-        self._detokenizer = Detokenizer(self._tokenizer, (marker,))
-        self._reasoning, self._trim, self._newlines = reasoning, True, ""
+        self._append(self._text.turn(reasoning=reasoning), pieces)
+        self._detokenizer = Detokenizer(self._tokenizer, (marker,), self._shown)
 
     def _flush(self, pieces: list[Delta]) -> None:
         text = self._stops.feed(self._detokenizer.finish())
         self._emit(text if self._stops.stopped else text + self._stops.finish(), pieces)
-        self._check_stopped()
-
-    def _check_stopped(self) -> None:
-        if self._stops.stopped:
-            self.finish_reason = FinishReason.STOP
 
     def _emit(self, text: str, pieces: list[Delta]) -> None:
-        if self._trim:
-            text = text.lstrip("\n")
-            self._trim = not text
-        if self._reasoning:
-            text = self._newlines + text
-            kept = text.rstrip("\n")
-            self._newlines, text = text[len(kept) :], kept
-        elif text.strip():
-            self._answered = True
         if text:
-            self._append(text, pieces)
+            self._append(self._text.feed(text), pieces)
+        if self._stops.stopped or self._text.full:
+            self.finish_reason = FinishReason.STOP
 
-    def _append(self, text: str, pieces: list[Delta]) -> None:
-        pieces.append(Delta(text, self._reasoning, tuple(self._pending)))
-        self._pending.clear()
+    def _append(self, deltas: Sequence[Delta], pieces: list[Delta]) -> None:
+        for delta in deltas:
+            pieces.append(replace(delta, tokens=tuple(self._pending)) if self._pending else delta)
+            self._pending.clear()
+
+
+def _text(job: Job) -> AnswerText:
+    if job.tools is None:
+        return AnswerText(thinks=job.thinks)
+    parser = tool_parser(job.tools.format, job.tools.tools)
+    return AnswerText(thinks=job.thinks, parser=parser, parallel=job.tools.parallel)
+
+
+def _shown(tokenizer: TextTokenizer, tools: ToolUse | None) -> frozenset[int]:
+    """Special tokens that are text nevertheless: the markers of calls are for the parser."""
+    texts = () if tools is None else MARKERS[tools.format]
+    return frozenset(id for text in texts if (id := tokenizer.added.get(text)) is not None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeGuard
 
@@ -13,9 +13,10 @@ import jinja2
 
 from lockstep_runtime.api.chat_template import ChatTemplate
 from lockstep_runtime.api.reasoning import CLOSING, OPENING, ReasoningMarkers, find_markers
-from lockstep_runtime.api.template_files import DEFAULT, Templates, find_templates
+from lockstep_runtime.api.template_files import DEFAULT, WITH_TOOLS, Templates, find_templates
 from lockstep_runtime.api.tokenizer import TextTokenizer, UnsupportedTokenizerError
-from lockstep_runtime.config import ReasoningParser, ServeConfig
+from lockstep_runtime.api.tools.probe import NO_TOOLS, ToolSupport, probe
+from lockstep_runtime.config import ReasoningParser, ServeConfig, ToolCallParser
 from lockstep_runtime.sources.errors import ModelError, may_pass
 from lockstep_runtime.sources.files import read_bytes, read_object
 from lockstep_runtime.sources.model_config import text_config
@@ -66,6 +67,8 @@ class ServedModel:
     template: ChatTemplate | None  # None: the model is no chat model, and `why_no_template` says so
     why_no_template: str = ""
     markers: ReasoningMarkers | None = None  # None: reasoning is part of the answer
+    tool_template: ChatTemplate | None = None  # for conversations with tools, if it is another
+    tools: ToolSupport = NO_TOOLS
     stop_ids: frozenset[int]
     defaults: SamplingDefaults
     vocabulary: int | None = None  # rows of its embedding: a token's id must be less; None: nobody says
@@ -97,11 +100,15 @@ def _load(config: ServeConfig) -> ServedModel:
     tokenizer = _tokenizer(folder / "tokenizer.json", rows)
     with _told_as(Problem.TEMPLATE_UNREADABLE):
         templates = find_templates(folder, settings)
+    template = _template(templates, settings, DEFAULT)
+    tool_template = _template(templates, settings, WITH_TOOLS) or template
     return ServedModel(
         tokenizer=tokenizer,
-        template=_template(templates, settings),
+        template=template,
         why_no_template=templates.why_none,
         markers=_markers(tokenizer, config.reasoning_parser),
+        tool_template=tool_template,
+        tools=_tools(tool_template, config.tool_call_parser),
         stop_ids=_stop_ids(tokenizer, generation, model, settings),
         defaults=sampling_defaults(generation),
         vocabulary=rows,
@@ -130,15 +137,15 @@ def _tokenizer(path: Path, rows: int | None) -> TextTokenizer:
         raise ModelUnavailableError(Problem.TOKENIZER_UNUSABLE, f"{path} can't be used: {error}") from error
 
 
-def _template(templates: Templates, settings: Mapping[str, Any]) -> ChatTemplate | None:
-    source = templates.sources.get(DEFAULT)
+def _template(templates: Templates, settings: Mapping[str, Any], name: str) -> ChatTemplate | None:
+    source = templates.sources.get(name)
     if source is None:
         return None
     tokens = {name: text for name in _TOKENS if (text := _token_text(settings.get(name))) is not None}
     try:
         return ChatTemplate(source, tokens)
     except jinja2.TemplateSyntaxError as error:
-        words = f"{templates.places[DEFAULT]}: the chat template is malformed in line {error.lineno}: {error.message}"
+        words = f"{templates.places[name]}: the chat template is malformed in line {error.lineno}: {error.message}"
         raise ModelUnavailableError(Problem.TEMPLATE_MALFORMED, words) from error
 
 
@@ -148,6 +155,19 @@ def _markers(tokenizer: TextTokenizer, parser: ReasoningParser) -> ReasoningMark
         words = f"--reasoning-parser {parser} needs the tokens {OPENING} and {CLOSING}, which the tokenizer lacks"
         raise ModelUnavailableError(Problem.PARSER_UNFIT, f"{words}: choose auto or none")
     return markers
+
+
+def _tools(template: ChatTemplate | None, parser: ToolCallParser) -> ToolSupport:
+    if template is None:
+        return NO_TOOLS
+    found = probe(template)
+    match parser:
+        case "auto":
+            return found
+        case "none":
+            return replace(found, format=None)
+        case _:
+            return replace(found, format=parser)
 
 
 def _token_text(token: object) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from lockstep_runtime.api.errors import unsupported
 
-_TOOLS: Final = "tool calling is not built yet; leave it out"
+_FUNCTIONS: Final = "functions are called tools now; use `tools` and `tool_choice`"
 _CONSTRAINED: Final = "output can't be constrained yet; ask for the form in the prompt"
 _PENALTIES: Final = "penalties are not built yet; leave it out"
 _TEXT_ONLY: Final = "this server makes text only; leave it out"
@@ -36,8 +36,8 @@ REFUSED: Final[Mapping[str, Neutral]] = {
     "continue_final_message": Neutral(OFF, "the last message can't be continued; use /v1/completions"),
     "documents": Neutral(([],), "put them into the messages"),
     "frequency_penalty": Neutral((0,), _PENALTIES),
-    "function_call": Neutral(("none", "auto"), _TOOLS),
-    "functions": Neutral(([],), _TOOLS),
+    "function_call": Neutral(("none", "auto"), _FUNCTIONS),
+    "functions": Neutral(([],), _FUNCTIONS),
     "guided_choice": Neutral(([],), _CONSTRAINED),
     "guided_grammar": Neutral(("",), _CONSTRAINED),
     "guided_json": Neutral(("",), _CONSTRAINED),
@@ -59,8 +59,6 @@ REFUSED: Final[Mapping[str, Neutral]] = {
     "skip_special_tokens": Neutral((True, 1), "special tokens are not part of the answer; leave it out"),
     "structured_outputs": Neutral(({},), _CONSTRAINED),
     "suffix": Neutral(("",), "text can't be inserted before a suffix; leave it out"),
-    "tool_choice": Neutral(("none", "auto"), _TOOLS),
-    "tools": Neutral(([],), _TOOLS),
     "truncate_prompt_tokens": Neutral((), "prompts are not cut; send a shorter one"),
     "use_beam_search": Neutral(OFF, "there is no beam search; leave it out"),
     "web_search_options": Neutral((), "there is no web search; leave it out"),

@@ -63,7 +63,7 @@ def is_open(
     last message decides."""
     if markers is None or not opens_reasoning(markers, prompt):
         return False
-    if not any(OPENING in text for text in strings_of((chat.messages, chat.variables))):
+    if not any(OPENING in text for text in strings_of((chat.messages, chat.tools, chat.variables))):
         return True
     with_prompt = template.render(chat, seconds=seconds, limit=limit)
     without = template.render(replace(chat, add_generation_prompt=False), seconds=seconds, limit=limit)

@@ -10,7 +10,7 @@ from typing import Final
 
 from lockstep_runtime.api.chat_prompt import chat_prompt
 from lockstep_runtime.api.errors import ApiError, invalid, too_long
-from lockstep_runtime.api.generation import Job
+from lockstep_runtime.api.generation import Job, ToolUse
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.model import SamplingDefaults, ServedModel
 from lockstep_runtime.api.response_format import ChatFormat, CompletionFormat, ResponseFormat
@@ -40,8 +40,14 @@ class RequestBuilder:
             raise self._too_long(str(error), "messages") from None
         requests = self._requests("chatcmpl", request, [tuple(prompt.ids)], request.asked_tokens, "messages", False)
         logprobs = request.asked_logprobs >= 0
-        job = self._job(request, requests, chat=True, thinks=prompt.thinks)
+        job = self._job(request, requests, chat=True, thinks=prompt.thinks, tools=self._tools(request))
         return job, ChatFormat(self.model.tokenizer, len(requests), logprobs=logprobs)
+
+    def _tools(self, request: ChatRequest) -> ToolUse | None:
+        format, tools = self.model.tools.format, request.offered_tools
+        if format is None or tools is None:
+            return None
+        return ToolUse(format=format, tools=tools, parallel=request.parallel_tool_calls is not False)
 
     def completion(self, request: CompletionRequest) -> tuple[Job, ResponseFormat]:
         special = request.add_special_tokens is not False
@@ -107,6 +113,7 @@ class RequestBuilder:
         *,
         chat: bool = False,
         thinks: bool = False,
+        tools: ToolUse | None = None,
         prompt_only: bool = False,
         scores_prompt: bool = False,
     ) -> Job:
@@ -121,6 +128,7 @@ class RequestBuilder:
             chat=chat,
             markers=self.model.markers if chat else None,
             thinks=thinks,
+            tools=tools,
             prompt_only=prompt_only,
             scores_prompt=scores_prompt,
             stream=bool(request.stream),

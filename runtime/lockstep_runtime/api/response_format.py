@@ -5,12 +5,14 @@ Source: https://platform.openai.com/docs/api-reference/chat/object, .../chat-str
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from lockstep_runtime.api.generation import Delta
+from lockstep_runtime.api.answer_text import Delta
 from lockstep_runtime.api.logprobs import ChatLogprobs, TextLogprobs
 from lockstep_runtime.api.tokenizer import TextTokenizer
+from lockstep_runtime.api.tools.parts import CallArguments, CallBegun, CallBroken
 from lockstep_runtime.protocol.step import SampledToken
 
 Json = dict[str, Any]
@@ -45,8 +47,7 @@ class ChatFormat:
     chunk = "chat.completion.chunk"
 
     def __init__(self, tokenizer: TextTokenizer, choices: int, *, logprobs: bool) -> None:
-        self._answers: list[list[str]] = [[] for _ in range(choices)]
-        self._thoughts: list[list[str]] = [[] for _ in range(choices)]
+        self._messages = [_Message() for _ in range(choices)]
         self._described = [ChatLogprobs(tokenizer) for _ in range(choices)] if logprobs else None
 
     def opening(self, index: int) -> Json | None:
@@ -60,26 +61,70 @@ class ChatFormat:
 
     def delta(self, index: int, piece: Delta) -> Json:
         logprobs = None if self._described is None else self._described[index].of(piece.tokens)
-        delta = _reasoning(piece.text) if piece.reasoning else {"content": piece.text}
-        return self._part(index, delta, logprobs, None)
+        return self._part(index, _delta(piece), logprobs, None)
 
     def closing(self, index: int, reason: str) -> Json:
         return self._part(index, {}, None, reason)
 
     def take(self, index: int, piece: Delta) -> None:
-        (self._thoughts if piece.reasoning else self._answers)[index].append(piece.text)
+        self._messages[index].take(piece)
         if self._described is not None:
             self._described[index].add(piece.tokens)
 
     def choice(self, index: int, reason: str) -> Json:
-        message = {"role": "assistant", "content": "".join(self._answers[index])}
-        if reasoning := "".join(self._thoughts[index]):
-            message |= _reasoning(reasoning)
+        message = self._messages[index].whole()
         logprobs = None if self._described is None else self._described[index].take()
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def _part(self, index: int, delta: Json, logprobs: Json | None, reason: str | None) -> Json:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+class _Message:
+    """What a whole answer is put together from. A call that broke is none: what the model wrote is content."""
+
+    def __init__(self) -> None:
+        self._content: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: dict[int, tuple[CallBegun, list[str]]] = {}
+
+    def take(self, piece: Delta) -> None:
+        match piece.call:
+            case None:
+                (self._reasoning if piece.reasoning else self._content).append(piece.text)
+            case CallBegun(index):
+                self._calls[index] = piece.call, []
+            case CallArguments(index, json):
+                self._calls[index][1].append(json)
+            case CallBroken(index, text):
+                del self._calls[index]
+                self._content.append(text)
+
+    def whole(self) -> Json:
+        content = "".join(self._content)
+        message: Json = {"role": "assistant", "content": content if content or not self._calls else None}
+        if reasoning := "".join(self._reasoning):
+            message |= _reasoning(reasoning)
+        if self._calls:
+            message["tool_calls"] = [_call(begun, "".join(pieces)) for begun, pieces in self._calls.values()]
+        return message
+
+
+def _delta(piece: Delta) -> Json:
+    match piece.call:
+        case None:
+            return _reasoning(piece.text) if piece.reasoning else {"content": piece.text}
+        case CallBegun(index):
+            return {"tool_calls": [{"index": index, **_call(piece.call, "")}]}
+        case CallArguments(index, json):
+            return {"tool_calls": [{"index": index, "function": {"arguments": json}}]}
+        case CallBroken(_, text):
+            return {"content": text}
+
+
+def _call(begun: CallBegun, arguments: str) -> Json:
+    function = {"name": begun.name, "arguments": arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
 def _reasoning(text: str) -> Json:

@@ -30,11 +30,11 @@ from pydantic_core import CoreSchema
 from lockstep_runtime.api.chat import text_of
 from lockstep_runtime.api.errors import ApiError, invalid, unsupported
 from lockstep_runtime.api.neutral import OFF, REFUSED, Neutral, check_neutral, schema_of
+from lockstep_runtime.api.tools.schemas import ToolCall, ToolChoice, Tools
 
 MAX_CHOICES: Final = 128  # of one request: prompts times n
 MAX_PROMPTS: Final = 128
 MAX_MESSAGES: Final = 4096
-_TOOLS: Final = "tool calling is not built yet"
 
 _ID: Final = {"type": "integer", "minimum": 0}
 _TEXT: Final = {"type": "string", "minLength": 1}
@@ -117,27 +117,40 @@ class _Strict(BaseModel):
 
 
 class Message(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str, PlainValidator(_text), WithJsonSchema(_CONTENT_SCHEMA)] = ""
+    name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = Field(None, description="vLLM's name of reasoning_content")
+    tool_calls: list[ToolCall] | None = Field(None, description="of an assistant")
+    tool_call_id: str | None = Field(None, description="of a tool's result")
 
     @model_validator(mode="before")
     @classmethod
-    def _without_tools(cls, value: Any) -> Any:
+    def _without_functions(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            if value.get("role") in ("tool", "function"):
-                raise unsupported("role", _TOOLS)
-            for name in ("tool_calls", "function_call"):
-                if value.get(name):
-                    raise unsupported(name, _TOOLS)
+            if value.get("role") == "function":
+                raise unsupported("role", "functions are called tools now; use the role tool")
+            if value.get("function_call"):
+                raise unsupported("function_call", "functions are called tools now; use tool_calls")
         return value
 
-    def for_template(self) -> dict[str, str]:
-        """Templates know `system`; OpenAI's newer name for the same role is `developer`."""
-        shown = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+    def for_template(self, *, objects: bool) -> dict[str, Any]:
+        """Templates know `system`; OpenAI's newer name for the same role is `developer`.
+
+        Args:
+            objects: the template wants a call's arguments as an object.
+        """
+        shown: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
         thoughts = self.reasoning if self.reasoning_content is None else self.reasoning_content
-        return shown if thoughts is None else shown | {"reasoning_content": thoughts}
+        calls = [call.for_template(objects=objects) for call in self.tool_calls or ()]
+        further = {
+            "name": self.name,
+            "reasoning_content": thoughts,
+            "tool_call_id": self.tool_call_id,
+            "tool_calls": calls or None,
+        }
+        return shown | {name: value for name, value in further.items() if value is not None}
 
 
 class StreamOptions(_Strict):
@@ -201,6 +214,9 @@ class ChatRequest(_Request):
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="default: what the model has room for")
     logprobs: _Flag = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: Tools = None
+    tool_choice: ToolChoice = Field(None, description="default: auto with tools")
+    parallel_tool_calls: _Flag = Field(None, description="false: the answer ends with its first call; default: true")
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: ReasoningEffort | None = Field(None, description="none: without reasoning, if the model can")
     add_generation_prompt: _Flag = None
@@ -210,6 +226,22 @@ class ChatRequest(_Request):
         if self.top_logprobs and not self.logprobs:
             raise invalid("`top_logprobs` needs `logprobs`: true", "top_logprobs")
         return self
+
+    @model_validator(mode="after")
+    def _choice_of_tools(self) -> Self:
+        if self.tool_choice is None or self.tool_choice in ("none", "auto"):
+            return self
+        if not self.tools:
+            raise invalid("`tool_choice` needs `tools`", "tool_choice")
+        names = [tool["function"]["name"] for tool in self.tools]
+        if isinstance(self.tool_choice, tuple) and self.tool_choice[0] not in names:
+            raise invalid(f"`tool_choice`: there is no tool {self.tool_choice[0]!r} in `tools`", "tool_choice")
+        raise unsupported("tool_choice", "a call can't be forced yet; use auto, and ask for it in the prompt")
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """None: the model isn't told of any."""
+        return (self.tools or None) if self.tool_choice != "none" else None
 
     def template_variables(self) -> dict[str, Any]:
         """An effort is a variable of some templates, and for the others a switch."""

@@ -20,8 +20,9 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from lockstep_runtime.api import errors
+from lockstep_runtime.api.answer_text import Delta
 from lockstep_runtime.api.errors import ApiError
-from lockstep_runtime.api.generation import Choice, Delta, Job
+from lockstep_runtime.api.generation import Choice, Job
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.metrics import Metrics
 from lockstep_runtime.api.multiplex import Batch, Multiplexed
@@ -138,7 +139,7 @@ class Answer(Response):
             batch = await merged.next(self._limits.keep_alive_seconds)
         parts = [msgspec.json.encode(self._frame(self._form.whole))[:-1] + b',"choices":[']
         for choice in self._choices:
-            entry = msgspec.json.encode(self._form.choice(choice.index, str(choice.finish_reason)))
+            entry = msgspec.json.encode(self._form.choice(choice.index, choice.reason))
             parts.append(entry if choice is self._choices[-1] else entry + b",")
             await asyncio.sleep(0)
         parts.append(b'],"usage":' + msgspec.json.encode(self._usage()) + b"}")
@@ -178,7 +179,7 @@ class Answer(Response):
         for choice, pieces in self._feed(batch, merged):
             parts += [self._event(self._form.delta(choice.index, piece)) for piece in pieces]
             if choice.finish_reason is not None:
-                parts.append(self._event(self._form.closing(choice.index, choice.finish_reason)))
+                parts.append(self._event(self._form.closing(choice.index, choice.reason)))
         return b"".join(parts)
 
     def _feed(self, batch: Batch, merged: Multiplexed) -> Iterator[tuple[Choice, list[Delta]]]:

@@ -10,6 +10,7 @@ from typing import Any, Final
 from lockstep_runtime.sources.files import read_object, read_text
 
 DEFAULT: Final = "default"
+WITH_TOOLS: Final = "tool_use"  # transformers' name for the template of conversations with tools
 
 
 @dataclass(frozen=True, slots=True)
