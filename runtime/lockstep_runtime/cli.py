@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, NoReturn, get_args
 
 import click
@@ -49,6 +50,8 @@ from lockstep_runtime.host import descriptors, discovery
 from lockstep_runtime.host.addresses import LOOPBACK, join, loopback, reach
 from lockstep_runtime.protocol.status import API_PORT, BUS_PORT, STATUS_PORT
 from lockstep_runtime.report.command import command
+from lockstep_runtime.sources.choice import choose, other_variables
+from lockstep_runtime.sources.repository import COMMIT
 from lockstep_runtime.supervisor import accelerator
 from lockstep_runtime.supervisor.ports import Ports, open_ports
 
@@ -65,6 +68,11 @@ def _flags(command: Callable[..., None]) -> Callable[..., None]:
     for decorate in reversed([
         flag(model, "served-name", str, None, "the name that clients call; default: the last part of MODEL"),
         flag(model, "revision", str, None, "branch, tag or commit of a hub id", "model_revision"),
+        flag(model, "commit", str, None, "what the revision is, already decided: the hub isn't asked", "model_commit"),
+        flag(model, "source", str, None,
+              "a hub: name=NAME,endpoint=URL and, if need be, token-variable, token-file, cache, default; MODEL may "
+              "then be NAME:org/name; repeat it for more; in the variable put spaces between", "sources",
+              multiple=True, metavar="SOURCE"),
         flag(model, "download-dir", str, None, "where hub models are kept; default: the hub client's cache"),
         flag(model, "dtype", click.Choice(get_args(DType)), "auto", "of weights and cache"),
         flag(model, "reasoning-parser", click.Choice(get_args(ReasoningParser)), "auto",
@@ -135,6 +143,10 @@ def config_from(options: Mapping[str, Any]) -> ServeConfig:
     pods = size // ranks_per_pod
     if given["pod_index"] >= pods:
         raise UsageError(f"--pod-index {given['pod_index']}: a group of {pods} pods has the indexes 0 to {pods - 1}")
+    folder = Path(given["model"]).expanduser().is_dir()
+    given["model"], given["source"] = choose(given["model"], given.pop("sources", ()), is_folder=folder)
+    if (commit := given.get("model_commit")) and not COMMIT.fullmatch(commit):
+        raise UsageError(f"--commit {commit!r}: a commit is 40 hexadecimal digits; for branches and tags: --revision")
     given["served_name"] = given.get("served_name") or given["model"].rstrip("/").rsplit("/", 1)[-1]
     given["leader"] = given.get("leader") or loopback()
     limits = {name: given.pop(name) for name in EngineLimits.__struct_fields__ if name in given}
@@ -184,6 +196,8 @@ def check_faults(config: ServeConfig, environment: Mapping[str, str]) -> None:
 def _serve(options: Mapping[str, Any]) -> int:
     config = accelerator.settle(config_from(options), gpus=accelerator.has_gpus(os.environ))
     check_faults(config, os.environ)
+    for variable in other_variables(config.source, options["sources"]):
+        os.environ.pop(variable, None)
     token = token_for(config, os.environ)
     ports = open_ports(config, may_choose=unnamed_ports(options, config))
     log.configure("supervisor")

@@ -33,6 +33,16 @@ class UsageError(Exception):
     """The command line can't be executed; the message says what to change."""
 
 
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    """A hub. None: as huggingface_hub has it."""
+
+    name: str = "huggingface"
+    endpoint: str | None = None  # its address
+    token_variable: str | None = "HF_TOKEN"  # noqa: S105 - a name; only the supervisor's environment has it
+    token_file: str | None = None  # goes before the variable, and is read again for every attempt
+    cache: str | None = None  # the folder in which its models are kept
+
+
 class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
     """None means: derived from the model and the memory there is."""
 
@@ -55,8 +65,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One group, as every process of it sees it."""
 
     model: str  # a directory, or a hub id such as Qwen/Qwen3-8B
+    source: Source = Source()  # of a hub id
     model_revision: str | None = None  # of a hub id
-    download_dir: str | None = None  # where hub models are kept
+    model_commit: str | None = None  # what the revision is, where that is decided already
+    download_dir: str | None = None  # where hub models are kept, whatever the source says
     served_name: str  # what clients call it
     model_name: str = "local"  # the TensorParallelModel's name
     group: int = 0

@@ -8,10 +8,10 @@ from tests.support.group_life import FAILED, HUNG, GroupLife, broken, stage
 
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.bus import LoadFailure
-from lockstep_runtime.protocol.status import Fault, GroupState, RankState
+from lockstep_runtime.protocol.status import Download, Fault, GroupState, RankState
 from lockstep_runtime.recovery import actions, events, timing
 from lockstep_runtime.recovery.diagnosis import Evidence
-from lockstep_runtime.recovery.group_state import group_state
+from lockstep_runtime.recovery.group_state import group_state, slowest_download
 from lockstep_runtime.recovery.policy import REBUILD_REFILL_SECONDS, REBUILDS, Rung
 from lockstep_runtime.recovery.stage import Stage
 from lockstep_runtime.recovery.timing import ACCEPTING_SECONDS, HOST, RETRY_SECONDS
@@ -299,3 +299,18 @@ def test_a_group_that_serves_loads_as_long_as_the_api_reads_its_tokenizer() -> N
     life.serve()
     found = group_state(life.group, life.now, draining=False, blocker="", loading="the api reads the tokenizer")
     assert found == (GroupState.LOADING, "all 2 ranks are in step; the api reads the tokenizer")
+
+
+def test_while_pods_download_the_slowest_is_told() -> None:
+    life = GroupLife()
+    for rank, done in ((0, 3_000_000), (1, 1_000_000)):
+        life.connect(rank)
+        download = Download(done=done, total=10_000_000, percent=10, rate=5e6)
+        report = bus.LoadProgress(bytes_done=0, bytes_total=0, bytes_moved=done, download=download)
+        life.tell(events.RankReported(rank, report))
+    found = group_state(life.group, life.now, draining=False, blocker="")
+    assert found == (GroupState.LOADING, "1 of 10 MB of the model are downloaded")
+    assert slowest_download(life.group.handles) == Download(done=1_000_000, total=10_000_000, percent=10, rate=5e6)
+    life.tell(events.RankDisconnected(1))
+    life.loaded(0)
+    assert slowest_download(life.group.handles) is None

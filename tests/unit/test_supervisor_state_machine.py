@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lockstep_runtime.supervisor.state_machine import (
     ENGINE,
+    FETCHER,
     LONGEST_BACKOFF,
     SILENT_SECONDS,
     SLOW_BACKOFF,
@@ -352,3 +353,44 @@ def test_a_word_of_an_engine_that_has_ended_changes_nothing() -> None:
     due = machine.next_deadline()
     machine.heard(5.0)
     assert (machine.next_deadline(), machine.failures(ENGINE), machine.failures(0)) == (due, 3, 0)
+
+
+def test_a_leaders_fetcher_begins_at_once_and_is_not_started_again_when_it_has_done_its_work() -> None:
+    machine = Machine(ranks=range(1), is_leader=True, grace_seconds=30.0, fetches=True)
+    assert machine.start(0.0) == [Spawn(ZYGOTE), Spawn(FETCHER), Spawn(ENGINE)]
+    assert machine.fetch(0.5) == []  # it is at it
+    assert machine.exited(FETCHER, healthy=False, now=1.0) == [Spawn(FETCHER)]
+    assert machine.fetched(2.0) == []
+    assert machine.tick(1000.0)[:1] != [Spawn(FETCHER)]
+    assert machine.fetch(1001.0) == [Spawn(FETCHER)]
+
+
+def test_a_members_fetcher_waits_for_the_commit() -> None:
+    machine = Machine(ranks=range(1, 2), is_leader=False, grace_seconds=30.0, fetches=True, may_fetch=False)
+    assert machine.start(0.0) == [Spawn(ZYGOTE)]
+    assert machine.zygote_ready(0.0) == [Spawn(1)]
+    assert machine.next_deadline() is None
+    assert machine.fetch(5.0) == [Spawn(FETCHER)]
+
+
+def test_a_fetcher_that_was_killed_waits_as_others_do_and_whoever_is_told_to_fetch_does_not_shorten_that() -> None:
+    machine = Machine(ranks=range(1), is_leader=False, grace_seconds=30.0, fetches=True)
+    machine.start(0.0)
+    assert machine.exited(FETCHER, healthy=False, now=0.0) == [Spawn(FETCHER)]
+    assert machine.exited(FETCHER, healthy=False, now=0.0) == []
+    assert machine.fetch(0.5) == []
+    assert machine.fetch(1.0) == [Spawn(FETCHER)]
+
+
+def test_a_pod_that_stops_ends_its_fetcher_too() -> None:
+    machine = Machine(ranks=range(1), is_leader=False, grace_seconds=30.0, fetches=True)
+    machine.start(0.0)
+    assert signalled(machine.asked_to_end(1.0, connected=False)) == [ZYGOTE, FETCHER]
+    assert machine.exited(ZYGOTE, healthy=True, now=1.1) == []
+    assert machine.fetch(1.2) == []
+    assert machine.fetched(1.2) == [Finish("no engine needs this pod")]
+
+
+def test_a_folder_is_not_fetched() -> None:
+    machine = member()
+    assert machine.fetch(1.0) == []

@@ -10,6 +10,7 @@ from lockstep_runtime.api import model
 from lockstep_runtime.api.blockers import Blocker, Blockers
 from lockstep_runtime.api.model import ModelUnavailableError, ServedModel
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.sources.model_folder import POLL_SECONDS, StillFetchingError
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,9 @@ class ModelLoader:
         while True:
             try:
                 loaded = await asyncio.to_thread(model.load, self._config)
+            except StillFetchingError:
+                await asyncio.sleep(POLL_SECONDS)
+                continue
             except ModelUnavailableError as error:
                 self._tell(str(error), may_pass=error.may_pass)
                 await asyncio.sleep(max(RETRY_SECONDS, error.retry_after))

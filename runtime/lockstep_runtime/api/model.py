@@ -20,7 +20,7 @@ from lockstep_runtime.config import ReasoningParser, ServeConfig, ToolCallParser
 from lockstep_runtime.sources.errors import ModelError, may_pass
 from lockstep_runtime.sources.files import read_bytes, read_object
 from lockstep_runtime.sources.model_config import text_config
-from lockstep_runtime.sources.model_folder import find_model
+from lockstep_runtime.sources.model_folder import StillFetchingError, locate
 
 _EVERY_TOKEN: Final = 2**31 - 1  # and a whole number that every process takes
 _TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -79,10 +79,11 @@ def load(config: ServeConfig) -> ServedModel:
 
     Raises:
         ModelUnavailableError: something is missing or malformed; retry, it may be fixed.
+        StillFetchingError: it is on its way.
     """
     try:
         return _load(config)
-    except ModelUnavailableError:
+    except (ModelUnavailableError, StillFetchingError):
         raise
     except Exception as error:  # whatever is in files that others wrote: it is told, not logged alone
         message = f"the tokenizer and the chat template can't be read: {type(error).__name__}: {error}"
@@ -91,7 +92,7 @@ def load(config: ServeConfig) -> ServedModel:
 
 def _load(config: ServeConfig) -> ServedModel:
     with _told_as(Problem.MODEL_NOT_FOUND):
-        folder = find_model(config.model, config.model_revision, config.download_dir)
+        folder = locate(config)
     with _told_as(Problem.SETTINGS_UNREADABLE):
         names = ("tokenizer_config.json", "generation_config.json", "config.json")
         settings, generation, model = (read_object(folder / name) or {} for name in names)
@@ -119,6 +120,8 @@ def _load(config: ServeConfig) -> ServedModel:
 def _told_as(problem: Problem) -> Iterator[None]:
     try:
         yield
+    except StillFetchingError:
+        raise
     except ModelError as error:
         raise ModelUnavailableError(problem, str(error), error.retry_after, may_pass=may_pass(error)) from error
 

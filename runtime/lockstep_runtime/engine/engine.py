@@ -163,6 +163,13 @@ class Engine:
         self._reporter.model_error = Blocker()
         self.group.model_read()
 
+    def set_commit(self, commit: str) -> None:
+        """Of the hub's model, that every pod is to load; empty: not known yet."""
+        if commit and commit != self._reporter.commit:
+            self._reporter.commit = commit
+            self.group.set_commit(commit)
+            self._changes.tell()
+
     def set_model_error(self, message: str, *, may_pass: bool = False) -> None:
         """Set why the model's configuration can't be read. `may_pass`: whether that may resolve by itself."""
         self._reporter.model_error = Blocker(bounded(message), may_pass)

@@ -31,7 +31,13 @@ from lockstep_runtime.recovery.bus_server import BusServer
 from lockstep_runtime.sources.errors import ModelError, may_pass
 from lockstep_runtime.sources.files import read_object
 from lockstep_runtime.sources.model_config import max_length
-from lockstep_runtime.sources.model_folder import find_model, read_config
+from lockstep_runtime.sources.model_folder import (
+    POLL_SECONDS,
+    StillFetchingError,
+    commit_of,
+    locate,
+    read_config,
+)
 
 if TYPE_CHECKING:
     import uvicorn
@@ -108,8 +114,14 @@ async def read_model(config: ServeConfig, engine: Engine) -> None:
     attempt = 0
     while True:
         try:
-            engine.set_model(await asyncio.to_thread(_model_length, config))
+            length = await asyncio.to_thread(_model_length, config)
+            engine.set_commit(commit_of(config))
+            engine.set_model(length)
             return
+        except StillFetchingError:
+            engine.set_commit(commit_of(config))
+            await asyncio.sleep(POLL_SECONDS)
+            continue
         except Exception as error:  # whatever is in the files: the engine goes on, and says so
             words = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
             engine.set_model_error(words, may_pass=may_pass(error))
@@ -119,7 +131,7 @@ async def read_model(config: ServeConfig, engine: Engine) -> None:
 
 
 def _model_length(config: ServeConfig) -> int | None:
-    folder = find_model(config.model, config.model_revision, config.download_dir)
+    folder = locate(config)
     return max_length(read_config(folder), read_object(folder / "tokenizer_config.json") or {})
 
 

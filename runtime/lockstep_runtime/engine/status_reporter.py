@@ -16,7 +16,7 @@ from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.status import GroupState, GroupStatus
 from lockstep_runtime.recovery.changes import Changes
 from lockstep_runtime.recovery.driver import GroupDriver
-from lockstep_runtime.recovery.group_state import group_state, is_accepting, may_pass
+from lockstep_runtime.recovery.group_state import group_state, is_accepting, may_pass, slowest_download
 from lockstep_runtime.recovery.latency import LatencyWindow
 
 HEARTBEAT_SECONDS: Final = 4.0  # the supervisor believes a status for a few times as long
@@ -38,6 +38,7 @@ class StatusReporter:
         self._config, self._group, self._changes = config, group, changes
         self.model_error = Blocker()
         self.api_is_awaited = False
+        self.commit = config.model_commit or ""
         self._blocker = Blocker()  # why the api can't answer
         self._loading = ""  # what it still reads
         self.last_step_at: float | None = None  # unix seconds
@@ -100,6 +101,8 @@ class StatusReporter:
             recoveries=self._group.faults.recoveries,
             faults=self._group.faults.records,
             pod_problems=self._group.pod_problems,
+            commit=self.commit,
+            download=slowest_download(group.handles),
         )
 
     async def run(self, status: Callable[[], GroupStatus]) -> None:

@@ -11,6 +11,7 @@ from typing import Final
 from lockstep_runtime import log
 
 PARENT_VARIABLE: Final = "LOCKSTEP_PARENT"
+LOAD_FAILED_EXIT: Final = 3  # of a worker
 CANT_LOAD_EXIT: Final = 4  # of a worker whose load can't succeed until something is mended
 HISTORY_VARIABLE: Final = "LOCKSTEP_HISTORY"  # `stdin`: what the engine before said last is read from there
 TERMINATION_MESSAGE: Final = 3  # the engine's descriptor of memory in which it writes why it ends

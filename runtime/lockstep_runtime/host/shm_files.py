@@ -50,6 +50,16 @@ def cache_file(environment: Mapping[str, str], rank: int) -> Path | None:
     return folder(environment) / f"lockstep-weights-{whose}-{rank}" if whose else None
 
 
+def fetch_file(environment: Mapping[str, str]) -> Path | None:
+    """Where the pod's fetcher says how far it is; None without a supervisor."""
+    whose = owner(environment)
+    return fetch_file_of(environment, whose) if whose else None
+
+
+def fetch_file_of(environment: Mapping[str, str], whose: str) -> Path:
+    return folder(environment) / f"lockstep-fetch-{whose}-state"
+
+
 def claim(environment: Mapping[str, str]) -> list[int]:
     """By a supervisor before there are any: descriptors that show others, while they are open, that it lives."""
     held = []

@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from lockstep_runtime.protocol.chaos import Inject
-from lockstep_runtime.protocol.status import Fault, GroupStatus, PodProblem
+from lockstep_runtime.protocol.status import Download, Fault, GroupStatus, PodProblem
 from lockstep_runtime.protocol.step import SampledToken, SequenceSlice
 
 PROTOCOL: Final = 1
@@ -116,6 +116,7 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     bytes_done: int
     bytes_total: int
     bytes_moved: int = 0  # read and written by the process so far, a download included: that it gets further
+    download: Download | None = None  # by the pod's fetcher, for which it waits
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -286,6 +287,12 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Nothing needs this pod any longer."""
 
 
+class ModelCommit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The commit of the hub's model that every pod of the group loads, as the leader's fetcher resolved it."""
+
+    commit: str
+
+
 class StatusReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """To the leader's own supervisor, which serves it."""
 
@@ -297,5 +304,5 @@ FromWorker = (
     LoadProgress | Loaded | LoadFailed | RendezvousOpened | Joined | CacheAllocated | StepDone | StepFailed | Scrubbed
     | Aborted
 )  # fmt: skip
-ToSupervisor = Welcome | Refused | KillWorker | Release | StatusReport | ReadProgress | Inject
+ToSupervisor = Welcome | Refused | KillWorker | Release | StatusReport | ReadProgress | ModelCommit | Inject
 FromSupervisor = ProcessExited | ProcessStopped | PodReport | Leaving | ProgressReport | Inject

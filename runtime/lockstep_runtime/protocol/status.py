@@ -105,6 +105,16 @@ class FaultRecord(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     requests_resumed: int = 0
 
 
+class Download(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """How far a pod's download of the model is. `percent` and `rate` (bytes per second) change in few steps, so that a
+    sentence made of them and of `total` may be written down."""
+
+    done: int  # bytes
+    total: int
+    percent: int = 0
+    rate: float = 0.0  # 0: not known yet
+
+
 class GroupStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """A group's report on itself. `revision` rises with every change; equal revisions are equal statuses."""
 
@@ -130,4 +140,6 @@ class GroupStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     requests_waiting: int = 0
     recoveries: int = 0
     faults: list[FaultRecord] = []  # the newest 32
+    commit: str = ""  # of the hub's model that all ranks load; empty: not known yet, or not from a hub
+    download: Download | None = None  # the slowest pod's, while there is one
     pod_problems: list[PodProblem] = []  # at most two for each pod

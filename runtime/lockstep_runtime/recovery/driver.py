@@ -104,6 +104,7 @@ class GroupDriver:
         self._progress = ProgressQuery(self.supervisors)
         self._rpc = RankRpc(self.coordinator, self._peers, self._progress, wake)
         self._deadlines = DeadlineModel(config.watchdog)
+        self._commit = config.model_commit or ""  # of the hub's model
         self._problems: dict[int, list[PodProblem]] = {}  # by pod
         self._work: Work | None = None  # of the last step
         self._tasks: asyncio.TaskGroup
@@ -156,6 +157,12 @@ class GroupDriver:
         """A request was given up, and nothing else happened."""
         self._recorder.drop(cause, self.coordinator.epoch)
 
+    def set_commit(self, commit: str) -> None:
+        """Tell every pod, also those that connect later, which commit of the hub's model it is to load."""
+        self._commit = commit
+        for supervisor in self.supervisors.values():
+            supervisor.send(bus.ModelCommit(commit=commit))
+
     def model_read(self) -> None:
         """The model's configuration is known."""
         self._handle(ModelRead())
@@ -175,6 +182,8 @@ class GroupDriver:
         if hello.role is bus.Role.SUPERVISOR:
             before, self.supervisors[hello.pod_index] = self.supervisors.get(hello.pod_index), peer
             logger.info("the supervisor of pod %d (%s) has connected", hello.pod_index, hello.pod)
+            if self._commit:
+                peer.send(bus.ModelCommit(commit=self._commit))
             event: Event = PodConnected(hello.pod_index, hello.incarnation)
         else:
             before, self._peers[hello.rank] = self._peers.get(hello.rank), peer

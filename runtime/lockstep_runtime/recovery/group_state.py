@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lockstep_runtime.protocol.bus import LoadFailure
-from lockstep_runtime.protocol.status import GroupState, RankState
+from lockstep_runtime.protocol.status import Download, GroupState, RankState
 from lockstep_runtime.recovery.coordinator import Coordinator
 from lockstep_runtime.recovery.rank_handle import RankHandle
 from lockstep_runtime.recovery.stage import Stage
@@ -55,7 +55,15 @@ def may_pass(handles: Sequence[RankHandle]) -> bool:
     return bool(failed) and all(one is LoadFailure.TRANSIENT for one in failed)
 
 
+def slowest_download(handles: Sequence[RankHandle]) -> Download | None:
+    """Of the pods that still fetch the model."""
+    found = [one.download for one in handles if one.download is not None]
+    return min(found, key=lambda one: one.done / max(one.total, 1), default=None)
+
+
 def _loading(handles: Sequence[RankHandle]) -> str:
+    if download := slowest_download(handles):
+        return f"{download.done / 1e6:.0f} of {download.total / 1e6:.0f} MB of the model are downloaded"
     done = sum(one.load_done for one in handles)
     total = sum(one.load_total for one in handles)
     if all(one.loaded is not None for one in handles):

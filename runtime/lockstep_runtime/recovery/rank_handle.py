@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from lockstep_runtime.protocol import bus
-from lockstep_runtime.protocol.status import RankState, RankStatus
+from lockstep_runtime.protocol.status import Download, RankState, RankStatus
 from lockstep_runtime.recovery.bounded import bounded
 from lockstep_runtime.recovery.latency import LatencyWindow
 
@@ -37,6 +37,7 @@ class RankHandle:
     memory_bytes: int = 0
     load_done: int = 0
     load_total: int = 0
+    download: Download | None = None  # for which it waits
     message: str = ""
     last_incarnation: str = ""
     past_incarnations: dict[str, None] = field(default_factory=dict)  # that were replaced, the newest ones
@@ -78,7 +79,7 @@ class RankHandle:
 
     def leave(self, message: str, now: float) -> None:
         """Its connection is closed."""
-        self.hello = None
+        self.hello = self.download = None
         self.left_at, self.loss = now, message
         self.loaded = None
         self.idle_epoch = -1
@@ -97,6 +98,7 @@ class RankHandle:
         if moved > self.furthest:
             self.furthest, self.furthest_at = moved, now
         self.load_done, self.load_total = progress.bytes_done, progress.bytes_total
+        self.download = progress.download
         if self.state is not RankState.FAILED or progress.bytes_done > self.failed_at_bytes:
             self.message = ""
             self.state = RankState.LOADING if progress.bytes_total else RankState.STARTING
@@ -110,7 +112,7 @@ class RankHandle:
         return news
 
     def set_loaded(self, loaded: bus.Loaded) -> None:
-        self.loaded = loaded
+        self.loaded, self.download = loaded, None
         self.state, self.message, self.failed_at_bytes = RankState.LOADED, "", 0
         self.load_failure = None
         self.memory_bytes = loaded.memory_bytes

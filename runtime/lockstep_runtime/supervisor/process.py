@@ -1,7 +1,7 @@
 """Child processes: started with their names, incarnations and progress records, reaped, signalled by pid.
 
-The zygote and the engine are started from nothing, a rank's process is forked from a zygote (see `zygote`). It becomes
-a child of this process all the same.
+The zygote, the engine and the fetcher are started from nothing, a rank's process is forked from a zygote (see
+`zygote`). It becomes a child of this process all the same.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.progress_record import Stage, new_memory
 from lockstep_runtime.supervisor.exits import Exit, Orphan, Stop, Waited, wait_all, wait_for_none
 from lockstep_runtime.supervisor.progress_reader import ProgressReader
-from lockstep_runtime.supervisor.spawn import child_environment, spawn_engine, spawn_zygote
-from lockstep_runtime.supervisor.state_machine import ENGINE, Name
+from lockstep_runtime.supervisor.spawn import child_environment, spawn_engine, spawn_fetcher, spawn_zygote
+from lockstep_runtime.supervisor.state_machine import ENGINE, FETCHER, Name
 from lockstep_runtime.zygote.client import ZygoteLostError
 from lockstep_runtime.zygote.messages import ForkRequest
 from lockstep_runtime.zygote.pool import ZygotePool
@@ -70,15 +70,18 @@ class Processes:
         # What a zygote forks and leaves behind becomes ours, as it does anyway where this is process 1.
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
-    def spawn(self, name: Name, history: bytes = b"") -> int:
-        """Start the zygote or the engine; returns its pid. `history`: what the engine before reported last.
+    def spawn(self, name: Name, given: bytes = b"") -> int:
+        """Start the zygote, the engine or the fetcher; returns its pid. `given`: what the engine before reported last,
+        or the fetcher's order.
 
         Raises:
             OSError: the kernel refuses.
         """
         if name == ENGINE:
             os.ftruncate(self._message, 0)
-            pid = spawn_engine(self._environment, history, self._message)
+            pid = spawn_engine(self._environment, given, self._message)
+        elif name == FETCHER:
+            pid = spawn_fetcher(self._environment, given)
         else:
             with self.zygotes.renew().theirs as requests:
                 pid = spawn_zygote(self._environment, requests.fileno())

@@ -21,6 +21,10 @@ from lockstep_runtime.host import discovery, process_init, shm_files
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import Inject
 from lockstep_runtime.protocol.status import PodProblemReason
+from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.sources.fetch_order import FetchOrder
+from lockstep_runtime.sources.model_folder import is_hub_model
+from lockstep_runtime.sources.tokens import given_token, without_tokens
 from lockstep_runtime.supervisor import stall_tracker
 from lockstep_runtime.supervisor.bus_client import BusClient
 from lockstep_runtime.supervisor.exits import Exit, Stop
@@ -29,6 +33,7 @@ from lockstep_runtime.supervisor.problems import Problems
 from lockstep_runtime.supervisor.process import ForkError, Processes
 from lockstep_runtime.supervisor.state_machine import (
     ENGINE,
+    FETCHER,
     ZYGOTE,
     Action,
     Finish,
@@ -50,8 +55,12 @@ class Supervisor:
     def __init__(self, config: ServeConfig, token: str) -> None:
         self._config, self._token = config, token
         document = msgspec.json.encode(config).decode()
-        self._processes = Processes(os.environ | {CONFIG_VARIABLE: document, TOKEN_VARIABLE: token})
+        environment = without_tokens(config.source, os.environ)
+        self._processes = Processes(environment | {CONFIG_VARIABLE: document, TOKEN_VARIABLE: token})
+        self._commit = config.model_commit or ""  # of the hub's model, that the group has agreed on
         self._machine = Machine(
+            fetches=_is_of_a_hub(config.model),
+            may_fetch=config.is_leader or bool(self._commit),
             ranks=config.ranks,
             is_leader=config.is_leader,
             grace_seconds=config.grace_seconds + (config.lame_duck_seconds if config.is_leader else 0.0),
@@ -174,7 +183,12 @@ class Supervisor:
             self._processes.zygotes.dismiss()
         slowly = isinstance(gone.name, int) and gone.code == process_init.CANT_LOAD_EXIT
         now = time.monotonic()
+        if gone.name == FETCHER and gone.code == 0:
+            self._do(self._machine.fetched(now))
+            return
         self._do(self._machine.exited(gone.name, healthy=gone.healthy, now=now, slowly=slowly))
+        if isinstance(gone.name, int) and gone.code in (process_init.LOAD_FAILED_EXIT, process_init.CANT_LOAD_EXIT):
+            self._do(self._machine.fetch(now))  # the files may not be what they were
         if gone.name == ENGINE and self._board is not None:
             self._board.engine_lost(how, self._machine.failures(ENGINE))
 
@@ -197,10 +211,31 @@ class Supervisor:
             case Inject():
                 if self._config.allow_faults and not pending.leave(os.environ, message):
                     logger.warning("%s on rank %d is left out: enough faults wait for it", message.kind, message.rank)
+            case bus.ModelCommit():
+                self._on_commit(message.commit)
             case bus.Release():
                 self._do(self._machine.released(time.monotonic()))
             case _:
                 pass
+
+    def _on_commit(self, commit: str) -> None:
+        """The group has agreed on a commit. Where it is another than before (the leader's pod is new, and the branch
+        has moved meanwhile), nothing that was loaded is of use."""
+        before, self._commit = self._commit, commit
+        if before and before != commit:
+            logger.warning("the group loads commit %s now, not %s: the ranks begin anew", commit, before)
+            shm_files.fetch_file_of(os.environ, shm_files.owner_of(os.getpid()) or "").unlink(missing_ok=True)
+            if FETCHER in self._processes.pids():
+                self._processes.signal(FETCHER, signal.SIGKILL)
+            for rank in self._config.ranks:
+                self._do(self._machine.kill(rank, "the group loads another commit"))
+                self._processes.zygotes.end_loaded(rank)
+        if before != commit and not (self._config.is_leader and not before):
+            self._do(self._machine.fetch(time.monotonic()))
+
+    def _order(self) -> bytes:
+        token = given_token(self._config.source, os.environ)
+        return msgspec.json.encode(FetchOrder(commit=self._commit, token=token))
 
     def _inject(self, fault: Inject) -> bool:
         """A fault on purpose: the engine knows whom it concerns."""
@@ -248,7 +283,7 @@ class Supervisor:
             self._in_background(self._fork(name))
             return
         try:
-            pid = self._processes.spawn(name, self._history() if name == ENGINE else b"")
+            pid = self._processes.spawn(name, self._given(name))
         except OSError as error:
             self._on_spawn_failed(name, f"the {name} can't be started: {error.strerror or error}", zygote_is_lost=False)
             return
@@ -302,10 +337,27 @@ class Supervisor:
         message = bus.ProcessStopped(rank=action.rank, pid=pid, incarnation=incarnation, signal=action.number)
         self._link.send(message)
 
+    def _given(self, name: Name) -> bytes:
+        match name:
+            case "engine":
+                return self._history()
+            case "fetcher":
+                return self._order()
+            case _:
+                return b""
+
     def _history(self) -> bytes:
         """The last status of the previous engine, so that fault ids, epochs and counts continue."""
         last = self._board.from_engine if self._board is not None else None
         return msgspec.json.encode(last) if last is not None else b""
+
+
+def _is_of_a_hub(model: str) -> bool:
+    """A folder that can't be read is the ranks' to report."""
+    try:
+        return is_hub_model(model)
+    except ModelError:
+        return False
 
 
 def exit_text(gone: Exit, oom: str) -> str:

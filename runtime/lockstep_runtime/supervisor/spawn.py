@@ -1,4 +1,4 @@
-"""How the zygote and the engine are started: posix_spawn(3), from nothing, in a process group of their own."""
+"""How zygote, fetcher and engine are started: posix_spawn(3), from nothing, in a process group of their own."""
 
 from __future__ import annotations
 
@@ -46,6 +46,18 @@ def spawn_engine(environment: Mapping[str, str], history: bytes, message: int) -
         file.seek(0)
         variables = {**environment, process_init.HISTORY_VARIABLE: "stdin"}
         return _spawn("lockstep_runtime.engine", variables, given | {0: file.fileno()})
+
+
+def spawn_fetcher(environment: Mapping[str, str], order: bytes) -> int:
+    """Its pid. `order`: a `FetchOrder`, with a token that no environment is to have; read from standard input.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    with os.fdopen(os.memfd_create("lockstep-fetch-order"), "r+b", buffering=0) as file:
+        file.write(order)
+        file.seek(0)
+        return _spawn("lockstep_runtime.sources", environment, {0: file.fileno()})
 
 
 def _spawn(module: str, environment: Mapping[str, str], given: Mapping[int, int]) -> int:

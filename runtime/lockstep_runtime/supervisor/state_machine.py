@@ -6,6 +6,9 @@ kernel refuses to start, waits 1, 2, 4 … 30 s from the second time on.
 
 Every rank's process is forked from a zygote, which has imported what a worker needs: while the pod's is not ready,
 ranks wait for it.
+
+A model of a hub is brought by a fetcher, which ends when it has done so. In a member pod it begins once the engine has
+said which commit the group loads.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ from dataclasses import dataclass, field
 from signal import SIGKILL, SIGTERM
 from typing import Final, Literal
 
-Name = int | Literal["engine", "zygote"]  # a worker's name is its rank
+Name = int | Literal["engine", "zygote", "fetcher"]  # a worker's name is its rank
 ENGINE: Final[Literal["engine"]] = "engine"
 ZYGOTE: Final[Literal["zygote"]] = "zygote"
+FETCHER: Final[Literal["fetcher"]] = "fetcher"
 
 LONGEST_BACKOFF: Final = 30.0
 SLOW_BACKOFF: Final = 10.0
@@ -87,11 +91,14 @@ class _Child:
 
 @dataclass(slots=True)
 class Machine:
-    """`grace_seconds`: for the engine's drain, lame-duck time included; also how long a member waits for Release."""
+    """`grace_seconds`: for the engine's drain, lame-duck time included; also how long a member waits for Release.
+    `fetches`: the model is a hub's. `may_fetch`: the commit is known, or this pod's fetcher finds it out."""
 
     ranks: Sequence[int]
     is_leader: bool
     grace_seconds: float
+    fetches: bool = False
+    may_fetch: bool = True
     phase: Phase = Phase.RUNNING
     deadline: float | None = None  # of the phase
     children: dict[Name, _Child] = field(default_factory=dict)
@@ -99,7 +106,8 @@ class Machine:
 
     def start(self, now: float) -> list[Action]:
         """Start everything; the zygote first, it takes longest, and the ranks need it."""
-        names: list[Name] = [ZYGOTE, *self.ranks, *([ENGINE] if self.is_leader else [])]
+        fetcher: list[Name] = [FETCHER] if self.fetches else []
+        names: list[Name] = [ZYGOTE, *fetcher, *self.ranks, *([ENGINE] if self.is_leader else [])]
         self.children = {name: _Child(spawn_at=now) for name in names}
         return self.tick(now)
 
@@ -107,6 +115,20 @@ class Machine:
         """The zygote has imported everything: ranks can be forked from it."""
         self.zygote_is_ready = self.children[ZYGOTE].alive
         return self.tick(now)
+
+    def fetch(self, now: float) -> list[Action]:
+        """The model is to be fetched, or looked at again: the commit is known, or a rank could not load it."""
+        self.may_fetch = True
+        fetcher = self.children.get(FETCHER)
+        if fetcher is not None and not fetcher.alive and fetcher.spawn_at is None:
+            fetcher.spawn_at = now
+        return self.tick(now)
+
+    def fetched(self, now: float) -> list[Action]:
+        """The fetcher has ended because the model is here."""
+        fetcher = self.children[FETCHER]
+        fetcher.alive, fetcher.failures, fetcher.stopped_at = False, 0, None
+        return self._finish_if_alone() if self.phase is Phase.STOPPING else self.tick(now)
 
     def spawn_failed(self, name: Name, reason: str, now: float, *, zygote_is_lost: bool = False) -> list[Action]:
         """The child could not be started: the kernel refused, or the zygote gave none.
@@ -218,6 +240,8 @@ class Machine:
         return [] if was_late else [Signal(name, SIGKILL, f"it has given no sign of life for {SILENT_SECONDS:.0f} s")]
 
     def _can_start(self, name: Name) -> bool:
+        if name == FETCHER:
+            return self.may_fetch
         return self.zygote_is_ready or not isinstance(name, int)
 
     def _resume_or_kill(self, name: Name, child: _Child) -> Action:

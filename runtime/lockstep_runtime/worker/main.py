@@ -20,8 +20,9 @@ from lockstep_runtime.layers.cache import CacheSize
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import Inject
 from lockstep_runtime.protocol.progress_record import Progress, Stage
-from lockstep_runtime.protocol.status import Fault
+from lockstep_runtime.protocol.status import Download, Fault
 from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.sources.model_folder import await_model
 from lockstep_runtime.worker.bus_client import BusClient, Command, Connected, Disconnected, ShutdownRequested
 from lockstep_runtime.worker.fault_classifier import classify, is_out_of_memory
 from lockstep_runtime.worker.heartbeat import Heartbeat
@@ -77,8 +78,22 @@ class Worker:
         self._scrub: Scrub | None = None
         self._progress_sent = 0.0
         self._load_progress = bus.LoadProgress(bytes_done=0, bytes_total=0)
+        self._fetched = 0  # bytes that the fetcher had moved when this process had waited for it
         control.interrupt = self._interrupt
         self._hooks = hooks or Hooks()
+
+    def locate(self) -> ServeConfig:
+        """Wait until the pod's fetcher has brought the model; the configuration then names its folder.
+
+        Raises:
+            ModelError: it can't be brought, or there is none.
+        """
+
+        def tell(download: Download, moved: int) -> None:
+            self._fetched = moved
+            self._control.send(bus.LoadProgress(bytes_done=0, bytes_total=0, bytes_moved=moved, download=download))
+
+        return msgspec.structs.replace(self._config, model=str(await_model(self._config, tell)))
 
     def load(self, runner: ModelRunner) -> None:
         """Read this rank's weights."""
@@ -281,7 +296,7 @@ class Worker:
 
     def _beat(self, moved: int) -> None:
         """From the heartbeat's thread: a download, or whatever else takes long, gets further."""
-        self._control.send(msgspec.structs.replace(self._load_progress, bytes_moved=moved))
+        self._control.send(msgspec.structs.replace(self._load_progress, bytes_moved=self._fetched + moved))
 
 
 def _loaded(report: LoadReport, seconds: float) -> bus.Loaded:

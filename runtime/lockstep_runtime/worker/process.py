@@ -29,7 +29,6 @@ from lockstep_runtime.zygote.messages import ForkRequest
 
 logger = logging.getLogger(__name__)
 
-LOAD_FAILED_EXIT: Final = 3
 STUCK_EXIT: Final = 5  # of a rank whose communicator can neither be made nor given back
 REPORT_SECONDS: Final = 5.0  # for the engine to be there to hear why loading failed
 
@@ -47,7 +46,7 @@ class NewRank:
         """Load, on a CPU leave a zygote that has loaded, and work."""
         config, rank = self.config, request.rank
         client, worker = _connect(config, request)
-        runner = _load(client, worker, lambda: ModelRunner(config, rank, CacheMemory(request.cache)))
+        runner = _load(client, worker, lambda: ModelRunner(worker.locate(), rank, CacheMemory(request.cache)))
         if request.zygote is not None and runner.on_cpu:
             with client.resolving:
                 fork_loaded_zygote(rank, _title(config), request.zygote, LoadedRank(config, rank, runner))
@@ -128,7 +127,7 @@ def _report_load_failure(client: BusClient, error: Exception) -> NoReturn:
     while time.monotonic() < deadline and not client.connected:
         time.sleep(0.05)
     client.send(bus.LoadFailed(message=message, kind=kind))
-    _exit(LOAD_FAILED_EXIT if kind is bus.LoadFailure.TRANSIENT else process_init.CANT_LOAD_EXIT)
+    _exit(process_init.LOAD_FAILED_EXIT if kind is bus.LoadFailure.TRANSIENT else process_init.CANT_LOAD_EXIT)
 
 
 def _exit(code: int) -> NoReturn:
