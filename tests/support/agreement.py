@@ -25,7 +25,8 @@ class Oracle:
 
     def __init__(self, path: Path, kind: Any, dtype: torch.dtype = torch.float32) -> None:
         self.path = path
-        self._model = kind.from_pretrained(path, dtype=dtype).eval()
+        # its default for experts refuses odd sizes
+        self._model = kind.from_pretrained(path, dtype=dtype, experts_implementation="eager").eval()
         self.vocabulary: int = self._model.config.get_text_config().vocab_size
 
     def logprobs(self, tokens: list[int]) -> Tensor:

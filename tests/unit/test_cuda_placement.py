@@ -21,10 +21,10 @@ from lockstep_runtime.layers.attention import SequenceAttention
 from lockstep_runtime.layers.batch import build_batch
 from lockstep_runtime.layers.cache import CacheSize, KVCache
 from lockstep_runtime.layers.embedding import VocabularyEmbedding
-from lockstep_runtime.layers.placement import Placement, choose_placement
+from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.layers.prefill_attention import candidate
 from lockstep_runtime.layers.weight import PlainWeight
-from lockstep_runtime.models.qwen3 import Qwen3
+from lockstep_runtime.models.registry import Model, build_model
 from lockstep_runtime.protocol.bus import LoadFailure
 from lockstep_runtime.sources.errors import ModelError
 from lockstep_runtime.weights.sharding import RankInfo
@@ -100,19 +100,34 @@ def test_ranks_that_share_a_gpu_leave_the_others_their_part() -> None:
     assert first + second + 3 * GIB <= 80 * GIB
 
 
+EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"], "moe_intermediate_size": 32, "num_experts": 6, "num_experts_per_tok": 2
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {"dense": {}, "experts": EXPERTS, "experts in turn": EXPERTS}
+
+
+def on_a_gpu(name: str, dtype: str, shard: RankInfo) -> tuple[Model, Placement]:
+    """Of tensors without memory; "in turn": where there is no grouped product."""
+    settings = ModelShape(bias=True, dtype=dtype).config() | MODELS[name]
+    placement = Placement(
+        device=CUDA, dtype=getattr(torch, dtype), activation=getattr(torch, dtype), grouped=not name.endswith("in turn")
+    )
+    model = build_model(settings, shard, placement)
+    for weight in model.weights():
+        assert isinstance(weight, PlainWeight)
+        rows, rest = stacked_rows(weight.slices), weight.slices[0].local_shape[1:]
+        weight.data = torch.empty((rows, *rest), dtype=placement.dtype, device=CUDA)
+    model.loaded()
+    return model, placement
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_model_computes_wholly_on_its_device(dtype: str, size: int) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_computes_wholly_on_its_device(dtype: str, size: int, name: str) -> None:
     """With tensors that have a shape and a device, but no memory: mixing devices raises as on a GPU."""
-    shape = ModelShape(bias=True, dtype=dtype)
-    placement = choose_placement(CUDA, getattr(torch, dtype))
     with FakeTensorMode(shape_env=ShapeEnv()), torch.inference_mode():
-        model = Qwen3.build(shape.config(), RankInfo(0, size), placement)
-        for weight in model.weights():
-            assert isinstance(weight, PlainWeight)
-            rows, rest = stacked_rows(weight.slices), weight.slices[0].local_shape[1:]
-            weight.data = torch.empty((rows, *rest), dtype=placement.dtype, device=CUDA)
-        model.loaded()
+        model, placement = on_a_gpu(name, dtype, RankInfo(0, size))
         cache = KVCache(model.cache_shape, CacheSize(blocks=8), placement)
         apart = piece(1, 33, [1], [5, 3])  # blocks that don't lie side by side
         batch = build_batch([piece(0, 0, [1, 2, 3], [0]), apart], CUDA)
@@ -123,7 +138,7 @@ def test_the_model_computes_wholly_on_its_device(dtype: str, size: int) -> None:
     assert best is not None
     found: list[Tensor] = [hidden, logits, *best]
     assert {tensor.device for tensor in found} == {CUDA}
-    assert hidden.shape == (2, shape.hidden)
+    assert hidden.shape == (2, ModelShape().hidden)
 
 
 WAITING = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal")
@@ -148,18 +163,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_a_step_has_static_shapes_and_waits_for_the_device_once(size: int, dtype: str, tokens: int) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_has_static_shapes_and_waits_for_the_device_once(size: int, dtype: str, tokens: int, name: str) -> None:
     """Without a shape environment a shape that depends on a value raises; so a step could be captured in a graph."""
-    shape = ModelShape(dtype=dtype)
-    placement = choose_placement(CUDA, getattr(torch, dtype))
-    kind = candidate(CUDA, placement.activation, shape.head_dim)
     with FakeTensorMode(), torch.inference_mode():
-        model = Qwen3.build(shape.config(), RankInfo(0, size), placement)
-        for weight in model.weights():
-            assert isinstance(weight, PlainWeight)
-            rows, rest = stacked_rows(weight.slices), weight.slices[0].local_shape[1:]
-            weight.data = torch.empty((rows, *rest), dtype=placement.dtype, device=CUDA)
-        model.loaded()
+        model, placement = on_a_gpu(name, dtype, RankInfo(0, size))
+        kind = candidate(CUDA, placement.activation, ModelShape().head_dim)
         cache = KVCache(model.cache_shape, CacheSize(blocks=8), placement)
         slices = [piece(1, 33, list(range(tokens)), [1, 2]), piece(2, 3, [7], [3])]
         batch = build_batch(slices, CUDA, SequenceAttention(kind))

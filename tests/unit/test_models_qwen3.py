@@ -146,10 +146,13 @@ def test_a_size_that_the_heads_can_not_take_is_refused_with_those_they_can() -> 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, "the architecture LlamaForCausalLM; Lockstep knows Qwen3ForCausalLM"),
+        (
+            {"architectures": ["OPTForCausalLM"]},
+            "the architecture OPTForCausalLM; Lockstep knows LlamaForCausalLM",
+        ),
         ({"architectures": None}, "the architecture none"),
         ({"hidden_act": "gelu"}, "hidden_act is gelu"),
-        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding windows"),
+        ({"layer_types": ["linear_attention"]}, "layers of the kind linear_attention"),
         ({"hidden_size": "many"}, r"hidden_size"),
         ({"num_key_value_heads": 3}, "4 attention heads can't share 3 kv heads"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "the kind 'llama3'"),

@@ -17,6 +17,8 @@ from torch import Tensor
 from lockstep_runtime.protocol.bus import LoadFailure
 from lockstep_runtime.sources.errors import ModelError
 
+Rotation = tuple[Tensor, Tensor]  # of a step's tokens: cos and signed sin, [tokens, 1, head_dim] each
+
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
@@ -47,9 +49,9 @@ class Rotary:
             axes[axis : sections[axis] * 3 : 3] = axis
         return Rotary(self.inverse_frequencies, self.scale, axes)
 
-    def table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions: [tokens], or [3, tokens] where they are of three kinds -> cos and signed sin, each [tokens, 1,
-        head_dim], for `rotate_`."""
+    def table(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        """positions: [tokens], or [3, tokens] where they are of three kinds -> what `rotate_`
+        takes."""
         if positions.ndim == 1 or self.axes is None:
             angles = positions.float()[:, None] * self.inverse_frequencies
         else:

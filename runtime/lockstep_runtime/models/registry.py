@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -11,8 +11,12 @@ from lockstep_runtime.distributed.communicator import Communicator
 from lockstep_runtime.layers.batch import Batch
 from lockstep_runtime.layers.cache import CacheShape, KVCache
 from lockstep_runtime.layers.placement import Placement
-from lockstep_runtime.models.qwen3 import Qwen3
-from lockstep_runtime.sources.model_config import check_supported
+from lockstep_runtime.models.llama import build_llama
+from lockstep_runtime.models.mistral import build_mistral
+from lockstep_runtime.models.qwen2 import build_qwen2
+from lockstep_runtime.models.qwen3 import build_qwen3
+from lockstep_runtime.models.qwen3_moe import build_qwen3_moe
+from lockstep_runtime.sources.model_config import Architecture, check_supported
 from lockstep_runtime.weights.sharding import RankInfo
 from lockstep_runtime.weights.weight import StoredTable, Weight
 
@@ -48,9 +52,21 @@ class Model(Protocol):
         """The likeliest token of each row and its logit, [n] both, on rank 0: cheaper than all the logits."""
 
 
-ARCHITECTURES: Final[Mapping[str, Callable[[Mapping[str, Any], RankInfo, Placement], Model]]] = {
-    "Qwen3ForCausalLM": Qwen3.build,
-}
+Builder = Callable[[Mapping[str, Any], RankInfo, Placement], Model]
+
+
+def builder_of(architecture: Architecture) -> Builder:
+    match architecture:
+        case Architecture.LLAMA:
+            return build_llama
+        case Architecture.MISTRAL:
+            return build_mistral
+        case Architecture.QWEN2:
+            return build_qwen2
+        case Architecture.QWEN3:
+            return build_qwen3
+        case Architecture.QWEN3_MOE:
+            return build_qwen3_moe
 
 
 def build_model(config: Mapping[str, Any], shard: RankInfo, placement: Placement) -> Model:
@@ -59,7 +75,4 @@ def build_model(config: Mapping[str, Any], shard: RankInfo, placement: Placement
         ModelError: an unknown architecture, a setting that is missing or not supported, or a model that can't be split
             over so many ranks; the message has the sizes that work.
     """
-    check_supported(config)
-    return next(ARCHITECTURES[name] for name in config["architectures"] if name in ARCHITECTURES)(
-        config, shard, placement
-    )
+    return builder_of(check_supported(config))(config, shard, placement)

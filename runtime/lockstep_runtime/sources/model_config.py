@@ -6,32 +6,51 @@ Sources: transformers' `RotaryEmbeddingConfigMixin` (modeling_rope_utils.py) for
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from typing import Any, Final
 
 from lockstep_runtime.protocol.bus import LoadFailure
 from lockstep_runtime.sources.errors import ModelError
 
-ARCHITECTURES: Final = ("Qwen3ForCausalLM",)  # those of models/registry
+DEFAULT_WINDOW: Final = 4096  # transformers', of models whose layers slide
+FIRST_SLIDING: Final = 28  # transformers' `max_window_layers`
 DEFAULT_THETA: Final = 10_000.0  # transformers', whatever the model
 MAX_TOKENIZER_LENGTH: Final = 10**9  # beyond it `model_max_length` means "none"
 
 
-def check_supported(config: Mapping[str, Any]) -> None:
-    """
+class Architecture(enum.StrEnum):
+    """As config.json names them; `models.registry` has a builder for each."""
+
+    LLAMA = "LlamaForCausalLM"
+    MISTRAL = "MistralForCausalLM"
+    QWEN2 = "Qwen2ForCausalLM"
+    QWEN3 = "Qwen3ForCausalLM"
+    QWEN3_MOE = "Qwen3MoeForCausalLM"
+
+
+def check_supported(config: Mapping[str, Any]) -> Architecture:
+    """Which architecture it is.
+
     Raises:
-        ModelError: an unknown architecture, or a quantised checkpoint.
+        ModelError: an unknown one, or a quantised checkpoint.
     """
-    named = config.get("architectures") or []
-    names = [str(name) for name in named] if isinstance(named, list) else []
-    if not set(names) & set(ARCHITECTURES):
+    names = _architectures(config)
+    found = next((one for one in Architecture if one in names), None)
+    if found is None:
         listed = ", ".join(names) or "none"
-        raise _permanent(f"config.json names the architecture {listed}; Lockstep knows {', '.join(ARCHITECTURES)}")
+        raise _permanent(f"config.json names the architecture {listed}; Lockstep knows {', '.join(Architecture)}")
     if method := quantisation(config):
         raise _permanent(
             f"the checkpoint is quantised ({method}), and Lockstep reads float32, float16 and bfloat16 only: "
             "give the model's checkpoint that is not quantised"
         )
+    return found
+
+
+def _architectures(config: Mapping[str, Any]) -> list[str]:
+    named = config.get("architectures")
+    return [str(name) for name in named] if isinstance(named, list) else []
 
 
 def quantisation(config: Mapping[str, Any]) -> str:
@@ -104,8 +123,37 @@ def _mapping(config: Mapping[str, Any], key: str) -> dict[str, Any]:
 def max_length(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> int | None:
     """The model's maximum length in tokens: its positions times its rope scaling; None if no file has it.
 
-    A tokenizer's `model_max_length` counts only where config.json names no length: it is often another model's.
+    A tokenizer's `model_max_length` counts only where config.json names no length: it is often another model's. Where
+    layers have a sliding window it is the window, within which they see everything, as all attention here does.
     """
+    length, window = _positions(config, tokenizer_config), sliding_window(config)
+    return min((one for one in (length, window) if one is not None), default=None)
+
+
+def sliding_window(config: Mapping[str, Any]) -> int | None:
+    """How many tokens the layers that slide see, the token itself included; None: no layer slides.
+
+    Mistral's layers all slide, unless `sliding_window` is null; a Qwen's where `use_sliding_window` says so, and of the
+    dense ones those that `layer_types` names, or from `max_window_layers` on.
+
+    Raises:
+        ModelError: layers slide over nobody knows how much.
+    """
+    inner, named = text_config(config), _architectures(config)
+    always = Architecture.MISTRAL in named
+    window = inner.get("sliding_window", DEFAULT_WINDOW) if always or inner.get("use_sliding_window") else None
+    kinds, first = inner.get("layer_types"), inner.get("max_window_layers", FIRST_SLIDING)
+    slides = window is not None
+    if not always and isinstance(kinds, list):
+        slides = "sliding_attention" in kinds
+    elif not always and Architecture.QWEN3_MOE not in named and isinstance(first, int):
+        slides = slides and first < (_positive(inner.get("num_hidden_layers")) or 0)
+    if slides and _positive(window) is None:
+        raise _permanent(f"config.json asks for sliding windows of {window!r} tokens, where a number should be")
+    return _positive(window) if slides else None
+
+
+def _positions(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> int | None:
     inner = text_config(config)
     positions = _positive(inner.get("max_position_embeddings"))
     if positions is None:
