@@ -160,6 +160,15 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
             SamplingDefaults(temperature=0.6, top_p=0.95, top_k=20, min_p=0.1),
         ),
         ({"temperature": None, "top_p": 7, "top_k": -1, "min_p": "a"}, SamplingDefaults()),
+        (
+            {"repetition_penalty": 1.05, "max_new_tokens": 2048},
+            SamplingDefaults(repetition_penalty=1.05, max_tokens=2048),
+        ),
+        (
+            {"do_sample": False, "repetition_penalty": 1.1},
+            SamplingDefaults(temperature=0, repetition_penalty=1.1),
+        ),
+        ({"repetition_penalty": 0, "max_new_tokens": 0}, SamplingDefaults()),
     ],
 )
 def test_sampling_that_the_models_authors_advise(generation: dict[str, object], expected: SamplingDefaults) -> None:

@@ -7,7 +7,15 @@ from collections.abc import Sequence as Many
 from lockstep_runtime.engine.client import FinishReason, GenerationRequest
 from lockstep_runtime.engine.scheduler import SampledOutput, Scheduler
 from lockstep_runtime.engine.sequence import QUARANTINE_AT, Sequence
-from lockstep_runtime.protocol.step import SampledToken, SamplingParams, SequenceSlice, StateSlots
+from lockstep_runtime.protocol.step import (
+    LogitRules,
+    Past,
+    Ruled,
+    SampledToken,
+    SamplingParams,
+    SequenceSlice,
+    StateSlots,
+)
 
 
 def scheduler(
@@ -243,6 +251,43 @@ def test_a_prompts_scores_of_a_request_that_was_cancelled_meanwhile_are_dropped(
     planner.remove(1)
     scored = [SampledToken(sequence_id=1, token=3)]
     assert planner.apply(slices, [SampledToken(sequence_id=1, token=7)], scored) == []
+
+
+def test_the_past_goes_with_the_first_draw_and_again_where_rank_0_has_forgotten_it() -> None:
+    planner = with_states(9)
+    rules = LogitRules(presence_penalty=1.0)
+    request = GenerationRequest(
+        request_id="1", prompt=tuple(range(20)), max_tokens=8, sampling=SamplingParams(temperature=0), rules=rules
+    )
+    planner.add(Sequence(1, request))
+    planner.add(sequence(2, prompt=3))
+    told: list[Ruled | None] = []
+    for _ in range(4):  # a prefill of two chunks, and two draws more
+        slices, _ = step(planner)
+        told += [part.ruled for part in slices if part.sequence_id == 1]
+        assert [part.ruled for part in slices if part.sequence_id == 2] == [None]
+    first = Ruled(drawn=0, past=Past(rules=rules, start=20, tokens=[]))
+    assert told == [None, first, Ruled(drawn=1), Ruled(drawn=2)]
+    slices = planner.plan()
+    of_the_other = [SampledToken(sequence_id=2, token=7)]
+    assert [one.sequence_id for one in planner.apply(slices, of_the_other, put_off=[1])] == [2]
+    again, _ = step(planner)
+    [before], [now] = ([part for part in parts if part.sequence_id == 1] for parts in (slices, again))
+    assert now.ruled == Ruled(drawn=3, past=Past(rules=rules, start=20, tokens=[7, 7]))
+    assert (now.position, now.tokens, now.state) == (before.position, before.tokens, before.state)
+    assert next(part for part in step(planner)[0] if part.sequence_id == 1).ruled == Ruled(drawn=4)
+
+
+def test_what_was_put_off_is_not_scored_twice() -> None:
+    planner = scheduler()
+    scored = SamplingParams(temperature=0, prompt_logprobs=0)
+    request = GenerationRequest(request_id="1", prompt=(1, 2, 3), max_tokens=2, sampling=scored)
+    planner.add(Sequence(1, request))
+    slices = planner.plan()
+    scores = [SampledToken(sequence_id=1, token=token, logprob=-1.0) for token in (2, 3)]
+    assert planner.apply(slices, [], scores, put_off=[1]) == []
+    [drawn] = planner.apply(planner.plan(), [SampledToken(sequence_id=1, token=7)], scores)
+    assert [token.token for token in drawn.prompt] == [2, 3]
 
 
 def test_a_suspect_that_runs_alone_takes_the_room_that_it_needs() -> None:

@@ -139,7 +139,7 @@ class FakeEdge:
         return [one.tokens for one in unverified] == [[13]]
 
     def step(self, step: bus.Step, group: Any) -> StepOutput:
-        return StepOutput(fingerprint=self.step_work(group), sampled=[], scored=[])
+        return StepOutput(fingerprint=self.step_work(group), sampled=[], scored=[], put_off=[])
 
 
 @dataclass

@@ -59,6 +59,7 @@ class Choice:
         self._shown = _shown(tokenizer, job.tools)
         self._detokenizer = Detokenizer(tokenizer, () if job.chat else request.prompt, self._shown)
         self._stops = StopMatcher(job.stops)
+        self._least = request.rules.min_tokens if request.rules else 0  # tokens in which no stop string counts
         self._keep_tokens = request.sampling.logprobs >= 0
         self._pending: list[SampledToken] = []
         self._markers = job.markers
@@ -101,7 +102,7 @@ class Choice:
                 return self._turn(token, True, pieces)
         self.reasoning_tokens += self._text.reasoning
         if text := self._detokenizer.feed(token):
-            self._emit(self._stops.feed(text), pieces)
+            self._emit(self._unstopped(text), pieces)
         return None
 
     def _turn(self, marker: int, reasoning: bool, pieces: list[Delta]) -> None:
@@ -111,8 +112,12 @@ class Choice:
         self._detokenizer = Detokenizer(self._tokenizer, (marker,), self._shown)
 
     def _flush(self, pieces: list[Delta]) -> None:
-        text = self._stops.feed(self._detokenizer.finish())
+        text = self._unstopped(self._detokenizer.finish())
         self._emit(text if self._stops.stopped else text + self._stops.finish(), pieces)
+
+    def _unstopped(self, text: str) -> str:
+        """What of it can't be part of a stop string."""
+        return text if self.tokens <= self._least else self._stops.feed(text)
 
     def _emit(self, text: str, pieces: list[Delta]) -> None:
         if text:

@@ -59,6 +59,8 @@ class SamplingDefaults:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_tokens: int | None = None  # of an answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,11 +201,18 @@ def _as_list(value: object) -> list[object]:
 
 
 def sampling_defaults(generation: Mapping[str, Any]) -> SamplingDefaults:
-    """`do_sample: false` means greedy, as in transformers' `generate`; values out of range are left out."""
+    """Of the keys that vLLM reads. `do_sample: false` means greedy, as in transformers' `generate`; values out of range
+    are left out."""
+    top_k, most = generation.get("top_k"), generation.get("max_new_tokens")
+    always = SamplingDefaults(
+        temperature=0.0,
+        repetition_penalty=_number(generation, "repetition_penalty", 0.01, 100.0, otherwise=1.0),
+        max_tokens=most if _is_count(most) and most > 0 else None,
+    )
     if generation.get("do_sample") is False:
-        return SamplingDefaults(temperature=0.0)
-    top_k = generation.get("top_k")
-    return SamplingDefaults(
+        return always
+    return replace(
+        always,
         temperature=_number(generation, "temperature", 0.0, 2.0, otherwise=1.0),
         top_p=_number(generation, "top_p", 1e-9, 1.0, otherwise=1.0),
         min_p=_number(generation, "min_p", 0.0, 1.0, otherwise=0.0),

@@ -14,7 +14,6 @@ from lockstep_runtime.api.errors import unsupported
 
 _FUNCTIONS: Final = "functions are called tools now; use `tools` and `tool_choice`"
 _CONSTRAINED: Final = "output can't be constrained yet; ask for the form in the prompt"
-_PENALTIES: Final = "penalties are not built yet; leave it out"
 _TEXT_ONLY: Final = "this server makes text only; leave it out"
 _NO_EMBEDDINGS: Final = "prompts are text or token ids"
 OFF: Final[tuple[object, ...]] = (False, 0)  # as pydantic's and vLLM's booleans are read
@@ -35,7 +34,6 @@ REFUSED: Final[Mapping[str, Neutral]] = {
     "chat_template": Neutral(("",), "the model's own chat template is used; leave it out"),
     "continue_final_message": Neutral(OFF, "the last message can't be continued; use /v1/completions"),
     "documents": Neutral(([],), "put them into the messages"),
-    "frequency_penalty": Neutral((0,), _PENALTIES),
     "function_call": Neutral(("none", "auto"), _FUNCTIONS),
     "functions": Neutral(([],), _FUNCTIONS),
     "guided_choice": Neutral(([],), _CONSTRAINED),
@@ -43,16 +41,12 @@ REFUSED: Final[Mapping[str, Neutral]] = {
     "guided_json": Neutral(("",), _CONSTRAINED),
     "guided_regex": Neutral(("",), _CONSTRAINED),
     "include_stop_str_in_output": Neutral(OFF, "the answer ends before the stop string; leave it out"),
-    "logit_bias": Neutral(({},), "it is not built yet; leave it out"),
     "logits_processors": Neutral(([],), "no code is taken from clients; leave it out"),
-    "min_tokens": Neutral((0,), "it is not built yet; leave it out"),
     "modalities": Neutral(([], ["text"]), _TEXT_ONLY),
     "prediction": Neutral((), "it is not built yet; leave it out"),
-    "presence_penalty": Neutral((0,), _PENALTIES),
     "priority": Neutral((0,), "requests are served in the order of their arrival; leave it out"),
     "prompt_embeds": Neutral(([], ""), _NO_EMBEDDINGS),
     "prompt_logprobs": Neutral((False,), "ask /v1/completions with `echo` and `logprobs`"),
-    "repetition_penalty": Neutral((1,), _PENALTIES),
     "response_format": Neutral(({}, {"type": "text"}), _CONSTRAINED),
     "return_token_ids": Neutral(OFF, "answers hold text; leave it out"),
     "return_tokens_as_token_ids": Neutral(OFF, "log probabilities name tokens by their text; leave it out"),

@@ -14,6 +14,7 @@ from lockstep_runtime.api.generation import Job, ToolUse
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.model import SamplingDefaults, ServedModel
 from lockstep_runtime.api.response_format import ChatFormat, CompletionFormat, ResponseFormat
+from lockstep_runtime.api.rule_fields import rules_of
 from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest
 from lockstep_runtime.api.tokenizer import TooManyTokensError
 from lockstep_runtime.engine.client import GenerationRequest
@@ -92,15 +93,17 @@ class RequestBuilder:
             self._check_rows(prompt, param)
         id = f"{prefix}-{secrets.token_hex(12)}"
         seed = secrets.randbits(64) if request.seed is None else request.seed
+        rules = rules_of(request, self.model, self.model.stop_ids | frozenset(request.stop_token_ids or ()))
         return [
             GenerationRequest(
                 request_id=f"{id}-{index * request.choices + choice}",
                 prompt=prompt,
-                max_tokens=self._room(len(prompt), asked_tokens, param),
+                max_tokens=self._room(len(prompt), asked_tokens, param, request.min_tokens or 0),
                 sampling=sampling(
                     request, self.model.defaults, (seed + choice * _NEXT_SEED) % _SEEDS, scores_prompt=scores_prompt
                 ),
                 stop_token_ids=self._stop_ids(request),
+                rules=rules,
             )
             for index, prompt in enumerate(prompts)
             for choice in range(request.choices)
@@ -161,8 +164,8 @@ class RequestBuilder:
             message = f"The answer could hold {asked} log probabilities; at most {most} are given at once"
             raise invalid(f"{message}: ask for fewer tokens, choices or `logprobs`, or stream the answer", "logprobs")
 
-    def _room(self, prompt: int, asked: int | None, param: str) -> int:
-        """How many tokens may be sampled after a prompt of this length.
+    def _room(self, prompt: int, asked: int | None, param: str, least: int) -> int:
+        """How many tokens may be sampled after a prompt of this length, where so many must be at least.
 
         Raises:
             ApiError: 400, they don't fit.
@@ -175,7 +178,11 @@ class RequestBuilder:
         if asked is not None and asked > rest:
             message = f"This model's maximum context length is {self.max_model_len} tokens, but {prompt + asked} were"
             raise too_long(f"{message} asked for: {prompt} in the prompt and {asked} for the answer", "max_tokens")
-        return asked or (rest if param == "messages" else min(COMPLETION_TOKENS, rest))
+        default = self.model.defaults.max_tokens or rest if param == "messages" else COMPLETION_TOKENS
+        most = asked or min(default, rest)
+        if least > most:
+            raise invalid(f"min_tokens: {least} are more than the {most} tokens that the answer may have", "min_tokens")
+        return most
 
     def _too_long(self, tokens: str, param: str) -> ApiError:
         message = f"This model's maximum context length is {self.max_model_len} tokens, but the prompt has {tokens}"

@@ -30,6 +30,7 @@ from pydantic_core import CoreSchema
 from lockstep_runtime.api.chat import text_of
 from lockstep_runtime.api.errors import ApiError, invalid, unsupported
 from lockstep_runtime.api.neutral import OFF, REFUSED, Neutral, check_neutral, schema_of
+from lockstep_runtime.api.rule_fields import RuleFields
 from lockstep_runtime.api.tools.schemas import ToolCall, ToolChoice, Tools
 
 MAX_CHOICES: Final = 128  # of one request: prompts times n
@@ -157,7 +158,7 @@ class StreamOptions(_Strict):
     include_usage: _Flag = None
 
 
-class _Request(_Strict):
+class _Request(RuleFields, _Strict):
     REFUSED: ClassVar[Mapping[str, Neutral]] = REFUSED
 
     model: str

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from lockstep_runtime.protocol.step import SampledToken, SamplingParams
+from lockstep_runtime.protocol.step import LogitRules, SampledToken, SamplingParams
 
 
 class FinishReason(enum.StrEnum):
@@ -24,6 +24,7 @@ class GenerationRequest:
     max_tokens: int
     sampling: SamplingParams
     stop_token_ids: frozenset[int] = frozenset()
+    rules: LogitRules | None = None
 
 
 @dataclass(frozen=True, slots=True)

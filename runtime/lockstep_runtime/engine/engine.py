@@ -312,7 +312,7 @@ class Engine:
         self._refusals = 0
         self._steps += 1
         self._reporter.stepped(seconds)
-        for drawn in scheduler.apply(slices, done.sampled, done.scored):
+        for drawn in scheduler.apply(slices, done.sampled, done.scored, done.put_off):
             stream = self._streams.get(drawn.sequence_id)
             if stream is not None:
                 stream.push(TokenEvent(drawn.token, drawn.finish, drawn.prompt))

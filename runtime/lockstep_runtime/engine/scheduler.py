@@ -14,7 +14,7 @@ again is known by that, and the others are not blamed for it.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Final
@@ -99,16 +99,28 @@ class Scheduler:
         return self._plan_running()
 
     def apply(
-        self, slices: list[SequenceSlice], sampled: Iterable[SampledToken], scored: Iterable[SampledToken] = ()
+        self,
+        slices: list[SequenceSlice],
+        sampled: Iterable[SampledToken],
+        scored: Iterable[SampledToken] = (),
+        put_off: Collection[int] = (),
     ) -> list[SampledOutput]:
-        """Book a finished step: what it computed, the tokens it drew, and the sequences that are complete."""
+        """Book a finished step: what it computed, the tokens it drew, and the sequences that are complete. A slice that
+        was put off is planned again, as if it had not been there."""
         running = {sequence.id: sequence for sequence in self._running}
         for part in slices:
-            if sequence := running.get(part.sequence_id):  # else it was cancelled meanwhile
-                sequence.computed += len(part.tokens)
-                self._states.booked(sequence.id)
+            sequence = running.get(part.sequence_id)
+            if sequence is None:  # it was cancelled meanwhile
+                continue
+            if part.sequence_id in put_off:
+                sequence.told = False
+                continue
+            sequence.told = sequence.told or part.ruled is not None
+            sequence.computed += len(part.tokens)
+            self._states.booked(sequence.id)
         for token in scored:
-            if sequence := running.get(token.sequence_id):
+            sequence = running.get(token.sequence_id)
+            if sequence is not None and token.sequence_id not in put_off:
                 sequence.score(token)
         drawn = []
         for token in sampled:
@@ -231,12 +243,14 @@ class Scheduler:
 
     def _slice(self, sequence: Sequence, count: int) -> SequenceSlice:
         end = sequence.computed + count
+        draws = end == len(sequence.tokens)
         return SequenceSlice(
             sequence_id=sequence.id,
             position=sequence.computed,
             tokens=sequence.tokens[sequence.computed : end],
             blocks=self.book.table(sequence.id),
             state=self._states.slots(sequence.id),
-            sample=sequence.request.sampling if end == len(sequence.tokens) else None,
+            sample=sequence.request.sampling if draws else None,
             scoring=sequence.scoring(end),
+            ruled=sequence.ruled(sequence.computed) if draws else None,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lockstep_runtime.engine.client import FinishReason, GenerationRequest
-from lockstep_runtime.protocol.step import SampledToken, Scoring
+from lockstep_runtime.protocol.step import Past, Ruled, SampledToken, Scoring
 
 QUARANTINE_AT = 2  # points of blame from which a sequence runs alone
 REJECT_AT = 4  # and from which it is given up
@@ -27,6 +27,7 @@ class Sequence:
     overtaken: int = 0  # blocks that went to later ones while it waited as the first in line
     scored: int = 1  # tokens of the prompt whose log probabilities are known; the first has none
     scores: list[SampledToken] = field(default_factory=list)  # those that were not handed on yet
+    told: bool = False  # rank 0 has drawn by this sequence's rules: it knows them, and its tokens
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -58,6 +59,16 @@ class Sequence:
         if not targets:
             return None
         return Scoring(first=first - self.computed, targets=targets, logprobs=self.request.sampling.prompt_logprobs)
+
+    def ruled(self, first: int) -> Ruled | None:
+        """What goes with a slice from `first` on, after which a token is drawn."""
+        rules = self.request.rules
+        if rules is None:
+            return None
+        if self.told:
+            return Ruled(drawn=self.drawn)
+        start = 0 if rules.needs_prompt else len(self.request.prompt)
+        return Ruled(drawn=self.drawn, past=Past(rules=rules, start=start, tokens=self.tokens[start:first]))
 
     def score(self, token: SampledToken) -> None:
         self.scored += 1

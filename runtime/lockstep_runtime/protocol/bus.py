@@ -177,6 +177,7 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     fingerprint: int  # of what went in and of the last hidden states: equal on every rank
     sampled: list[SampledToken] = []  # rank 0 only
     scored: list[SampledToken] = []  # rank 0 only: every slice's targets, in their order
+    put_off: list[int] = []  # rank 0 only: sequences for which it could not draw yet: their slices are to come again
 
 
 class StepFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -17,6 +17,41 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int = -1  # the same of every token of the prompt but the first, which follows nothing
 
 
+class LogitRules(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What changes a sequence's logits before its next token is drawn, in this order; not its log probabilities."""
+
+    bias: dict[int, float] = {}  # added to a token's logit
+    min_tokens: int = 0  # as long as fewer were drawn, none of `end_ids` is
+    end_ids: list[int] = []
+    repetition_penalty: float = 1.0  # above 0: divides positive logits of tokens in prompt or answer, multiplies others
+    frequency_penalty: float = 0.0  # from -2 to 2: taken off for every time that the answer has the token
+    presence_penalty: float = 0.0  # from -2 to 2: taken off if the answer has the token
+
+    @property
+    def needs_prompt(self) -> bool:
+        return self.repetition_penalty != 1
+
+    @property
+    def penalizes(self) -> bool:
+        return self.needs_prompt or self.frequency_penalty != 0 or self.presence_penalty != 0
+
+
+class Past(msgspec.Struct, frozen=True, kw_only=True):
+    """What rank 0 may not know of a sequence with rules: a process that is new, or has forgotten it."""
+
+    rules: LogitRules
+    start: int  # the position of tokens[0]: where what the rules look back on begins
+    tokens: list[int]  # up to the slice's first
+
+
+class Ruled(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Of a sequence with rules. Rank 0 remembers rules and tokens from draw to draw; if it doesn't, it draws nothing
+    for the sequence (`StepDone.put_off`), and is asked again with the past."""
+
+    drawn: int  # of the sequence's tokens, the slice's included
+    past: Past | None = None
+
+
 class Scoring(msgspec.Struct, frozen=True, kw_only=True):
     """Known tokens whose log probabilities are wanted: `targets[i]` follows the slice's token `first` + i."""
 
@@ -46,6 +81,7 @@ class SequenceSlice(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     state: StateSlots = NO_STATE
     sample: SamplingParams | None = None
     scoring: Scoring | None = None
+    ruled: Ruled | None = None
 
 
 class SampledToken(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

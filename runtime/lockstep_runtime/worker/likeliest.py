@@ -44,6 +44,12 @@ class Logits:
         values, places = values.topk(count)
         return values, blocks.gather(1, places // BLOCK) * BLOCK + places % BLOCK
 
+    def look_again(self, of: Tensor) -> None:
+        """of: [m], numbers of rows that were changed. What is minus infinity in them is never among the likeliest, but
+        for want of others."""
+        for some in pieces(self.rows, len(of)) if self.largest.shape[1] else ():
+            self.largest[of[some]] = _blocks(self.rows[of[some]]).amax(dim=2)
+
 
 def look_at(logits: Tensor) -> Logits:
     """logits: [n, vocabulary], float32.

@@ -264,6 +264,7 @@ class Worker:
             fingerprint=output.fingerprint,
             sampled=output.sampled,
             scored=output.scored,
+            put_off=output.put_off,
         )
 
     def _interrupt(self) -> None:

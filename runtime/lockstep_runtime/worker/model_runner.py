@@ -47,7 +47,9 @@ from lockstep_runtime.worker.memory import (
     needed_bytes,
     used_bytes,
 )
-from lockstep_runtime.worker.sampler import draw_of, is_plain_greedy, sample, take_best
+from lockstep_runtime.worker.rulebook import Rulebook
+from lockstep_runtime.worker.ruled_draws import Drawn, draw_by_rules
+from lockstep_runtime.worker.sampler import draw_of, is_plain_greedy, take_best
 from lockstep_runtime.worker.scores import check_scoring, score
 from lockstep_runtime.worker.scrub import INTERVAL_SECONDS, INTERVAL_VARIABLE, Scrub, Watched, name_of, watch
 
@@ -72,6 +74,7 @@ class StepOutput:
     fingerprint: int  # of every token's last hidden state: 61 bits, equal on every rank
     sampled: list[SampledToken]  # rank 0 only
     scored: list[SampledToken]  # rank 0 only
+    put_off: list[int]  # rank 0 only
 
 
 class ModelRunner:
@@ -88,6 +91,7 @@ class ModelRunner:
         self._loaded: LoadResult | None = None
         self._watched: list[Watched] = []
         self._model: Model
+        self._rulebook = Rulebook(2 * config.limits.max_sequences)
         self._cache: KVCache | None = None
         self._attention: Attention = BY_SEQUENCE
         torch.set_num_threads(config.threads_per_rank or max(1, int(cpus() / config.ranks_per_pod)))
@@ -258,11 +262,11 @@ class ModelRunner:
             check_scoring(step.sequences, self._model.vocabulary)
             states = self._model.forward(batch, self._cache, group)
             hidden = states if len(states) == len(batch.segments) else states[batch.last]
-            sampled = self._draw(step.sequences, hidden, group)
+            drawn = self._draw(step.sequences, hidden, group)
             scored = score(step.sequences, batch, states, lambda rows: self._model.logits(rows, group))
             fingerprint = _fingerprint(batch, states, hidden)
             group.check()
-            return StepOutput(fingerprint=fingerprint, sampled=sampled, scored=scored)
+            return StepOutput(fingerprint=fingerprint, sampled=drawn.sampled, scored=scored, put_off=drawn.put_off)
 
     def give_back_unused(self) -> None:
         """After a step that found no memory: what the allocator keeps may be in pieces of the wrong size."""
@@ -293,19 +297,20 @@ class ModelRunner:
             raw[bit // 8] ^= 1 << bit % 8
         return name_of(weight)
 
-    def _draw(self, sequences: list[SequenceSlice], hidden: Tensor, group: Communicator) -> list[SampledToken]:
+    def _draw(self, sequences: list[SequenceSlice], hidden: Tensor, group: Communicator) -> Drawn:
         drawn = [row for row, sequence in enumerate(sequences) if sequence.sample is not None]
         if not drawn:
             if group.rank == 0:
                 check_finite(hidden, "hidden states")
-            return []
+            return Drawn()
+        asked = [sequences[row] for row in drawn]
         rows = hidden if len(drawn) == len(sequences) else hidden[drawn]
-        draws = [draw_of(sequences[row]) for row in drawn]
-        if all(is_plain_greedy(draw.params) for draw in draws):
+        draws = [draw_of(sequence) for sequence in asked]
+        if all(is_plain_greedy(draw.params) for draw in draws) and all(one.ruled is None for one in asked):
             best = self._model.best(rows, group)
-            return [] if best is None else take_best(*best, draws)
+            return Drawn() if best is None else Drawn(take_best(*best, draws))
         logits = self._model.logits(rows, group)
-        return [] if logits is None else sample(logits, draws)
+        return Drawn() if logits is None else draw_by_rules(logits, asked, self._rulebook)
 
     def room(self) -> CacheSize:
         """See `CacheRoom.offer`."""

@@ -22,6 +22,7 @@ from lockstep_runtime.protocol.step import SampledToken, SamplingParams, Sequenc
 from lockstep_runtime.worker.filters import NONE, Filters, is_greedy, is_off
 from lockstep_runtime.worker.gumbel import gumbel_noise, keys
 from lockstep_runtime.worker.likeliest import Logits, check_finite, look_at, pieces, total_weight
+from lockstep_runtime.worker.rules import RuledRow, adjust
 
 TIES: Final = 16  # tokens that share the last place of top_k and are looked at with the others
 LAST: Final = 2**31 - 1  # no token is beyond
@@ -60,19 +61,33 @@ def take_best(tokens: Tensor, logits: Tensor, draws: Sequence[Draw]) -> list[Sam
     ]
 
 
-def sample(logits: Tensor, draws: Sequence[Draw]) -> list[SampledToken]:
-    """logits: [n, vocabulary], float32, one row per draw.
+def sample(logits: Tensor, draws: Sequence[Draw], ruled: Sequence[RuledRow] = ()) -> list[SampledToken]:
+    """logits: [n, vocabulary], float32, one row per draw; `ruled` rows of them may be changed.
 
     Raises:
         NonFiniteError: instead of drawing from garbage.
     """
     seen = look_at(logits)
-    tokens = Sampler(seen, draws).draw().tolist()
+    tokens = (_sample_by_rules(seen, draws, ruled) if ruled else Sampler(seen, draws).draw()).tolist()
     described = _log_probabilities(seen, tokens, draws)
     return [
         described.get(row) or SampledToken(sequence_id=draw.sequence_id, token=token)
         for row, (draw, token) in enumerate(zip(draws, tokens, strict=True))
     ]
+
+
+def _sample_by_rules(logits: Logits, draws: Sequence[Draw], ruled: Sequence[RuledRow]) -> Tensor:
+    """Rows whose log probabilities are asked for are afterwards as they were."""
+    rows = torch.tensor([one.row for one in ruled], device=logits.rows.device)
+    described = any(draws[one.row].params.logprobs >= 0 for one in ruled)
+    unmodified = logits.rows[rows] if described else None
+    adjust(logits.rows, ruled)
+    logits.look_again(rows)
+    tokens = Sampler(logits, draws).draw()
+    if unmodified is not None:
+        logits.rows[rows] = unmodified
+        logits.look_again(rows)
+    return tokens
 
 
 class Sampler:
