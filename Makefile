@@ -37,8 +37,9 @@ requirements: $(UV) ## pin the requirements anew, with hashes
 	    pyproject.toml -o requirements/$$extra.txt; done
 	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --all-extras \
 	  pyproject.toml requirements/build.in -o requirements/dev.txt
-	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
-	  --constraint requirements/dev.txt images/installer.in -o images/installer.txt
+	for other in images/installer requirements/lm_eval; do \
+	  $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
+	    --constraint requirements/dev.txt $$other.in -o $$other.txt; done
 
 .PHONY: lint
 lint: venv ## ruff, mypy, import-linter

@@ -46,6 +46,7 @@ PHASES = (
     Phase("test-e2e", needs=("venv", "deploy")),
     Phase("test-chaos", needs=("venv",), after=("lint", "images")),  # on a fresh machine everything waits for those
     Phase("test-contract", needs=("venv",), after=("test-chaos", "images")),  # the chart's tests want Helm, too
+    Phase("test-clients", needs=("venv",), after=("test-contract",)),
 )
 
 
