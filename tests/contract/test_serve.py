@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from tests.support.file_watch import accesses
 from tests.support.http import HTTP
 from tests.support.ports import free_port
 from tests.support.serve import TINY_CHAT, TOKEN, Served, is_running, served, threads_of, title_of
@@ -155,12 +156,14 @@ def test_a_killed_rank_is_a_pause_and_the_stream_goes_on_with_the_same_tokens(
     before = server.status()
     streams = [stream(server, prompt, 300) for prompt in PROMPTS[:3]]
     server.until(lambda: all(one.pieces > 5 for one in streams), "the streams have begun")
-    os.kill(server.pid_of(f"rank={rank}"), signal.SIGKILL)
-    for one, prompt in zip(streams, PROMPTS[:3], strict=True):
-        answer = one.wait()
-        assert (answer.text, answer.error) == (oracle[prompt], "")
-        assert answer.finish in ("length", "stop")
-    server.until(lambda: server.status().recoveries == before.recoveries + 1, "the repair is told")
+    with accesses(TINY_CHAT / "model.safetensors") as seen:
+        os.kill(server.pid_of(f"rank={rank}"), signal.SIGKILL)
+        for one, prompt in zip(streams, PROMPTS[:3], strict=True):
+            answer = one.wait()
+            assert (answer.text, answer.error) == (oracle[prompt], "")
+            assert answer.finish in ("length", "stop")
+        server.until(lambda: server.status().recoveries == before.recoveries + 1, "the repair is told")
+        assert seen() == []  # nobody has opened or read the checkpoint
     fault = server.status().faults[-1]
     assert (fault.fault, fault.rank, fault.rung) == (Fault.RANK_LOST, rank, "Respawn")
     assert "was killed by SIGKILL" in fault.message

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from tests.support.file_watch import accesses
 from tests.support.models import ModelShape, write_model
 
 from lockstep_runtime.config import EngineLimits, ServeConfig, WeightCache
@@ -88,6 +89,11 @@ def test_a_rank_that_is_started_again_has_the_same_weights_without_the_checkpoin
     expected = output(plain)
     first, filled = load(config(model))
     assert output(first) == expected
+    with accesses(model, *model.iterdir()) as seen:
+        assert output(load(config(model))[0]) == expected
+        assert seen() == []  # the kernel has seen nobody open or read any of it
+        (model / "config.json").read_text()
+        assert "open config.json" in seen()
     for file in model.iterdir():
         file.unlink()
     second, mapped = load(config(model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from lockstep_runtime.layers.placement import place
 from lockstep_runtime.layers.weight import PlainWeight
 from lockstep_runtime.sources.errors import ModelError
-from lockstep_runtime.weights import checkpoint
+from lockstep_runtime.weights import slice_reader
 from lockstep_runtime.weights.cache import Identity
 from lockstep_runtime.weights.checkpoint import Checkpoint
 from lockstep_runtime.weights.load import attach_weights, fill_cache, load_weights
@@ -74,17 +75,23 @@ def test_any_window_of_any_slice_is_read_right(case: Case, dtype: torch.dtype, d
     expected = case.expected(dtype)
     start = data.draw(st.integers(0, len(expected)), label="start")
     stop = data.draw(st.integers(start, len(expected)), label="stop")
-    staging = data.draw(st.sampled_from([1, 30, 1 << 20]), label="staging")
+    chunk, gap = data.draw(st.sampled_from([1, 30, 1 << 20])), data.draw(st.sampled_from([0, 8, 1 << 14]))
+    told = [0]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "STAGING_BYTES", staging)
+        patch.setattr(slice_reader, "CHUNK_BYTES", chunk)
+        patch.setattr(slice_reader, "MOST_GAP_BYTES", gap)
         save_file(case.tensors, Path(folder, "model.safetensors"))
         found = torch.full((stop - start, *expected.shape[1:]), float("nan"), dtype=dtype)
-        reader = Checkpoint(Path(folder))
+        reader = Checkpoint(Path(folder), told.append)
         reader.read(case.slices, start, stop, found)
         reader.close()
     assert found.equal(expected[start:stop])
-    stored = case.tensors["t0"].dtype.itemsize
-    assert reader.bytes_read == found.numel() * stored
+    needed = found.numel() * case.tensors["t0"].dtype.itemsize
+    assert told == sorted(told)
+    assert told[-1] == needed
+    assert reader.bytes_read >= needed
+    if gap == 0:
+        assert reader.bytes_read == needed
 
 
 @given(cases(), dtypes)
@@ -181,6 +188,33 @@ def test_what_can_not_be_filled_or_looked_up_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no range of a matrix's rows"):
         reader.rows(split_slice("a", 4, 6, shard=RankInfo(0, 2), dim=1))
     reader.close()
+
+
+@pytest.mark.parametrize(("columns", "whole"), [(4096, True), (4098, False)])
+def test_a_gap_is_read_over_where_a_call_would_cost_more(tmp_path: Path, columns: int, whole: bool) -> None:
+    numbers = torch.randn(5, 2 * columns, generator=torch.Generator().manual_seed(1))
+    save_file({"a": numbers}, tmp_path / "model.safetensors")
+    reader, found = Checkpoint(tmp_path), torch.empty(5, columns)
+    reader.read((split_slice("a", 5, 2 * columns, shard=RankInfo(1, 2), dim=1),), 0, 5, found)
+    reader.close()
+    assert found.equal(numbers[:, columns:])
+    assert reader.bytes_read == (found.nbytes + 4 * columns * 4 if whole else found.nbytes)
+
+
+def test_nothing_writes_to_the_target_any_more_when_a_read_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slice_reader, "CHUNK_BYTES", 4096)
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(1 << 20)}, file)
+    reader = Checkpoint(tmp_path)
+    os.truncate(file, file.stat().st_size // 2)
+    found = torch.zeros(1 << 20)
+    with pytest.raises(ModelError, match="is truncated"):
+        reader.read((replicated("a", 1 << 20),), 0, 1 << 20, found)
+    before = found.clone()
+    reader.close()
+    assert found.equal(before)
 
 
 def test_the_experts_of_a_layer_in_one_weight_have_a_short_name(tmp_path: Path) -> None:

@@ -32,10 +32,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lockstep_runtime.host.memory import file_bytes, mebibytes
-from lockstep_runtime.weights.checkpoint import DTYPES
 from lockstep_runtime.weights.checksum import checksum
 from lockstep_runtime.weights.parallel_map import in_threads
+from lockstep_runtime.weights.safetensors_file import DTYPES
 from lockstep_runtime.weights.sharding import TensorSlice
+from lockstep_runtime.weights.slice_reader import FileTarget
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ def _read_contents(metadata: Mapping[str, str]) -> Contents:
 
 
 class CacheWriter:
-    """A new file, to be filled through `tensors` and then published; nobody sees it before."""
+    """A new file, to be filled through `targets` and then published or discarded; nobody sees it before."""
 
     def __init__(
         self,
@@ -196,34 +197,41 @@ class CacheWriter:
         try:
             os.posix_fallocate(descriptor, 0, size)
             _check_room(path.parent, 0, reserve)  # another rank may have taken its part meanwhile
-            self._memory = mmap.mmap(descriptor, size)
         except OSError:
             self._new.unlink()
-            raise
-        finally:
             os.close(descriptor)
+            raise
+        self._descriptor, self._size = descriptor, size
 
-    def tensors(self) -> Iterable[tuple[Wanted, Tensor]]:
+    def targets(self) -> Iterable[tuple[Wanted, FileTarget]]:
         """To be filled, each."""
-        return ((one, self._over(name)) for name, one in self._wanted.items())
+        return ((one, self._target(name)) for name, one in self._wanted.items())
 
     def publish(self) -> WeightCache:
         """Take the checksums, and give the file its name."""
-        sums = in_threads(lambda name: checksum(self._over(name)), list(self._wanted))
+        memory = mmap.mmap(self._descriptor, self._size, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        sums = in_threads(lambda name: checksum(self._over(memory, name)), list(self._wanted))
         known = dict(zip(self._wanted, sums, strict=True))
-        self._memory[: self._base] = _header(msgspec.structs.replace(self._contents, checksums=known), self._places)
+        memory[: self._base] = _header(msgspec.structs.replace(self._contents, checksums=known), self._places)
         self._new.rename(self._path)
+        self.close()
         return _open(self._path)
 
-    def _over(self, name: str) -> Tensor:
-        shape, dtype = self._wanted[name].shape, _dtype(self._wanted[name].dtype)
-        if not (count := math.prod(shape)):  # a rank beyond the vocabulary's end
-            return torch.empty(shape, dtype=dtype)
-        offset = self._base + self._places[name].start
-        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset).view(shape)
+    def _target(self, name: str) -> FileTarget:
+        return FileTarget(self._descriptor, self._base + self._places[name].start, _dtype(self._wanted[name].dtype))
+
+    def _over(self, memory: mmap.mmap, name: str) -> Tensor:
+        target, count = self._target(name), math.prod(self._wanted[name].shape)
+        if not count:  # a rank beyond the vocabulary's end
+            return torch.empty(0, dtype=target.dtype)
+        return torch.frombuffer(memory, dtype=target.dtype, count=count, offset=target.offset)
 
     def discard(self) -> None:
         self._new.unlink(missing_ok=True)
+        self.close()
+
+    def close(self) -> None:
+        os.close(self._descriptor)
 
 
 def _check_room(folder: Path, size: int, reserve: int) -> None:

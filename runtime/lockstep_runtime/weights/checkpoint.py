@@ -1,8 +1,7 @@
-"""Safetensors, read by the slice: parse the header, then `pread` a rank's bytes straight to where they belong.
+"""Safetensors, read by the slice: a rank's bytes go straight to where they belong.
 
-The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian length, a JSON header, then the tensors'
-bytes, row-major. A slice by rows is one contiguous range; a slice by columns is one range per row. Nothing else is
-read, and nothing is ever unpickled.
+A slice by rows is one contiguous range of its file; a slice by columns is one piece per row (`slice_reader` says how
+those are read). Nothing is ever unpickled.
 
 The format's own library maps the files: of two ranks of a 0.6B model each took as long as here to fill its 596 MB, with
 1.4 GB resident at the most instead of 0.58. Here a rank's bytes go where they belong, the mapped weight cache or a
@@ -12,12 +11,9 @@ is cut short while it is read is a sentence, where the library's process dies of
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,60 +21,36 @@ import torch
 from torch import Tensor
 
 from lockstep_runtime.sources.errors import ModelError
-from lockstep_runtime.sources.files import LFS_POINTER, lfs_pointer, read_object, unreadable
+from lockstep_runtime.sources.files import read_object
 from lockstep_runtime.sources.model_config import dtype_name
-from lockstep_runtime.weights.sharding import Rows, TensorSlice, rows_of
+from lockstep_runtime.weights.safetensors_file import DTYPES, Entry, Unread, read_header
+from lockstep_runtime.weights.sharding import TensorSlice, rows_of
+from lockstep_runtime.weights.slice_reader import FileTarget, MemoryTarget, SliceReader, Source, fill
 
-MAX_HEADER_BYTES: Final = 100_000_000  # the format's own bound
-STAGING_BYTES: Final = 4 * 1024 * 1024  # for tensors that are converted on the way
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
-DTYPES: Final[Mapping[str, torch.dtype]] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 # What a weight's tensors are called where a quantised form takes its place.
 _QUANTISED_NAMES: Final = ("qweight", "weight_packed", "weight_quantized", "weight_scale", "SCB", "absmax")
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Where one tensor lies, of a type that can be computed with."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int  # of its first byte in the file
-
-
-@dataclass(frozen=True, slots=True)
-class Unread:
-    """A tensor of another type; an error only if it is needed."""
-
-    file: Path
-    stored: str  # the type's name in the file
-    shape: tuple[int, ...]
-
-
 class Checkpoint:
-    """All tensors of a model directory. Reads count in `bytes_read`; `progress` is called for each."""
+    """All tensors of a model directory. `progress` is called for each read, by whichever thread, one at a time."""
 
     def __init__(self, directory: Path, progress: Callable[[int], None] = lambda _: None) -> None:
+        """`progress`: of the bytes of slices that are read so far."""
         self.directory = directory
-        self.bytes_read = 0
-        self._progress = progress
-        self._descriptors: dict[Path, int] = {}
-        self._staging: Tensor | None = None
         self._index = _index(directory)
         files = _files(directory, self._index)
         self._entries = {name: entry for file in files for name, entry in read_header(file).items()}
+        self._reader = SliceReader(progress)
+
+    @property
+    def bytes_read(self) -> int:
+        """From the files."""
+        return self._reader.bytes_read
 
     def close(self) -> None:
-        self._staging = None
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        self._reader.close()
 
     def _placed(self, tensor_slice: TensorSlice) -> TensorSlice:
         """The slice itself, or the one that stands for it in this checkpoint."""
@@ -129,26 +101,33 @@ class Checkpoint:
 
     def nbytes(self, tensor_slice: TensorSlice) -> int:
         """How many bytes of storage the slice is."""
-        return math.prod(tensor_slice.local_shape) * self.find(tensor_slice).dtype.itemsize
+        return tensor_slice.numel * self.find(tensor_slice).dtype.itemsize
 
     def read(self, slices: tuple[TensorSlice, ...], start: int, stop: int, out: Tensor) -> None:
         """Fill `out` (contiguous, on the CPU, any float type) with rows [start, stop) of the stacked slices.
+
+        Any number of threads may call this at once.
 
         Raises:
             ModelError: as `find`; or the file can't be read, or ends within a tensor.
             ValueError: `out` is not contiguous.
         """
-        if not out.is_contiguous():
-            raise ValueError("only contiguous memory can be read into")
+        self._reader.read(self._sources(slices, start, stop), MemoryTarget(out))
+
+    def copy(self, slices: tuple[TensorSlice, ...], target: FileTarget) -> None:
+        """The same of all rows, to a file.
+
+        Raises:
+            ModelError: as `read`.
+            OSError: the target can't be written.
+        """
+        self._reader.read(self._sources(slices, 0, sum(one.rows for one in slices)), target)
+
+    def _sources(self, slices: tuple[TensorSlice, ...], start: int, stop: int) -> Iterator[Source]:
         for rows in rows_of(tuple(map(self._placed, slices)), start, stop):
-            entry = self.find(rows.tensor_slice)
-            target = out[rows.at : rows.at + rows.stop - rows.start]
-            if not target.numel():
-                continue
-            if entry.dtype == out.dtype:
-                self._read_rows(entry, rows, target)
-            else:
-                self._read_converted(entry, rows, target)
+            one = rows.tensor_slice
+            row = math.prod(one.local_shape[1:])
+            yield Source(self.find(one), one.pieces(rows.start, rows.stop), rows.at * row)
 
     def rows(self, tensor_slice: TensorSlice) -> StoredRows:
         """The slice's rows, left where they are and read when asked for.
@@ -161,42 +140,9 @@ class Checkpoint:
         place = tensor_slice.pieces(0, tensor_slice.rows)
         if place.count != 1 or len(tensor_slice.local_shape) != 2:
             raise ValueError(f"{tensor_slice} is no range of a matrix's rows")
-        descriptor = os.dup(self._open(entry.file))
+        descriptor = os.dup(self._reader.descriptor(entry.file))
         offset = entry.offset + place.first * entry.dtype.itemsize
         return StoredRows(entry, descriptor, offset, *tensor_slice.local_shape)
-
-    def _read_converted(self, entry: Entry, rows: Rows, out: Tensor) -> None:
-        row_bytes = math.prod(rows.tensor_slice.local_shape[1:]) * entry.dtype.itemsize
-        at_once = max(1, STAGING_BYTES // row_bytes)
-        for first in range(rows.start, rows.stop, at_once):
-            last = min(first + at_once, rows.stop)
-            staging = self._stage((last - first) * row_bytes).view(entry.dtype).view(last - first, *out.shape[1:])
-            self._read_rows(entry, Rows(rows.tensor_slice, first, last, 0), staging)
-            out[first - rows.start : last - rows.start].copy_(staging)
-
-    def _stage(self, size: int) -> Tensor:
-        if self._staging is None or self._staging.numel() < size:
-            self._staging = torch.empty(max(size, STAGING_BYTES), dtype=torch.uint8)
-        return self._staging[:size]
-
-    def _read_rows(self, entry: Entry, rows: Rows, out: Tensor) -> None:
-        """Rows [start, stop) of the slice, in the tensor's own dtype."""
-        buffer = out.view(torch.uint8).reshape(-1).numpy().data
-        descriptor, size = self._open(entry.file), entry.dtype.itemsize
-        place = rows.tensor_slice.pieces(rows.start, rows.stop)
-        offset, part, stride = entry.offset + place.first * size, place.length * size, place.stride * size
-        for piece in range(place.count):
-            _fill(entry, descriptor, buffer[piece * part : (piece + 1) * part], offset + piece * stride)
-        self.bytes_read += len(buffer)
-        self._progress(len(buffer))
-
-    def _open(self, file: Path) -> int:
-        if file not in self._descriptors:
-            try:
-                self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:  # it was readable a moment ago
-                raise ModelError(unreadable(file, error)) from error
-        return self._descriptors[file]
 
 
 def with_dtype(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -236,69 +182,8 @@ class StoredRows:
         for place, index in enumerate(indices):
             if not 0 <= index < self._rows:
                 raise IndexError(f"row {index} of {self._rows}")
-            _fill(self._entry, self._descriptor, buffer[place * size : (place + 1) * size], self._offset + index * size)
+            fill(self._entry, self._descriptor, buffer[place * size : (place + 1) * size], self._offset + index * size)
         return out
-
-
-def _fill(entry: Entry, descriptor: int, buffer: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(buffer):
-        try:
-            got = os.preadv(descriptor, [buffer[done:]], offset + done)
-        except OSError as error:
-            raise ModelError(f"{entry.file} can't be read: {error}") from error
-        if got == 0:
-            raise ModelError(f"{entry.file} is truncated: it ends at byte {offset + done}, within a tensor")
-        done += got
-
-
-def read_header(file: Path) -> dict[str, Entry | Unread]:
-    """The tensors of one safetensors file.
-
-    Raises:
-        ModelError: it is no safetensors file, or shorter than its header says.
-    """
-    try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            _check_start(file, stream.read(len(LFS_POINTER)), size)
-            stream.seek(0)
-            prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= MAX_HEADER_BYTES:
-                raise ModelError(f"{file} is no safetensors file: it gives {length} bytes as its header's length")
-            if 8 + length > size:
-                raise ModelError(f"{file} is truncated: {size} bytes, but its header alone takes {8 + length}")
-            header = json.loads(stream.read(length))
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise ModelError(unreadable(file, error)) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is no readable safetensors file: {error}") from error
-    if not isinstance(header, dict):
-        raise ModelError(f"{file} is no safetensors file: its header is not a JSON object")
-    return {name: _entry(file, name, info, 8 + length, size) for name, info in header.items() if name != "__metadata__"}
-
-
-def _check_start(file: Path, start: bytes, size: int) -> None:
-    if not size:
-        raise ModelError(f"{file} is empty: its download or copy was cut short; fetch it again")
-    if start.startswith(LFS_POINTER[: len(start)]) and len(start) == len(LFS_POINTER):
-        raise ModelError(lfs_pointer(file))
-
-
-def _entry(file: Path, name: str, info: Any, base: int, size: int) -> Entry | Unread:
-    try:
-        dtype, shape = str(info["dtype"]), tuple(int(n) for n in info["shape"])
-        begin, end = (int(n) for n in info["data_offsets"])
-    except (KeyError, TypeError, ValueError):
-        raise ModelError(f"{file}: the header's entry of {name} is malformed") from None
-    if base + end > size:
-        raise ModelError(f"{file} is truncated: {size} bytes, but {name} would end at byte {base + end}")
-    if dtype not in DTYPES:
-        return Unread(file, dtype, shape)
-    if min((0, begin, *shape)) < 0 or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise ModelError(f"{file}: {name} of shape {list(shape)} can't take up bytes {begin} to {end}")
-    return Entry(file, DTYPES[dtype], shape, base + begin)
 
 
 def _files(directory: Path, index: Mapping[str, str]) -> list[Path]:

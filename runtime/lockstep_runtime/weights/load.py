@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ def load_weights(directory: Path, weights: Iterable[Weight | StoredTable], progr
         ModelError: a tensor or a file is missing, malformed, or of another shape than expected.
     """
     total = 0
-    checkpoint = Checkpoint(directory, lambda _: progress(checkpoint.bytes_read, total))
+    checkpoint = Checkpoint(directory, lambda done: progress(done, total))
     try:
         wanted: list[Weight] = []
         for weight in weights:
@@ -42,12 +43,16 @@ def load_weights(directory: Path, weights: Iterable[Weight | StoredTable], progr
             else:
                 wanted.append(weight)
         total = sum(checkpoint.nbytes(tensor_slice) for weight in wanted for tensor_slice in weight.slices)
-        for weight in wanted:
-            for start, stop, buffer in weight.load():
-                checkpoint.read(weight.slices, start, stop, buffer)
+        for _ in in_threads(functools.partial(_fill, checkpoint), wanted):
+            pass
         return LoadResult(weight_bytes=total, read_bytes=checkpoint.bytes_read)
     finally:
         checkpoint.close()
+
+
+def _fill(checkpoint: Checkpoint, weight: Weight) -> None:
+    for start, stop, buffer in weight.load():
+        checkpoint.read(weight.slices, start, stop, buffer)
 
 
 def fill_cache(
@@ -67,14 +72,14 @@ def fill_cache(
         OSError: there is no room for the file.
     """
     total = 0
-    checkpoint = Checkpoint(directory, lambda _: progress(checkpoint.bytes_read, total))
+    checkpoint = Checkpoint(directory, lambda done: progress(done, total))
     try:
         wanted = {weight.slices: _wanted(checkpoint, weight) for weight in weights}
         total = sum(checkpoint.nbytes(tensor_slice) for slices in wanted for tensor_slice in slices)
         writer = CacheWriter(path, identity, settings, total, wanted.values(), reserve)
         try:
-            for one, tensor in writer.tensors():
-                checkpoint.read(one.slices, 0, one.shape[0], tensor)
+            for _ in in_threads(lambda one: checkpoint.copy(one[0].slices, one[1]), writer.targets()):
+                pass
             cache = writer.publish()
         except BaseException:
             writer.discard()

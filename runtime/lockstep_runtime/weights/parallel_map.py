@@ -16,6 +16,11 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
+def threads() -> int:
+    """How many work at once."""
+    return min(MOST, int(cpus()) or 1)
+
+
 def in_threads(work: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
     """The results in the items' order; torch lets go of the interpreter while it computes."""
 
@@ -23,7 +28,7 @@ def in_threads(work: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
         with torch.inference_mode():
             return work(item)
 
-    with _one_core_each(), ThreadPoolExecutor(min(MOST, int(cpus()) or 1)) as pool:
+    with _one_core_each(), ThreadPoolExecutor(threads()) as pool:
         yield from pool.map(run, items)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,10 @@ class TensorSlice:
     def rows(self) -> int:
         return self.local_shape[0]
 
+    @property
+    def numel(self) -> int:
+        return math.prod(self.local_shape)
+
     def pieces(self, start: int, stop: int) -> Pieces:
         """Where rows [start, stop) of the slice lie in the tensor, row-major."""
         whole = self.whole_shape
@@ -71,6 +75,29 @@ class Pieces:
     count: int
     length: int
     stride: int
+
+    @property
+    def span(self) -> int:
+        """From the first piece's begin to the last one's end."""
+        return (self.count - 1) * self.stride + self.length if self.count else 0
+
+    def split(self, most: int) -> Iterator[tuple[int, Pieces]]:
+        """Parts that span at most so many elements, each with where it begins among all of the pieces' elements.
+
+        Pieces stay whole if they are short enough.
+        """
+        if not self.length:
+            return
+        if self.count > 1 and self.length <= most:
+            step = 1 + (most - self.length) // self.stride
+            for start in range(0, self.count, step):
+                count = min(step, self.count - start)
+                yield start * self.length, replace(self, first=self.first + start * self.stride, count=count)
+            return
+        for piece in range(self.count):
+            for start in range(0, self.length, most):
+                first, length = self.first + piece * self.stride + start, min(most, self.length - start)
+                yield piece * self.length + start, Pieces(first=first, count=1, length=length, stride=self.stride)
 
 
 @dataclass(frozen=True, slots=True)
