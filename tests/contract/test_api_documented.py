@@ -140,9 +140,9 @@ def test_the_document_names_every_field() -> None:
     text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
     named = set(re.findall(r"`([a-z_]+)`", text))
     taken = {name for kind in (ChatRequest, CompletionRequest) for name in kind.model_fields}
-    assert taken | set(REFUSED) | {"best_of"} <= named
+    assert taken | set(REFUSED) <= named
     [refused] = re.findall(r"Refused unless they ask for nothing: (.*?)\.\n", text, re.DOTALL)
-    assert set(re.findall(r"`([a-z_]+)`", refused)) == set(REFUSED) | {"best_of"}
+    assert set(re.findall(r"`([a-z_]+)`", refused)) == set(REFUSED)
 
 
 async def test_another_pages_scripts_may_call_only_where_that_was_said() -> None:

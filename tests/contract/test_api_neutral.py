@@ -163,16 +163,7 @@ async def test_zero_log_probabilities_are_those_of_the_drawn_tokens(
     assert (await asked(client, engine, CHAT, chat(logprobs=True, top_logprobs=0))).logprobs == 0
 
 
-async def test_the_best_of_as_many_as_are_returned_are_all(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    assert await asked(client, engine, TEXT, text(n=2, best_of=2)) is not None
-    assert len(engine.requests) == 2
-    response = await client.post(TEXT, json=text(n=2, best_of=3))
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "best_of")
-
-
 ASKING: list[dict[str, Any]] = [
-    {"best_of": True},
-    {"best_of": 0},
     {"use_beam_search": True},
     {"prompt_logprobs": 1},
     {"prompt_logprobs": 0},  # vLLM gives the prompt's own
@@ -181,7 +172,6 @@ ASKING: list[dict[str, Any]] = [
     {"priority": 1},
     {"guided_json": {}},
     {"return_tokens_as_token_ids": True},
-    {"skip_special_tokens": False},
     {"truncate_prompt_tokens": 5},
 ]
 
@@ -196,19 +186,9 @@ async def test_what_asks_for_something_is_refused_by_name(client: httpx.AsyncCli
             assert (error["code"], f"`{name}`" in error["message"]) == ("unsupported_parameter", True)
 
 
-async def test_special_tokens_before_a_completions_prompt_can_be_left_out(
-    client: httpx.AsyncClient, engine: FakeEngine
-) -> None:
-    for flag in (True, False):
-        assert (await client.post(TEXT, json=text(add_special_tokens=flag))).status_code == 200
-    response = await client.post(CHAT, json=chat(add_special_tokens=True))
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "add_special_tokens")
-
-
 def test_the_schema_says_what_is_taken() -> None:
     for kind in (ChatRequest, CompletionRequest):
         properties = kind.model_json_schema()["properties"]
         assert properties["priority"]["enum"] == [None, 0]
         assert properties["response_format"]["enum"] == [None, {}, {"type": "text"}]
         assert {"type": "null"} in properties["stop"]["anyOf"]
-        assert properties["best_of"]["type"] == ["integer", "null"]

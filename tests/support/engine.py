@@ -24,6 +24,7 @@ class FakeEngine:
     state: Readiness = field(default_factory=lambda: Readiness(True, "all 2 ranks are in step"))
     refusal: Exception | None = None
     blocker: str = ""
+    logprob: Callable[[GenerationRequest], float] = lambda _: -0.5  # of each token
     requests: list[GenerationRequest] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
     cancelled: list[str] = field(default_factory=list)
@@ -59,7 +60,8 @@ class FakeEngine:
                 token = await self._next(parts)
                 finish = _finish(request, token, drawn)
                 finished = finish is not None
-                yield TokenEvent(_sampled(request, token), finish, _scored(request) if drawn == 1 else ())
+                sampled = _sampled(request, token, self.logprob(request))
+                yield TokenEvent(sampled, finish, _scored(request) if drawn == 1 else ())
                 if finished:
                     return
         finally:
@@ -85,10 +87,10 @@ def _finish(request: GenerationRequest, token: int, drawn: int) -> FinishReason 
     return FinishReason.LENGTH if drawn == request.max_tokens else None
 
 
-def _sampled(request: GenerationRequest, token: int) -> SampledToken:
+def _sampled(request: GenerationRequest, token: int, logprob: float) -> SampledToken:
     asked = request.sampling.logprobs
-    top = [(token + rank, -0.5 - rank) for rank in range(asked)] if asked > 0 else []
-    return SampledToken(sequence_id=0, token=token, logprob=-0.5 if asked >= 0 else None, top=top)
+    top = [(token + rank, logprob - rank) for rank in range(asked)] if asked > 0 else []
+    return SampledToken(sequence_id=0, token=token, logprob=logprob if asked >= 0 else None, top=top)
 
 
 def _scored(request: GenerationRequest) -> list[SampledToken]:

@@ -24,7 +24,8 @@ class Delta:
 class AnswerText:
     """
     Args:
-        thinks: the text begins as reasoning.
+        thinks: the text is reasoning at first.
+        begins: it is just behind a marker, so line breaks at its beginning belong to the markup.
         parser: None: what looks like a call is text.
         parallel: whether more than one call is wanted: otherwise the text is `full` with the first, and the rest of
             what was fed with it is dropped.
@@ -32,12 +33,19 @@ class AnswerText:
 
     __slots__ = ("_answered", "_breaks", "_parallel", "_parser", "_trim", "calls", "reasoning")
 
-    def __init__(self, *, thinks: bool = False, parser: ToolParser | None = None, parallel: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        thinks: bool = False,
+        begins: bool = False,
+        parser: ToolParser | None = None,
+        parallel: bool = True,
+    ) -> None:
         self.reasoning = thinks
         self.calls = 0  # that ended
         self._parser, self._parallel = parser, parallel
         self._answered = False
-        self._trim = thinks  # line breaks beside a marker belong to the markup
+        self._trim = begins
         self._breaks = ""
 
     @property

@@ -18,15 +18,23 @@ from lockstep_runtime.api.errors import invalid, unsupported
 from lockstep_runtime.api.tokenizer import TextTokenizer, TooManyTokensError
 
 # Unicode's noncharacters: never part of a text that is interchanged (Unicode, 23.7).
-_CUTS: Final = tuple(map(chr, range(0xFDD0, 0xFDF0)))
+_MARKS: Final = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 
 
 def encode_chat(
-    template: ChatTemplate, tokenizer: TextTokenizer, chat: Chat, *, seconds: float, limit: int, most: int
+    template: ChatTemplate,
+    tokenizer: TextTokenizer,
+    chat: Chat,
+    *,
+    seconds: float,
+    limit: int,
+    most: int,
+    add_special_tokens: bool = False,
 ) -> list[int]:
     """
     Args:
         most: tokens.
+        add_special_tokens: those that the tokenizer adds to a text, beside what the template writes.
 
     Raises:
         ApiError: 400, see `ChatTemplate.render`.
@@ -34,8 +42,9 @@ def encode_chat(
     """
     given = (chat.messages, chat.tools, chat.variables)
     if not any(True for text in strings_of(given) for _ in tokenizer.break_points(text)):
-        return tokenizer.encode(template.render(chat, seconds=seconds, limit=limit), most=most)
-    cut = _unused_cut(given)
+        text = _rendered(template, chat, seconds=seconds, limit=limit)
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens, most=most)
+    cut = next(_unused_marks(given))
     cuts = 0
 
     def cut_up(text: str) -> str:
@@ -48,9 +57,8 @@ def encode_chat(
 
     messages, tools, variables = _map_strings(given, cut_up)
     cut_chat = replace(chat, messages=messages, tools=tools, variables=variables)
-    rendered = template.render(cut_chat, seconds=seconds, limit=limit)
-    first, *further = rendered.split(cut)
-    ids = tokenizer.encode(first, most=most)
+    first, *further = _rendered(template, cut_chat, seconds=seconds, limit=limit).split(cut)
+    ids = tokenizer.encode(first, add_special_tokens=add_special_tokens, most=most)
     for part in further:
         ids += tokenizer.encode_further(part, most=most)
         if len(ids) > most:
@@ -80,11 +88,31 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def _unused_cut(given: object) -> str:
-    used = {character for text in strings_of(given) for character in _CUTS if character in text}
-    for cut in _CUTS:
-        if cut not in used:
-            return cut
+def _rendered(template: ChatTemplate, chat: Chat, *, seconds: float, limit: int) -> str:
+    """The last message of a chat that continues it is marked, and the text ends there; spaces behind it stay as the
+    template left them.
+
+    Source: `render_jinja_template` of transformers' chat_template_utils.
+    """
+    if not chat.continues:
+        return template.render(chat, seconds=seconds, limit=limit)
+    mark = next(_unused_marks((chat.messages, chat.tools, chat.variables)))
+    *before, last = chat.messages
+    marked = replace(chat, messages=[*before, {**last, "content": f"{last['content']}{mark} "}])
+    text, found, after = template.render(marked, seconds=seconds, limit=limit).rpartition(mark)
+    if not found:
+        message = "The chat template doesn't show the end of the last message, so that it can't be continued"
+        raise invalid(message, "continue_final_message")
+    return text if after.startswith(" ") else text.rstrip()
+
+
+def _unused_marks(given: object) -> Iterator[str]:
+    """
+    Raises:
+        ApiError: 400, there is none.
+    """
+    used = {character for text in strings_of(given) for character in _MARKS if character in text}
+    yield from (mark for mark in _MARKS if mark not in used)
     raise invalid("The messages contain special tokens and every Unicode noncharacter of U+FDD0..U+FDEF", "messages")
 
 

@@ -9,19 +9,23 @@ from lockstep_runtime.api.chat_template import Chat
 from lockstep_runtime.api.errors import invalid, unsupported
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.model import ServedModel
-from lockstep_runtime.api.reasoning import is_open
-from lockstep_runtime.api.schemas import ChatRequest
+from lockstep_runtime.api.reasoning import is_open, opens_in
+from lockstep_runtime.api.schemas import Conversation
 
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """`thinks`: the template has opened the reasoning."""
+    """
+    `thinks`: the template, or the message that is continued, has opened the reasoning.
+    `continues`: the answer goes on with the last message.
+    """
 
     ids: list[int]
     thinks: bool
+    continues: bool
 
 
-def chat_prompt(model: ServedModel, request: ChatRequest, limits: Limits, *, most: int) -> ChatPrompt:
+def chat_prompt(model: ServedModel, request: Conversation, limits: Limits, *, most: int) -> ChatPrompt:
     """Blocks (template, tokenizer): run it in a thread.
 
     Args:
@@ -41,12 +45,16 @@ def chat_prompt(model: ServedModel, request: ChatRequest, limits: Limits, *, mos
         messages=[message.for_template(objects=model.tools.objects) for message in request.messages],
         tools=tools,
         variables=request.template_variables(),
-        add_generation_prompt=request.add_generation_prompt is not False,
+        add_generation_prompt=request.add_generation_prompt is not False and not request.continue_final_message,
+        continues=bool(request.continue_final_message),
     )
     seconds, limit = limits.render_seconds, limits.max_prompt_chars
-    ids = encode_chat(template, tokenizer, chat, seconds=seconds, limit=limit, most=most)
+    special = bool(request.add_special_tokens)
+    ids = encode_chat(template, tokenizer, chat, seconds=seconds, limit=limit, most=most, add_special_tokens=special)
+    if chat.continues:
+        return ChatPrompt(ids, model.markers is not None and opens_in(request.messages[-1].content), continues=True)
     thinks = is_open(model.markers, template, tokenizer, chat, ids, seconds=seconds, limit=limit)
-    return ChatPrompt(ids, thinks)
+    return ChatPrompt(ids, thinks, continues=False)
 
 
 def _check_tools(model: ServedModel) -> None:

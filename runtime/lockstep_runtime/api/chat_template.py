@@ -34,6 +34,7 @@ class Chat:
     tools: Sequence[Mapping[str, object]] | None = None
     variables: Mapping[str, object] = field(default_factory=dict)
     add_generation_prompt: bool = True
+    continues: bool = False  # the last message stays open
 
 
 class TemplateTimeoutError(Exception):

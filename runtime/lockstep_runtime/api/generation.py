@@ -35,12 +35,17 @@ class Job:
     requests: tuple[GenerationRequest, ...]
     prompt_tokens: int
     stops: tuple[str, ...]
-    chat: bool  # the answer begins a text; a completion goes on with its prompt's
+    includes_stop: bool = False  # the answer has the stop string, or the stop token's text, at its end
+    shows_special: bool = False  # special tokens are text
+    chat: bool
+    continues: bool = False  # the answer goes on with the prompt's text, it begins none
     markers: ReasoningMarkers | None = None  # part reasoning from answer
     thinks: bool = False  # the prompt's end has opened the reasoning already
     tools: ToolUse | None = None  # part calls from answer
     scores_prompt: bool = False  # the prompt's log probabilities are part of the answer
     prompt_only: bool = False  # the one token that is drawn is no part of the answer
+    drawn: int = 1  # choices of each prompt
+    kept: int = 1  # the likeliest of them, as many as the answer has
     stream: bool
     include_usage: bool
 
@@ -54,11 +59,13 @@ class Choice:
         self.tokens = 0
         self.reasoning_tokens = 0  # drawn between the markers
         self.begun = False  # its prompt's log probabilities were taken
+        self._likelihood = 0.0  # the sum of its tokens' log probabilities
         self.finish_reason: FinishReason | None = None
         self._tokenizer = tokenizer
-        self._shown = _shown(tokenizer, job.tools)
-        self._detokenizer = Detokenizer(tokenizer, () if job.chat else request.prompt, self._shown)
-        self._stops = StopMatcher(job.stops)
+        self._shown = tokenizer.special_ids if job.shows_special else _shown(tokenizer, job.tools)
+        self._detokenizer = Detokenizer(tokenizer, request.prompt if job.continues else (), self._shown)
+        self._stops = StopMatcher(job.stops, included=job.includes_stop)
+        self._includes_stop = job.includes_stop
         self._least = request.rules.min_tokens if request.rules else 0  # tokens in which no stop string counts
         self._keep_tokens = request.sampling.logprobs >= 0
         self._pending: list[SampledToken] = []
@@ -73,14 +80,20 @@ class Choice:
             return "tool_calls"
         return str(self.finish_reason)
 
+    @property
+    def mean_logprob(self) -> float:
+        """How likely its tokens were, on average; for requests whose tokens have log probabilities."""
+        return self._likelihood / max(1, self.tokens)
+
     def feed(self, event: TokenEvent) -> list[Delta]:
         """Sets `finish_reason` when the choice is complete; nothing may be fed after that."""
         if self._prompt_only:
             self.finish_reason = FinishReason.LENGTH
             return []
         self.tokens += 1
+        self._likelihood += event.token.logprob or 0.0
         pieces: list[Delta] = []
-        if event.finish is not FinishReason.STOP:  # a stop token is no text
+        if event.finish is not FinishReason.STOP or self._includes_stop:
             self._take(event.token, pieces)
         if event.finish is not None and self.finish_reason is None:
             self._flush(pieces)
@@ -132,10 +145,11 @@ class Choice:
 
 
 def _text(job: Job) -> AnswerText:
+    begins = job.thinks and not job.continues
     if job.tools is None:
-        return AnswerText(thinks=job.thinks)
+        return AnswerText(thinks=job.thinks, begins=begins)
     parser = tool_parser(job.tools.format, job.tools.tools)
-    return AnswerText(thinks=job.thinks, parser=parser, parallel=job.tools.parallel)
+    return AnswerText(thinks=job.thinks, begins=begins, parser=parser, parallel=job.tools.parallel)
 
 
 def _shown(tokenizer: TextTokenizer, tools: ToolUse | None) -> frozenset[int]:

@@ -66,20 +66,24 @@ class ChatLogprobs:
 
 class TextLogprobs:
     """Of one choice: four arrays side by side. Offsets count the characters of the choice's text before a token, the
-    echoed prompt included; a token that is no part of the text has no width."""
+    echoed prompt included; a token that is no part of the text has no width.
 
-    __slots__ = ("_arrays", "_decoder", "_offset", "_tokenizer")
+    Args:
+        described: the echoed prompt's tokens will be added, too.
+        hidden: tokens that are no part of the text.
+    """
 
-    def __init__(self, tokenizer: TextTokenizer, echo: str, *, described: bool) -> None:
-        """`described`: the echoed prompt's tokens will be added, too."""
-        self._tokenizer = tokenizer
+    __slots__ = ("_arrays", "_decoder", "_hidden", "_offset", "_tokenizer")
+
+    def __init__(self, tokenizer: TextTokenizer, echo: str, *, described: bool, hidden: frozenset[int]) -> None:
+        self._tokenizer, self._hidden = tokenizer, hidden
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0 if described else len(echo)
         self._arrays: tuple[list[bytes], ...] = ([], [], [], [])
 
     def add(self, tokens: Sequence[SampledToken]) -> None:
         for token in tokens:
-            self._append(token, shown=token.token not in self._tokenizer.special_ids)
+            self._append(token, shown=token.token not in self._hidden)
 
     def add_prompt(self, prompt: Sequence[int], scored: Sequence[SampledToken], echo: str) -> None:
         """`scored`: of all tokens but the first, which follows nothing and so has no probability."""

@@ -32,7 +32,6 @@ REFUSED: Final[Mapping[str, Neutral]] = {
     "audio": Neutral((), _TEXT_ONLY),
     "bad_words": Neutral(([],), "words can't be banned; leave it out"),
     "chat_template": Neutral(("",), "the model's own chat template is used; leave it out"),
-    "continue_final_message": Neutral(OFF, "the last message can't be continued; use /v1/completions"),
     "documents": Neutral(([],), "put them into the messages"),
     "function_call": Neutral(("none", "auto"), _FUNCTIONS),
     "functions": Neutral(([],), _FUNCTIONS),
@@ -40,7 +39,6 @@ REFUSED: Final[Mapping[str, Neutral]] = {
     "guided_grammar": Neutral(("",), _CONSTRAINED),
     "guided_json": Neutral(("",), _CONSTRAINED),
     "guided_regex": Neutral(("",), _CONSTRAINED),
-    "include_stop_str_in_output": Neutral(OFF, "the answer ends before the stop string; leave it out"),
     "logits_processors": Neutral(([],), "no code is taken from clients; leave it out"),
     "modalities": Neutral(([], ["text"]), _TEXT_ONLY),
     "prediction": Neutral((), "it is not built yet; leave it out"),
@@ -50,7 +48,6 @@ REFUSED: Final[Mapping[str, Neutral]] = {
     "response_format": Neutral(({}, {"type": "text"}), _CONSTRAINED),
     "return_token_ids": Neutral(OFF, "answers hold text; leave it out"),
     "return_tokens_as_token_ids": Neutral(OFF, "log probabilities name tokens by their text; leave it out"),
-    "skip_special_tokens": Neutral((True, 1), "special tokens are not part of the answer; leave it out"),
     "structured_outputs": Neutral(({},), _CONSTRAINED),
     "suffix": Neutral(("",), "text can't be inserted before a suffix; leave it out"),
     "truncate_prompt_tokens": Neutral((), "prompts are not cut; send a shorter one"),
@@ -68,14 +65,6 @@ def check_neutral(body: Mapping[str, Any], refused: Mapping[str, Neutral]) -> No
         value = body[name]
         if value is not None and not any(_same(value, neutral) for neutral in refused[name].values):
             raise unsupported(name, refused[name].why)
-    _check_best_of(body)
-
-
-def _check_best_of(body: Mapping[str, Any]) -> None:
-    """The best of as many as are returned are all of them."""
-    best_of, choices = body.get("best_of"), body.get("n")
-    if best_of is not None and not _same(best_of, 1) and not _same(best_of, 1 if choices is None else choices):
-        raise unsupported("best_of", "choices are not ranked; ask for `n`")
 
 
 def _same(value: object, neutral: object) -> bool:
@@ -85,7 +74,7 @@ def _same(value: object, neutral: object) -> bool:
 
 def schema_of(refused: Mapping[str, Neutral]) -> dict[str, Any]:
     """As JSON Schema properties."""
-    properties: dict[str, Any] = {
+    return {
         name: {
             "title": name,
             "description": f"Not supported: {one.why}. Taken with a value that asks for nothing.",
@@ -93,5 +82,3 @@ def schema_of(refused: Mapping[str, Neutral]) -> dict[str, Any]:
         }
         for name, one in refused.items()
     }
-    best_of = {"title": "best_of", "description": "Taken if it is 1 or as much as `n`: choices are not ranked."}
-    return properties | {"best_of": best_of | {"type": ["integer", "null"], "minimum": 1, "maximum": 16}}

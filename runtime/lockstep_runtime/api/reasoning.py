@@ -49,6 +49,11 @@ def opens_reasoning(markers: ReasoningMarkers, prompt: Sequence[int]) -> bool:
     return False
 
 
+def opens_in(text: str) -> bool:
+    """Whether a message that is to be continued ends inside an open reasoning section."""
+    return text.rfind(OPENING) > text.rfind(CLOSING)
+
+
 def is_open(
     markers: ReasoningMarkers | None,
     template: ChatTemplate,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from lockstep_runtime.api.chat_prompt import chat_prompt
+from lockstep_runtime.api.chat_prompt import ChatPrompt, chat_prompt
 from lockstep_runtime.api.errors import ApiError, invalid, too_long
 from lockstep_runtime.api.generation import Job, ToolUse
 from lockstep_runtime.api.limits import Limits
@@ -41,8 +41,8 @@ class RequestBuilder:
             raise self._too_long(str(error), "messages") from None
         requests = self._requests("chatcmpl", request, [tuple(prompt.ids)], request.asked_tokens, "messages", False)
         logprobs = request.asked_logprobs >= 0
-        job = self._job(request, requests, chat=True, thinks=prompt.thinks, tools=self._tools(request))
-        return job, ChatFormat(self.model.tokenizer, len(requests), logprobs=logprobs)
+        job = self._job(request, requests, prompt=prompt, tools=self._tools(request))
+        return job, ChatFormat(self.model.tokenizer, len(requests), logprobs=logprobs, echo=request.echoed)
 
     def _tools(self, request: ChatRequest) -> ToolUse | None:
         format, tools = self.model.tools.format, request.offered_tools
@@ -58,9 +58,10 @@ class RequestBuilder:
         scores = bool(request.echo) and request.logprobs is not None
         requests = self._requests("cmpl", request, prompts, asked, "prompt", scores)
         texts = [self._text(prompt) if request.echo else "" for prompt in request.prompt]
-        echoes = [text for text in texts for _ in range(request.choices)]
+        echoes = [text for text in texts for _ in range(request.drawn)]
         shown = [one.prompt for one in requests] if scores else ()
-        form = CompletionFormat(self.model.tokenizer, echoes, shown, logprobs=request.logprobs is not None)
+        logprobs, special_too = request.logprobs is not None, request.skip_special_tokens is False
+        form = CompletionFormat(self.model.tokenizer, echoes, shown, logprobs=logprobs, shows_special=special_too)
         return self._job(request, requests, prompt_only=prompt_only, scores_prompt=scores), form
 
     def _ids(self, prompt: str | list[int], special: bool) -> tuple[int, ...]:
@@ -96,7 +97,7 @@ class RequestBuilder:
         rules = rules_of(request, self.model, self.model.stop_ids | frozenset(request.stop_token_ids or ()))
         return [
             GenerationRequest(
-                request_id=f"{id}-{index * request.choices + choice}",
+                request_id=f"{id}-{index * request.drawn + choice}",
                 prompt=prompt,
                 max_tokens=self._room(len(prompt), asked_tokens, param, request.min_tokens or 0),
                 sampling=sampling(
@@ -106,7 +107,7 @@ class RequestBuilder:
                 rules=rules,
             )
             for index, prompt in enumerate(prompts)
-            for choice in range(request.choices)
+            for choice in range(request.drawn)
         ]
 
     def _job(
@@ -114,8 +115,7 @@ class RequestBuilder:
         request: ChatRequest | CompletionRequest,
         requests: Sequence[GenerationRequest],
         *,
-        chat: bool = False,
-        thinks: bool = False,
+        prompt: ChatPrompt | None = None,
         tools: ToolUse | None = None,
         prompt_only: bool = False,
         scores_prompt: bool = False,
@@ -126,14 +126,19 @@ class RequestBuilder:
             created=int(time.time()),
             model=self.served_name,
             requests=tuple(requests),
-            prompt_tokens=sum(len(one.prompt) for one in requests[:: request.choices]),
+            prompt_tokens=sum(len(one.prompt) for one in requests[:: request.drawn]),
             stops=tuple(request.stop or ()),
-            chat=chat,
-            markers=self.model.markers if chat else None,
-            thinks=thinks,
+            includes_stop=bool(request.include_stop_str_in_output),
+            shows_special=request.skip_special_tokens is False,
+            chat=prompt is not None,
+            continues=prompt is None or prompt.continues,
+            markers=None if prompt is None else self.model.markers,
+            thinks=prompt is not None and prompt.thinks,
             tools=tools,
             prompt_only=prompt_only,
             scores_prompt=scores_prompt,
+            drawn=request.drawn,
+            kept=request.choices,
             stream=bool(request.stream),
             include_usage=request.include_usage,
         )
@@ -205,6 +210,6 @@ def sampling(
         top_k=max(0, top_k) if top_p else 1,  # the smallest nucleus there is
         min_p=defaults.min_p if request.min_p is None else request.min_p,
         seed=seed,
-        logprobs=request.asked_logprobs,
+        logprobs=max(request.asked_logprobs, -1 if request.drawn == request.choices else 0),  # by which they are ranked
         prompt_logprobs=request.asked_logprobs if scores_prompt else -1,
     )

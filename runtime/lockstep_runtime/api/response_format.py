@@ -46,12 +46,18 @@ class ChatFormat:
     whole = "chat.completion"
     chunk = "chat.completion.chunk"
 
-    def __init__(self, tokenizer: TextTokenizer, choices: int, *, logprobs: bool) -> None:
-        self._messages = [_Message() for _ in range(choices)]
+    """
+    Args:
+        echo: what the answers begin with: the message that they go on with.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, choices: int, *, logprobs: bool, echo: str = "") -> None:
+        self._echo = echo
+        self._messages = [_Message(echo) for _ in range(choices)]
         self._described = [ChatLogprobs(tokenizer) for _ in range(choices)] if logprobs else None
 
     def opening(self, index: int) -> Json | None:
-        return self._part(index, {"role": "assistant", "content": ""}, None, None)
+        return self._part(index, {"role": "assistant", "content": self._echo}, None, None)
 
     def describe_prompt(self, index: int, scored: Sequence[SampledToken]) -> None:
         """A chat doesn't give its prompt back."""
@@ -83,8 +89,8 @@ class ChatFormat:
 class _Message:
     """What a whole answer is put together from. A call that broke is none: what the model wrote is content."""
 
-    def __init__(self) -> None:
-        self._content: list[str] = []
+    def __init__(self, echo: str) -> None:
+        self._content = [echo]
         self._reasoning: list[str] = []
         self._calls: dict[int, tuple[CallBegun, list[str]]] = {}
 
@@ -137,6 +143,7 @@ class CompletionFormat:
     Args:
         echoes: for each choice, the prompt's text if it is to be part of the answer.
         prompts: for each choice, the prompt's ids, if their log probabilities are to be; else empty.
+        shows_special: special tokens are part of the text.
     """
 
     whole = chunk = "text_completion"
@@ -148,12 +155,15 @@ class CompletionFormat:
         prompts: Sequence[Sequence[int]] = (),
         *,
         logprobs: bool,
+        shows_special: bool = False,
     ) -> None:
+        hidden = frozenset() if shows_special else tokenizer.special_ids
+        described = bool(prompts)
         self._echoes = echoes
         self._prompts = prompts
         self._texts: list[list[str]] = [[echo] for echo in echoes]
         self._described = (
-            [TextLogprobs(tokenizer, echo, described=bool(prompts)) for echo in echoes] if logprobs else None
+            [TextLogprobs(tokenizer, echo, described=described, hidden=hidden) for echo in echoes] if logprobs else None
         )
 
     def opening(self, index: int) -> Json | None:

@@ -29,7 +29,7 @@ from pydantic_core import CoreSchema
 
 from lockstep_runtime.api.chat import text_of
 from lockstep_runtime.api.errors import ApiError, invalid, unsupported
-from lockstep_runtime.api.neutral import OFF, REFUSED, Neutral, check_neutral, schema_of
+from lockstep_runtime.api.neutral import REFUSED, Neutral, check_neutral, schema_of
 from lockstep_runtime.api.rule_fields import RuleFields
 from lockstep_runtime.api.tools.schemas import ToolCall, ToolChoice, Tools
 
@@ -148,6 +148,7 @@ class Message(_Strict):
         further = {
             "name": self.name,
             "reasoning_content": thoughts,
+            "thinking": thoughts,  # as gpt-oss' template calls it
             "tool_call_id": self.tool_call_id,
             "tool_calls": calls or None,
         }
@@ -168,6 +169,7 @@ class _Request(RuleFields, _Strict):
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     n: int | None = Field(None, ge=1, le=16)
+    best_of: int | None = Field(None, ge=1, le=16, description="so many are generated, and the likeliest `n` returned")
     stop: Annotated[
         list[Annotated[str, Field(max_length=256)]] | None,
         BeforeValidator(_stops),
@@ -177,6 +179,8 @@ class _Request(RuleFields, _Strict):
     stop_token_ids: Annotated[
         list[Annotated[int, Field(ge=0, lt=2**31)]] | None, Field(max_length=64), _at_most(64)
     ] = None
+    include_stop_str_in_output: _Flag = Field(None, description="default: the answer ends before it")
+    skip_special_tokens: _Flag = Field(None, description="default: true")
     ignore_eos: _Flag = None
     stream: _Flag = None
     stream_options: StreamOptions | None = None
@@ -193,34 +197,66 @@ class _Request(RuleFields, _Strict):
             raise invalid("`stream_options` is only for requests with `stream`: true", "stream_options")
         return self
 
+    @model_validator(mode="after")
+    def _best_of(self) -> Self:
+        if self.drawn < self.choices:
+            raise invalid("`best_of` must be at least `n`", "best_of")
+        if self.drawn > self.choices and self.stream:
+            raise invalid("`best_of` is known at the end only: it must be `n` in a stream", "best_of")
+        return self
+
     @property
     def choices(self) -> int:
         """Of one prompt."""
         return self.n or 1
 
     @property
+    def drawn(self) -> int:
+        """Choices of one prompt that are generated."""
+        return self.best_of or self.choices
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-class ChatRequest(_Request):
-    REFUSED: ClassVar[Mapping[str, Neutral]] = {
-        **REFUSED,
-        "add_special_tokens": Neutral(OFF, "the chat template writes them; leave it out"),
-        "echo": Neutral(OFF, "it is for /v1/completions; leave it out"),
-    }
+class Conversation(_Strict):
+    """What a chat's prompt is made of."""
 
     messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES), _at_most(MAX_MESSAGES)]
+    tools: Tools = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: _Flag = Field(None, description="default: true, unless the last message is continued")
+    continue_final_message: _Flag = Field(
+        None, description="the last message stays open, and the answer goes on with it"
+    )
+    add_special_tokens: _Flag = Field(None, description="the tokenizer's, beside the template's; default: false")
+
+    @model_validator(mode="after")
+    def _one_end(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            message = "`continue_final_message` and `add_generation_prompt` can't both be true"
+            raise invalid(message, "continue_final_message")
+        return self
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """None: the model isn't told of any."""
+        return self.tools or None
+
+    def template_variables(self) -> dict[str, Any]:
+        return self.chat_template_kwargs or {}
+
+
+class ChatRequest(Conversation, _Request):
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="the older name of max_completion_tokens")
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="default: what the model has room for")
     logprobs: _Flag = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: Tools = None
     tool_choice: ToolChoice = Field(None, description="default: auto with tools")
     parallel_tool_calls: _Flag = Field(None, description="false: the answer ends with its first call; default: true")
-    chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: ReasoningEffort | None = Field(None, description="none: without reasoning, if the model can")
-    add_generation_prompt: _Flag = None
+    echo: _Flag = Field(None, description="the last message before the answer that goes on with it")
 
     @model_validator(mode="after")
     def _top_of_log_probabilities(self) -> Self:
@@ -242,13 +278,19 @@ class ChatRequest(_Request):
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
         """None: the model isn't told of any."""
-        return (self.tools or None) if self.tool_choice != "none" else None
+        return super().offered_tools if self.tool_choice != "none" else None
+
+    @property
+    def echoed(self) -> str:
+        """What the answer begins with."""
+        last = self.messages[-1]
+        return last.content if self.echo and last.role == "assistant" else ""
 
     def template_variables(self) -> dict[str, Any]:
         """An effort is a variable of some templates, and for the others a switch."""
         effort = self.reasoning_effort
         implied = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
-        return implied | (self.chat_template_kwargs or {})
+        return implied | super().template_variables()
 
     @property
     def asked_tokens(self) -> int | None:
@@ -269,8 +311,9 @@ class CompletionRequest(_Request):
 
     @model_validator(mode="after")
     def _bounds_together(self) -> Self:
-        if len(self.prompt) * self.choices > MAX_CHOICES:
-            raise invalid(f"`prompt` times `n` is more than {MAX_CHOICES} choices", "n")
+        if len(self.prompt) * self.drawn > MAX_CHOICES:
+            name = "n" if self.drawn == self.choices else "best_of"
+            raise invalid(f"`prompt` times `{name}` is more than {MAX_CHOICES} choices", name)
         return self
 
     @property

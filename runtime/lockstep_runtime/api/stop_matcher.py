@@ -14,11 +14,15 @@ class StopMatcher:
 
     What may yet become a stop string is held back. Knuth-Morris-Pratt for each stop string, so the work per character
     doesn't depend on their lengths. Of two that are completed by the same character the longer counts.
+
+    Args:
+        included: the stop string is let through, too.
     """
 
-    __slots__ = ("_held", "_patterns", "_states", "stopped")
+    __slots__ = ("_held", "_included", "_patterns", "_states", "stopped")
 
-    def __init__(self, stops: Iterable[str]) -> None:
+    def __init__(self, stops: Iterable[str], *, included: bool = False) -> None:
+        self._included = included
         self._patterns = [(stop, _failure(stop)) for stop in stops]
         self._states = [0] * len(self._patterns)
         self._held = ""
@@ -34,7 +38,7 @@ class StopMatcher:
             matched = self._advance(character)
             if matched:
                 self.stopped = True
-                return self._release(end - matched, keep=False)
+                return self._release(end if self._included else end - matched, keep=False)
         return self._release(len(self._held) - max(self._states), keep=True)
 
     def finish(self) -> str:

@@ -138,9 +138,9 @@ class Answer(Response):
                 break
             batch = await merged.next(self._limits.keep_alive_seconds)
         parts = [msgspec.json.encode(self._frame(self._form.whole))[:-1] + b',"choices":[']
-        for choice in self._choices:
-            entry = msgspec.json.encode(self._form.choice(choice.index, choice.reason))
-            parts.append(entry if choice is self._choices[-1] else entry + b",")
+        for index, choice in enumerate(self._kept()):
+            entry = msgspec.json.encode(self._form.choice(choice.index, choice.reason) | {"index": index})
+            parts.append(b"," + entry if index else entry)
             await asyncio.sleep(0)
         parts.append(b'],"usage":' + msgspec.json.encode(self._usage()) + b"}")
         return parts
@@ -197,6 +197,18 @@ class Answer(Response):
                 merged.cancel(index)
                 self._clocks[index].finished(choice.finish_reason, now)
             yield choice, pieces
+
+    def _kept(self) -> list[Choice]:
+        """Of each prompt's choices the likeliest, the best first; all in their order where all are wanted."""
+        drawn, kept = self._job.drawn, self._job.kept
+        if drawn == kept:
+            return self._choices
+        groups = [self._choices[start : start + drawn] for start in range(0, len(self._choices), drawn)]
+        return [
+            choice
+            for group in groups
+            for choice in sorted(group, key=lambda one: one.mean_logprob, reverse=True)[:kept]
+        ]
 
     def _unfinished(self) -> bool:
         return any(choice.finish_reason is None for choice in self._choices)
