@@ -22,6 +22,21 @@ class RMSNorm:
         return rms_normalize(x, self._epsilon, self.weight.data)
 
 
+class ZeroCentredRMSNorm:
+    """x / rms(x) · (1 + weight) over the last dimension, in float32 inside."""
+
+    def __init__(self, tensor_slice: TensorSlice, epsilon: float, placement: Placement) -> None:
+        self.weight = PlainWeight(tensor_slice, placement=placement, dtype=torch.float32)
+        self._epsilon = epsilon
+        self._scale: Tensor
+
+    def loaded(self) -> None:
+        self._scale = 1.0 + self.weight.data
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_normalize(x.float(), self._epsilon, self._scale).to(x.dtype)
+
+
 def rms_normalize(x: Tensor, epsilon: float, weight: Tensor) -> Tensor:
     """x: [..., n]; weight: broadcast over it. In float32 inside, whatever x's type."""
     if x.device.type == "cpu" and x.dtype == torch.float32:
