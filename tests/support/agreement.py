@@ -205,15 +205,20 @@ def agree(oracle: Oracle, size: int) -> None:
 
 def agree_in_bfloat16(path: Path, kind: Any, size: int) -> None:
     """What is computed with weights in bfloat16 is as near to what they give in float32 as transformers' own is."""
+    error, theirs = (_rms(errors) for errors in errors_in_bfloat16(path, kind, size))
+    print(f"root mean square of the error: {error:.2g}, transformers' {theirs:.2g}")
+    assert error < ROUNDING * theirs
+
+
+def errors_in_bfloat16(path: Path, kind: Any, size: int) -> tuple[Tensor, Tensor]:
+    """Ours and transformers': of every token's log probabilities, [tokens, vocabulary]."""
     exact, rounded = Oracle(path, kind), Oracle(path, kind, torch.bfloat16)
     tokens = exact.prompt(75)
     expected = exact.logprobs(tokens)
     with Ranks(path, size, dtype="bfloat16") as ranks:
         scored = ranks.step(Text(1, tokens, [5, 6, 7]).piece(len(tokens), exact.vocabulary)).scored
     mine = torch.stack([dense(one, exact.vocabulary) for one in scored])
-    error, theirs = _rms(mine - expected), _rms(rounded.logprobs(tokens) - expected)
-    print(f"root mean square of the error: {error:.2g}, transformers' {theirs:.2g}")
-    assert error < ROUNDING * theirs
+    return mine - expected, rounded.logprobs(tokens) - expected
 
 
 def _rms(errors: Tensor) -> float:

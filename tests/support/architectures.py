@@ -30,9 +30,11 @@ def write_random(folder: Path, kind: Any, config: Any, *, seed: int = 0, dtype: 
 def _drawn(name: str, initial: Tensor, generator: torch.Generator) -> Tensor:
     """Scaled so that hidden states stay of order one and logits differ enough for greedy choices to be clear.
 
-    What has one dimension (norms, biases, decays) is scattered around what it is initialised with.
+    What has one dimension (norms, biases) is scattered around what it is initialised with.
     """
     noise = torch.randn(initial.shape, generator=generator)
+    if name.endswith("A_log"):  # so that delta nets remember from one to a hundred tokens
+        return 1.5 * noise - 3
     if initial.dim() == 1:
         return initial + 0.1 * noise
     inputs = initial.shape[-1] if "experts" in name else math.prod(initial.shape[1:])

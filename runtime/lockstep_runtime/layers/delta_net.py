@@ -24,6 +24,7 @@ from lockstep_runtime.layers.delta_rule_kernels import DeltaRule, choose_rule
 from lockstep_runtime.layers.linear import ColumnLinear, RowLinear
 from lockstep_runtime.layers.norm import rms_normalize
 from lockstep_runtime.layers.placement import Placement
+from lockstep_runtime.layers.rotary import Rotation
 from lockstep_runtime.layers.weight import PlainWeight
 from lockstep_runtime.weights.sharding import RankInfo, TensorSlice, head_slice, replicated
 from lockstep_runtime.weights.weight import Weight
@@ -100,13 +101,20 @@ class DeltaNetPlan:
 
 
 class DeltaNetPlanner:
-    """Chooses how the rule is computed, and plans steps."""
+    """Chooses how the rule is computed, and plans each step once for all layers."""
 
     def __init__(self, shape: DeltaNetShape, placement: Placement) -> None:
         self._kernel, self._device = shape.kernel, placement.device
         self.rule: DeltaRule = choose_rule(placement.device, placement.activation, shape.key_dim, shape.value_dim)
 
+        self._planned: tuple[Batch, DeltaNetPlan] | None = None
+
     def plan(self, batch: Batch) -> DeltaNetPlan:
+        if self._planned is None or self._planned[0] is not batch:
+            self._planned = batch, self._plan(batch)
+        return self._planned[1]
+
+    def _plan(self, batch: Batch) -> DeltaNetPlan:
         lengths: Sequence[int] = [segment.stop - segment.start for segment in batch.segments]
         return DeltaNetPlan(
             reads=batch.state_reads,
@@ -122,9 +130,10 @@ class DeltaNet:
 
     def __init__(
         self, prefix: str, hidden: int, epsilon: float, inputs: tuple[TensorSlice, ...], *, shape: DeltaNetShape,
-        shard: RankInfo, placement: Placement, rule: DeltaRule,
+        shard: RankInfo, placement: Placement, planner: DeltaNetPlanner,
     ) -> None:  # fmt: skip
-        self._shape, self._epsilon, self._rule = shape.on(shard), epsilon, rule
+        self._shape, self._epsilon, self._planner = shape.on(shard), epsilon, planner
+        self.memory = self._shape.state(placement.activation)
         self._activation = placement.activation
         heads = shape.value_heads
         self._in = ColumnLinear(*inputs, placement=placement)
@@ -155,9 +164,9 @@ class DeltaNet:
         self._taps = self._conv.data[:, 0].t().contiguous()
         self._slope = -self._rate.data.exp()
 
-    def __call__(self, x: Tensor, cache: StateCache, plan: DeltaNetPlan, group: Communicator) -> Tensor:
-        """x: [tokens, hidden] -> the same."""
-        shape, tokens = self._shape, x.shape[0]
+    def __call__(self, x: Tensor, cache: StateCache, batch: Batch, rotation: Rotation, group: Communicator) -> Tensor:
+        """x: [tokens, hidden] -> the same. Nothing is rotated."""
+        shape, tokens, plan = self._shape, x.shape[0], self._planner.plan(batch)
         sizes = [shape.channels, shape.values, shape.value_heads, shape.value_heads]
         convolved, gate, beta, decay = torch.split(self._in(x), sizes, 1)
         mixed, remembered = convolve(convolved, cache.read(INPUTS, plan.reads), self._taps, plan.conv)
@@ -171,7 +180,7 @@ class DeltaNet:
             decay=F.softplus(decay.float() + self._bias.data).mul_(self._slope),
             beta=beta.float().sigmoid_(),
         )
-        answers = self._rule.advance_(inputs, states, plan.rule)
+        answers = self._planner.rule.advance_(inputs, states, plan.rule)
         cache.write(MATRICES, plan.writes, states)
         gated = rms_normalize(answers, self._epsilon, self._norm.data).mul_(F.silu(gate.float()).view_as(answers))
         return self._out(gated.view(tokens, -1).to(self._activation), group)

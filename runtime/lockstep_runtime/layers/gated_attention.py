@@ -16,14 +16,14 @@ from lockstep_runtime.layers.cache import LayerCache, PagedShape
 from lockstep_runtime.layers.linear import ColumnLinear, RowLinear
 from lockstep_runtime.layers.norm import rms_normalize
 from lockstep_runtime.layers.placement import Placement
-from lockstep_runtime.layers.rotary import rotate_
+from lockstep_runtime.layers.rotary import Rotation, rotate_
 from lockstep_runtime.layers.weight import PlainWeight
 from lockstep_runtime.weights.sharding import RankInfo, TensorSlice, head_range, head_slice, replicated
 from lockstep_runtime.weights.weight import Weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionShape:
+class GatedAttentionShape:
     """Of the whole model."""
 
     hidden: int
@@ -54,7 +54,7 @@ class AttentionShape:
 class GatedAttention:
     """Every head of q and k is normed (zero-centred weights) before its first part is rotated."""
 
-    def __init__(self, prefix: str, shape: AttentionShape, shard: RankInfo, placement: Placement) -> None:
+    def __init__(self, prefix: str, shape: GatedAttentionShape, shard: RankInfo, placement: Placement) -> None:
         bias = shape.inputs(prefix, "bias", shard) if shape.bias else ()
         self._qkv = ColumnLinear(*shape.inputs(prefix, "weight", shard), bias=bias, placement=placement)
         outputs = (shape.hidden, shape.heads * shape.head_dim)
@@ -70,7 +70,8 @@ class GatedAttention:
             for name in ("q", "k")
         )
         self._epsilon, self._width = shape.epsilon, shape.head_dim
-        self._heads, self._kv_heads = shape.heads // shard.size, shape.paged(shard).kv_heads
+        self.memory = shape.paged(shard)
+        self._heads, self._kv_heads = shape.heads // shard.size, self.memory.kv_heads
         self._scales: Tensor  # [heads + kv heads, head_dim]: of both norms, to apply them at once
 
     def weights(self) -> list[Weight]:
@@ -80,16 +81,14 @@ class GatedAttention:
         q, k = 1.0 + self._q_norm.data, 1.0 + self._k_norm.data
         self._scales = torch.cat((q.expand(self._heads, -1), k.expand(self._kv_heads, -1)))
 
-    def __call__(
-        self, x: Tensor, cache: LayerCache, batch: Batch, cos: Tensor, sin: Tensor, group: Communicator
-    ) -> Tensor:
-        """x: [tokens, hidden] -> the same; cos and sin: as wide as what is rotated."""
+    def __call__(self, x: Tensor, cache: LayerCache, batch: Batch, rotation: Rotation, group: Communicator) -> Tensor:
+        """x: [tokens, hidden] -> the same; the rotation is as wide as what is rotated."""
         tokens, heads = x.shape[0], self._heads
         rows = self._qkv(x).view(tokens, -1, self._width)
         queries, gates = rows[:, : 2 * heads].view(tokens, heads, 2, self._width).unbind(2)
         keys, values = rows[:, 2 * heads :].chunk(2, 1)
         both = rms_normalize(torch.cat((queries, keys), 1).float(), self._epsilon, self._scales).to(x.dtype)
-        rotate_(both[..., : cos.shape[-1]], cos, sin)
+        rotate_(both[..., : rotation[0].shape[-1]], *rotation)
         cache.write(batch.slots, both[:, heads:], values)
         attended = batch.attend(both[:, :heads], cache)
         return self._out(attended * gates.sigmoid().reshape(tokens, -1), group)

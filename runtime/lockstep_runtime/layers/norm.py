@@ -28,13 +28,9 @@ class ZeroCentredRMSNorm:
     def __init__(self, tensor_slice: TensorSlice, epsilon: float, placement: Placement) -> None:
         self.weight = PlainWeight(tensor_slice, placement=placement, dtype=torch.float32)
         self._epsilon = epsilon
-        self._scale: Tensor
-
-    def loaded(self) -> None:
-        self._scale = 1.0 + self.weight.data
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_normalize(x.float(), self._epsilon, self._scale).to(x.dtype)
+        return rms_normalize(x.float(), self._epsilon, 1.0 + self.weight.data).to(x.dtype)
 
 
 def rms_normalize(x: Tensor, epsilon: float, weight: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ class Decoder:
         self._layers = [layer(number, f"{prefix}.layers.{number}") for number in range(settings.num_hidden_layers)]
         self._norm = norm or parts.norm(f"{prefix}.norm")
         self._head = VocabularyHead(table if tied else "lm_head.weight", *vocabulary)
-        rotary = build_rotary(settings.width, settings.rope, settings.max_position_embeddings)
+        rotary = build_rotary(settings.rotated, settings.rope, settings.max_position_embeddings)
         self._rotary, self._activation = rotary.on(placement.device), placement.activation
         self.vocabulary = settings.vocab_size
         self.max_positions = settings.max_length

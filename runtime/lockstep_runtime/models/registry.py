@@ -15,7 +15,14 @@ from lockstep_runtime.models.llama import build_llama
 from lockstep_runtime.models.mistral import build_mistral
 from lockstep_runtime.models.qwen2 import build_qwen2
 from lockstep_runtime.models.qwen3 import build_qwen3
+from lockstep_runtime.models.qwen3_5 import (
+    build_qwen3_5,
+    build_qwen3_5_moe,
+    build_qwen3_5_moe_vision,
+    build_qwen3_5_vision,
+)
 from lockstep_runtime.models.qwen3_moe import build_qwen3_moe
+from lockstep_runtime.models.qwen3_next import build_qwen3_next
 from lockstep_runtime.sources.model_config import Architecture, check_supported
 from lockstep_runtime.weights.sharding import RankInfo
 from lockstep_runtime.weights.weight import StoredTable, Weight
@@ -67,6 +74,16 @@ def builder_of(architecture: Architecture) -> Builder:
             return build_qwen3
         case Architecture.QWEN3_MOE:
             return build_qwen3_moe
+        case Architecture.QWEN3_NEXT:
+            return build_qwen3_next
+        case Architecture.QWEN3_5:
+            return build_qwen3_5
+        case Architecture.QWEN3_5_MOE:
+            return build_qwen3_5_moe
+        case Architecture.QWEN3_5_VISION:
+            return build_qwen3_5_vision
+        case Architecture.QWEN3_5_MOE_VISION:
+            return build_qwen3_5_moe_vision
 
 
 def build_model(config: Mapping[str, Any], shard: RankInfo, placement: Placement) -> Model:

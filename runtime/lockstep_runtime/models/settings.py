@@ -47,6 +47,11 @@ class DecoderSettings(msgspec.Struct, frozen=True, kw_only=True):
         """Of a head."""
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
+    @property
+    def rotated(self) -> int:
+        """How much of a head's width."""
+        return self.width
+
 
 Settings = TypeVar("Settings", bound=DecoderSettings)
 
@@ -64,28 +69,29 @@ def read_settings(raw: Mapping[str, Any], kind: type[Settings]) -> Settings:
     try:
         return msgspec.convert({**given, **derived}, kind)
     except msgspec.ValidationError as error:
-        raise _wrong(str(error)) from None
+        raise wrong(str(error)) from None
 
 
-def check(settings: DecoderSettings, shard: RankInfo, inner: int) -> None:
-    """`inner`: the least inner size of any MLP.
+def check(settings: DecoderSettings, shard: RankInfo, inner: int, key_heads: int = 0) -> None:
+    """`inner`: the least inner size of any MLP; `key_heads`: of delta nets, which are shared out evenly.
 
     Raises:
         ModelError: settings that are not supported, or a model that can't be split over so many ranks.
     """
     heads, kv_heads = settings.num_attention_heads, settings.kv_heads
     if settings.hidden_act != "silu":
-        raise _wrong(f"hidden_act is {settings.hidden_act}; silu is supported")
+        raise wrong(f"hidden_act is {settings.hidden_act}; silu is supported")
     if heads % kv_heads:
-        raise _wrong(f"{heads} attention heads can't share {kv_heads} kv heads")
-    if settings.width < 1 or settings.width % 2:
-        raise _wrong(f"heads of {settings.width} numbers can't be rotated: an even number is needed")
-    sizes = [size for size in tensor_parallel_sizes(heads, kv_heads) if size <= inner]
+        raise wrong(f"{heads} attention heads can't share {kv_heads} kv heads")
+    if settings.rotated < 1 or settings.rotated % 2:
+        raise wrong(f"heads of {settings.width} numbers can't be rotated: an even number is needed")
+    sizes = [size for size in tensor_parallel_sizes(heads, kv_heads) if size <= inner and key_heads % size == 0]
     if shard.size not in sizes:
+        linear = f" and {key_heads} linear key heads" if key_heads else ""
         mlp = f" and an MLP of {inner}" if inner < heads else ""
         raise ModelError(
-            f"a model with {heads} attention heads and {kv_heads} kv heads{mlp} can't be split over {shard.size} "
-            f"ranks; it can over {', '.join(map(str, sizes))}"
+            f"a model with {heads} attention heads and {kv_heads} kv heads{linear}{mlp} can't be split over "
+            f"{shard.size} ranks; it can over {', '.join(map(str, sizes))}"
         )
 
 
@@ -95,8 +101,9 @@ def check_layer_types(settings: DecoderSettings) -> None:
         ModelError: a layer is of a kind that attention is not.
     """
     if unknown := set(settings.layer_types or ()) - _KINDS:
-        raise _wrong(f"there are layers of the kind {min(unknown)}; supported are {', '.join(sorted(_KINDS))}")
+        raise wrong(f"there are layers of the kind {min(unknown)}; supported are {', '.join(sorted(_KINDS))}")
 
 
-def _wrong(message: str) -> ModelError:
+def wrong(message: str) -> ModelError:
+    """What is wrong with a setting, so that no attempt will succeed."""
     return ModelError(f"config.json: {message}", kind=LoadFailure.PERMANENT)

@@ -27,6 +27,11 @@ class Architecture(enum.StrEnum):
     QWEN2 = "Qwen2ForCausalLM"
     QWEN3 = "Qwen3ForCausalLM"
     QWEN3_MOE = "Qwen3MoeForCausalLM"
+    QWEN3_NEXT = "Qwen3NextForCausalLM"
+    QWEN3_5 = "Qwen3_5ForCausalLM"
+    QWEN3_5_MOE = "Qwen3_5MoeForCausalLM"
+    QWEN3_5_VISION = "Qwen3_5ForConditionalGeneration"
+    QWEN3_5_MOE_VISION = "Qwen3_5MoeForConditionalGeneration"
 
 
 def check_supported(config: Mapping[str, Any]) -> Architecture:
