@@ -352,3 +352,42 @@ def test_new_caches_have_new_states() -> None:
     step(planner)
     planner.start_over(max_model_len=1000, blocks=16, block_size=4, state_slots=3)
     assert [(part.position, part.state) for part in planner.plan()] == [(0, StateSlots(0, 1))]
+
+
+def test_a_prompt_goes_in_small_chunks_beside_one_that_decodes() -> None:
+    planner = scheduler(blocks=64)
+    planner.add(sequence(1, prompt=3))
+    step(planner)
+    planner.add(sequence(2, prompt=20))
+    assert shape(planner.plan(prefill_tokens=5)) == [(1, 3, 1, True), (2, 0, 5, False)]
+    assert shape(planner.plan(prefill_tokens=500)) == [(1, 3, 1, True), (2, 0, 15, False)]
+    assert shape(planner.plan()) == [(1, 3, 1, True), (2, 0, 15, False)]
+
+
+def test_without_one_that_decodes_nothing_is_held_back() -> None:
+    planner = scheduler(blocks=64)
+    planner.add(sequence(1, prompt=30))
+    assert shape(planner.plan(prefill_tokens=5)) == [(1, 0, 16, False)]
+
+
+def test_every_sequence_moves_however_small_the_chunk_is() -> None:
+    planner = scheduler(blocks=64)
+    planner.add(sequence(1, prompt=1))
+    step(planner)
+    for number in (2, 3, 4):
+        planner.add(sequence(number, prompt=9))
+    slices = planner.plan(prefill_tokens=1)
+    assert shape(slices)[0] == (1, 1, 1, True)
+    assert sum(len(part.tokens) for part in slices) == 4
+
+
+def test_a_stream_that_is_computed_again_is_not_held_back() -> None:
+    planner = scheduler(blocks=64)
+    planner.add(sequence(1, prompt=12, max_tokens=20))
+    step(planner)
+    step(planner)
+    planner.start_over(max_model_len=1000, blocks=64, block_size=4)
+    planner.add(sequence(2, prompt=1))
+    slices = planner.plan(prefill_tokens=2)
+    assert (2, 0, 1, True) in shape(slices), "it decodes"
+    assert (1, 0, 14, True) in shape(slices)

@@ -23,6 +23,7 @@ from lockstep_runtime.engine.client import (
     RequestTooLongError,
     TokenEvent,
 )
+from lockstep_runtime.engine.pacing import Pace
 from lockstep_runtime.engine.scheduler import Scheduler
 from lockstep_runtime.engine.sequence import Sequence
 from lockstep_runtime.engine.status_reporter import Blocker, StatusReporter
@@ -51,6 +52,7 @@ class Engine:
         self.group = GroupDriver(config, self, self._wake, self._changes, history)
         self._reporter = StatusReporter(config, self.group, self._changes)
         self._refusals = 0
+        self._pace = Pace()
         self._scheduler: Scheduler | None = None
         # Its reader alone keeps a stream alive: one that nobody reads any longer is cancelled.
         self._streams: WeakValueDictionary[int, TokenStream] = WeakValueDictionary()
@@ -289,7 +291,7 @@ class Engine:
             raise RuntimeError("serving before the group was formed")
         while self.group.serving.is_set():
             self.group.check()
-            slices = scheduler.plan()
+            slices = scheduler.plan(self._pace.prefill_tokens())
             if not slices:
                 self._wake.clear()
                 self.group.check()
@@ -312,6 +314,7 @@ class Engine:
         self._refusals = 0
         self._steps += 1
         self._reporter.stepped(seconds)
+        self._pace.learn(slices, seconds)
         for drawn in scheduler.apply(slices, done.sampled, done.scored, done.put_off):
             stream = self._streams.get(drawn.sequence_id)
             if stream is not None:

@@ -90,13 +90,14 @@ class Scheduler:
         self._running = [sequence for sequence in self._running if sequence.id != sequence_id]
         self._waiting = [sequence for sequence in self._waiting if sequence.id != sequence_id]
 
-    def plan(self) -> list[SequenceSlice]:
-        """The next step's parts; empty when there is nothing to do."""
+    def plan(self, prefill_tokens: int | None = None) -> list[SequenceSlice]:
+        """The next step's parts; empty when there is nothing to do. `prefill_tokens`: of prompts, at most, if any
+        sequence decodes; None: what the budget leaves."""
         suspect = next((one for one in (*self._running, *self._waiting) if one.fault_points >= QUARANTINE_AT), None)
         if suspect is not None:
             return self._plan_alone(suspect)
         self._admit()
-        return self._plan_running()
+        return self._plan_running(prefill_tokens)
 
     def apply(
         self,
@@ -168,8 +169,9 @@ class Scheduler:
         self._waiting = [sequence for sequence in everyone if self.fits(sequence.most_tokens)]
         return [sequence for sequence in everyone if not self.fits(sequence.most_tokens)]
 
-    def _plan_running(self) -> list[SequenceSlice]:
-        counts = share([self._wanted(sequence) for sequence in self._running], self._max_batch_tokens)
+    def _plan_running(self, prefill_tokens: int | None) -> list[SequenceSlice]:
+        wanted = [self._wanted(sequence) for sequence in self._running]
+        counts = share(wanted, self._budget(wanted, prefill_tokens))
         queue = list(zip(self._running, counts, strict=True))
         slices: list[SequenceSlice] = []
         while queue:
@@ -182,6 +184,15 @@ class Scheduler:
             if count:
                 slices.append(self._slice(sequence, count))
         return slices
+
+    def _budget(self, wanted: list[int], prefill_tokens: int | None) -> int:
+        """Tokens of the next step. A stream that is computed again waits for its next token, too: nothing holds it
+        back for others'."""
+        decoding = wanted.count(1)
+        again = any(want > 1 and one.drawn for want, one in zip(wanted, self._running, strict=True))
+        if prefill_tokens is None or not decoding or again:
+            return self._max_batch_tokens
+        return min(self._max_batch_tokens, max(decoding + prefill_tokens, len(wanted)))
 
     def _wanted(self, sequence: Sequence) -> int:
         """Tokens that it would take in a step of its own."""
