@@ -90,6 +90,10 @@ def chat(messages: Any, **more: Any) -> bytes:
     return json.dumps({"model": SERVED, "messages": messages, "max_tokens": 2, **more}).encode()
 
 
+def tokens_of(prompt: str) -> bytes:
+    return json.dumps({"prompt": prompt, "return_token_strs": True}).encode()
+
+
 def users(content: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
@@ -118,6 +122,13 @@ BODIES: dict[str, tuple[str, bytes, set[int]]] = {
     "parts": (CHAT, chat(users([{"type": "text", "text": "a"}] * 19_000)), {400}),
     "messages": (CHAT, chat(users("a" * 900) * 4096), {400}),
     "bad messages": (CHAT, chat([{"role": 1}] * 19_000), {400}),
+    "tokens of a text": (
+        "/tokenize",
+        json.dumps({"prompt": "word " * 200_000, "return_token_strs": True}).encode(),
+        {200},
+    ),
+    "tokens of a longer text": ("/tokenize", tokens_of(WORDS), {400}),
+    "a text of tokens": ("/detokenize", json.dumps({"tokens": [70, 300, 900] * 99_000}).encode(), {200}),
     "template variables": (CHAT, chat(users("Hi"), chat_template_kwargs={"a": WORDS}), {200}),
 }
 

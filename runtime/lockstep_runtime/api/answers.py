@@ -179,6 +179,10 @@ class Health(BaseModel):
     status: Literal["ok"]
 
 
+class Version(BaseModel):
+    version: str
+
+
 class ReadyBody(BaseModel):
     ready: bool
     reason: str

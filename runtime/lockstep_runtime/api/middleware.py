@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lockstep_runtime.api.errors import ApiError, unavailable
 from lockstep_runtime.api.keys import ApiKeys
 
-GUARDED = "/v1/"
+GUARDED = ("/v1/", "/tokenize", "/detokenize")  # what asks for work, or tells of the model
 
 
 class Guard:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import lockstep_runtime
@@ -19,14 +20,17 @@ from lockstep_runtime.api.answers import (
     ModelList,
     ReadyBody,
     Responses,
+    Version,
     errors,
     streamed,
 )
 from lockstep_runtime.api.errors import unknown_model
 from lockstep_runtime.api.metrics import CONTENT_TYPE
-from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest
+from lockstep_runtime.api.middleware import GUARDED
+from lockstep_runtime.api.schemas import Body, ChatRequest, CompletionRequest
 from lockstep_runtime.api.service import TheService
 from lockstep_runtime.api.stream import Answer
+from lockstep_runtime.api.tokenization import Detokenize, Text, TokenizeChat, TokenizeText, Tokens
 
 _COMPONENT: Final = "#/components/schemas/{model}"
 _REFUSALS: Final = errors(400, 401, 404, 408, 413, 415, 500, 503)
@@ -84,9 +88,10 @@ async def _completion_answer(request: Request, service: TheService) -> Answer:
     return await service.answer(CompletionRequest, request)
 
 
-def _body(kind: type[ChatRequest] | type[CompletionRequest]) -> dict[str, Any]:
-    """A body that is read, bounded and validated by a dependency of ours, in a thread where it is long."""
-    schema = {"$ref": _COMPONENT.format(model=kind.__name__)}
+def _body(*kinds: type[Body]) -> dict[str, Any]:
+    """A body of one of these kinds that is read, bounded and validated by a dependency of ours, in a thread."""
+    references = [{"$ref": _COMPONENT.format(model=kind.__name__)} for kind in kinds]
+    schema = references[0] if len(references) == 1 else {"anyOf": references}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
@@ -114,6 +119,48 @@ async def completion(answer: Annotated[Answer, Depends(_completion_answer)]) -> 
     return answer
 
 
+def _answers(kind: type[BaseModel]) -> Responses:
+    return {200: {"model": kind, "description": "The answer"}, **_REFUSALS}
+
+
+async def _tokens(request: Request, service: TheService) -> bytes:
+    return await service.tokenize(request)
+
+
+async def _decoded(request: Request, service: TheService) -> bytes:
+    return await service.detokenize(request)
+
+
+@router.post(
+    "/tokenize",
+    tags=["vLLM"],
+    response_class=Response,
+    responses=_answers(Tokens),
+    openapi_extra=_body(TokenizeText, TokenizeChat),
+)
+async def tokenize(answer: Annotated[bytes, Depends(_tokens)]) -> Response:
+    """The tokens of a text, or of a conversation as the model is given it."""
+    return Response(answer, media_type="application/json")
+
+
+@router.post(
+    "/detokenize",
+    tags=["vLLM"],
+    response_class=Response,
+    responses=_answers(Text),
+    openapi_extra=_body(Detokenize),
+)
+async def detokenize(answer: Annotated[bytes, Depends(_decoded)]) -> Response:
+    """The text of tokens, special ones included."""
+    return Response(answer, media_type="application/json")
+
+
+@router.get("/version", tags=["state"])
+async def version() -> Version:
+    """Of Lockstep."""
+    return Version(version=lockstep_runtime.__version__)
+
+
 def describe(app: FastAPI, *, with_key: bool) -> dict[str, Any]:
     """The OpenAPI document: what FastAPI finds, the bodies that are read by hand, and the key if one is needed."""
     document = get_openapi(
@@ -122,6 +169,9 @@ def describe(app: FastAPI, *, with_key: bool) -> dict[str, Any]:
     by_hand: list[tuple[Any, Any]] = [
         (ChatRequest, "validation"),
         (CompletionRequest, "validation"),
+        (TokenizeText, "validation"),
+        (TokenizeChat, "validation"),
+        (Detokenize, "validation"),
         (ChatCompletionChunk, "serialization"),
     ]
     _, schemas = models_json_schema(by_hand, ref_template=_COMPONENT)
@@ -129,7 +179,7 @@ def describe(app: FastAPI, *, with_key: bool) -> dict[str, Any]:
     if with_key:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, operations in document["paths"].items():
-            if path.startswith("/v1/"):
+            if path.startswith(GUARDED):
                 for operation in operations.values():
                     operation["security"] = [{"key": []}]
     return document

@@ -110,14 +110,18 @@ def _are_ids(value: object) -> bool:
 
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-_Flag = Annotated[bool | None, BeforeValidator(_flag)]  # null: the default
+Flag = Annotated[bool | None, BeforeValidator(_flag)]  # null: the default
 
 
-class _Strict(BaseModel):
+class Body(BaseModel):
+    """`REFUSED`: fields that are taken only where they ask for nothing."""
+
+    REFUSED: ClassVar[Mapping[str, Neutral]] = {}
+
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", protected_namespaces=())
 
 
-class Message(_Strict):
+class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str, PlainValidator(_text), WithJsonSchema(_CONTENT_SCHEMA)] = ""
     name: str | None = None
@@ -155,11 +159,11 @@ class Message(_Strict):
         return shown | {name: value for name, value in further.items() if value is not None}
 
 
-class StreamOptions(_Strict):
-    include_usage: _Flag = None
+class StreamOptions(Body):
+    include_usage: Flag = None
 
 
-class _Request(RuleFields, _Strict):
+class _Request(RuleFields, Body):
     REFUSED: ClassVar[Mapping[str, Neutral]] = REFUSED
 
     model: str
@@ -179,10 +183,10 @@ class _Request(RuleFields, _Strict):
     stop_token_ids: Annotated[
         list[Annotated[int, Field(ge=0, lt=2**31)]] | None, Field(max_length=64), _at_most(64)
     ] = None
-    include_stop_str_in_output: _Flag = Field(None, description="default: the answer ends before it")
-    skip_special_tokens: _Flag = Field(None, description="default: true")
-    ignore_eos: _Flag = None
-    stream: _Flag = None
+    include_stop_str_in_output: Flag = Field(None, description="default: the answer ends before it")
+    skip_special_tokens: Flag = Field(None, description="default: true")
+    ignore_eos: Flag = None
+    stream: Flag = None
     stream_options: StreamOptions | None = None
 
     @classmethod
@@ -220,17 +224,17 @@ class _Request(RuleFields, _Strict):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-class Conversation(_Strict):
+class Conversation(Body):
     """What a chat's prompt is made of."""
 
     messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES), _at_most(MAX_MESSAGES)]
     tools: Tools = None
     chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: _Flag = Field(None, description="default: true, unless the last message is continued")
-    continue_final_message: _Flag = Field(
+    add_generation_prompt: Flag = Field(None, description="default: true, unless the last message is continued")
+    continue_final_message: Flag = Field(
         None, description="the last message stays open, and the answer goes on with it"
     )
-    add_special_tokens: _Flag = Field(None, description="the tokenizer's, beside the template's; default: false")
+    add_special_tokens: Flag = Field(None, description="the tokenizer's, beside the template's; default: false")
 
     @model_validator(mode="after")
     def _one_end(self) -> Self:
@@ -251,12 +255,12 @@ class Conversation(_Strict):
 class ChatRequest(Conversation, _Request):
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="the older name of max_completion_tokens")
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="default: what the model has room for")
-    logprobs: _Flag = None
+    logprobs: Flag = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tool_choice: ToolChoice = Field(None, description="default: auto with tools")
-    parallel_tool_calls: _Flag = Field(None, description="false: the answer ends with its first call; default: true")
+    parallel_tool_calls: Flag = Field(None, description="false: the answer ends with its first call; default: true")
     reasoning_effort: ReasoningEffort | None = Field(None, description="none: without reasoning, if the model can")
-    echo: _Flag = Field(None, description="the last message before the answer that goes on with it")
+    echo: Flag = Field(None, description="the last message before the answer that goes on with it")
 
     @model_validator(mode="after")
     def _top_of_log_probabilities(self) -> Self:
@@ -306,8 +310,8 @@ class CompletionRequest(_Request):
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
     max_tokens: int | None = Field(None, ge=0, lt=2**31, description="default: 16; 0 with echo: the prompt alone")
     logprobs: Annotated[Annotated[int, Field(ge=0, le=20)] | None, BeforeValidator(_false_is_none)] = None
-    echo: _Flag = Field(None, description="with logprobs: the prompt's tokens have theirs, too")
-    add_special_tokens: _Flag = Field(None, description="such as a beginning of text before a prompt; default: true")
+    echo: Flag = Field(None, description="with logprobs: the prompt's tokens have theirs, too")
+    add_special_tokens: Flag = Field(None, description="such as a beginning of text before a prompt; default: true")
 
     @model_validator(mode="after")
     def _bounds_together(self) -> Self:
@@ -322,10 +326,10 @@ class CompletionRequest(_Request):
         return -1 if self.logprobs is None else self.logprobs
 
 
-RequestT = TypeVar("RequestT", bound=_Request)
+BodyT = TypeVar("BodyT", bound=Body)
 
 
-def validate(kind: type[RequestT], body: dict[str, Any]) -> RequestT:
+def validate(kind: type[BodyT], body: dict[str, Any]) -> BodyT:
     """
     Raises:
         ApiError: 400 that names the field.

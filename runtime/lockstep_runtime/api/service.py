@@ -6,10 +6,11 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Annotated
+from functools import partial
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 
@@ -26,9 +27,11 @@ from lockstep_runtime.api.request_builder import RequestBuilder
 from lockstep_runtime.api.response_format import ResponseFormat
 from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest, validate
 from lockstep_runtime.api.stream import Answer, Services
+from lockstep_runtime.api.tokenization import Detokenize, detokenize, parse_tokenize, tokenize
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.engine.client import EngineClient, Readiness
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _RETRY_LOADING = 5.0  # what clients are told to wait while the model is loaded
@@ -89,26 +92,58 @@ class Service:
             max_model_len=self._preparation().max_model_len,
         )
 
+    async def tokenize(self, request: Request) -> bytes:
+        """
+        Raises:
+            ApiError: the request can't be served.
+        """
+        return await self._in_thread(request, self._tokenize)
+
+    async def detokenize(self, request: Request) -> bytes:
+        """
+        Raises:
+            ApiError: the request can't be served.
+        """
+        return await self._in_thread(request, self._detokenize)
+
     async def answer(self, kind: type[ChatRequest] | type[CompletionRequest], request: Request) -> Answer:
         """
         Raises:
             ApiError: the request can't be served.
         """
         arrived = time.monotonic()
-        async with self._bodies.read(request) as body:
-            threads = self._large if len(body) > self._limits.large_body_bytes else self._threads
-            job, form, model = await asyncio.get_running_loop().run_in_executor(threads, self._prepare, kind, body)
+        job, form, model = await self._in_thread(request, partial(self._prepare, kind))
         return Answer(job, form, model.tokenizer, self._services, arrived)
 
     def _prepare(
         self, kind: type[ChatRequest] | type[CompletionRequest], body: bytes
     ) -> tuple[Job, ResponseFormat, ServedModel]:
         asked = validate(kind, parse(body, self._limits))
-        if asked.model != self.served_name:
-            raise unknown_model(asked.model[:200], self.served_name)
+        self._check_name(asked.model)
         preparation = self._preparation()
         job, form = preparation.chat(asked) if isinstance(asked, ChatRequest) else preparation.completion(asked)
         return job, form, preparation.model
+
+    async def _in_thread(self, request: Request, use: Callable[[bytes], T]) -> T:
+        """What is made of a request's body, where it doesn't hold up the others."""
+        async with self._bodies.read(request) as body:
+            threads = self._large if len(body) > self._limits.large_body_bytes else self._threads
+            return await asyncio.get_running_loop().run_in_executor(threads, use, body)
+
+    def _tokenize(self, body: bytes) -> bytes:
+        asked = parse_tokenize(parse(body, self._limits))
+        self._check_name(asked.model)
+        preparation = self._preparation()
+        return tokenize(preparation.model, asked, self._limits, preparation.max_model_len)
+
+    def _detokenize(self, body: bytes) -> bytes:
+        asked = validate(Detokenize, parse(body, self._limits))
+        self._check_name(asked.model)
+        return detokenize(self._preparation().model, asked)
+
+    def _check_name(self, asked: str | None) -> None:
+        if asked is not None and asked != self.served_name:
+            raise unknown_model(asked[:200], self.served_name)
 
     def _preparation(self) -> RequestBuilder:
         """

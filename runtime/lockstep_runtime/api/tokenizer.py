@@ -129,6 +129,11 @@ class TextTokenizer:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
+    def decode_many(self, ids: Sequence[int]) -> str:
+        """As `decode`, of any number: as a batch of one, see `_encode`."""
+        [text] = self._tokenizer.decode_batch([ids], skip_special_tokens=False)
+        return str(text)
+
 
 def _any_of(strings: Iterable[str]) -> re.Pattern[str] | None:
     alternatives = sorted(filter(None, strings), key=len, reverse=True)
