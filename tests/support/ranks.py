@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
+from tests.support.cut_off import CutOff
+
 from lockstep_runtime.config import DType, EngineLimits, ServeConfig
 from lockstep_runtime.distributed.communicator import Communicator
+from lockstep_runtime.distributed.errors import CommunicatorAborted
 from lockstep_runtime.distributed.join import join, open_rendezvous
 from lockstep_runtime.layers.cache import CacheSize
 from lockstep_runtime.protocol import bus
@@ -55,6 +59,29 @@ class Ranks:
         assert all(output.sampled == [] for output in outputs[1:])
         return outputs[0]
 
+    def cut_off(self, *sequences: SequenceSlice, rank: int, at: int, after: bool) -> int:
+        """As `step`, but a rank is lost at its collective `at`, or once it is done; then the ranks meet anew.
+
+        Returns how many collectives that rank had done.
+        """
+        step = bus.Step(epoch=1, step=self._steps, sequences=list(sequences))
+        self._steps += 1
+        lost = CutOff(self.groups[rank], at, after=after)
+        groups = [lost if group.rank == rank else group for group in self.groups]
+        list(self._pool.map(lambda pair: _try_step(pair[0], pair[1], step), zip(self.runners, groups, strict=True)))
+        self._meet_again()
+        return lost.count
+
+    def _meet_again(self) -> None:
+        for group in self.groups:
+            group.close()
+        self._meeting.close()
+        self._meeting = open_rendezvous(self.config, 1)
+        address = self._meeting.address
+        self.groups = list(
+            self._pool.map(lambda rank: join(self.config, rank, 1, address, timeout=60), range(len(self.groups)))
+        )
+
     def greedy(self, prompt: list[int], tokens: int, blocks: list[int]) -> list[int]:
         """The whole prompt in one chunk, then token by token."""
         drawn: list[int] = []
@@ -80,6 +107,11 @@ class Ranks:
         runner.allocate(CacheSize(blocks=blocks, state_slots=report.cache.state_slots))
         address, called_off = self._meeting.address, lambda: bool(self._failed)
         return runner, report, join(self.config, rank, 1, address, timeout=60, cancelled=called_off)
+
+
+def _try_step(runner: ModelRunner, group: Communicator, step: bus.Step) -> None:
+    with contextlib.suppress(CommunicatorAborted):
+        runner.step(step, group)
 
 
 def piece(
