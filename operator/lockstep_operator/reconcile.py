@@ -117,7 +117,7 @@ class Reconciler:
         if resource is None or "deletionTimestamp" in resource["metadata"]:
             return self._ended(key) if source.live else None
         try:
-            return await self._look(spec.parse(resource), resource, source, known)
+            return await self._look(spec.parse(resource, self._settings.sources), resource, source, known)
         except spec.SpecError as error:
             return await self._halt(key, resource, source, Reason.INVALID_SPEC, str(error))
         except KubeError as error:
@@ -219,8 +219,10 @@ class Reconciler:
         requeue_after = min(
             seconds for seconds in (settled, failures.due, decision.requeue_after) if seconds is not None
         )
-        planned = decision.requeue_after == 0.0  # a step is written now, and taken in the next pass
-        return ReconcileOutcome(requeue_after=requeue_after, wrote=planned, failing=failing)
+        # What is written now, the next pass acts on: a step of recovery, the commit that all groups load.
+        pinned = news and change.after.model != change.before.model
+        planned = pinned or decision.requeue_after == 0.0
+        return ReconcileOutcome(requeue_after=0.0 if planned else requeue_after, wrote=planned, failing=failing)
 
     async def _halt(
         self, key: ModelKey, resource: Object, source: Source, reason: Reason, message: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
@@ -15,8 +16,21 @@ LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 LOG_FORMATS: Final = ("text", "json")
 POLICIES: Final = ("Managed", "None")
 CACHE_GROUP: Final = 65532
+HUGGING_FACE: Final = "huggingface"  # the source that is always there
 Peer = Mapping[str, Any]  # a NetworkPolicyPeer
 PULL_POLICIES: Final = ("Always", "IfNotPresent", "Never")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """A hub that models may be of. `token_secret`: name and key, of a Secret in each model's namespace that may be
+    absent. `cache`: as spec.model.cache, for models that say nothing."""
+
+    name: str
+    endpoint: str | None = None
+    token_secret: tuple[str, str] | None = None
+    cache: Mapping[str, Any] | None = None
+    default: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +42,7 @@ class Settings:
     network_policy: str = "Managed"  # for models that don't say
     api_from: tuple[Peer, ...] = ()  # may use the API of models that don't say, beside their own namespace
     scrape_from: tuple[Peer, ...] = ()  # may reach the API's port of every model: it serves /metrics, too
+    sources: tuple[ModelSource, ...] = ()  # beside huggingface
     namespaces: tuple[str, ...] = ()  # none: all of them
     operator_namespace: str | None = None
     port: int = 8080
@@ -64,6 +79,46 @@ def _peers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[Peer
     return tuple(peers)
 
 
+_SOURCE_FIELDS: Final = frozenset({"name", "endpoint", "tokenSecretRef", "cache", "default"})
+_CACHES: Final = frozenset({"persistentVolumeClaim", "hostPath", "emptyDir"})
+
+
+def _sources(ctx: click.Context, param: click.Parameter, value: str) -> tuple[ModelSource, ...]:
+    try:
+        found = tuple(_source(one) for one in json.loads(value))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise click.BadParameter(
+            f"{value!r} is no list of sources as the chart's values.yaml describes them: {error}"
+        ) from None
+    names = [one.name for one in found]
+    if len(set(names)) < len(names) or sum(one.default for one in found) > 1:
+        raise click.BadParameter(f"{value!r}: names must differ, and one source at most may be the default")
+    return found
+
+
+def _source(block: Any) -> ModelSource:
+    if unknown := block.keys() - _SOURCE_FIELDS:
+        raise ValueError(f"{sorted(unknown)[0]} is no field of a source")
+    name, endpoint, secret, cache = (
+        block["name"],
+        block.get("endpoint"),
+        block.get("tokenSecretRef"),
+        block.get("cache"),
+    )
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
+        raise ValueError(f"the name {name!r} is not of lower-case letters, digits and '-'")
+    if endpoint is None and name != HUGGING_FACE:
+        raise ValueError(f"{name} has no endpoint")
+    if endpoint is not None and not re.fullmatch(r"https?://[^\s,]+", endpoint):
+        raise ValueError(f"the endpoint {endpoint!r} is no http(s) address")
+    if cache is not None and (len(cache) != 1 or not cache.keys() <= _CACHES):
+        raise ValueError(f"the cache of {name} is none of {', '.join(sorted(_CACHES))}")
+    token_secret = (str(secret["name"]), str(secret["key"])) if secret else None
+    return ModelSource(
+        name=name, endpoint=endpoint, token_secret=token_secret, cache=cache, default=bool(block.get("default"))
+    )
+
+
 _option: Final = functools.partial(click.option, show_envvar=True)
 _CONTEXT: Final = {"auto_envvar_prefix": "LOCKSTEP", "show_default": True}
 
@@ -78,6 +133,7 @@ _CONTEXT: Final = {"auto_envvar_prefix": "LOCKSTEP", "show_default": True}
 @_option("--network-policy", default="Managed", type=click.Choice(POLICIES), help="Of models that don't say.")
 @_option("--api-from", default="[]", callback=_peers, help="May use models' API: NetworkPolicyPeers, as JSON.")
 @_option("--scrape-from", default="[]", callback=_peers, help="May scrape every model: NetworkPolicyPeers, as JSON.")
+@_option("--sources", default="[]", callback=_sources, help="Hubs of models, as JSON: see the chart's models.sources.")
 @_option("--operator-namespace", help="Where the operator runs, for the NetworkPolicies.")
 @_option("--port", default=8080, type=_COUNT, help="Of /metrics, /healthz and /readyz.")
 @_option("--concurrency", default=8, type=_COUNT, help="Models reconciled at the same time.")

@@ -12,7 +12,7 @@ from tests.support.chart import CHART, LEAST_VALUES, ROOT, Manifest, helm, of_ki
 from tests.support.operator_settings import read_settings
 
 import lockstep_runtime
-from lockstep_operator.settings import Settings
+from lockstep_operator.settings import ModelSource, Settings
 from lockstep_operator.types.names import OPERATOR_POD_LABELS
 
 
@@ -117,7 +117,10 @@ def test_the_operator_understands_what_it_is_told() -> None:
         "resyncSeconds": 20,
         "watchNamespaces": ["a", "b"],
         "runtimeImage": {"pullSecrets": ["one", "two"]},
-        "models": {"networkPolicy": {"policy": "None", "apiFrom": [gateway], "scrapeFrom": [prometheus]}},
+        "models": {
+            "sources": [{"name": "corp", "endpoint": "https://hub", "tokenSecretRef": {"name": "a", "key": "b"}}],
+            "networkPolicy": {"policy": "None", "apiFrom": [gateway], "scrapeFrom": [prometheus]},
+        },
     }
     assert container(values)["ports"][0]["containerPort"] == 8080
     assert read_settings([], {**told(values), "LOCKSTEP_OPERATOR_NAMESPACE": "system"}) == Settings(
@@ -134,6 +137,7 @@ def test_the_operator_understands_what_it_is_told() -> None:
         network_policy="None",
         api_from=(gateway,),
         scrape_from=(prometheus,),
+        sources=(ModelSource(name="corp", endpoint="https://hub", token_secret=("a", "b")),),
     )
     assert read_settings([], told({})) == Settings(
         runtime_image=f"registry.example/lockstep/runtime:{lockstep_runtime.__version__}"
@@ -239,6 +243,9 @@ def test_the_service_account_is_made_or_taken(create: bool) -> None:
         ({"podSecurityContext": {"runAsUser": 0}}, "/podSecurityContext/runAsUser"),
         ({"models": {"networkPolicy": {"policy": "Off"}}}, "/models/networkPolicy/policy"),
         ({"models": {"networkPolicy": {"apiFrom": [{}]}}}, "/models/networkPolicy/apiFrom/0"),
+        ({"models": {"sources": [{"endpoint": "https://a"}]}}, "/models/sources/0"),
+        ({"models": {"sources": [{"name": "a", "token": "x"}]}}, "/models/sources/0"),
+        ({"models": {"sources": [{"name": "a", "endpoint": "hub"}]}}, "/models/sources/0/endpoint"),
         ({"logFormat": "xml"}, "/logFormat"),
         ({"runtimeImage": {"pullPolicy": "Sometimes"}}, "/runtimeImage/pullPolicy"),
         ({"watchNamespaces": "default"}, "/watchNamespaces"),

@@ -12,11 +12,12 @@ from tests.support.chart import ROOT
 from tests.support.command_line import configuration
 from tests.support.pod_security import violations
 
+from lockstep_operator.decisions.manifests import stateful_set
 from lockstep_operator.decisions.pod_template import pod_template
-from lockstep_operator.settings import Settings
+from lockstep_operator.settings import ModelSource, Settings
 from lockstep_operator.types.durations import duration
 from lockstep_operator.types.spec import RecoverySpec, parse
-from lockstep_runtime.config import API_KEY_FILE_VARIABLE, TOKEN_VARIABLE, EngineLimits, ServeConfig, Watchdog
+from lockstep_runtime.config import API_KEY_FILE_VARIABLE, TOKEN_VARIABLE, EngineLimits, ServeConfig, Source, Watchdog
 from lockstep_runtime.protocol.status import API_PORT, BUS_PORT, STATUS_PORT
 from lockstep_runtime.recovery.watchdog import CEILING_SECONDS
 
@@ -25,6 +26,7 @@ HUB = {"huggingFace": {"repo": "Qwen/Qwen3-8B"}}
 CRD = yaml.safe_load((ROOT / "crds" / "lockstep.dev_tensorparallelmodels.yaml").read_text())
 SCHEMA = CRD["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
 KV_CACHE_MEMORY = SCHEMA["properties"]["engine"]["properties"]["kvCacheMemory"]
+IMAGE = {"image": {"reference": "registry.example/qwen:1"}}
 CLAIM = {"persistentVolumeClaim": {"claimName": "models", "path": "qwen"}}
 
 
@@ -111,7 +113,36 @@ def test_every_setting_of_the_spec_arrives() -> None:
     fixed, _ = started({"model": HUB, "tensorParallelSize": 1, "watchdog": {"stepTimeout": "500ms"}}, index=0)
     assert fixed.watchdog == Watchdog(step_timeout=0.5)
     assert environment[API_KEY_FILE_VARIABLE] == "/etc/lockstep/api-key/keys"
-    assert environment["HF_TOKEN"] == "secret hub/token"
+    assert config.source == Source(token_file="/etc/lockstep/hub-token/token")
+    assert "HF_TOKEN" not in environment
+
+
+def test_the_hub_of_the_installation_arrives_and_its_token_is_a_file() -> None:
+    corp = ModelSource(name="corp", endpoint="https://hub.corp.example", token_secret=("hub", "token"), default=True)
+    metadata = {"name": "chat", "namespace": "team", "uid": "u-1"}
+    model = parse({"metadata": metadata, "spec": {"model": HUB, "tensorParallelSize": 1}}, (corp,))
+    made = pod_template(model, 0, "abc", SETTINGS, commit="c" * 40)["spec"]
+    config = configuration(made["containers"][0]["args"], {})
+    assert config.source == Source(
+        name="corp",
+        endpoint="https://hub.corp.example",
+        token_variable=None,
+        token_file="/etc/lockstep/hub-token/token",
+    )
+    assert (config.model, config.model_commit, config.download_dir) == ("Qwen/Qwen3-8B", "c" * 40, "/cache")
+    secret = {"secretName": "hub", "items": [{"key": "token", "path": "token"}], "optional": True}
+    assert {"name": "hub-token", "secret": secret} in made["volumes"]
+    assert violations(made) == []
+
+
+def test_a_commit_that_is_pinned_is_no_part_of_the_revision() -> None:
+    metadata = {"name": "chat", "namespace": "team", "uid": "u-1"}
+    model = parse({"metadata": metadata, "spec": {"model": HUB, "tensorParallelSize": 1}})
+    plain, pinned = (stateful_set(model, 0, "abc", SETTINGS, commit=commit) for commit in ("", "c" * 40))
+    args = [one["spec"]["template"]["spec"]["containers"][0].pop("args") for one in (plain, pinned)]
+    assert set(args[1]) - set(args[0]) == {f"--commit={'c' * 40}"}
+    assert plain["spec"] == pinned["spec"]
+    assert plain["metadata"]["labels"] == pinned["metadata"]["labels"]
 
 
 def test_where_ranks_compute_is_said_to_the_runtime_never_left_to_it() -> None:
@@ -198,7 +229,7 @@ def test_ports_are_those_of_the_runtime() -> None:
     assert (config.api_port, config.bus_port, config.status_port) == tuple(ports.values())
 
 
-@pytest.mark.parametrize("model", [HUB, CLAIM, {**HUB, "cache": {"persistentVolumeClaim": {"claimName": "c"}}}])
+@pytest.mark.parametrize("model", [HUB, CLAIM, IMAGE, {**HUB, "cache": {"persistentVolumeClaim": {"claimName": "c"}}}])
 def test_rank_pods_satisfy_the_restricted_profile(model: dict[str, Any]) -> None:
     spec = pod({"model": model, "tensorParallelSize": 2, "apiKeySecretRef": {"name": "keys", "key": "chat"}})
     assert violations(spec) == []

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("at_rest")  # manifests are only judged, so
 HOST: Final[Object] = {"hostPath": {"path": "/models/a"}}
 HUB: Final[Object] = {"huggingFace": {"repo": "Qwen/Qwen3-8B"}}
 CLAIM: Final[Object] = {"persistentVolumeClaim": {"claimName": "models"}}
+IMAGE: Final[Object] = {"image": {"reference": "registry.example/qwen:1", "pullPolicy": "IfNotPresent"}}
 
 
 def spec(**fields: Any) -> Object:
@@ -82,9 +83,25 @@ RULES: Final = (
         (spec(backend="nccl"),),
     ),
     Rule(
-        "set exactly one of huggingFace, persistentVolumeClaim and hostPath",
-        (spec(model=HOST), spec(model=HUB), spec(model=CLAIM)),
-        (spec(model={}), spec(model=HOST | HUB), spec(model=HOST | HUB | CLAIM)),
+        "set exactly one of huggingFace, persistentVolumeClaim, hostPath and image",
+        (spec(model=HOST), spec(model=HUB), spec(model=CLAIM), spec(model=IMAGE)),
+        (spec(model={}), spec(model=HOST | HUB), spec(model=HOST | HUB | CLAIM), spec(model=HUB | IMAGE)),
+    ),
+    Rule(
+        "source must be the name of one of the operator's sources",
+        (spec(model={"huggingFace": {"repo": "a/b", "source": "corp-2"}}),),
+        (
+            spec(model={"huggingFace": {"repo": "a/b", "source": "Corp"}}),
+            spec(model={"huggingFace": {"repo": "a/b", "source": "https://hub"}}),
+        ),
+    ),
+    Rule(
+        "path is a folder within the image",
+        (spec(model={"image": {"reference": "r/m:1", "path": "a/b"}}),),
+        (
+            spec(model={"image": {"reference": "r/m:1", "path": "/a"}}),
+            spec(model={"image": {"reference": "r/m:1", "path": "../a"}}),
+        ),
     ),
     Rule(
         "cache keeps downloads of huggingFace",

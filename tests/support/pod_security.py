@@ -15,7 +15,17 @@ _CONTAINER_KINDS: Final = ("initContainers", "containers", "ephemeralContainers"
 _SECCOMP_TYPES: Final = frozenset({"RuntimeDefault", "Localhost"})
 _APPARMOR_TYPES: Final = frozenset({"RuntimeDefault", "Localhost"})
 _VOLUME_TYPES: Final = frozenset(
-    {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+    {
+        "configMap",
+        "csi",
+        "downwardAPI",
+        "emptyDir",
+        "ephemeral",
+        "image",
+        "persistentVolumeClaim",
+        "projected",
+        "secret",
+    }
 )
 _SYSCTLS: Final = frozenset(
     {

@@ -19,6 +19,7 @@ from lockstep_operator.types.spec import (
     EmptyDir,
     EngineLimits,
     HuggingFace,
+    Image,
     Model,
     Network,
     RecoverySpec,
@@ -147,19 +148,35 @@ def test_threads_are_left_alone_where_somebody_chose_them() -> None:
             "/model/a/b",
             {"name": "model", "persistentVolumeClaim": {"claimName": "models", "readOnly": True}},
         ),
-        (HuggingFace("Qwen/Qwen3-8B", "main"), "Qwen/Qwen3-8B", {"name": "cache", "emptyDir": {}}),
+        (
+            Image("registry.example/qwen:1"),
+            "/model",
+            {"name": "model", "image": {"reference": "registry.example/qwen:1"}},
+        ),
+        (
+            Image("registry.example/qwen:1", "Never", "a/b"),
+            "/model/a/b",
+            {"name": "model", "image": {"reference": "registry.example/qwen:1", "pullPolicy": "Never"}},
+        ),
+        (HuggingFace(repo="Qwen/Qwen3-8B", revision="main"), "Qwen/Qwen3-8B", {"name": "cache", "emptyDir": {}}),
     ],
 )
-def test_sources(source: Claim | HuggingFace, location: str, volume: dict[str, Any]) -> None:
+def test_sources(source: Claim | HuggingFace | Image, location: str, volume: dict[str, Any]) -> None:
     template = pod_template(model(source=source), 0, "abc", SETTINGS)
     assert template["spec"]["containers"][0]["args"][1] == location
     assert template["spec"]["volumes"][2] == volume
 
 
 def test_a_hub_model_knows_its_revision_cache_and_token() -> None:
-    made = model(source=HuggingFace("a/b", "v1", SecretKey("hub", "token")), cache=Claim("cache"))
-    assert {"--revision=v1", "--download-dir=/cache"} <= set(container(made)["args"])
-    assert environment(made)["HF_TOKEN"] == {"secretKeyRef": {"name": "hub", "key": "token"}}
+    hub = HuggingFace(repo="a/b", revision="v1", token=SecretKey("hub", "key"))
+    made = model(source=hub, cache=Claim("cache"))
+    source = "--source=name=huggingface,token-file=/etc/lockstep/hub-token/token,default"
+    assert {"--revision=v1", "--download-dir=/cache", source} <= set(container(made)["args"])
+    assert "HF_TOKEN" not in environment(made)
+    secret = {"secretName": "hub", "items": [{"key": "key", "path": "token"}]}
+    assert {"name": "hub-token", "secret": secret} in pod_template(made, 0, "a", SETTINGS)["spec"]["volumes"]
+    mount = {"name": "hub-token", "mountPath": "/etc/lockstep/hub-token", "readOnly": True}
+    assert mount in container(made)["volumeMounts"]
     assert pod_template(made, 0, "a", SETTINGS)["spec"]["securityContext"]["fsGroup"] == 65532
 
 
@@ -324,7 +341,7 @@ def test_pods_leave_a_node_that_is_not_heard_from_soon_unless_the_user_says_othe
 
 
 def test_what_the_installation_says_of_images_and_users_reaches_the_pods() -> None:
-    made = model(source=HuggingFace("a/b"), cache=Claim("cache"))
+    made = model(source=HuggingFace(repo="a/b"), cache=Claim("cache"))
     template = {"spec": {"imagePullSecrets": [{"name": "mine"}]}}
     settings = replace(SETTINGS, pull_secrets=("pull",), fs_group=None, log_format="json")
     assert "fsGroup" not in pod_template(made, 0, "a", settings)["spec"]["securityContext"]

@@ -27,6 +27,7 @@ from lockstep_operator.types.reasons import EventReason, Reason
 from lockstep_operator.types.recovery_state import RecoveryState
 from lockstep_operator.types.timestamps import format_rfc3339
 from lockstep_runtime.protocol.status import (
+    Download,
     Fault,
     FaultRecord,
     GroupState,
@@ -485,3 +486,18 @@ def test_a_deprecated_value_is_an_event_once_for_each_spec() -> None:
     assert EventReason.DEPRECATED not in {one.reason for one in event_drafts(pass_of(made, later, group()))}
     renamed = model(backend="cpu", generation=4)
     assert EventReason.DEPRECATED not in {one.reason for one in event_drafts(pass_of(renamed, later, group()))}
+
+
+@pytest.mark.parametrize(
+    ("download", "words"),
+    [
+        (Download(done=3, total=16_400_000_000, percent=30, rate=85_400_000.0), "30 % of 16.4 GB at 85.4 MB/s"),
+        (Download(done=0, total=6_500_000), "0 % of 6.5 MB"),
+    ],
+)
+def test_a_download_is_told_in_the_condition_until_it_is_over(download: Download, words: str) -> None:
+    fetching = replace_struct(said(state=GroupState.LOADING, message="many words"), ranks=[], download=download)
+    written = status_of(decided(group(ready=False)), seen(fetching))
+    loaded = next(one for one in written["conditions"] if one["type"] == "ModelLoaded")
+    assert (loaded["status"], loaded["reason"]) == ("False", "Loading")
+    assert loaded["message"] == f"group 0 downloads the model: {words}"

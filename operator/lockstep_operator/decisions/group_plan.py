@@ -45,6 +45,7 @@ class GroupPlanner:
     settings: Settings
     now: float
     guard: Guard
+    commit: str = ""  # that the hub's model is pinned to
 
     def plan(self, facts: GroupFacts, rollout: RolloutDecision) -> GroupPlan:
         group, where = facts.group, f"group {facts.group.index}"
@@ -81,7 +82,9 @@ class GroupPlanner:
         if group.deleting or rollout.step is RolloutStep.WAIT:
             return
         avoid = sorted(facts.last.recovery.avoided)
-        wanted = manifests.stateful_set(model, group.index, self.revision, self.settings, avoid, observed.limits)
+        wanted = manifests.stateful_set(
+            model, group.index, self.revision, self.settings, avoid, observed.limits, self.commit
+        )
         yield from self._stateful_set(group, rollout, wanted, beside)
 
     def _stateful_set(
@@ -92,7 +95,7 @@ class GroupPlanner:
             reason = f"StatefulSet {name} can't be changed in place ({fixed}) and is recreated"
             yield Delete("StatefulSet", name, group.uid, reason)
             return
-        if rollout.step is RolloutStep.REPLACE:
+        if rollout.step is RolloutStep.REPLACE and group.revision != self.revision:
             yield Apply("StatefulSet", wanted, rollout.reason, uid=group.uid)
             return
         # No pod before the wall around it.
@@ -101,6 +104,8 @@ class GroupPlanner:
         yield from first
         if group.settled and all(self.observed.fails(action.target) for action in first):
             yield from _outdated(group, self.revision)
+            if rollout.step is RolloutStep.REPLACE and not first:  # its template has the right commit by now
+                yield from _astray(group, rollout.reason)
 
     def _template_changes(self, actions: Collection[Action]) -> bool:
         """Whether pods that went now would come back from a template that is about to change. One that the API server
@@ -117,6 +122,12 @@ def _outdated(group: Group, revision: str) -> Iterator[Action]:
     for pod in group.pods:
         if pod.revision != revision and pod.deleting is None:
             yield Delete("Pod", pod.name, pod.uid, f"pod {pod.name} has revision {pod.revision} instead of {revision}")
+
+
+def _astray(group: Group, reason: str) -> Iterator[Action]:
+    for pod in group.pods:
+        if pod.deleting is None:
+            yield Delete("Pod", pod.name, pod.uid, f"pod {pod.name} is replaced: {reason}")
 
 
 def _fixed_differences(manifest: Mapping[str, Any], live: Mapping[str, Any]) -> str:

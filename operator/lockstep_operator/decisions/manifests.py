@@ -102,10 +102,12 @@ def stateful_set(
     settings: Settings,
     avoid: Collection[str] = (),
     limits: Limits = Limits(),  # noqa: B008 - frozen
+    commit: str = "",
 ) -> Manifest:
     """One group, kept away from the nodes in `avoid`. OnDelete: the operator decides when its pods are replaced.
 
-    `limits` are the namespace's. They are not part of the revision: running pods are left alone when they change.
+    `limits` are the namespace's, `commit` is what the hub's model is pinned to. They are not part of the revision:
+    running pods are left alone when they change.
     """
     name = names.group_name(model.name, group)
     spec = {
@@ -117,7 +119,7 @@ def stateful_set(
         "ordinals": {"start": 0},
         "persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Retain", "whenScaled": "Retain"},
         "selector": {"matchLabels": {names.MODEL_LABEL: model.name, names.GROUP_LABEL: str(group)}},
-        "template": pod_template(model, group, revision, settings, avoid, limits),
+        "template": pod_template(model, group, revision, settings, avoid, limits, commit),
     }
     workload = _object("apps/v1", "StatefulSet", name, model, group)
     workload["metadata"]["labels"][names.REVISION_LABEL] = revision

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lockstep_operator.decisions import manifests, rollout, upkeep
+from lockstep_operator.decisions import commit_pin, manifests, rollout, upkeep
 from lockstep_operator.decisions.actions import Action, Delete
 from lockstep_operator.decisions.group_plan import GroupPlanner
 from lockstep_operator.decisions.guard import Bug, Guard
@@ -18,8 +18,9 @@ from lockstep_operator.groups.group import Group, excess_groups, groups_of
 from lockstep_operator.groups.pod_issues import should_force_delete
 from lockstep_operator.groups.waiting import unplaced
 from lockstep_operator.settings import Settings
+from lockstep_operator.types.model_status import PinnedModel
 from lockstep_operator.types.observed import ObjectRef, Observed
-from lockstep_operator.types.spec import Model
+from lockstep_operator.types.spec import HuggingFace, Model
 
 NO_CONFLICTS = NameConflicts()
 
@@ -34,6 +35,7 @@ class Decision:
     conflicts: NameConflicts = NO_CONFLICTS
     recoveries: Mapping[int, RecoveryDecision] = field(default_factory=dict)  # by group
     bugs: tuple[Bug, ...] = ()
+    pin: PinnedModel | None = None  # what the hub's model is resolved to, as the status is to have it
 
     @property
     def requeue_after(self) -> float | None:
@@ -52,8 +54,17 @@ def decide(model: Model, observed: Observed, now: float, settings: Settings) -> 
     revision = ""
     if not conflicts.whole:
         revision = guard("the pods' template", lambda: _revision(model, observed, settings), "")
-    steps = _rollout(model, own, revision)
-    planner = GroupPlanner(model=model, observed=observed, revision=revision, settings=settings, now=now, guard=guard)
+    commit = commit_pin.pinned(model, observed.status.model)
+    steps = _rollout(model, own, revision, commit_pin.astray(revision, own, commit))
+    planner = GroupPlanner(
+        model=model,
+        observed=observed,
+        revision=revision,
+        settings=settings,
+        now=now,
+        guard=guard,
+        commit="" if isinstance(model.source, HuggingFace) and model.source.is_fixed else commit,
+    )
     plans = [planner.plan(one, step) for one, step in zip(own, steps, strict=True)]
     actions: list[Action] = [action for plan in plans for action in plan.urgent]
     actions += guard("lost pods", lambda: [*_lost_pods(model, observed, now)], [])
@@ -71,6 +82,7 @@ def decide(model: Model, observed: Observed, now: float, settings: Settings) -> 
         conflicts=conflicts,
         recoveries={plan.group: plan.recovery for plan in plans if plan.recovery},
         bugs=tuple(guard.bugs),
+        pin=commit_pin.pin(model, revision, own, observed.status.model),
     )
 
 
@@ -79,7 +91,9 @@ def _facts(group: Group, observed: Observed, model: Model, now: float, guard: Gu
     return guard(f"group {group.index}", lambda: facts_of(group, observed, model, now), bare)
 
 
-def _rollout(model: Model, own: Sequence[GroupFacts], revision: str) -> tuple[RolloutDecision, ...]:
+def _rollout(
+    model: Model, own: Sequence[GroupFacts], revision: str, astray: Mapping[int, str]
+) -> tuple[RolloutDecision, ...]:
     """While nobody knows what pods are to be, those that there are stay, and are healed."""
     groups = [one.group for one in own]
     if not revision:
@@ -87,7 +101,7 @@ def _rollout(model: Model, own: Sequence[GroupFacts], revision: str) -> tuple[Ro
             RolloutDecision(one.index, RolloutStep.WAIT, f"group {one.index} stays as it is") for one in groups
         )
     before = {one.group.index for one in own if unplaced(one.last.waiting, revision)}
-    return rollout.plan(groups, revision, model.max_unavailable, before)
+    return rollout.plan(groups, revision, model.max_unavailable, before, astray)
 
 
 def _once(actions: Iterable[Action]) -> Iterator[Action]:

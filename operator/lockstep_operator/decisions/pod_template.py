@@ -14,7 +14,7 @@ from lockstep_operator.settings import Settings
 from lockstep_operator.types import names
 from lockstep_operator.types.limits import Limits
 from lockstep_operator.types.quantity import quantity
-from lockstep_operator.types.spec import Model
+from lockstep_operator.types.spec import HuggingFace, Model
 from lockstep_operator.types.timestamps import format_rfc3339
 
 THREADS_PER_GPU_RANK: Final = 4  # for what it does on the host: loading weights
@@ -32,25 +32,29 @@ def pod_template(
     settings: Settings,
     avoid: Collection[str] = (),
     limits: Limits = Limits(),  # noqa: B008 - frozen
+    commit: str = "",
 ) -> dict[str, Any]:
     """A PodTemplateSpec: ours, with the user's laid over it and then our labels, which selectors rely on.
 
-    `avoid` names nodes that the pods are kept away from, `limits` are the namespace's. The model's template must have
-    no flaw (see `template_check`).
+    `avoid` names nodes that the pods are kept away from, `limits` are the namespace's, `commit` is what the hub's model
+    is pinned to. The model's template must have no flaw (see `template_check`).
     """
-    ours: dict[str, Any] = {"metadata": {"labels": {}}, "spec": pod_spec(model, group, revision, settings)}
+    ours: dict[str, Any] = {"metadata": {"labels": {}}, "spec": pod_spec(model, group, revision, settings, commit)}
     merged = _with_tolerations(_with_containers(merge(ours, model.template), model, limits))
     labels = {**merged["metadata"].get("labels", {}), **pod_labels(model, group), names.REVISION_LABEL: revision}
     merged["metadata"] = {**merged["metadata"], "labels": labels}
-    if model.restarted_at is not None:
-        annotations = {
-            **merged["metadata"].get("annotations", {}),
-            names.RESTARTED_ANNOTATION: format_rfc3339(model.restarted_at),
-        }
-        merged["metadata"]["annotations"] = annotations
+    if requests := _requests(model):
+        merged["metadata"]["annotations"] = {**merged["metadata"].get("annotations", {}), **requests}
     if avoid:
         merged["spec"] = {**merged["spec"], "affinity": _away_from(avoid, merged["spec"].get("affinity") or {})}
     return merged
+
+
+def _requests(model: Model) -> dict[str, str]:
+    """That the pods follow: they are replaced when one is new."""
+    resolve_at = model.source.resolve_at if isinstance(model.source, HuggingFace) else None
+    times = {names.RESTARTED_ANNOTATION: model.restarted_at, names.RESOLVE_ANNOTATION: resolve_at}
+    return {name: format_rfc3339(time) for name, time in times.items() if time is not None}
 
 
 def _with_containers(template: dict[str, Any], model: Model, limits: Limits) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from lockstep_operator.settings import Settings
 from lockstep_operator.types import names
-from lockstep_operator.types.spec import Claim, EmptyDir, HostPath, HuggingFace, Model, SecretKey
+from lockstep_operator.types.spec import Claim, EmptyDir, HostPath, HuggingFace, Image, Model, SecretKey
 from lockstep_runtime.protocol.status import API_PORT, BUS_PORT, STATUS_PORT
 
 MODEL_MOUNT: Final = "/model"
@@ -23,9 +23,12 @@ CPU_PER_GPU_RANK: Final = 2  # one thread queues the device's work, and must not
 MEMORY_PER_RANK_MIB: Final = 512
 API_KEY_MOUNT: Final = "/etc/lockstep/api-key"
 API_KEY_FILE: Final = "keys"
+HUB_TOKEN_MOUNT: Final = "/etc/lockstep/hub-token"  # noqa: S105 - a folder
+HUB_TOKEN_FILE: Final = "token"  # noqa: S105 - a file
 
 
-def pod_spec(model: Model, group: int, revision: str, settings: Settings) -> dict[str, Any]:
+def pod_spec(model: Model, group: int, revision: str, settings: Settings, commit: str = "") -> dict[str, Any]:
+    """`commit`: what the revision of a hub's model was resolved to; empty: the pods find out."""
     security: dict[str, Any] = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
     cached_on_a_claim = isinstance(model.source, HuggingFace) and isinstance(model.cache, Claim)
     if cached_on_a_claim and settings.fs_group is not None:
@@ -38,17 +41,17 @@ def pod_spec(model: Model, group: int, revision: str, settings: Settings) -> dic
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": TERMINATION_SECONDS,
         "securityContext": security,
-        "containers": [_container(model, group, revision, settings)],
+        "containers": [_container(model, group, revision, settings, commit)],
         "volumes": _volumes(model),
     }
 
 
-def _container(model: Model, group: int, revision: str, settings: Settings) -> dict[str, Any]:
+def _container(model: Model, group: int, revision: str, settings: Settings, commit: str) -> dict[str, Any]:
     return {
         "name": names.CONTAINER,
         "image": settings.runtime_image,
         "imagePullPolicy": settings.pull_policy,
-        "args": _arguments(model),
+        "args": _arguments(model, commit),
         "env": _environment(model, group, revision, settings),
         "ports": [
             {"name": "api", "containerPort": API_PORT, "protocol": "TCP"},
@@ -78,7 +81,7 @@ def _probe(path: str, *, period: int, failures: int) -> dict[str, Any]:
     }
 
 
-def _arguments(model: Model) -> list[str]:
+def _arguments(model: Model, commit: str) -> list[str]:
     seconds = float(_grace(model))
     lame_duck = min(LAME_DUCK_SECONDS, seconds / 4)
     options: list[tuple[str, object]] = [
@@ -105,7 +108,7 @@ def _arguments(model: Model) -> list[str]:
         ("host", "::"),  # every address of both families
         ("bus-port", BUS_PORT),
         ("status-port", STATUS_PORT),
-        *_source_options(model),
+        *_source_options(model, commit),
     ]
     return ["serve", _location(model), *(f"--{name}={value}" for name, value in options if value is not None)]
 
@@ -123,16 +126,25 @@ def _location(model: Model) -> str:
     match model.source:
         case HuggingFace(repo=repo):
             return repo
-        case Claim(path=path) if path:
+        case Claim(path=path) | Image(path=path) if path:
             return f"{MODEL_MOUNT}/{path}"
         case _:
             return MODEL_MOUNT
 
 
-def _source_options(model: Model) -> list[tuple[str, object]]:
-    if isinstance(model.source, HuggingFace):
-        return [("revision", model.source.revision), ("download-dir", CACHE_MOUNT)]
-    return []
+def _source_options(model: Model, commit: str) -> list[tuple[str, object]]:
+    hub = model.source
+    if not isinstance(hub, HuggingFace):
+        return []
+    told = [("endpoint", hub.endpoint), ("token-file", f"{HUB_TOKEN_MOUNT}/{HUB_TOKEN_FILE}" if hub.token else None)]
+    parts = [f"{name}={value}" for name, value in told if value]
+    source = ",".join([f"name={hub.source}", *parts, "default"]) if parts else None
+    return [
+        ("source", source),
+        ("revision", hub.revision),
+        ("commit", commit or None),
+        ("download-dir", CACHE_MOUNT),
+    ]
 
 
 def _environment(model: Model, group: int, revision: str, settings: Settings) -> list[dict[str, Any]]:
@@ -151,17 +163,13 @@ def _environment(model: Model, group: int, revision: str, settings: Settings) ->
         "LOCKSTEP_NODE": "spec.nodeName",
         "LOCKSTEP_POD_INDEX": f"metadata.labels['{names.POD_INDEX_LABEL}']",
     }
-    secrets: dict[str, SecretKey | None] = {
-        "LOCKSTEP_TOKEN": SecretKey(names.token_name(model.name), names.TOKEN_KEY),
-        "HF_TOKEN": model.source.token if isinstance(model.source, HuggingFace) else None,
-    }
+    secrets = {"LOCKSTEP_TOKEN": SecretKey(names.token_name(model.name), names.TOKEN_KEY)}
     return [
         *({"name": variable, "value": value} for variable, value in plain.items()),
         *({"name": variable, "valueFrom": {"fieldRef": {"fieldPath": path}}} for variable, path in fields.items()),
         *(
             {"name": variable, "valueFrom": {"secretKeyRef": {"name": secret.name, "key": secret.key}}}
             for variable, secret in secrets.items()
-            if secret
         ),
     ]
 
@@ -196,12 +204,19 @@ def _volumes(model: Model) -> list[dict[str, Any]]:
         items = [{"key": model.api_key.key, "path": API_KEY_FILE}]
         volumes.append({"name": "api-key", "secret": {"secretName": model.api_key.name, "items": items}})
     match model.source:
-        case HuggingFace():
+        case HuggingFace(token=token, token_is_optional=optional):
             volumes.append({"name": "cache", **_cache_volume(model)})
+            if token:  # a file: what stands in a variable, every process of the pod has
+                items = [{"key": token.key, "path": HUB_TOKEN_FILE}]
+                secret = {"secretName": token.name, "items": items, **({"optional": True} if optional else {})}
+                volumes.append({"name": "hub-token", "secret": secret})
         case Claim(name=claim):
             volumes.append({"name": "model", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})
         case HostPath(path=path):
             volumes.append({"name": "model", "hostPath": {"path": path, "type": "Directory"}})
+        case Image(reference=reference, pull_policy=policy):
+            image = {"reference": reference, **({"pullPolicy": policy} if policy else {})}
+            volumes.append({"name": "model", "image": image})
     return volumes
 
 
@@ -223,5 +238,7 @@ def _mounts(model: Model) -> list[dict[str, Any]]:
     if model.api_key:
         mounts.append({"name": "api-key", "mountPath": API_KEY_MOUNT, "readOnly": True})
     if isinstance(model.source, HuggingFace):
+        if model.source.token:
+            mounts.append({"name": "hub-token", "mountPath": HUB_TOKEN_MOUNT, "readOnly": True})
         return [*mounts, {"name": "cache", "mountPath": CACHE_MOUNT}]
     return [*mounts, {"name": "model", "mountPath": MODEL_MOUNT, "readOnly": True}]

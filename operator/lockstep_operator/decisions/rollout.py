@@ -8,8 +8,9 @@ together. Groups that are down already go first: replacing them costs no availab
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from lockstep_operator.groups.group import Group
 
@@ -31,22 +32,30 @@ class RolloutDecision:
 
 
 def plan(
-    groups: Sequence[Group], revision: str, max_unavailable: int, unplaced: Collection[int] = ()
+    groups: Sequence[Group],
+    revision: str,
+    max_unavailable: int,
+    unplaced: Collection[int] = (),
+    astray: Mapping[int, str] = MappingProxyType({}),
 ) -> tuple[RolloutDecision, ...]:
     """One decision per group, in the order of `groups`. `unplaced` ones were unschedulable already before this
-    revision: they get it first, and nobody waits for them, or a change would never reach the groups that serve."""
-    outdated = [group for group in groups if group.exists and group.revision != revision]
+    revision: they get it first, and nobody waits for them, or a change would never reach the groups that serve.
+    `astray`: groups of this revision that load another commit than the model is pinned to, with that commit."""
+    outdated = [group for group in groups if group.exists and (group.revision != revision or group.index in astray)]
     moving = [
         group
         for group in groups
         if group.index not in unplaced
+        and group.index not in astray
         and (not group.exists or (group.revision == revision and not group.ready_at(revision)))
     ]
     taken: dict[int, str] = {}
     for group in sorted(outdated, key=lambda group: (group.ready, -group.index)):
         if len(moving) + len(taken) >= max_unavailable:
             break
-        if not group.ready:
+        if group.revision == revision:
+            taken[group.index] = f"group {group.index} loaded commit {astray[group.index]}, which is not the model's"
+        elif not group.ready:
             taken[group.index] = f"group {group.index} isn't Ready anyway, so it gets revision {revision} first"
         else:
             taken[group.index] = f"group {group.index} gets revision {revision}: it is next"
@@ -56,7 +65,7 @@ def plan(
 def _decision(group: Group, revision: str, taken: dict[int, str], groups: Sequence[Group]) -> RolloutDecision:
     if not group.exists:
         return RolloutDecision(group.index, RolloutStep.CREATE, f"group {group.index} doesn't exist yet")
-    if group.revision == revision:
+    if group.revision == revision and group.index not in taken:
         return RolloutDecision(group.index, RolloutStep.KEEP, f"group {group.index} has revision {revision}")
     if group.index in taken:
         return RolloutDecision(group.index, RolloutStep.REPLACE, taken[group.index])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lockstep_operator.groups import group_view
 from lockstep_operator.groups.facts import GroupFacts
 from lockstep_operator.types.reasons import Reason
-from lockstep_runtime.protocol.status import GroupState, GroupStatus
+from lockstep_runtime.protocol.status import Download, GroupState, GroupStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +90,21 @@ def _by_state(status: GroupStatus, name: str, size: int) -> Blocker:
             return Blocker(Reason.DRAINING, f"{name} finishes its requests{text}")
         case GroupState.LOADING if group_view.loaded(status, size):
             return Blocker(Reason.LOADING, status.message or f"{name} holds its weights")
+        case GroupState.LOADING if status.download:
+            return Blocker(Reason.LOADING, f"{name} downloads the model: {_downloaded(status.download)}")
         case GroupState.LOADING:
             return Blocker(Reason.LOADING, f"{name} has read {group_view.progress(status)} % of its weights")
         case GroupState.READY:
             return Blocker(Reason.STARTING, f"{name} has joined its {size} ranks and is about to accept requests")
         case _:
             return Blocker(Reason.STARTING, f"{name} waits for its {size} ranks{text}")
+
+
+def _downloaded(download: Download) -> str:
+    """In few steps: each is written to the status."""
+    size, unit = (1e9, "GB") if download.total >= 1e9 else (1e6, "MB")
+    rate = f" at {download.rate / 1e6:.3g} MB/s" if download.rate else ""
+    return f"{download.percent} % of {download.total / size:.1f} {unit}{rate}"
 
 
 def _joined(*parts: str) -> str:

@@ -21,6 +21,7 @@ _ESSENTIAL: Final = (
     "readyReplicas",
     "selector",
     "revision",
+    "model",
     "recoveries",
 )
 

@@ -41,6 +41,7 @@ def summarize(
         updated_replicas=sum(bool(decision.revision) and one.group.ready_at(decision.revision) for one in groups),
         selector=f"{MODEL_LABEL}={model.name},{POD_INDEX_LABEL}=0",
         revision=decision.revision or before.revision,
+        model=decision.pin,
         ranks=f"{sum(map(group_view.ready_ranks, reported))}/{model.ranks}",
         step_latency=_slowest(reported),
         recoveries=_recoveries(before, groups, by_operator),

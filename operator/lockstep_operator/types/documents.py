@@ -22,6 +22,7 @@ _TIMES: Final = (
     "lastTransitionTime",
     "nextTryTime",
     "recoveredTime",
+    "resolveRevisionAt",
     "since",
     "time",
 )

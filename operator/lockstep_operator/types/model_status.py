@@ -105,6 +105,16 @@ class GroupSummary(Part, frozen=True, kw_only=True):
     ranks: tuple[RankSummary, ...] | None = None
 
 
+class PinnedModel(Part, frozen=True, kw_only=True):
+    """What the hub's model was resolved to, and what was resolved: of another spec it says nothing."""
+
+    source: str
+    repo: str
+    revision: str
+    resolve_revision_at: float | None = None
+    commit: str
+
+
 class ModelStatus(Part, frozen=True, kw_only=True):
     observed_generation: int | None = None
     conditions: tuple[Condition, ...] = ()
@@ -113,6 +123,7 @@ class ModelStatus(Part, frozen=True, kw_only=True):
     updated_replicas: int = 0
     selector: str = ""
     revision: str = ""
+    model: PinnedModel | None = None
     ranks: str = ""
     step_latency: StepLatency | None = None
     recoveries: int = 0

@@ -22,6 +22,7 @@ POD_INDEX_LABEL: Final = "apps.kubernetes.io/pod-index"  # set by the StatefulSe
 APPLIED_ANNOTATION: Final = "lockstep.dev/applied"  # hash of what was applied: it shows when a field was removed
 
 RESTARTED_ANNOTATION: Final = "lockstep.dev/restartedAt"  # of a model or a pod: restarts the groups in turn
+RESOLVE_ANNOTATION: Final = "lockstep.dev/resolveRevisionAt"  # the same: also asks the hub what the revision is now
 KUBECTL_RESTARTED: Final = "kubectl.kubernetes.io/restartedAt"  # by `kubectl rollout restart` of a StatefulSet
 
 APP_LABELS: Final[Mapping[str, str]] = {

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from lockstep_operator.settings import HUGGING_FACE, ModelSource
 from lockstep_operator.types import template_check
 from lockstep_operator.types.durations import duration
-from lockstep_operator.types.names import RESTARTED_ANNOTATION, ModelKey
+from lockstep_operator.types.names import RESOLVE_ANNOTATION, RESTARTED_ANNOTATION, ModelKey
 from lockstep_operator.types.timestamps import parse_rfc3339
 
+_SOURCES: Final = ("huggingFace", "persistentVolumeClaim", "hostPath", "image")
 DEFAULT_ATTEMPTS: Final = 3
 DEFAULT_WINDOW: Final = 3600.0
 DEFAULT_INITIAL: Final = 10.0
@@ -28,11 +31,23 @@ class SecretKey:
     key: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HuggingFace:
+    """A repository of a hub. `source`: the hub's name, `endpoint`: its address, None as the runtime has it.
+    `resolve_at`: when it was last asked that the revision be resolved anew, in unix seconds."""
+
     repo: str
     revision: str | None = None
     token: SecretKey | None = None
+    token_is_optional: bool = False
+    source: str = HUGGING_FACE
+    endpoint: str | None = None
+    resolve_at: float | None = None
+
+    @property
+    def is_fixed(self) -> bool:
+        """The revision is a commit already."""
+        return re.fullmatch(r"[0-9a-f]{40}", self.revision or "") is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +68,16 @@ class EmptyDir:
     size_limit: str | None = None
 
 
-Source = HuggingFace | Claim | HostPath
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An OCI image that is mounted as a volume, and a folder within it ("" is its root)."""
+
+    reference: str
+    pull_policy: str | None = None
+    path: str = ""
+
+
+Source = HuggingFace | Claim | HostPath | Image
 Cache = Claim | HostPath | EmptyDir
 
 
@@ -151,22 +175,25 @@ def deprecations(model: Model) -> list[str]:
     return []
 
 
-def parse(resource: Mapping[str, Any]) -> Model:
-    """Read a TensorParallelModel as the API server gives it. Raises SpecError."""
+def parse(resource: Mapping[str, Any], sources: Sequence[ModelSource] = ()) -> Model:
+    """Read a TensorParallelModel as the API server gives it. `sources` are the operator's. Raises SpecError."""
     metadata, spec = resource["metadata"], resource.get("spec") or {}
     model = spec.get("model") or {}
     size, per_pod = spec.get("tensorParallelSize", 0), spec.get("ranksPerPod", 1)
     if size < 1 or per_pod < 1 or size % per_pod:
         raise SpecError(f"ranksPerPod ({per_pod}) must divide tensorParallelSize ({size}), and both must be at least 1")
-    restarted_at, flaw = _restarted(metadata.get("annotations") or {})
+    annotations = metadata.get("annotations") or {}
+    restarted_at, flaw = _requested(annotations, RESTARTED_ANNOTATION)
+    resolve_at, other_flaw = _requested(annotations, RESOLVE_ANNOTATION)
+    source, default_cache, unknown = _source(model, sources, resolve_at)
     template = spec.get("template") or {}
     return Model(
         key=ModelKey(metadata["namespace"], metadata["name"]),
         uid=metadata["uid"],
         generation=metadata.get("generation", 1),
-        source=_source(model),
+        source=source,
         served_name=model.get("servedName", metadata["name"]),
-        cache=_cache(model.get("cache")),
+        cache=_cache(model.get("cache") or default_cache),
         tensor_parallel_size=size,
         ranks_per_pod=per_pod,
         replicas=spec.get("replicas", 1),
@@ -180,15 +207,15 @@ def parse(resource: Mapping[str, Any]) -> Model:
         network=_network(spec.get("network") or {}),
         max_unavailable=(spec.get("rollout") or {}).get("maxUnavailable", 1),
         template=template,
-        flaw=template_check.flaw(template) or flaw,
+        flaw=template_check.flaw(template) or flaw or other_flaw or unknown,
         progress_deadline=_duration(spec, "progressDeadline") or DEFAULT_PROGRESS,
         restarted_at=restarted_at,
     )
 
 
-def _restarted(annotations: Mapping[str, str]) -> tuple[float | None, str]:
-    """When a restart was requested, or what is wrong with the request."""
-    requested = annotations.get(RESTARTED_ANNOTATION)
+def _requested(annotations: Mapping[str, str], name: str) -> tuple[float | None, str]:
+    """When something was requested, or what is wrong with the request."""
+    requested = annotations.get(name)
     if not requested:
         return None, ""
     try:
@@ -196,20 +223,51 @@ def _restarted(annotations: Mapping[str, str]) -> tuple[float | None, str]:
     except ValueError:
         return (
             None,
-            f"annotation {RESTARTED_ANNOTATION} must be a time such as 2030-01-31T12:00:00Z, and is {requested[:80]!r}",
+            f"annotation {name} must be a time such as 2030-01-31T12:00:00Z, and is {requested[:80]!r}",
         )
 
 
-def _source(model: Mapping[str, Any]) -> Source:
-    match {kind: model[kind] for kind in ("huggingFace", "persistentVolumeClaim", "hostPath") if kind in model}:
+def _source(
+    model: Mapping[str, Any], sources: Sequence[ModelSource], resolve_at: float | None
+) -> tuple[Source, Mapping[str, Any] | None, str]:
+    """With the cache that its source has by default, and what is wrong with it."""
+    match {kind: model[kind] for kind in _SOURCES if kind in model}:
         case {"huggingFace": hub, **rest} if not rest:
-            return HuggingFace(hub["repo"], hub.get("revision"), _secret_key(hub.get("tokenSecretRef")))
+            return _of_a_hub(hub, sources, resolve_at)
         case {"persistentVolumeClaim": claim, **rest} if not rest:
-            return Claim(claim["claimName"], claim.get("path", "").strip("/"))
+            return Claim(claim["claimName"], claim.get("path", "").strip("/")), None, ""
         case {"hostPath": host, **rest} if not rest:
-            return HostPath(host["path"])
+            return HostPath(host["path"]), None, ""
+        case {"image": image, **rest} if not rest:
+            return Image(image["reference"], image.get("pullPolicy"), image.get("path", "").strip("/")), None, ""
         case _:
-            raise SpecError("model must name exactly one of huggingFace, persistentVolumeClaim and hostPath")
+            raise SpecError("model must name exactly one of huggingFace, persistentVolumeClaim, hostPath and image")
+
+
+def _of_a_hub(
+    hub: Mapping[str, Any], sources: Sequence[ModelSource], resolve_at: float | None
+) -> tuple[HuggingFace, Mapping[str, Any] | None, str]:
+    known = {HUGGING_FACE: ModelSource(name=HUGGING_FACE), **{one.name: one for one in sources}}
+    default = next((one.name for one in sources if one.default), HUGGING_FACE)
+    name = hub.get("source", default)
+    flaw = "" if name in known else (
+        f"model.huggingFace.source is {name}, and the operator knows {', '.join(known)} (models.sources of its chart)"
+    )  # fmt: skip
+    source = known.get(name) or ModelSource(name=name)
+    own = _secret_key(hub.get("tokenSecretRef"))
+    return (
+        HuggingFace(
+            repo=hub["repo"],
+            revision=hub.get("revision"),
+            token=own or (SecretKey(*source.token_secret) if source.token_secret else None),
+            token_is_optional=own is None,
+            source=name,
+            endpoint=source.endpoint,
+            resolve_at=None if resolve_at is None else float(int(resolve_at)),  # as the status has it
+        ),
+        source.cache,
+        flaw,
+    )
 
 
 def _cache(cache: Mapping[str, Any] | None) -> Cache:
