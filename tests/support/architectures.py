@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
 
@@ -39,3 +43,11 @@ def _drawn(name: str, initial: Tensor, generator: torch.Generator) -> Tensor:
         return initial + 0.1 * noise
     inputs = initial.shape[-1] if "experts" in name else math.prod(initial.shape[1:])
     return noise.mul_(inputs**-0.5)
+
+
+def write_words(folder: Path, vocabulary: int) -> None:
+    """A tokenizer whose every token is a word of its own: w0, w1 and so on."""
+    tokenizer = Tokenizer(WordLevel({f"w{token}": token for token in range(vocabulary)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Final
 
+from tests.support.architectures import write_words
 from tests.support.models import ModelShape, write_model
 from tests.support.stream import Answer, Stream
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 
 VOCABULARY: Final = 151_936
 NAME: Final = "large-vocabulary"
@@ -26,11 +23,7 @@ REQUESTS: Final = (
 
 def write_large_vocabulary(folder: Path) -> Path:
     write_model(folder, SHAPE)
-    words = {f"w{token}": token for token in range(VOCABULARY)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    write_words(folder, VOCABULARY)
     for file in folder.iterdir():
         file.chmod(0o644)  # pods read it as another user
     return folder
