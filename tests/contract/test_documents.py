@@ -32,6 +32,7 @@ from lockstep_runtime.protocol.chaos import Injection
 from lockstep_runtime.protocol.status import Fault
 from lockstep_runtime.recovery import policy, timing, watchdog
 from lockstep_runtime.recovery.log_trail import TrailPhase
+from lockstep_runtime.sources.model_config import Architecture
 from lockstep_runtime.supervisor import state_machine
 from lockstep_runtime.worker import scrub
 
@@ -99,6 +100,12 @@ def test_files_and_folders_are_there(document: Path) -> None:
 
 def test_documents_name_files_to_check() -> None:
     assert len(_paths(ROOT / "docs" / "architecture.md")) > 60
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/models.md"])
+def test_the_models_are_those_that_there_are(document: str) -> None:
+    rows = re.findall(r"^\|.*\|$", (ROOT / document).read_text(), re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+For\w+)`", "".join(rows))) == sorted(Architecture)
 
 
 def _targets() -> set[str]:
