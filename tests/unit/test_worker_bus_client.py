@@ -30,6 +30,7 @@ from lockstep_runtime.worker.fault_classifier import classify
 from lockstep_runtime.worker.likeliest import NonFiniteError
 from lockstep_runtime.worker.main import Worker
 from lockstep_runtime.worker.model_runner import LoadReport, StepOutput
+from lockstep_runtime.worker.ruled_draws import Drawn
 
 TOKEN = "a token"
 SECONDS = 10.0
@@ -139,7 +140,7 @@ class FakeEdge:
         return [one.tokens for one in unverified] == [[13]]
 
     def step(self, step: bus.Step, group: Any) -> StepOutput:
-        return StepOutput(fingerprint=self.step_work(group), sampled=[], scored=[], put_off=[])
+        return StepOutput(fingerprint=self.step_work(group), drawn=Drawn(), scored=[])
 
 
 @dataclass

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from lockstep_runtime.api.token_bytes import REPLACEMENT
 from lockstep_runtime.api.tokenizer import TextTokenizer
+from lockstep_runtime.sources.token_bytes import REPLACEMENT
 
 CONTEXT_TOKENS: Final = 8  # of a prompt; also more than a character has bytes
 # A run of byte tokens (`<0xE4>`) is one string to the library: a malformed byte at its end spoils what was well-formed

@@ -11,8 +11,8 @@ from tokenizers import Encoding, Tokenizer
 
 from lockstep_runtime.api.bounds import longest_token
 from lockstep_runtime.api.errors import invalid
-from lockstep_runtime.api.token_bytes import TokenBytes
 from lockstep_runtime.api.token_names import TokenNames
+from lockstep_runtime.sources.token_bytes import TokenBytes
 
 _PREFIX_CHARACTERS: Final = 8  # a token's, at most, in a text whose beginning is looked at first
 _SLACK_TOKENS: Final = 1024  # more than a cut in the middle of a text can add

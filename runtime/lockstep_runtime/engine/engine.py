@@ -315,6 +315,9 @@ class Engine:
         self._steps += 1
         self._reporter.stepped(seconds)
         self._pace.learn(slices, seconds)
+        for sequence_id, why in done.failures.items():
+            self._fail(sequence_id, f"the answer can't be constrained: {why}")
+            scheduler.remove(sequence_id)
         for drawn in scheduler.apply(slices, done.sampled, done.scored, done.put_off):
             stream = self._streams.get(drawn.sequence_id)
             if stream is not None:

@@ -116,7 +116,7 @@ class Scheduler:
             if part.sequence_id in put_off:
                 sequence.told = False
                 continue
-            sequence.told = sequence.told or part.ruled is not None
+            sequence.told = sequence.told or (part.ruled is not None and part.sample is not None)
             sequence.computed += len(part.tokens)
             self._states.booked(sequence.id)
         for token in scored:
@@ -195,8 +195,10 @@ class Scheduler:
         return min(self._max_batch_tokens, max(decoding + prefill_tokens, len(wanted)))
 
     def _wanted(self, sequence: Sequence) -> int:
-        """Tokens that it would take in a step of its own."""
-        return sequence.remaining if sequence.is_scored else min(sequence.remaining, SCORED_CHUNK)
+        """Tokens that it would take in a step of its own. The last before a draw that may be put off comes alone: it
+        may come more than once."""
+        wanted = sequence.remaining if sequence.is_scored else min(sequence.remaining, SCORED_CHUNK)
+        return wanted - 1 if sequence.awaits_grammar and wanted == sequence.remaining > 1 else wanted
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_sequences:
@@ -263,5 +265,5 @@ class Scheduler:
             state=self._states.slots(sequence.id),
             sample=sequence.request.sampling if draws else None,
             scoring=sequence.scoring(end),
-            ruled=sequence.ruled(sequence.computed) if draws else None,
+            ruled=sequence.ruled(sequence.computed, draws=draws),
         )

@@ -60,11 +60,18 @@ class Sequence:
             return None
         return Scoring(first=first - self.computed, targets=targets, logprobs=self.request.sampling.prompt_logprobs)
 
-    def ruled(self, first: int) -> Ruled | None:
-        """What goes with a slice from `first` on, after which a token is drawn."""
+    @property
+    def awaits_grammar(self) -> bool:
+        """Rank 0 may have to compile it before the first draw."""
+        return self.request.rules is not None and self.request.rules.grammar is not None and not self.told
+
+    def ruled(self, first: int, *, draws: bool) -> Ruled | None:
+        """What goes with a slice from `first` on. Before a draw it is only what takes time to prepare."""
         rules = self.request.rules
         if rules is None:
             return None
+        if not draws:
+            return Ruled(drawn=0, past=Past(rules=rules, start=first, tokens=[])) if self.awaits_grammar else None
         if self.told:
             return Ruled(drawn=self.drawn)
         start = 0 if rules.needs_prompt else len(self.request.prompt)

@@ -178,6 +178,7 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     sampled: list[SampledToken] = []  # rank 0 only
     scored: list[SampledToken] = []  # rank 0 only: every slice's targets, in their order
     put_off: list[int] = []  # rank 0 only: sequences for which it could not draw yet: their slices are to come again
+    failures: dict[int, str] = {}  # rank 0 only: sequences for which it can never draw, and why
 
 
 class StepFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):

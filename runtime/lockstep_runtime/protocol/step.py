@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
@@ -17,6 +19,24 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int = -1  # the same of every token of the prompt but the first, which follows nothing
 
 
+class Thoughts(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens between which a model reasons, where no grammar holds. If the prompt has not opened it, the answer's
+    first token may."""
+
+    opening: int
+    closing: int
+    open: bool = False  # by the prompt's end
+
+
+class Grammar(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an answer's text must match; then the end is drawn. A form that the api's process has tried."""
+
+    kind: Literal["json_schema", "regex", "lark"]  # "json_schema": JSON text; "lark": llguidance's dialect
+    text: str
+    end_ids: tuple[int, ...]  # tokens that end the answer, drawn nowhere but where it is complete
+    thoughts: Thoughts | None = None
+
+
 class LogitRules(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What changes a sequence's logits before its next token is drawn, in this order; not its log probabilities."""
 
@@ -26,6 +46,7 @@ class LogitRules(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     repetition_penalty: float = 1.0  # above 0: divides positive logits of tokens in prompt or answer, multiplies others
     frequency_penalty: float = 0.0  # from -2 to 2: taken off for every time that the answer has the token
     presence_penalty: float = 0.0  # from -2 to 2: taken off if the answer has the token
+    grammar: Grammar | None = None
 
     @property
     def needs_prompt(self) -> bool:

@@ -264,7 +264,8 @@ class Worker:
             fingerprint=output.fingerprint,
             sampled=output.sampled,
             scored=output.scored,
-            put_off=output.put_off,
+            put_off=output.drawn.put_off,
+            failures=output.drawn.failures,
         )
 
     def _interrupt(self) -> None:

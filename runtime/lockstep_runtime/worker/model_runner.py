@@ -40,6 +40,7 @@ from lockstep_runtime.weights.sharding import RankInfo
 from lockstep_runtime.weights.weight import StoredTable, Weight
 from lockstep_runtime.worker.cache_room import CacheRoom
 from lockstep_runtime.worker.device import choose_device, prepare, sharers, wait_for_memory
+from lockstep_runtime.worker.grammars import load_grammars
 from lockstep_runtime.worker.likeliest import check_finite
 from lockstep_runtime.worker.memory import (
     give_back_freed_memory,
@@ -72,9 +73,12 @@ class LoadReport:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutput:
     fingerprint: int  # of every token's last hidden state: 61 bits, equal on every rank
-    sampled: list[SampledToken]  # rank 0 only
+    drawn: Drawn  # rank 0 only
     scored: list[SampledToken]  # rank 0 only
-    put_off: list[int]  # rank 0 only
+
+    @property
+    def sampled(self) -> list[SampledToken]:
+        return self.drawn.sampled
 
 
 class ModelRunner:
@@ -137,6 +141,8 @@ class ModelRunner:
         give_back_freed_memory()
         path = cache_file(os.environ, self._rank) if self._config.weight_cache == "Memory" else None
         loaded, cache = self._load_cached(path, progress) if path is not None else (self._load_plainly(progress), None)
+        if self._rank == 0:
+            self._rulebook.grammars = load_grammars(self._config, self._model.vocabulary)
         keep_freed_memory()
         self._watched = self._watch(cache) if _interval() > 0 else []
         return loaded
@@ -260,13 +266,15 @@ class ModelRunner:
             batch = build_batch(step.sequences, self._device, self._attention)
             _check_tokens(batch, self._model.vocabulary)
             check_scoring(step.sequences, self._model.vocabulary)
+            if group.rank == 0:
+                self._rulebook.prepare(step.sequences)
             states = self._model.forward(batch, self._cache, group)
             hidden = states if len(states) == len(batch.segments) else states[batch.last]
             drawn = self._draw(step.sequences, hidden, group)
             scored = score(step.sequences, batch, states, lambda rows: self._model.logits(rows, group))
             fingerprint = _fingerprint(batch, states, hidden)
             group.check()
-            return StepOutput(fingerprint=fingerprint, sampled=drawn.sampled, scored=scored, put_off=drawn.put_off)
+            return StepOutput(fingerprint=fingerprint, drawn=drawn, scored=scored)
 
     def give_back_unused(self) -> None:
         """After a step that found no memory: what the allocator keeps may be in pieces of the wrong size."""

@@ -1,4 +1,4 @@
-"""Draws of a batch of which some rows have rules, and some must be put off."""
+"""Draws of a batch of which some rows have rules, and some can't be made."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ from lockstep_runtime.worker.sampler import draw_of, sample
 class Drawn:
     sampled: list[SampledToken] = field(default_factory=list)
     put_off: list[int] = field(default_factory=list)  # ids of sequences that are to come again
+    failures: dict[int, str] = field(default_factory=dict)  # of sequences that can't go on
 
 
 def draw_by_rules(logits: Tensor, sequences: Sequence[SequenceSlice], rulebook: Rulebook) -> Drawn:
     """logits: [n, vocabulary], of the last token of each slice, which may be changed.
 
     Raises:
-        NonFiniteError: of a row that is put off, too.
+        NonFiniteError: of a row that is left out, too.
     """
-    ruled, unknown = rulebook.rows(sequences)
+    page = rulebook.page(sequences)
     draws = [draw_of(sequence) for sequence in sequences]
-    if not unknown:
-        return Drawn(sample(logits, draws, ruled))
-    check_finite(logits[unknown])
-    put_off = [sequences[row].sequence_id for row in unknown]
-    known = [row for row in range(len(draws)) if row not in unknown]
-    if not known:
-        return Drawn(put_off=put_off)
-    moved = [replace(one, row=known.index(one.row)) for one in ruled]
-    return Drawn(sample(logits[known], [draws[row] for row in known], moved), put_off)
+    if not page.left_out:
+        return Drawn(sample(logits, draws, page.ruled))
+    check_finite(logits)
+    rows = [row for row in range(len(draws)) if row not in page.left_out]
+    moved = [replace(one, row=rows.index(one.row)) for one in page.ruled]
+    return Drawn(
+        sample(logits[rows], [draws[row] for row in rows], moved) if rows else [],
+        [sequences[row].sequence_id for row in page.put_off],
+        {sequences[row].sequence_id: why for row, why in page.failures.items()},
+    )

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lockstep_runtime.grammar.matcher import Mask
 from lockstep_runtime.protocol.step import LogitRules
 from lockstep_runtime.worker.filters import NONE
 
@@ -61,6 +62,12 @@ class RuledRow:
     rules: LogitRules
     drawn: int  # tokens of the answer so far
     seen: Seen
+    mask: Mask | None = None  # of the tokens that its grammar allows
+
+    @property
+    def may_end(self) -> bool:
+        """A grammar that is complete comes before a least number of tokens."""
+        return self.drawn >= self.rules.min_tokens or (self.mask is not None and self.mask.must_end)
 
 
 def adjust(logits: Tensor, ruled: Sequence[RuledRow]) -> None:
@@ -68,6 +75,7 @@ def adjust(logits: Tensor, ruled: Sequence[RuledRow]) -> None:
     _add_biases(logits, ruled)
     _rule_out_ends(logits, ruled)
     _penalize(logits, [one for one in ruled if one.rules.penalizes])
+    _rule_out_the_unmatched(logits, ruled)
 
 
 def _add_biases(logits: Tensor, ruled: Sequence[RuledRow]) -> None:
@@ -79,10 +87,20 @@ def _add_biases(logits: Tensor, ruled: Sequence[RuledRow]) -> None:
 
 
 def _rule_out_ends(logits: Tensor, ruled: Sequence[RuledRow]) -> None:
-    places = [(one.row, token) for one in ruled if one.drawn < one.rules.min_tokens for token in one.rules.end_ids]
+    places = [(one.row, token) for one in ruled if not one.may_end for token in one.rules.end_ids]
+    places += [(one.row, token) for one in ruled if one.mask for token in one.mask.never]
     if places:
         index = torch.tensor(places, device=logits.device)
         logits[index[:, 0], index[:, 1]] = NONE
+
+
+def _rule_out_the_unmatched(logits: Tensor, ruled: Sequence[RuledRow]) -> None:
+    masks = [(one.row, one.mask.bits) for one in ruled if one.mask is not None and one.mask.bits is not None]
+    if masks:
+        bits = np.stack([np.frombuffer(mask, dtype=np.uint8) for _, mask in masks])
+        allowed = np.unpackbits(bits, axis=1, count=logits.shape[1], bitorder="little").view(np.bool_)
+        rows = torch.tensor([row for row, _ in masks], device=logits.device)
+        logits[rows] = logits[rows].masked_fill_(~torch.from_numpy(allowed).to(logits.device), NONE)
 
 
 def _penalize(logits: Tensor, ruled: Sequence[RuledRow]) -> None:

@@ -1,0 +1,72 @@
+"""A process in which grammars are tried: what takes too long or too much ends it, and nothing else.
+
+Reads one grammar per line and answers with one `Verdict` per line, both JSON, until its input is closed.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import time
+from typing import Final
+
+import msgspec
+
+from lockstep_runtime.grammar.compiler import GrammarError, byte_tokenizer, compile_grammar
+from lockstep_runtime.grammar.matcher import Matcher
+from lockstep_runtime.protocol.step import Grammar
+
+MOST_BYTES: Final = 1 << 30  # of address space
+MOST_SECONDS: Final = 0.5  # of CPU time: rank 0 compiles it, too
+STEPS: Final = 24
+WALKED: Final = (0x0A, *range(0x20, 0x7F))  # the last that is allowed: a brace before a letter before a space
+KILL_SECONDS: Final = 2  # whole ones is what the kernel counts
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    error: str = ""  # empty: it can be used
+
+
+def main() -> None:
+    """Until end of file."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(5)
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    tokenizer = byte_tokenizer()
+    for line in sys.stdin.buffer:
+        grammar = msgspec.json.decode(line, type=Grammar)
+        most = int(time.process_time()) + KILL_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
+        began = time.process_time()
+        try:
+            _walk(Matcher(grammar, compile_grammar(grammar, tokenizer)))
+            verdict = Verdict(error=too_complex() if time.process_time() - began > MOST_SECONDS else "")
+        except GrammarError as error:
+            verdict = Verdict(error=str(error))
+        sys.stdout.buffer.write(msgspec.json.encode(verdict) + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def _walk(matcher: Matcher) -> None:
+    """A few characters into the grammar: what it can't get over is often at its beginning.
+
+    Raises:
+        GrammarError: a dead end.
+    """
+    for _ in range(STEPS):
+        bits = matcher.mask().bits or b""
+        allowed = [token for token in WALKED if bits[token // 8] >> token % 8 & 1]
+        if not allowed:
+            return
+        matcher.consume(allowed[-1:])
+
+
+def too_complex() -> str:
+    return f"it is too complex: it takes more than {MOST_SECONDS:g} s to compile; ask for less of it"
+
+
+if __name__ == "__main__":
+    main()
