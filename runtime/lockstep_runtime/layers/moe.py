@@ -1,10 +1,8 @@
 """Mixture of experts: a router chooses a few MLPs for every token (https://arxiv.org/abs/2101.03961), beside one that
 all tokens share in some models.
 
-Every rank has a slice of every expert's inner dimension, not some of the experts. So all ranks have the same work in
-every step, whichever experts the tokens choose: one token's experts are read at all ranks' bandwidth together, and no
-rank is taken for a straggler because its experts are in demand. It also takes any number of experts over any number of
-ranks, and one all-reduce a layer, in which the shared expert's part is summed, too.
+Every rank has a slice of every expert's inner dimension, not some of the experts, so all ranks have the same work in
+every step, whichever experts the tokens choose (docs/decisions/experts-by-slice.md). One all-reduce a layer sums it all.
 
 The oracle is transformers' `Qwen3MoeSparseMoeBlock`, and `Qwen3NextSparseMoeBlock` for the shared expert.
 """
