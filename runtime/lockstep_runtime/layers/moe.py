@@ -2,7 +2,8 @@
 all tokens share in some models.
 
 Every rank has a slice of every expert's inner dimension, not some of the experts, so all ranks have the same work in
-every step, whichever experts the tokens choose (docs/decisions/experts-by-slice.md). One all-reduce a layer sums it all.
+every step, whichever experts the tokens choose (docs/decisions/experts-by-slice.md). There is one
+all-reduce a layer.
 
 The oracle is transformers' `Qwen3MoeSparseMoeBlock`, and `Qwen3NextSparseMoeBlock` for the shared expert.
 """
