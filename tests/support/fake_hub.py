@@ -58,7 +58,7 @@ class FakeHub:
 
     @property
     def storage_url(self) -> str:
-        """Another origin than `url`."""
+        """Another origin than `url`, on this machine."""
         return self.url.replace("127.0.0.1", "localhost")
 
     def commits(self) -> set[str]:
@@ -66,16 +66,17 @@ class FakeHub:
 
 
 @contextlib.contextmanager
-def fake_hub(folder: Path) -> Iterator[FakeHub]:
+def fake_hub(folder: Path, host: str = "127.0.0.1") -> Iterator[FakeHub]:
+    """`host`: the address that it listens on."""
     hub = FakeHub(folder)
 
     class Handler(_Handler):
         the_hub = hub
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with http.server.ThreadingHTTPServer((host, 0), Handler) as server:
         server.daemon_threads = True
         server.block_on_close = False
-        hub.url = f"http://127.0.0.1:{server.server_port}"
+        hub.url = f"http://{host}:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()
         try:
