@@ -46,6 +46,7 @@ class FakeHub:
     gated: bool = False
     no_ranges: bool = False
     wrong: dict[str, bytes] = field(default_factory=dict)  # what is sent in a file's place
+    silent: float = 0.0  # seconds before it answers
     slow: float = 0.0  # seconds between two pieces of a body
     piece: int = 64 * 1024  # bytes
     revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
@@ -98,6 +99,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         path = urllib.parse.unquote(path)
         hub.asked.append(path)
+        time.sleep(hub.silent)
         hub.tokens.append((self.headers["Host"].partition(":")[0], self.headers.get("Authorization", "")))
         failure = hub.failure
         if failure and failure.where in path and not failure.after:
