@@ -88,6 +88,7 @@ class FakeRank:
     rank: int
     cache_blocks: int = 64
     misdeed: Misdeed | None = None
+    draw: Callable[[Sequence[int]], int] = next_token  # the token after these
     incarnation: str = field(default_factory=lambda: secrets.token_hex(4))
     epoch: int = 0
     deaf: bool = False  # to Abort too: like a process that is stopped
@@ -103,6 +104,7 @@ class FakeRank:
     at_step: tuple[int, int, bool] = (0, 0, False)  # epoch, step, whether it is in it
     memory: ToyMemory = field(default_factory=lambda: ToyMemory())
     closed: bool = False  # its connection, by the engine
+    respawning: asyncio.Task[None] | None = None
     writer: asyncio.StreamWriter | None = None
     _task: asyncio.Task[None] | None = None
     _backlog: list[bus.ToWorker] = field(default_factory=list)
@@ -239,7 +241,7 @@ class FakeRank:
             for position, token in enumerate(part.tokens, part.position):
                 block, slot = divmod(position, BLOCK_SIZE)
                 self.memory.slots.setdefault(part.blocks[block], [None] * BLOCK_SIZE)[slot] = token
-            drawn = next_token(self._context(part, part.position + len(part.tokens)))
+            drawn = self.draw(self._context(part, part.position + len(part.tokens)))
             fingerprint = zlib.crc32(struct.pack("<q", drawn), fingerprint)
             if part.sample is not None and self.rank == 0:
                 sampled.append(SampledToken(sequence_id=part.sequence_id, token=drawn))
