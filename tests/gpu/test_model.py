@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.architectures import write_random
 from tests.support.ranks import everything, piece
 
 from lockstep_runtime.config import Device, EngineLimits, ServeConfig
 from lockstep_runtime.distributed.join import SingleCommunicator
+from lockstep_runtime.layers import grouped_product
 from lockstep_runtime.layers.cache import CacheSize
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.step import SampledToken, SamplingParams
@@ -24,16 +26,25 @@ BLOCKS = list(range(3))
 VOCABULARY = 2048
 
 
-def config(device: Device, limits: EngineLimits | None = None) -> ServeConfig:
+def config(device: Device, limits: EngineLimits | None = None, model: Path = TINY_CHAT) -> ServeConfig:
     return ServeConfig(
-        model=str(TINY_CHAT), served_name="t", dtype="float32", device=device, weight_cache="Off",
+        model=str(model), served_name="t", dtype="float32", device=device, weight_cache="Off",
         backend="cpu", limits=limits or EngineLimits(kv_cache_bytes=1 << 26),
     )  # fmt: skip
 
 
-def greedy(device: Device) -> list[SampledToken]:
+def with_experts(folder: Path) -> Path:
+    transformers = pytest.importorskip("transformers")  # a borrowed machine need not have it
+    shape = transformers.Qwen3MoeConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCABULARY, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    return write_random(folder, transformers.Qwen3MoeForCausalLM, shape)
+
+
+def greedy(device: Device, model: Path) -> list[SampledToken]:
     """Prefill, then token by token, with the log probabilities of all tokens."""
-    runner, group = ModelRunner(config(device), 0), SingleCommunicator()
+    runner, group = ModelRunner(config(device, model=model), 0), SingleCommunicator()
     runner.load(lambda done, total: None)
     runner.allocate(CacheSize(blocks=16))
     drawn: list[SampledToken] = []
@@ -46,8 +57,10 @@ def greedy(device: Device) -> list[SampledToken]:
     return drawn
 
 
-def test_the_same_tokens_as_on_a_cpu() -> None:
-    on_cpu, on_gpu = greedy("cpu"), greedy("cuda")
+@pytest.mark.parametrize("experts", [False, True])
+def test_the_same_tokens_as_on_a_cpu(tmp_path: Path, experts: bool) -> None:
+    model = with_experts(tmp_path) if experts else TINY_CHAT
+    on_cpu, on_gpu = greedy("cpu", model), greedy("cuda", model)
     assert [one.token for one in on_gpu] == [one.token for one in on_cpu]
     for mine, theirs in zip(on_gpu, on_cpu, strict=True):
         torch.testing.assert_close(
@@ -55,6 +68,10 @@ def test_the_same_tokens_as_on_a_cpu() -> None:
             torch.tensor([logprob for _, logprob in sorted(theirs.top)]),
             rtol=1e-3, atol=2e-3,
         )  # fmt: skip
+
+
+def test_experts_are_multiplied_by_in_one_product() -> None:
+    assert grouped_product.works(torch.device("cuda", 0), torch.bfloat16)
 
 
 def test_the_cache_is_sized_by_the_gpus_free_memory() -> None:
