@@ -163,7 +163,7 @@ def test_a_rank_on_a_gpu_leaves_word_for_its_next_process() -> None:
     footprint = Footprint(device_bytes=125 * GIB, size=CacheSize(blocks=9000), block_bytes=1 << 20)
     first.leave_footprint(footprint)
     assert second.footprint() == footprint
-    shape = CacheShape(layers=(PagedShape(kv_heads=1, head_dim=8),))
+    shape = CacheShape(layers=(PagedShape(kv_heads=1, head_dim=8, sharing=1),))
     assert second.held(shape, torch.float32) is None, "which is no cache"
     second.open(shape, torch.float32, CacheSize(blocks=2))
     assert first.footprint() is None
@@ -185,7 +185,7 @@ def test_a_rank_that_comes_back_offers_what_it_had() -> None:
 def test_a_cache_on_a_device_is_renewed_in_place() -> None:
     """Of a device without memory: what counts is which tensor it is."""
     meta = Placement(device=torch.device("meta"), dtype=torch.bfloat16, activation=torch.bfloat16)
-    cache = KVCache(CacheShape(layers=(PagedShape(kv_heads=1, head_dim=8),) * 2), CacheSize(blocks=4), meta)
+    cache = KVCache(CacheShape(layers=(PagedShape(kv_heads=1, head_dim=8, sharing=1),) * 2), CacheSize(blocks=4), meta)
     before, layers = cache.name, list(cache.layers)
     cache.renew()
     assert cache.name != before

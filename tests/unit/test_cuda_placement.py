@@ -84,8 +84,8 @@ def test_the_command_line_takes_a_device() -> None:
 
 
 def test_a_gpu_of_its_own_is_used_but_for_a_tenth() -> None:
-    assert cuda_budget(free=70 * GIB, total=80 * GIB, used=9 * GIB, sharers=1) == 62 * GIB
-    assert cuda_budget(free=5 * GIB, total=80 * GIB, used=9 * GIB, sharers=1) == 0
+    assert cuda_budget(free=70 * GIB, total=80 * GIB, used=9 * GIB, sharers=1, step=0) == 62 * GIB
+    assert cuda_budget(free=5 * GIB, total=80 * GIB, used=9 * GIB, sharers=1, step=0) == 0
 
 
 def test_ranks_that_share_a_gpu_leave_the_others_their_part() -> None:
@@ -93,8 +93,8 @@ def test_ranks_that_share_a_gpu_leave_the_others_their_part() -> None:
     assert [sharers(config(ranks_per_pod=ranks), visible) for ranks, visible in ((2, 1), (4, 2), (2, 2), (1, 8))] == [
         2, 2, 1, 1,
     ]  # fmt: skip
-    first = cuda_budget(free=78 * GIB, total=80 * GIB, used=GIB, sharers=2)
-    second = cuda_budget(free=77 * GIB - first, total=80 * GIB, used=GIB, sharers=2)
+    first = cuda_budget(free=78 * GIB, total=80 * GIB, used=GIB, sharers=2, step=0)
+    second = cuda_budget(free=77 * GIB - first, total=80 * GIB, used=GIB, sharers=2, step=0)
     assert first == 35 * GIB
     assert 0 < second <= first
     assert first + second + 3 * GIB <= 80 * GIB

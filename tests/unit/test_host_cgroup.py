@@ -238,7 +238,7 @@ def test_cpus_are_those_that_may_be_used(tmp_path: Path, quota: str, found: floa
 def test_a_rank_offers_a_share_of_what_the_container_has(
     available: int, total: int, used: int, sharers: int, found: int
 ) -> None:
-    assert cpu_budget(available, total, used, sharers) == found
+    assert cpu_budget(available, total, used, sharers, step=0) == found
 
 
 def test_a_cgroups_kills_are_told_once_each(tmp_path: Path) -> None:

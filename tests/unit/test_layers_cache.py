@@ -28,7 +28,7 @@ from lockstep_runtime.sources.errors import ModelError
 from lockstep_runtime.worker.cache_room import CacheRoom
 
 CPU = torch.device("cpu")
-PAGED = PagedShape(kv_heads=3, head_dim=10)
+PAGED = PagedShape(kv_heads=3, head_dim=10, sharing=2)
 STATE = StateShape(
     parts=(StatePart(name="inputs", shape=(5, 3), dtype="bfloat16"), StatePart(name="sum", shape=(2, 3, 7)))
 )

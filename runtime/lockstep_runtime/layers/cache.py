@@ -36,7 +36,7 @@ class PagedShape(msgspec.Struct, frozen=True, kw_only=True, tag="paged"):
 
     kv_heads: int
     head_dim: int
-    sharing: int = 1  # query heads that share a kv head
+    sharing: int  # query heads that share a kv head
 
 
 class StatePart(msgspec.Struct, frozen=True, kw_only=True):

@@ -36,7 +36,8 @@ class GatedAttentionShape:
     def paged(self, shard: RankInfo) -> PagedShape:
         """What a rank keeps of every token."""
         first, last = head_range(self.kv_heads, shard)
-        return PagedShape(kv_heads=last - first, head_dim=self.head_dim)
+        sharing = self.heads // shard.size // (last - first)
+        return PagedShape(kv_heads=last - first, head_dim=self.head_dim, sharing=sharing)
 
     def inputs(self, prefix: str, kind: str, shard: RankInfo) -> tuple[TensorSlice, ...]:
         """Slices of the `weight` or the `bias` of q, k and v; a head's queries and its gate lie side by side."""

@@ -20,13 +20,14 @@ FEWEST_STATE_SLOTS: Final = 1 + 2 + PROBE_STATE_SLOTS  # the one of zeros, and o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheRoom:
-    """Of one rank; `max_positions`: of the model."""
+    """Of one rank. `max_positions`: of the model. `step_bytes`: of its largest step, beside weights and cache."""
 
     config: ServeConfig
     device: torch.device
     shape: CacheShape
     dtype: torch.dtype
     max_positions: int
+    step_bytes: int = 0
 
     def offer(self, memory: CacheMemory, *, has_cache: bool) -> CacheSize:
         """What fits; never more than all sequences at full length could use, beside the probe.
@@ -45,7 +46,11 @@ class CacheRoom:
             total = int(torch.cuda.mem_get_info(self.device)[1])
             blocks = blocks_as_before(blocks, block_bytes, memory.footprint(), total)
         if blocks < 2:  # the probe's, and one for requests
-            raise ModelError(f"no room for a KV cache: {budget} bytes are left beside the weights")
+            raise ModelError(
+                f"no room for a KV cache: {budget} bytes are left beside the weights, and beside the {self.step_bytes} "
+                f"that a step of {self.config.limits.max_batch_tokens} tokens and {self.config.limits.max_sequences} "
+                "sequences may take: give it more memory, or lower --max-batch-tokens or --max-sequences"
+            )
         return CacheSize(blocks=blocks, state_slots=state_slots)
 
     def state_slots(self, budget: int) -> int:
@@ -57,12 +62,17 @@ class CacheRoom:
         return max(FEWEST_STATE_SLOTS, min(wanted, fits))
 
     def _budget(self) -> int:
+        if self.config.limits.kv_cache_bytes is not None:
+            return self.config.limits.kv_cache_bytes
         here = self.config.ranks_per_pod
         if self.device.type == "cuda":
             here = sharers(self.config, torch.cuda.device_count())
-        return cache_budget(self.device, here, self.config.limits.kv_cache_bytes)
+        return cache_budget(self.device, here, self.step_bytes)
 
     def _useful_blocks(self) -> int:
-        limits = self.config.limits
-        length = min(limits.max_model_len or self.max_positions, self.max_positions)
-        return limits.max_sequences * -(-length // BLOCK_SIZE) + 1
+        return self.config.limits.max_sequences * -(-self.longest // BLOCK_SIZE) + 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence."""
+        return min(self.config.limits.max_model_len or self.max_positions, self.max_positions)

@@ -51,34 +51,34 @@ def used_bytes(device: torch.device) -> int:
     return resident_pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def cache_budget(device: torch.device, sharers: int, wanted: int | None) -> int:
-    """Bytes for the KV cache of one rank: what was asked for, or a share of what is free.
+def cache_budget(device: torch.device, sharers: int, step: int) -> int:
+    """Bytes for the KV cache of one rank: a share of what is free, and never what its largest step needs.
 
-    `sharers`: ranks that take their memory from the same place.
+    `sharers`: ranks that take their memory from the same place. `step`: bytes of that step.
     """
-    if wanted is not None:
-        return wanted
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return cuda_budget(free, total, used_bytes(device), sharers)
-    return cpu_budget(available_bytes(), total_bytes(), used_bytes(device), sharers)
+        return cuda_budget(free, total, used_bytes(device), sharers, step)
+    return cpu_budget(available_bytes(), total_bytes(), used_bytes(device), sharers, step)
 
 
-def cpu_budget(available: int, total: int, used: int, sharers: int) -> int:
+def cpu_budget(available: int, total: int, used: int, sharers: int, step: int) -> int:
     """What this process, which uses `used` bytes already, may take of the machine's or the container's memory.
 
     The other ranks of the pod may not have taken their part yet, so neither what is left nor a part of the whole says
     enough by itself.
     """
-    return max(0, int(min(available / sharers, total / sharers - used) * CPU_SHARE))
+    room = min(available / sharers, total / sharers - used)
+    return max(0, int(min(room * CPU_SHARE, room - step)))
 
 
-def cuda_budget(free: int, total: int, used: int, sharers: int) -> int:
+def cuda_budget(free: int, total: int, used: int, sharers: int, step: int) -> int:
     """What this process, which uses `used` bytes already, may take of a device.
 
     Others may not have taken their part yet, so what is free says too little where it is shared.
     """
-    return max(0, int(min(free - reserved_bytes(total), CUDA_SHARE * total / sharers - used)))
+    reserved = max(reserved_bytes(total), step)
+    return max(0, int(min(free - reserved, CUDA_SHARE * total / sharers - used, total / sharers - used - step)))
 
 
 def reserved_bytes(total: int) -> int:

@@ -38,6 +38,7 @@ from lockstep_runtime.weights.load import LoadResult, attach_weights, fill_cache
 from lockstep_runtime.weights.parallel_map import in_own_thread
 from lockstep_runtime.weights.sharding import RankInfo
 from lockstep_runtime.weights.weight import StoredTable, Weight
+from lockstep_runtime.worker.activations import step_bytes
 from lockstep_runtime.worker.cache_room import CacheRoom
 from lockstep_runtime.worker.device import choose_device, prepare, sharers, wait_for_memory
 from lockstep_runtime.worker.grammars import load_grammars
@@ -67,6 +68,7 @@ class LoadReport:
     cache: CacheSize  # that this rank has room for
     block_size: int  # tokens
     memory_bytes: int
+    step_bytes: int = 0  # what the largest step takes beside them
     scrub: Scrub | None = None
 
 
@@ -95,6 +97,7 @@ class ModelRunner:
         self._loaded: LoadResult | None = None
         self._watched: list[Watched] = []
         self._model: Model
+        self._room: CacheRoom
         self._rulebook = Rulebook(2 * config.limits.max_sequences)
         self._cache: KVCache | None = None
         self._attention: Attention = BY_SEQUENCE
@@ -120,6 +123,7 @@ class ModelRunner:
             cache=self.room(),
             block_size=BLOCK_SIZE,
             memory_bytes=used_bytes(self._device),
+            step_bytes=self._room.step_bytes,
             scrub=Scrub(self._watched, _interval(), time.monotonic()) if self._watched else None,
         )
 
@@ -144,8 +148,21 @@ class ModelRunner:
         if self._rank == 0:
             self._rulebook.grammars = load_grammars(self._config, self._model.vocabulary)
         keep_freed_memory()
+        self._room = self._measure_room()
         self._watched = self._watch(cache) if _interval() > 0 else []
         return loaded
+
+    def _measure_room(self) -> CacheRoom:
+        room = CacheRoom(
+            config=self._config,
+            device=self._device,
+            shape=self._model.cache_shape,
+            dtype=self._placement.activation,
+            max_positions=self._model.max_positions,
+        )
+        step = step_bytes(self._model, self._placement, self._attention, self._config.limits, room.longest)
+        logger.info("the largest step takes %.1f MB beside weights and cache", step / 1e6)
+        return replace(room, step_bytes=step)
 
     def _load_cached(self, path: Path, progress: Callable[[int, int], None]) -> tuple[LoadResult, WeightCache | None]:
         """Through the weight cache, which is filled first if need be; without it where there is no room."""
@@ -322,14 +339,7 @@ class ModelRunner:
 
     def room(self) -> CacheSize:
         """See `CacheRoom.offer`."""
-        room = CacheRoom(
-            config=self._config,
-            device=self._device,
-            shape=self._model.cache_shape,
-            dtype=self._placement.activation,
-            max_positions=self._model.max_positions,
-        )
-        return room.offer(self.memory, has_cache=self._cache is not None)
+        return self._room.offer(self.memory, has_cache=self._cache is not None)
 
 
 def _check_tokens(batch: Batch, rows: int) -> None:
