@@ -18,8 +18,12 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from lockstep_runtime.protocol.chaos import FaultPhase, Injection
@@ -35,12 +39,22 @@ COMMON: Final = {
     "num_key_value_heads": 2, "vocab_size": WORDS, "max_position_embeddings": 512,
 }  # fmt: skip
 EXPERTS: Final = {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
+HYBRID: Final = {
+    "num_hidden_layers": 4, "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
 ARCHITECTURES: Final[dict[str, tuple[Any, Any]]] = {
     "llama": (LlamaForCausalLM, LlamaConfig(**COMMON, tie_word_embeddings=True)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**COMMON)),
     "mistral": (MistralForCausalLM, MistralConfig(**COMMON, sliding_window=None)),
     "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**COMMON, **EXPERTS)),
+    "qwen3_next": (
+        Qwen3NextForCausalLM,
+        Qwen3NextConfig(**COMMON | HYBRID | EXPERTS, shared_expert_intermediate_size=40),
+    ),
+    "qwen3_5": (Qwen3_5ForCausalLM, Qwen3_5TextConfig(**COMMON | HYBRID)),
 }
+IN_THIRD: Final = ("qwen3_moe", "qwen3_next")
 REQUESTS: Final = (
     {"prompt": "w5 w77 w140", "temperature": 0},
     {"prompt": "w9 w10 w11 w12 w13 w14 w15", "temperature": 1.0, "seed": 7},
@@ -56,7 +70,7 @@ def is_whole(answer: Answer) -> bool:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.third] if name == "qwen3_moe" else []) for name in ARCHITECTURES]
+    "name", [pytest.param(name, marks=[pytest.mark.third] if name in IN_THIRD else []) for name in ARCHITECTURES]
 )
 def test_requests_in_flight_outlive_its_faults(tmp_path: Path, name: str) -> None:
     kind, config = ARCHITECTURES[name]
