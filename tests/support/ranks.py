@@ -15,6 +15,7 @@ from lockstep_runtime.distributed.errors import CommunicatorAborted
 from lockstep_runtime.distributed.join import join, open_rendezvous
 from lockstep_runtime.layers.cache import CacheSize
 from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.images import Pixels
 from lockstep_runtime.protocol.step import SamplingParams, SequenceSlice
 from lockstep_runtime.worker.model_runner import LoadReport, ModelRunner, StepOutput
 
@@ -49,8 +50,8 @@ class Ranks:
         self._meeting.close()
         self._pool.shutdown()
 
-    def step(self, *sequences: SequenceSlice) -> StepOutput:
-        step = bus.Step(epoch=1, step=self._steps, sequences=list(sequences))
+    def step(self, *sequences: SequenceSlice, images: bus.ImageWork = bus.NO_IMAGES) -> StepOutput:
+        step = bus.Step(epoch=1, step=self._steps, sequences=list(sequences), images=images)
         self._steps += 1
         outputs: list[StepOutput] = list(
             self._pool.map(lambda pair: pair[0].step(step, pair[1]), zip(self.runners, self.groups, strict=True))
@@ -81,6 +82,17 @@ class Ranks:
         self.groups = list(
             self._pool.map(lambda rank: join(self.config, rank, 1, address, timeout=60), range(len(self.groups)))
         )
+
+    def send(self, image: Pixels, part_bytes: int = 1000) -> None:
+        """An image's pixels, in parts."""
+        for runner in self.runners:
+            for offset in range(0, len(image.data), part_bytes):
+                data = image.data[offset : offset + part_bytes]
+                runner.images.take(
+                    bus.ImagePart(
+                        digest=image.digest, height=image.height, width=image.width, offset=offset, data=data
+                    )
+                )  # fmt: skip
 
     def greedy(self, prompt: list[int], tokens: int, blocks: list[int]) -> list[int]:
         """The whole prompt in one chunk, then token by token."""

@@ -27,6 +27,7 @@ from lockstep_runtime.protocol.step import SequenceSlice
 from lockstep_runtime.recovery.bus_server import BusServer, FromPeer, Peer
 from lockstep_runtime.worker.bus_client import BusClient, ShutdownRequested
 from lockstep_runtime.worker.fault_classifier import classify
+from lockstep_runtime.worker.images import RankImages
 from lockstep_runtime.worker.likeliest import NonFiniteError
 from lockstep_runtime.worker.main import Worker
 from lockstep_runtime.worker.model_runner import LoadReport, StepOutput
@@ -113,6 +114,7 @@ class FakeEdge:
 
     groups: list[FakeGroup] = field(default_factory=list)
     step_work: Callable[[TracedCommunicator], Any] = lambda group: 42
+    images: RankImages = field(default_factory=lambda: RankImages(None))
 
     def open_rendezvous(self, config: ServeConfig, epoch: int) -> Any:
         return FakeRendezvous()

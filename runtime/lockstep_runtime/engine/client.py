@@ -7,12 +7,21 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from lockstep_runtime.protocol.images import ImageSpan, Pixels
 from lockstep_runtime.protocol.step import LogitRules, SampledToken, SamplingParams
 
 
 class FinishReason(enum.StrEnum):
     STOP = "stop"  # a stop token id was sampled
     LENGTH = "length"  # max_tokens, or the model's length, was reached
+
+
+@dataclass(frozen=True, slots=True)
+class PromptImage:
+    """An image, and its place in the prompt."""
+
+    span: ImageSpan
+    pixels: Pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +34,7 @@ class GenerationRequest:
     sampling: SamplingParams
     stop_token_ids: frozenset[int] = frozenset()
     rules: LogitRules | None = None
+    images: tuple[PromptImage, ...] = ()  # in order
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ from lockstep_runtime.recovery.rank_rpc import GroupFaultError, StepRefusedError
 
 logger = logging.getLogger(__name__)
 
+MOST_IMAGE_BYTES: Final = 512 * 1024 * 1024  # of pixels; then requests with images are turned away
 REFUSALS_IN_A_ROW: Final = 6  # steps that no rank could begin: then it is not the requests
 
 
@@ -129,6 +130,8 @@ class Engine:
             )
         if scheduler.waiting >= self._config.limits.max_waiting:
             raise EngineBusyError(f"{scheduler.waiting} requests are waiting already", retry_after=2.0)
+        if request.images and scheduler.image_bytes > MOST_IMAGE_BYTES:
+            raise EngineBusyError("too many images are waiting already", retry_after=2.0)
         scheduler.add(sequence)
         self._idle.clear()
         self._wake.set()
@@ -265,6 +268,7 @@ class Engine:
                 state_slots=resumed.state_slots,
             ):
                 self._fail(sequence.id, "the group came back with a smaller cache, and the request no longer fits")
+        self._scheduler.forget_images()
         return len(self._streams)
 
     # --- steps
@@ -301,7 +305,7 @@ class Engine:
 
     async def _step(self, scheduler: Scheduler, slices: list[SequenceSlice]) -> None:
         try:
-            done, seconds = await self.group.step(slices)
+            done, seconds = await self.group.step(slices, *scheduler.images.work())
         except StepRefusedError as refusal:
             self._refused(scheduler, slices, refusal)
             return

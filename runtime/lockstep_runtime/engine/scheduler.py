@@ -21,6 +21,7 @@ from typing import Final
 
 from lockstep_runtime.engine.block_manager import BlockManager
 from lockstep_runtime.engine.client import FinishReason
+from lockstep_runtime.engine.image_book import ImageBook
 from lockstep_runtime.engine.sequence import QUARANTINE_AT, REJECT_AT, Sequence
 from lockstep_runtime.engine.shares import share
 from lockstep_runtime.engine.state_slots import StateBook
@@ -60,6 +61,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # by arrival
         self._running: list[Sequence] = []  # by arrival
         self.preemptions = 0
+        self.images = ImageBook()
         self._lay_out(max_model_len, blocks, block_size, state_slots)
 
     def _lay_out(self, max_model_len: int, blocks: int, block_size: int, state_slots: int) -> None:
@@ -108,6 +110,7 @@ class Scheduler:
     ) -> list[SampledOutput]:
         """Book a finished step: what it computed, the tokens it drew, and the sequences that are complete. A slice that
         was put off is planned again, as if it had not been there."""
+        self.images.booked()
         running = {sequence.id: sequence for sequence in self._running}
         for part in slices:
             sequence = running.get(part.sequence_id)
@@ -145,6 +148,16 @@ class Scheduler:
             self.remove(sequence.id)
         return rejected
 
+    def forget_images(self) -> None:
+        """The ranks have lost what they had encoded."""
+        self.images.forget((*self._running, *self._waiting))
+
+    @property
+    def image_bytes(self) -> int:
+        """Of all sequences' pixels, equal ones counted once."""
+        images = (image.pixels for one in (*self._running, *self._waiting) for image in one.request.images)
+        return sum({pixels.digest: len(pixels.data) for pixels in images}.values())
+
     def held(self) -> list[SequenceSlice]:
         """What the caches hold: every sequence's last computed token, which attends to all of it."""
         return [
@@ -170,6 +183,7 @@ class Scheduler:
         return [sequence for sequence in everyone if not self.fits(sequence.most_tokens)]
 
     def _plan_running(self, prefill_tokens: int | None) -> list[SequenceSlice]:
+        self.images.begin(self._running)
         wanted = [self._wanted(sequence) for sequence in self._running]
         counts = share(wanted, self._budget(wanted, prefill_tokens))
         queue = list(zip(self._running, counts, strict=True))
@@ -181,8 +195,8 @@ class Scheduler:
                 self._preempt(victim)
                 if victim is sequence:
                     return slices
-            if count:
-                slices.append(self._slice(sequence, count))
+            if fed := self.images.feed(sequence, count):
+                slices.append(self._slice(sequence, fed))
         return slices
 
     def _budget(self, wanted: list[int], prefill_tokens: int | None) -> int:
@@ -228,7 +242,8 @@ class Scheduler:
             while self._states.pairs and len(self._running) >= self._max_sequences:
                 self._preempt(self._running[-1])
             insort(self._running, sequence, key=_by_arrival)
-        count = min(self._wanted(sequence), self._max_batch_tokens)
+        self.images.begin([sequence])
+        count = self.images.feed(sequence, min(self._wanted(sequence), self._max_batch_tokens))
         while not self.book.grow(sequence.id, self._blocks_for(sequence.computed + count)):
             self._preempt(next(one for one in reversed(self._running) if one is not sequence))
         return [self._slice(sequence, count)]
@@ -266,4 +281,6 @@ class Scheduler:
             sample=sequence.request.sampling if draws else None,
             scoring=sequence.scoring(end),
             ruled=sequence.ruled(sequence.computed, draws=draws),
+            images=sequence.images(end),
+            shift=sequence.shift,
         )

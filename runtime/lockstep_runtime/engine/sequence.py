@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lockstep_runtime.engine.client import FinishReason, GenerationRequest
+from lockstep_runtime.protocol.images import ImageSpan, shift_before
 from lockstep_runtime.protocol.step import Past, Ruled, SampledToken, Scoring
 
 QUARANTINE_AT = 2  # points of blame from which a sequence runs alone
@@ -76,6 +77,16 @@ class Sequence:
             return Ruled(drawn=self.drawn)
         start = 0 if rules.needs_prompt else len(self.request.prompt)
         return Ruled(drawn=self.drawn, past=Past(rules=rules, start=start, tokens=self.tokens[start:first]))
+
+    def images(self, end: int) -> list[ImageSpan]:
+        """Those that its tokens from `computed` to `end` reach into."""
+        spans = (image.span for image in self.request.images)
+        return [span for span in spans if self.computed < span.stop and span.start < end]
+
+    @property
+    def shift(self) -> int:
+        """Of its next token's rotary positions, by the images before it."""
+        return shift_before((image.span for image in self.request.images), self.computed)
 
     def score(self, token: SampledToken) -> None:
         self.scored += 1

@@ -35,16 +35,18 @@ class Grid:
         columns = torch.arange(self.columns, device=device).expand(self.rows, -1)
         return torch.stack([self.in_blocks(one.contiguous()) for one in (rows, columns)])
 
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.columns // self.merge**2
 
-def grid_of(pixels: Tensor, processor: ImageProcessor) -> Grid:
-    """pixels: [height, width, 3].
 
-    Raises:
-        ValueError: they are no whole tokens, or more than there are positions for.
+def grid_of(height: int, width: int, processor: ImageProcessor) -> Grid:
     """
-    height, width, colours = pixels.shape
+    Raises:
+        ValueError: so many pixels are no whole tokens, or more than there are positions for.
+    """
     rows, columns = height // processor.patch, width // processor.patch
-    if height % processor.factor or width % processor.factor or colours != 3:
+    if height % processor.factor or width % processor.factor:
         raise ValueError(f"an image of {width} x {height} pixels is no whole number of {processor.factor}-pixel tokens")
     if not 0 < rows * columns <= processor.most_patches:
         raise ValueError(f"an image of {rows * columns} patches; the tower has positions for {processor.most_patches}")

@@ -103,13 +103,17 @@ class VisionTower:
             yield from block.weights()
         yield from self._merger.weights()
 
-    def encode(self, pixels: Tensor, group: Communicator) -> Tensor:
-        """pixels: [height, width, 3], uint8 -> [tokens, the language model's hidden size], the same on every rank.
+    def tokens_of(self, height: int, width: int) -> int:
+        """How many an image of this size becomes.
 
         Raises:
-            ValueError: an image of the wrong size; before any collective.
+            ValueError: it can't be encoded.
         """
-        grid, placed = grid_of(pixels, self.processor), pixels.to(self._placement.device)
+        return grid_of(height, width, self.processor).tokens
+
+    def encode(self, pixels: Tensor, group: Communicator) -> Tensor:
+        """pixels: [height, width, 3], uint8 -> [tokens, the language model's hidden size], the same on every rank."""
+        grid, placed = grid_of(pixels.shape[0], pixels.shape[1], self.processor), pixels.to(self._placement.device)
         patches = patchify(placed, grid, self._table, self.processor).to(self._placement.activation)
         hidden = F.linear(patches, self._embed.data.view(len(self._embed.data), -1), self._embed_bias.data)
         indices, weights = interpolation(grid, self._config.side, placed.device)

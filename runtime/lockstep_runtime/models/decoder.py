@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -21,10 +21,12 @@ from lockstep_runtime.layers.mlp import GatedMLP
 from lockstep_runtime.layers.norm import RMSNorm
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.layers.rotary import Rotation, build_rotary
+from lockstep_runtime.layers.vision import VisionTower
 from lockstep_runtime.models.settings import Settings
 from lockstep_runtime.weights.sharding import RankInfo, replicated
 from lockstep_runtime.weights.weight import StoredTable, Weight
 
+SECTIONS: Final = (11, 11, 10)  # of a rotation for images, where config.json is silent
 Cache = TypeVar("Cache", bound=LayerCache | StateCache, contravariant=True)
 
 
@@ -117,13 +119,14 @@ class Decoder:
 
     def __init__(
         self, parts: Parts[Settings], layer: Callable[[int, str], DecoderLayer], norm: Norm | None = None,
-        prefix: str = "model",
+        prefix: str = "model", vision: VisionTower | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
             layer: makes the layer of a number, whose tensors' names begin with the prefix that is given.
             norm: the last one, if it is no plain RMSNorm.
             prefix: of the decoder's tensors, but the head's.
+            vision: makes tokens of images, whose positions are of three kinds.
         """
         settings, placement = parts.settings, parts.placement
         vocabulary = (settings.vocab_size, settings.hidden_size, parts.shard, placement)
@@ -134,12 +137,17 @@ class Decoder:
         self._norm = norm or parts.norm(f"{prefix}.norm")
         self._head = VocabularyHead(table if tied else "lm_head.weight", *vocabulary)
         rotary = build_rotary(settings.rotated, settings.rope, settings.max_position_embeddings)
+        if vision is not None:
+            rotary = rotary.interleaved(settings.rope.get("mrope_section") or SECTIONS)
+        self.vision = vision
         self._rotary, self._activation = rotary.on(placement.device), placement.activation
         self.vocabulary = settings.vocab_size
         self.max_positions = settings.max_length
         self.cache_shape = CacheShape(layers=tuple(layer.mixer.memory for layer in self._layers))
 
     def weights(self) -> Iterator[Weight | StoredTable]:
+        if self.vision is not None:
+            yield from self.vision.weights()
         yield from self._embedding.weights()
         for layer in self._layers:
             yield from layer.weights()
@@ -154,8 +162,8 @@ class Decoder:
             layer.mixer.loaded()
 
     def forward(self, batch: Batch, cache: KVCache, group: Communicator) -> Tensor:
-        rotation = self._rotary.table(batch.positions, self._activation)
-        hidden = self._embedding(batch.tokens, group)
+        rotation = self._rotary.table(batch.turns, self._activation)
+        hidden = batch.place_images(self._embedding(batch.tokens, group))
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
             hidden = layer(hidden, layer_cache, batch, rotation, group)
         return self._norm(hidden)

@@ -15,6 +15,7 @@ from lockstep_runtime.layers.mlp import GatedMLP
 from lockstep_runtime.layers.moe import MoeShape, SparseMoe
 from lockstep_runtime.layers.norm import ZeroCentredRMSNorm
 from lockstep_runtime.layers.placement import Placement
+from lockstep_runtime.layers.vision import VisionTower
 from lockstep_runtime.models.decoder import Decoder, DecoderLayer, Parts
 from lockstep_runtime.models.settings import Count, DecoderSettings, check, read_settings, wrong
 from lockstep_runtime.weights.sharding import RankInfo, TensorSlice, replicated
@@ -109,7 +110,7 @@ class SparseSettings(HybridSettings, frozen=True, kw_only=True):
 
 def build_hybrid(
     raw: Mapping[str, Any], kind: type[HybridSettings], shard: RankInfo, placement: Placement, *, inputs: InputSlices,
-    prefix: str = "model",
+    prefix: str = "model", vision: VisionTower | None = None,
 ) -> Decoder:  # fmt: skip
     """`raw`: the text model's settings; `prefix`: of its tensors, but the head's.
 
@@ -119,7 +120,7 @@ def build_hybrid(
     settings = _read(raw, kind)
     _check(settings, shard)
     make = HybridParts(settings, shard, placement, inputs, DeltaNetPlanner(settings.delta_net, placement))
-    return Decoder(Parts(settings, shard, placement), make.layer, make.norm(f"{prefix}.norm"), prefix)
+    return Decoder(Parts(settings, shard, placement), make.layer, make.norm(f"{prefix}.norm"), prefix, vision)
 
 
 def _read(raw: Mapping[str, Any], kind: type[HybridSettings]) -> HybridSettings:

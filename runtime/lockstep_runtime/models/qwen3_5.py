@@ -1,8 +1,8 @@
 """Qwen3.5, dense and with experts; the oracles are transformers' `Qwen3_5ForCausalLM`, `Qwen3_5MoeForCausalLM` and the
 text models of the two `ForConditionalGeneration`.
 
-Of the latter the text model is built: a text's positions are the same in all three dimensions, so that its rotary
-embedding is the plain one. Nothing else of a checkpoint (`model.visual.*`, `mtp.*`) is read.
+The latter have a vision tower as well, if the checkpoint says how images are prepared; a text's positions are the same
+in all three dimensions. Nothing else of a checkpoint (`mtp.*`) is read.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from typing import Any, Final
 
 from lockstep_runtime.layers.delta_net import DeltaNetShape, convolved_slices
 from lockstep_runtime.layers.placement import Placement
+from lockstep_runtime.layers.vision import VisionTower, read_vision_config
 from lockstep_runtime.models.decoder import Decoder
 from lockstep_runtime.models.hybrid import HybridSettings, SparseSettings, build_hybrid
-from lockstep_runtime.models.settings import Count
+from lockstep_runtime.models.settings import Count, wrong
+from lockstep_runtime.sources.image_processor import image_processor
 from lockstep_runtime.sources.model_config import text_config
 from lockstep_runtime.weights.sharding import RankInfo, TensorSlice, head_slice
 
-VISION_PREFIX: Final = "model.language_model"  # of the text model's tensors beside a vision tower's
+TEXT_PREFIX: Final = "model.language_model"  # of the text model's tensors beside a vision tower's
+TOWER_PREFIX: Final = "model.visual"
 
 
 class Qwen35Settings(HybridSettings, frozen=True, kw_only=True):
@@ -34,11 +37,30 @@ def build_qwen3_5_moe(raw: Mapping[str, Any], shard: RankInfo, placement: Placem
 
 
 def build_qwen3_5_vision(raw: Mapping[str, Any], shard: RankInfo, placement: Placement) -> Decoder:
-    return build_hybrid(_text(raw), Qwen35Settings, shard, placement, inputs=input_slices, prefix=VISION_PREFIX)
+    return _with_vision(raw, Qwen35Settings, shard, placement)
 
 
 def build_qwen3_5_moe_vision(raw: Mapping[str, Any], shard: RankInfo, placement: Placement) -> Decoder:
-    return build_hybrid(_text(raw), SparseSettings, shard, placement, inputs=input_slices, prefix=VISION_PREFIX)
+    return _with_vision(raw, SparseSettings, shard, placement)
+
+
+def _with_vision(raw: Mapping[str, Any], kind: type[HybridSettings], shard: RankInfo, placement: Placement) -> Decoder:
+    text = _text(raw)
+    return build_hybrid(
+        text, kind, shard, placement,
+        inputs=input_slices, prefix=TEXT_PREFIX, vision=_tower(raw, text["hidden_size"], shard, placement),
+    )  # fmt: skip
+
+
+def _tower(raw: Mapping[str, Any], hidden: int, shard: RankInfo, placement: Placement) -> VisionTower | None:
+    """None: nothing says how images are to be prepared, so that there will be none."""
+    processor = image_processor(raw)
+    if processor is None:
+        return None
+    config = read_vision_config(raw["vision_config"])
+    if config.out_hidden_size != hidden:
+        raise wrong(f"vision_config's out_hidden_size is {config.out_hidden_size}, and the text's hidden_size {hidden}")
+    return VisionTower(config, TOWER_PREFIX, processor, shard, placement)
 
 
 def _text(raw: Mapping[str, Any]) -> dict[str, Any]:

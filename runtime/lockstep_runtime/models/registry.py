@@ -11,6 +11,7 @@ from lockstep_runtime.distributed.communicator import Communicator
 from lockstep_runtime.layers.batch import Batch
 from lockstep_runtime.layers.cache import CacheShape, KVCache
 from lockstep_runtime.layers.placement import Placement
+from lockstep_runtime.layers.vision import VisionTower
 from lockstep_runtime.models.llama import build_llama
 from lockstep_runtime.models.mistral import build_mistral
 from lockstep_runtime.models.qwen2 import build_qwen2
@@ -39,6 +40,10 @@ class Model(Protocol):
 
     @property
     def cache_shape(self) -> CacheShape: ...
+
+    @property
+    def vision(self) -> VisionTower | None:
+        """What makes tokens of images; None: the model takes text only."""
 
     def weights(self) -> Iterable[Weight | StoredTable]:
         """In the order in which they are read."""

@@ -21,6 +21,7 @@ from lockstep_runtime.protocol.step import SampledToken, SequenceSlice
 PROTOCOL: Final = 1
 MAX_HELLO_BYTES: Final = 4 * 1024
 MAX_FRAME_BYTES: Final = 64 * 1024 * 1024
+IMAGE_PART_BYTES: Final = 1024 * 1024  # an image travels in frames of this size, so that no other message waits long
 
 
 # --- bus: handshake --------------------------------------------------------------------------------------------------
@@ -86,12 +87,35 @@ class AllocateCache(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     unverified: list[SequenceSlice] = []
 
 
+class ImagePart(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a rank, before the step that needs it: bytes of an image's pixels from `offset` on. Not answered. A rank keeps
+    an image until a step drops it, or the connection ends."""
+
+    digest: str
+    height: int
+    width: int
+    offset: int
+    data: bytes
+
+
+class ImageWork(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a step does with images before its sequences, by digest: forgets `drop` (of what is in both, not the
+    pixels), then makes tokens of `encode`, which stay on the ranks until they are dropped or the next epoch begins."""
+
+    drop: list[str] = []
+    encode: list[str] = []
+
+
+NO_IMAGES: Final = ImageWork()
+
+
 class Step(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The same to every rank. Answered by `StepDone` or `StepFailed`."""
 
     epoch: int
     step: int
     sequences: list[SequenceSlice]
+    images: ImageWork = NO_IMAGES
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -301,7 +325,7 @@ class StatusReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     status: GroupStatus
 
 
-ToWorker = Welcome | Refused | Rendezvous | Join | AllocateCache | Step | Scrub | Abort | Inject
+ToWorker = Welcome | Refused | Rendezvous | Join | AllocateCache | ImagePart | Step | Scrub | Abort | Inject
 FromWorker = (
     LoadProgress | Loaded | LoadFailed | RendezvousOpened | Joined | CacheAllocated | StepDone | StepFailed | Scrubbed
     | Aborted

@@ -1,10 +1,27 @@
-"""Where an image stands in a sequence, and what its tokens' positions are."""
+"""An image's pixels, where it stands in a sequence, and what its tokens' positions are."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 
 import msgspec
+
+
+class Pixels(msgspec.Struct, frozen=True, kw_only=True):
+    """RGB, 8 bits, row by row."""
+
+    height: int
+    width: int
+    data: bytes
+    digest: str  # as `digest_of` gives it
+
+
+def digest_of(height: int, width: int, data: bytes | memoryview) -> str:
+    """What tells whether two images are equal."""
+    hashed = hashlib.sha256(b"%d x %d " % (height, width))
+    hashed.update(data)
+    return hashed.hexdigest()
 
 
 class ImageSpan(msgspec.Struct, frozen=True, kw_only=True):
@@ -16,13 +33,17 @@ class ImageSpan(msgspec.Struct, frozen=True, kw_only=True):
     columns: int
 
     @property
+    def tokens(self) -> int:
+        return self.rows * self.columns
+
+    @property
     def stop(self) -> int:
-        return self.start + self.rows * self.columns
+        return self.start + self.tokens
 
     @property
     def shift(self) -> int:
         """What the positions of the tokens after it differ by: an image advances them by its longer side only."""
-        return max(self.rows, self.columns) - self.rows * self.columns
+        return max(self.rows, self.columns) - self.tokens
 
 
 def shift_before(spans: Iterable[ImageSpan], position: int) -> int:

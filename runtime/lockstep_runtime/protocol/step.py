@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from lockstep_runtime.protocol.images import ImageSpan
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How one sequence's next token is sampled. Draws are keyed by (seed, position), never by history or batch."""
@@ -103,6 +105,8 @@ class SequenceSlice(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     sample: SamplingParams | None = None
     scoring: Scoring | None = None
     ruled: Ruled | None = None
+    images: list[ImageSpan] = []  # that reach into the tokens, in order
+    shift: int = 0  # of rotary positions: what the images before those have shifted them by
 
 
 class SampledToken(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -17,6 +17,7 @@ from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.host.addresses import join
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import FaultPhase, Inject
+from lockstep_runtime.protocol.images import Pixels
 from lockstep_runtime.protocol.status import GroupStatus, PodProblem
 from lockstep_runtime.protocol.step import SequenceSlice
 from lockstep_runtime.recovery.actions import (
@@ -57,6 +58,7 @@ from lockstep_runtime.recovery.events import (
 from lockstep_runtime.recovery.exits import exit_text, signal_name
 from lockstep_runtime.recovery.fault_log import FaultLog
 from lockstep_runtime.recovery.fault_recorder import FaultRecorder
+from lockstep_runtime.recovery.image_courier import ImageCourier
 from lockstep_runtime.recovery.progress_query import ProgressQuery
 from lockstep_runtime.recovery.rank_rpc import GroupFaultError, RankRpc, StepRefusedError
 from lockstep_runtime.recovery.stage import Stage
@@ -103,6 +105,7 @@ class GroupDriver:
         self._peers: dict[int, Peer] = {}  # by rank
         self._progress = ProgressQuery(self.supervisors)
         self._rpc = RankRpc(self.coordinator, self._peers, self._progress, wake)
+        self._courier = ImageCourier(self._peers)
         self._deadlines = DeadlineModel(config.watchdog)
         self._commit = config.model_commit or ""  # of the hub's model
         self._problems: dict[int, list[PodProblem]] = {}  # by pod
@@ -131,16 +134,21 @@ class GroupDriver:
         """What the pods' supervisors complain of, in the pods' order."""
         return [problem for _, problems in sorted(self._problems.items()) for problem in problems]
 
-    async def step(self, slices: Sequence[SequenceSlice]) -> tuple[bus.StepDone, float]:
-        """Run one step under its deadline; returns the result and its seconds, from which later deadlines are learned.
+    async def step(
+        self, slices: Sequence[SequenceSlice], images: bus.ImageWork = bus.NO_IMAGES, pixels: Sequence[Pixels] = ()
+    ) -> tuple[bus.StepDone, float]:
+        """Run one step under its deadline, with the pixels that it is to encode; returns the result and its seconds,
+        from which later deadlines are learned.
 
         Raises:
             GroupFaultError: the group can't continue; the caller reports it by `broken`.
             StepRefusedError: no rank could begin it; the group is unharmed.
         """
-        self._work = work = work_of(slices)
+        self._work = work = work_of(slices, pixels)
+        self._courier.dropped(set(images.drop) - set(images.encode))
+        self._courier.deliver(pixels)
         begun = time.monotonic()
-        done = await self._rpc.step(list(slices), lambda: self._deadlines.deadline(work))
+        done = await self._rpc.step(list(slices), lambda: self._deadlines.deadline(work), images)
         seconds = time.monotonic() - begun
         self._deadlines.learn(work, seconds)
         return done, seconds

@@ -160,7 +160,9 @@ class RankRpc:
 
     # --- what is asked
 
-    async def step(self, sequences: list[SequenceSlice], deadline: Callable[[], Deadline]) -> bus.StepDone:
+    async def step(
+        self, sequences: list[SequenceSlice], deadline: Callable[[], Deadline], images: bus.ImageWork = bus.NO_IMAGES
+    ) -> bus.StepDone:
         """Run one step on every rank; returns rank 0's answer once all ranks agree. `deadline` is called when the ranks
         are at work already, so that they don't wait for it.
 
@@ -169,7 +171,7 @@ class RankRpc:
             StepRefusedError: no rank could begin it; the group is unharmed.
         """
         self._step += 1
-        step = bus.Step(epoch=self.epoch, step=self._step, sequences=sequences)
+        step = bus.Step(epoch=self.epoch, step=self._step, sequences=sequences, images=images)
         call = self._put(range(len(self._handles)), step, bus.StepDone)
         answers = cast("dict[int, bus.StepDone]", await self._answers(call, deadline()))
         if odd := compare(answers):

@@ -18,6 +18,7 @@ from typing import Final
 import msgspec
 
 from lockstep_runtime.config import Watchdog
+from lockstep_runtime.protocol.images import Pixels
 from lockstep_runtime.protocol.step import SequenceSlice
 
 CEILING_SECONDS: Final = 120.0  # of a learned deadline, and of a step of which nothing is known
@@ -25,6 +26,7 @@ SINKING: Final = 0.9  # of what a high mark is above a shorter duration, this mu
 LONGEST_STRETCH: Final = 4.0
 WARMING_SECONDS: Final = 10.0  # the least for the first step of a kind after a process was replaced
 LOOK_SECONDS: Final = 0.1  # at most, between two looks at the clock
+PIXELS_PER_TOKEN: Final = 16 * 16  # a patch, which a tower works on as a model on a token
 LATE_SECONDS: Final = 0.02  # a wait that ends later than this was prolonged by our own delay
 STILL: Final = 0.5  # of its deadline: a rank that moved more recently is slow and does not hang
 
@@ -32,6 +34,7 @@ STILL: Final = 0.5  # of its deadline: a rank that moved more recently is slow a
 class Kind(enum.StrEnum):
     DECODE = "decode"
     PREFILL = "prefill"
+    IMAGES = "images"  # a prefill that encodes images as well
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -53,8 +56,9 @@ class Deadline(msgspec.Struct, frozen=True):
 UNKNOWN: Final = Deadline(CEILING_SECONDS, CEILING_SECONDS, extends=False)  # of a kind's first step
 
 
-def work_of(slices: Sequence[SequenceSlice]) -> Work:
-    """The size of a step; one that prefills at all counts as a prefill."""
+def work_of(slices: Sequence[SequenceSlice], images: Sequence[Pixels] = ()) -> Work:
+    """The size of a step; one that prefills at all counts as a prefill. What encoding takes is at most linear in an
+    image's pixels, too, for images are small."""
     kind, tokens, context = Kind.DECODE, 0, 1
     for part in slices:  # one loop: every step waits for this
         fed = len(part.tokens)
@@ -62,6 +66,9 @@ def work_of(slices: Sequence[SequenceSlice]) -> Work:
         context = max(context, part.position + fed)
         if fed > 1 or not part.position:
             kind = Kind.PREFILL
+    if images:
+        kind = Kind.IMAGES
+        tokens += sum(image.height * image.width for image in images) // PIXELS_PER_TOKEN
     return Work(kind, max(tokens, 1), context)
 
 

@@ -49,7 +49,7 @@ class ShutdownRequested:
 
 Command = (
     Connected | Disconnected | ShutdownRequested
-    | bus.Rendezvous | bus.Join | bus.AllocateCache | bus.Step | bus.Scrub | bus.Abort | Inject
+    | bus.Rendezvous | bus.Join | bus.AllocateCache | bus.ImagePart | bus.Step | bus.Scrub | bus.Abort | Inject
 )  # fmt: skip
 
 

@@ -121,6 +121,7 @@ class Worker:
                 case Connected():
                     self._drop_group()
                     if self._loaded is not None and self._control.is_current(command):
+                        self._runner.images.forget()  # the engine counts on nothing that it sent by another connection
                         self._control.send(self._loaded)
                 case Disconnected():
                     self._drop_group()
@@ -128,6 +129,8 @@ class Worker:
                     self._abort(command)
                 case Inject():
                     self._hooks.idle()
+                case bus.ImagePart():
+                    self._runner.images.take(command)
                 case _ if command.epoch >= self._control.min_epoch:
                     self._execute(command)
 
@@ -237,6 +240,7 @@ class Worker:
     def _join(self, command: bus.Join) -> bus.Joined:
         begun = time.monotonic()
         self._progress.enter(command.epoch, JOIN_STEP)
+        self._runner.images.forget_tokens()
         self._hooks.joining()
         self._progress.enter_collective("the meeting place")
         group = self._collectives.join(

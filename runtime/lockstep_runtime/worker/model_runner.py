@@ -30,6 +30,7 @@ from lockstep_runtime.models.registry import Model, build_model
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.step import SampledToken, SequenceSlice
 from lockstep_runtime.sources.errors import ModelError
+from lockstep_runtime.sources.image_processor import with_image_processor
 from lockstep_runtime.sources.model_config import dtype_name
 from lockstep_runtime.sources.model_folder import find_model, read_config
 from lockstep_runtime.weights.cache import CacheError, Identity, WeightCache, open_cache
@@ -42,6 +43,7 @@ from lockstep_runtime.worker.activations import step_bytes
 from lockstep_runtime.worker.cache_room import CacheRoom
 from lockstep_runtime.worker.device import choose_device, prepare, sharers, wait_for_memory
 from lockstep_runtime.worker.grammars import load_grammars
+from lockstep_runtime.worker.images import RankImages
 from lockstep_runtime.worker.likeliest import check_finite
 from lockstep_runtime.worker.memory import (
     give_back_freed_memory,
@@ -100,6 +102,7 @@ class ModelRunner:
         self._room: CacheRoom
         self._rulebook = Rulebook(2 * config.limits.max_sequences)
         self._cache: KVCache | None = None
+        self.images = RankImages(None)
         self._attention: Attention = BY_SEQUENCE
         torch.set_num_threads(config.threads_per_rank or max(1, int(cpus() / config.ranks_per_pod)))
 
@@ -204,7 +207,7 @@ class ModelRunner:
     def _find(self) -> tuple[Path, Mapping[str, Any]]:
         config = self._config
         directory = find_model(config.model, config.model_revision, config.download_dir)
-        return directory, with_dtype(directory, read_config(directory))
+        return directory, with_image_processor(directory, with_dtype(directory, read_config(directory)))
 
     def _build(self, settings: Mapping[str, Any]) -> None:
         dtype = _dtype(self._config.dtype, dtype_name(settings) or "float32")
@@ -212,6 +215,7 @@ class ModelRunner:
         shard = RankInfo(self._rank, self._config.tensor_parallel_size)
         with torch.inference_mode():
             self._model = build_model(settings, shard, self._placement)
+            self.images = RankImages(self._model.vision)
             paged = [layer for layer in self._model.cache_shape.layers if isinstance(layer, PagedShape)]
             if paged:
                 self._attention = choose_attention(self._placement, paged[0])
@@ -285,6 +289,7 @@ class ModelRunner:
             check_scoring(step.sequences, self._model.vocabulary)
             if group.rank == 0:
                 self._rulebook.prepare(step.sequences)
+            batch = self.images.place(step, batch, group)
             states = self._model.forward(batch, self._cache, group)
             hidden = states if len(states) == len(batch.segments) else states[batch.last]
             drawn = self._draw(step.sequences, hidden, group)
