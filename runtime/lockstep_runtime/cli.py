@@ -30,6 +30,7 @@ from lockstep_runtime.config import (
     Strategy,
     ToolCallParser,
     UsageError,
+    Vision,
     Watchdog,
     WeightCache,
 )
@@ -92,6 +93,13 @@ def _flags(command: Callable[..., None]) -> Callable[..., None]:
         flag(engine, "kv-cache-memory", byte_size, None, "per rank, such as 2Gi; default: what there is",
               "kv_cache_bytes", metavar="SIZE"),
         flag(engine, "max-waiting", COUNT, limits.max_waiting, "queued requests before new ones are turned away"),
+        flag(engine, "max-pixels", COUNT, None,
+              "that an image is resized to at most; default: the model's; at most what it has positions for"),
+        flag(engine, "min-pixels", COUNT, None, "that an image is resized to at least; default: the model's"),
+        flag(engine, "allow-image-host", str, None,
+              "a host from which images are fetched by their URLs, if its addresses are public ones; repeat it for "
+              "more; in the variable put spaces between; default: images must come as data URIs", "image_hosts",
+              multiple=True, metavar="HOST"),
         flag(repair, "step-timeout", SOME_SECONDS, None, "a step's deadline; default: learned from the steps before"),
         flag(repair, "watchdog-floor", SOME_SECONDS, watchdog.floor, "the shortest deadline that is learned", "floor"),
         flag(repair, "watchdog-factor", FACTOR, watchdog.factor, "how many times the expected time a step may take",
@@ -150,8 +158,9 @@ def config_from(options: Mapping[str, Any]) -> ServeConfig:
     given["served_name"] = given.get("served_name") or given["model"].rstrip("/").rsplit("/", 1)[-1]
     given["leader"] = given.get("leader") or loopback()
     limits = {name: given.pop(name) for name in EngineLimits.__struct_fields__ if name in given}
+    vision = {name: given.pop(name) for name in Vision.__struct_fields__ if name in given}
     watchdog = {name: given.pop(name) for name in Watchdog.__struct_fields__ if name in given}
-    return ServeConfig(limits=EngineLimits(**limits), watchdog=Watchdog(**watchdog), **given)
+    return ServeConfig(limits=EngineLimits(**limits), vision=Vision(**vision), watchdog=Watchdog(**watchdog), **given)
 
 
 def token_for(config: ServeConfig, environment: Mapping[str, str]) -> str:

@@ -53,6 +53,14 @@ class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_waiting: int = 1024  # requests queued before new ones are turned away with 503
 
 
+class Vision(msgspec.Struct, frozen=True, kw_only=True):
+    """Images of requests. None: the model's own bounds; both are clamped to its position embeddings."""
+
+    max_pixels: int | None = None  # that an image is resized to at most
+    min_pixels: int | None = None
+    image_hosts: tuple[str, ...] = ()  # from which images are fetched; others must come as data URIs
+
+
 class Watchdog(msgspec.Struct, frozen=True, kw_only=True):
     """How long a step may take. None learns it from the steps before; a number of seconds is taken as it is."""
 
@@ -86,6 +94,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: Device = "auto"  # auto: see `accelerator.settle`; cuda with the backend cpu lets ranks share a GPU
     threads_per_rank: int | None = None  # CPU threads; None: the cores there are, divided by the pod's ranks
     limits: EngineLimits = EngineLimits()
+    vision: Vision = Vision()
     reasoning_parser: ReasoningParser = "auto"  # auto: qwen3 where the tokenizer has its markers, else none
     tool_call_parser: ToolCallParser = "auto"  # auto: of the format that the chat template writes calls in
 

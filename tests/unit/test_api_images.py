@@ -16,8 +16,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from lockstep_runtime.api.errors import ApiError
 from lockstep_runtime.api.images.content import RemoteImage, content_of, for_template, images_of, locate
-from lockstep_runtime.api.images.picture import Picture, convert
+from lockstep_runtime.api.images.picture import convert
 from lockstep_runtime.layers.image_patches import grid_of, normalised, patchify
+from lockstep_runtime.protocol.images import Pixels
 from lockstep_runtime.sources.image_processor import ImageProcessor, image_processor
 
 SHAPE = TowerShape(patch=16, positions=2304)
@@ -42,10 +43,10 @@ def located(url: str) -> bytes:
     return found
 
 
-def check_equal(picture: Picture, given: Any, processor: ImageProcessor) -> None:
+def check_equal(found: Pixels, given: Any, processor: ImageProcessor) -> None:
     """Every patch is the oracle's, to the bit."""
-    pixels = torch.frombuffer(bytearray(picture.pixels), dtype=torch.uint8).view(picture.height, picture.width, 3)
-    grid = grid_of(pixels, processor)
+    pixels = torch.frombuffer(bytearray(found.data), dtype=torch.uint8).view(found.height, found.width, 3)
+    grid = grid_of(found.height, found.width, processor)
     assert given["image_grid_thw"].tolist() == [[1, grid.rows, grid.columns]]
     assert torch.equal(patchify(pixels, grid, normalised(processor), processor), given["pixel_values"])
 
@@ -150,11 +151,11 @@ def test_bytes_cut_anywhere_are_an_image_or_a_refusal(processor: ImageProcessor)
             for _ in range(drawn.randint(0, 3)):
                 if damaged:
                     damaged[drawn.randrange(len(damaged))] = drawn.randrange(256)
-            found = status_or_picture(bytes(damaged), processor)
-            assert found == 400 if isinstance(found, int) else len(found.pixels) == found.height * found.width * 3
+            found = status_or_pixels(bytes(damaged), processor)
+            assert found == 400 if isinstance(found, int) else len(found.data) == found.height * found.width * 3
 
 
-def status_or_picture(content: bytes, processor: ImageProcessor) -> int | Picture:
+def status_or_pixels(content: bytes, processor: ImageProcessor) -> int | Pixels:
     try:
         return convert(content, processor)
     except ApiError as refusal:

@@ -14,7 +14,7 @@ from itertools import islice, pairwise
 from typing import Any, Final
 
 from lockstep_runtime.api.chat_template import Chat, ChatTemplate
-from lockstep_runtime.api.errors import invalid, unsupported
+from lockstep_runtime.api.errors import invalid
 from lockstep_runtime.api.tokenizer import TextTokenizer, TooManyTokensError
 
 # Unicode's noncharacters: never part of a text that is interchanged (Unicode, 23.7).
@@ -119,28 +119,3 @@ def _unused_marks(given: object) -> Iterator[str]:
 def _insert(text: str, positions: list[int], cut: str) -> str:
     edges = [0, *positions, len(text)]
     return cut.join(text[start:end] for start, end in pairwise(edges))
-
-
-def text_of(content: object) -> str:
-    """A message's content as text: a string, nothing, or a list of parts, of which only text is supported.
-
-    Raises:
-        ValueError: neither.
-        ApiError: 400, a part of another type.
-    """
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise ValueError("Input should be a string or a list of parts")
-    return "\n".join(map(_text_of_part, content))
-
-
-def _text_of_part(part: object) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(part, dict) or not isinstance(kind, str):
-        raise ValueError("A part should be an object with a `type`")
-    if kind != "text":
-        raise unsupported(f"content part {kind[:40]}", "only parts of type text are taken")
-    if not isinstance(part.get("text"), str):
-        raise ValueError("A part of type text should have a string `text`")
-    return str(part["text"])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep_runtime.api.chat import encode_chat
 from lockstep_runtime.api.chat_template import Chat
 from lockstep_runtime.api.errors import invalid, unsupported
+from lockstep_runtime.api.images.content import text_of
+from lockstep_runtime.api.images.placement import place_images
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.model import ServedModel
 from lockstep_runtime.api.reasoning import is_open, opens_in
 from lockstep_runtime.api.schemas import Conversation
+from lockstep_runtime.engine.client import PromptImage
+from lockstep_runtime.protocol.images import Pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +28,17 @@ class ChatPrompt:
     ids: list[int]
     thinks: bool
     continues: bool
+    images: tuple[PromptImage, ...] = ()
 
 
-def chat_prompt(model: ServedModel, request: Conversation, limits: Limits, *, most: int) -> ChatPrompt:
+def chat_prompt(
+    model: ServedModel, request: Conversation, limits: Limits, *, most: int, images: Sequence[Pixels] = ()
+) -> ChatPrompt:
     """Blocks (template, tokenizer): run it in a thread.
 
     Args:
-        most: tokens.
+        most: tokens, before images take their places.
+        images: of the conversation's `image_urls`.
 
     Raises:
         ApiError: 400, the model has no template, or its template refuses the messages.
@@ -51,10 +60,12 @@ def chat_prompt(model: ServedModel, request: Conversation, limits: Limits, *, mo
     seconds, limit = limits.render_seconds, limits.max_prompt_chars
     special = bool(request.add_special_tokens)
     ids = encode_chat(template, tokenizer, chat, seconds=seconds, limit=limit, most=most, add_special_tokens=special)
+    ids, placed = place_images(ids, images, model.images) if images else (ids, ())
     if chat.continues:
-        return ChatPrompt(ids, model.markers is not None and opens_in(request.messages[-1].content), continues=True)
+        thinks = model.markers is not None and opens_in(text_of(request.messages[-1].content))
+        return ChatPrompt(ids, thinks, continues=True, images=placed)
     thinks = is_open(model.markers, template, tokenizer, chat, ids, seconds=seconds, limit=limit)
-    return ChatPrompt(ids, thinks, continues=False)
+    return ChatPrompt(ids, thinks, continues=False, images=placed)
 
 
 def _check_tools(model: ServedModel) -> None:

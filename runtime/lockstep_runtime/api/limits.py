@@ -18,11 +18,16 @@ from starlette.requests import ClientDisconnect, Request
 from lockstep_runtime.api.errors import ApiError, invalid, unavailable
 
 _BACKSLASH: Final = ord("\\")
+_AT_ONCE: Final = 1 << 20  # bytes that one call looks through
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     max_body_bytes: int = 4 * 1024 * 1024
+    max_image_body_bytes: int = 24 * 1024 * 1024  # where the model takes images
+    max_images: int = 128  # of one request
+    max_image_bytes: int = 16 * 1024 * 1024  # of a remote image's file
+    image_seconds: float = 10.0  # for a remote image to arrive
     max_bodies_bytes: int = 256 * 1024 * 1024  # of all bodies that are read or worked on at once
     max_json_depth: int = 32
     max_json_containers: int = 20_000  # lists and objects
@@ -46,29 +51,30 @@ class Bodies:
         self._held = 0
 
     @asynccontextmanager
-    async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """The body, held until the context is left.
+    async def read(self, request: Request, most: int | None = None) -> AsyncIterator[bytearray]:
+        """The body, of at most so many bytes, held until the context is left.
 
         Raises:
             ApiError: 408 too slow; 413 too large; 415 another content type; 503 too many large ones at once.
         """
-        _check_headers(request, self._limits)
+        most = self._limits.max_body_bytes if most is None else most
+        _check_headers(request, most)
         body = bytearray()
         try:
-            await self._fill(body, request)
-            yield bytes(body)
+            await self._fill(body, request, most)
+            yield body  # no copy of it: a large one would hold up every stream
         finally:
             self._held -= len(body)
 
-    async def _fill(self, body: bytearray, request: Request) -> None:
+    async def _fill(self, body: bytearray, request: Request, most: int) -> None:
         limits = self._limits
         try:
             async with asyncio.timeout(limits.body_seconds):
                 async for chunk in request.stream():
                     body += chunk
                     self._held += len(chunk)
-                    if len(body) > limits.max_body_bytes:
-                        raise _too_large(limits.max_body_bytes)
+                    if len(body) > most:
+                        raise _too_large(most)
                     if self._held > limits.max_bodies_bytes:
                         raise unavailable("Too many large bodies are under way; try again", 1, "too_many_requests")
         except TimeoutError:
@@ -77,7 +83,7 @@ class Bodies:
             raise ApiError(400, "The client went away while it sent the body") from None
 
 
-def parse(body: bytes, limits: Limits) -> dict[str, Any]:
+def parse(body: bytes | bytearray, limits: Limits) -> dict[str, Any]:
     """Strict JSON (RFC 8259: no NaN, no lone surrogates, UTF-8): an object, within the limits' depth and structure.
 
     Raises:
@@ -97,15 +103,15 @@ def parse(body: bytes, limits: Limits) -> dict[str, Any]:
     return value
 
 
-def _check_headers(request: Request, limits: Limits) -> None:
+def _check_headers(request: Request, most: int) -> None:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise ApiError(415, "The Content-Type must be application/json")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "A compressed body is not supported: send it without a Content-Encoding")
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and len(length) < 20 and int(length) > limits.max_body_bytes:
-        raise _too_large(limits.max_body_bytes)
+    if length.isdecimal() and len(length) < 20 and int(length) > most:
+        raise _too_large(most)
 
 
 def _check_depth(value: dict[str, Any], limit: int) -> None:
@@ -123,10 +129,10 @@ def _check_depth(value: dict[str, Any], limit: int) -> None:
     raise _too_deep(limit)
 
 
-def _check_structure(body: bytes, limits: Limits) -> None:
+def _check_structure(body: bytes | bytearray, limits: Limits) -> None:
     # Of what stands within strings, too: an upper bound, and all that most bodies cost.
     containers, items = _count(body, 0, len(body))
-    quotes = body.count(b'"') - body.count(b'\\"')
+    quotes = _occurrences(body, b'"', 0, len(body)) - _occurrences(body, b'\\"', 0, len(body))
     if _is_within(limits, containers, quotes, items):
         return
     containers = strings = items = position = 0
@@ -153,12 +159,18 @@ def _is_within(limits: Limits, containers: int, strings: int, items: int) -> boo
     )
 
 
-def _count(body: bytes, start: int, end: int) -> tuple[int, int]:
+def _count(body: bytes | bytearray, start: int, end: int) -> tuple[int, int]:
     """Lists and objects, and the commas between what they hold."""
-    return body.count(b"[", start, end) + body.count(b"{", start, end), body.count(b",", start, end)
+    containers = _occurrences(body, b"[", start, end) + _occurrences(body, b"{", start, end)
+    return containers, _occurrences(body, b",", start, end)
 
 
-def _end_of_string(body: bytes, start: int) -> int:
+def _occurrences(body: bytes | bytearray, what: bytes, start: int, end: int) -> int:
+    """In pieces, between which others may run; what lies across an edge is not counted."""
+    return sum(body.count(what, first, min(first + _AT_ONCE, end)) for first in range(start, end, _AT_ONCE))
+
+
+def _end_of_string(body: bytes | bytearray, start: int) -> int:
     """The position after its closing quotation mark, one that an even number of backslashes stands before."""
     position = start
     while (quote := body.find(b'"', position)) >= 0:

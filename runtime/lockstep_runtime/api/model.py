@@ -19,11 +19,16 @@ from lockstep_runtime.api.tools.probe import NO_TOOLS, ToolSupport, probe
 from lockstep_runtime.config import ReasoningParser, ServeConfig, ToolCallParser
 from lockstep_runtime.sources.errors import ModelError, may_pass
 from lockstep_runtime.sources.files import read_bytes, read_object
+from lockstep_runtime.sources.image_processor import ImageProcessor, image_processor, with_image_processor
 from lockstep_runtime.sources.model_config import text_config
 from lockstep_runtime.sources.model_folder import StillFetchingError, locate
 
 _EVERY_TOKEN: Final = 2**31 - 1  # and a whole number that every process takes
 _TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+_NO_VISION: Final = "for it has no vision part"
+_NO_PROCESSOR: Final = "for no preprocessor_config.json says how its images are prepared"
 
 
 class Problem(enum.StrEnum):
@@ -71,6 +76,8 @@ class ServedModel:
     markers: ReasoningMarkers | None = None  # None: reasoning is part of the answer
     tool_template: ChatTemplate | None = None  # for conversations with tools, if it is another
     tools: ToolSupport = NO_TOOLS
+    images: ImageProcessor | None = None  # None: the model takes text only, and `why_no_images` says so
+    why_no_images: str = _NO_VISION
     stop_ids: frozenset[int]
     defaults: SamplingDefaults
     vocabulary: int | None = None  # rows of its embedding: a token's id must be less; None: nobody says
@@ -112,10 +119,18 @@ def _load(config: ServeConfig) -> ServedModel:
         markers=_markers(tokenizer, config.reasoning_parser),
         tool_template=tool_template,
         tools=_tools(tool_template, config.tool_call_parser),
+        images=_images(folder, model, config),
+        why_no_images=_NO_PROCESSOR if "vision_config" in model else _NO_VISION,
         stop_ids=_stop_ids(tokenizer, generation, model, settings),
         defaults=sampling_defaults(generation),
         vocabulary=rows,
     )
+
+
+def _images(folder: Path, model: Mapping[str, Any], config: ServeConfig) -> ImageProcessor | None:
+    with _told_as(Problem.SETTINGS_UNREADABLE):
+        processor = image_processor(with_image_processor(folder, model))
+    return processor and processor.limited(config.vision.max_pixels, config.vision.min_pixels)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from lockstep_runtime.api.chat_prompt import ChatPrompt, chat_prompt
@@ -18,6 +18,7 @@ from lockstep_runtime.api.rule_fields import rules_of
 from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest
 from lockstep_runtime.api.tokenizer import TooManyTokensError
 from lockstep_runtime.engine.client import GenerationRequest
+from lockstep_runtime.protocol.images import Pixels
 from lockstep_runtime.protocol.step import SamplingParams
 
 _SEEDS: Final = 2**64
@@ -34,12 +35,16 @@ class RequestBuilder:
     max_model_len: int
     limits: Limits
 
-    def chat(self, request: ChatRequest) -> tuple[Job, ResponseFormat]:
+    def build(self, request: ChatRequest | CompletionRequest, images: Sequence[Pixels]) -> tuple[Job, ResponseFormat]:
+        return self.chat(request, images) if isinstance(request, ChatRequest) else self.completion(request)
+
+    def chat(self, request: ChatRequest, images: Sequence[Pixels] = ()) -> tuple[Job, ResponseFormat]:
         try:
-            prompt = chat_prompt(self.model, request, self.limits, most=self.max_model_len)
+            prompt = chat_prompt(self.model, request, self.limits, most=self.max_model_len, images=images)
         except TooManyTokensError as error:
             raise self._too_long(str(error), "messages") from None
         requests = self._requests("chatcmpl", request, [tuple(prompt.ids)], request.asked_tokens, "messages", False)
+        requests = [replace(one, images=prompt.images) for one in requests] if images else requests
         logprobs = request.asked_logprobs >= 0
         job = self._job(request, requests, prompt=prompt, tools=self._tools(request))
         return job, ChatFormat(self.model.tokenizer, len(requests), logprobs=logprobs, echo=request.echoed)

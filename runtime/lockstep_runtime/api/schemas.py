@@ -27,8 +27,8 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from lockstep_runtime.api.chat import text_of
 from lockstep_runtime.api.errors import ApiError, invalid, unsupported
+from lockstep_runtime.api.images.content import Content, content_of, for_template, images_of, text_of
 from lockstep_runtime.api.neutral import REFUSED, Neutral, check_neutral, schema_of
 from lockstep_runtime.api.rule_fields import RuleFields
 from lockstep_runtime.api.tools.schemas import ToolCall, ToolChoice, Tools
@@ -53,7 +53,21 @@ _TEXT_PART: Final = {
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
     "required": ["type", "text"],
 }
-_CONTENT_SCHEMA: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}, {"type": "null"}]}
+_IMAGE_PART: Final = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "image_url"},
+        "image_url": {"type": "object", "properties": {"url": _TEXT}, "required": ["url"]},
+    },
+    "required": ["type", "image_url"],
+}
+_CONTENT_SCHEMA: Final = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"anyOf": [_TEXT_PART, _IMAGE_PART]}},
+        {"type": "null"},
+    ]
+}
 _STOP_SCHEMA: Final = {
     "anyOf": [
         {"type": "string", "maxLength": 256},
@@ -63,8 +77,8 @@ _STOP_SCHEMA: Final = {
 }
 
 
-def _text(content: object) -> str:
-    return text_of(content)
+def _content(content: object) -> Content:
+    return content_of(content)
 
 
 def _at_most(most: int) -> BeforeValidator:
@@ -123,7 +137,7 @@ class Body(BaseModel):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, PlainValidator(_text), WithJsonSchema(_CONTENT_SCHEMA)] = ""
+    content: Annotated[Content, PlainValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)] = ""
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = Field(None, description="vLLM's name of reasoning_content")
@@ -146,7 +160,8 @@ class Message(Body):
         Args:
             objects: the template wants a call's arguments as an object.
         """
-        shown: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        role = "system" if self.role == "developer" else self.role
+        shown: dict[str, Any] = {"role": role, "content": for_template(self.content)}
         thoughts = self.reasoning if self.reasoning_content is None else self.reasoning_content
         calls = [call.for_template(objects=objects) for call in self.tool_calls or ()]
         further = {
@@ -248,6 +263,10 @@ class Conversation(Body):
         """None: the model isn't told of any."""
         return self.tools or None
 
+    def image_urls(self) -> list[str]:
+        """Of all messages, in order."""
+        return [image.url for message in self.messages for image in images_of(message.content)]
+
     def template_variables(self) -> dict[str, Any]:
         return self.chat_template_kwargs or {}
 
@@ -288,7 +307,7 @@ class ChatRequest(Conversation, _Request):
     def echoed(self) -> str:
         """What the answer begins with."""
         last = self.messages[-1]
-        return last.content if self.echo and last.role == "assistant" else ""
+        return text_of(last.content) if self.echo and last.role == "assistant" else ""
 
     def template_variables(self) -> dict[str, Any]:
         """An effort is a variable of some templates, and for the others a switch."""

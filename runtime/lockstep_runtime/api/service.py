@@ -10,28 +10,38 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 
 from lockstep_runtime.api.answers import ModelCard
 from lockstep_runtime.api.blockers import Blockers
 from lockstep_runtime.api.errors import unavailable, unknown_model
-from lockstep_runtime.api.generation import Job
+from lockstep_runtime.api.images.fetch import ImageFetcher
+from lockstep_runtime.api.images.loader import ImageLoader
+from lockstep_runtime.api.images.placement import processor_for
 from lockstep_runtime.api.keys import ApiKeys
 from lockstep_runtime.api.limits import Bodies, Limits, parse
 from lockstep_runtime.api.loading import ModelLoader
 from lockstep_runtime.api.metrics import Metrics
 from lockstep_runtime.api.model import ServedModel
 from lockstep_runtime.api.request_builder import RequestBuilder
-from lockstep_runtime.api.response_format import ResponseFormat
-from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest, validate
+from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest, Conversation, validate
 from lockstep_runtime.api.stream import Answer, Services
 from lockstep_runtime.api.tokenization import Detokenize, detokenize, parse_tokenize, tokenize
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.engine.client import EngineClient, Readiness
+from lockstep_runtime.protocol.images import Pixels
 
-T = TypeVar("T")
+
+class Asked(Protocol):
+    """The body of any request."""
+
+    @property
+    def model(self) -> str | None: ...
+
+
+AskedT = TypeVar("AskedT", bound=Asked)
 log = logging.getLogger(__name__)
 
 _RETRY_LOADING = 5.0  # what clients are told to wait while the model is loaded
@@ -55,6 +65,8 @@ class Service:
         self._created = int(time.time())
         # Where bodies are parsed, rendered and tokenized: a large one doesn't hold up the small ones.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="lockstep-prompt")
+        hosts = frozenset(host.lower() for host in config.vision.image_hosts)
+        self._images = ImageLoader(ImageFetcher(hosts, limits.image_seconds, limits.max_image_bytes))
         self._large = ThreadPoolExecutor(1, thread_name_prefix="lockstep-large-prompt")
 
     @asynccontextmanager
@@ -67,6 +79,7 @@ class Service:
                 task.cancel()
             await asyncio.wait(tasks)
             gc.unfreeze()
+            self._images.close()
             for threads in (self._threads, self._large):
                 threads.shutdown(wait=False, cancel_futures=True)
 
@@ -97,14 +110,19 @@ class Service:
         Raises:
             ApiError: the request can't be served.
         """
-        return await self._in_thread(request, self._tokenize)
+        async with self._read(request, parse_tokenize) as (asked, images, threads):
+            preparation = self._preparation()
+            use = partial(tokenize, preparation.model, asked, self._limits, preparation.max_model_len, images)
+            return await asyncio.get_running_loop().run_in_executor(threads, use)
 
     async def detokenize(self, request: Request) -> bytes:
         """
         Raises:
             ApiError: the request can't be served.
         """
-        return await self._in_thread(request, self._detokenize)
+        async with self._read(request, partial(validate, Detokenize)) as (asked, _, threads):
+            use = partial(detokenize, self._preparation().model, asked)
+            return await asyncio.get_running_loop().run_in_executor(threads, use)
 
     async def answer(self, kind: type[ChatRequest] | type[CompletionRequest], request: Request) -> Answer:
         """
@@ -112,38 +130,38 @@ class Service:
             ApiError: the request can't be served.
         """
         arrived = time.monotonic()
-        job, form, model = await self._in_thread(request, partial(self._prepare, kind))
-        return Answer(job, form, model.tokenizer, self._services, arrived)
+        read: Callable[[dict[str, Any]], ChatRequest | CompletionRequest] = partial(validate, kind)
+        async with self._read(request, read) as (asked, images, threads):
+            preparation = self._preparation()
+            job, form = await asyncio.get_running_loop().run_in_executor(threads, preparation.build, asked, images)
+        return Answer(job, form, preparation.model.tokenizer, self._services, arrived)
 
-    def _prepare(
-        self, kind: type[ChatRequest] | type[CompletionRequest], body: bytes
-    ) -> tuple[Job, ResponseFormat, ServedModel]:
-        asked = validate(kind, parse(body, self._limits))
-        self._check_name(asked.model)
-        preparation = self._preparation()
-        job, form = preparation.chat(asked) if isinstance(asked, ChatRequest) else preparation.completion(asked)
-        return job, form, preparation.model
-
-    async def _in_thread(self, request: Request, use: Callable[[bytes], T]) -> T:
-        """What is made of a request's body, where it doesn't hold up the others."""
-        async with self._bodies.read(request) as body:
+    @asynccontextmanager
+    async def _read(
+        self, request: Request, read: Callable[[dict[str, Any]], AskedT]
+    ) -> AsyncIterator[tuple[AskedT, list[Pixels], ThreadPoolExecutor]]:
+        """What a request asks for, its images, and the threads in which the rest may be done without holding up others.
+        Its body counts as held until the context is left."""
+        model = self._model
+        takes_images = model is not None and model.images is not None
+        most = self._limits.max_image_body_bytes if takes_images else self._limits.max_body_bytes
+        async with self._bodies.read(request, most) as body:
             threads = self._large if len(body) > self._limits.large_body_bytes else self._threads
-            return await asyncio.get_running_loop().run_in_executor(threads, use, body)
+            asked = await asyncio.get_running_loop().run_in_executor(threads, self._validate, read, body)
+            urls: list[str] = asked.image_urls() if isinstance(asked, Conversation) else []
+            yield asked, await self._pixels(urls), threads
 
-    def _tokenize(self, body: bytes) -> bytes:
-        asked = parse_tokenize(parse(body, self._limits))
-        self._check_name(asked.model)
-        preparation = self._preparation()
-        return tokenize(preparation.model, asked, self._limits, preparation.max_model_len)
+    async def _pixels(self, urls: list[str]) -> list[Pixels]:
+        if not urls:
+            return []
+        processor = processor_for(self._preparation().model, len(urls), self._limits.max_images)
+        return await self._images.load(urls, processor)
 
-    def _detokenize(self, body: bytes) -> bytes:
-        asked = validate(Detokenize, parse(body, self._limits))
-        self._check_name(asked.model)
-        return detokenize(self._preparation().model, asked)
-
-    def _check_name(self, asked: str | None) -> None:
-        if asked is not None and asked != self.served_name:
-            raise unknown_model(asked[:200], self.served_name)
+    def _validate(self, read: Callable[[dict[str, Any]], AskedT], body: bytearray) -> AskedT:
+        asked = read(parse(body, self._limits))
+        if asked.model is not None and asked.model != self.served_name:
+            raise unknown_model(asked.model[:200], self.served_name)
+        return asked
 
     def _preparation(self) -> RequestBuilder:
         """

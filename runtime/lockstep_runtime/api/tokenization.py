@@ -5,7 +5,7 @@ Source: `TokenizeRequest` and `DetokenizeRequest` of vLLM's server.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final
 
 import msgspec
@@ -18,6 +18,7 @@ from lockstep_runtime.api.model import ServedModel
 from lockstep_runtime.api.neutral import REFUSED, Neutral
 from lockstep_runtime.api.schemas import Body, Conversation, Flag, validate
 from lockstep_runtime.api.tokenizer import TooManyTokensError
+from lockstep_runtime.protocol.images import Pixels
 
 MAX_TOKENS: Final = 262_144  # or the model's, if those are more: the library makes a list of them in one go
 
@@ -68,7 +69,13 @@ def parse_tokenize(body: dict[str, Any]) -> TokenizeText | TokenizeChat:
     return validate(TokenizeChat, body) if "messages" in body else validate(TokenizeText, body)
 
 
-def tokenize(model: ServedModel, asked: TokenizeText | TokenizeChat, limits: Limits, max_model_len: int) -> bytes:
+def tokenize(
+    model: ServedModel,
+    asked: TokenizeText | TokenizeChat,
+    limits: Limits,
+    max_model_len: int,
+    images: Sequence[Pixels] = (),
+) -> bytes:
     """Blocks: run it in a thread.
 
     Raises:
@@ -77,7 +84,7 @@ def tokenize(model: ServedModel, asked: TokenizeText | TokenizeChat, limits: Lim
     tokenizer, most = model.tokenizer, max(MAX_TOKENS, max_model_len)
     try:
         if isinstance(asked, TokenizeChat):
-            ids = chat_prompt(model, asked, limits, most=most).ids
+            ids = chat_prompt(model, asked, limits, most=most, images=images).ids
         else:
             special = asked.add_special_tokens is not False
             ids = tokenizer.encode(asked.prompt, add_special_tokens=special, most=most)

@@ -304,8 +304,9 @@ class Engine:
             await self._step(scheduler, slices)
 
     async def _step(self, scheduler: Scheduler, slices: list[SequenceSlice]) -> None:
+        images, pixels = scheduler.images.work()
         try:
-            done, seconds = await self.group.step(slices, *scheduler.images.work())
+            done, seconds = await self.group.step(slices, images, pixels)
         except StepRefusedError as refusal:
             self._refused(scheduler, slices, refusal)
             return
@@ -318,7 +319,8 @@ class Engine:
         self._refusals = 0
         self._steps += 1
         self._reporter.stepped(seconds)
-        self._pace.learn(slices, seconds)
+        if not images.encode:  # which takes longer than the tokens alone
+            self._pace.learn(slices, seconds)
         for sequence_id, why in done.failures.items():
             self._fail(sequence_id, f"the answer can't be constrained: {why}")
             scheduler.remove(sequence_id)

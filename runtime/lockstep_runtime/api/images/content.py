@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
@@ -15,6 +15,7 @@ _ALIASES: Final = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg", "imag
 _TAKEN: Final = "PNG, JPEG, WebP and GIF images are taken"
 _AT_ONCE: Final = 1 << 18  # characters of base64 that one call decodes: it holds up every stream meanwhile
 _LONGEST_URL: Final = 8192  # of a remote image
+_LONGEST_HEADER: Final = 256  # of a data URI, before its comma
 _PARAM: Final = "messages"
 
 
@@ -57,6 +58,10 @@ def content_of(content: object) -> Content:
 
 def images_of(content: Content) -> list[ImageUrl]:
     return [] if isinstance(content, str) else [part for part in content if isinstance(part, ImageUrl)]
+
+
+def text_of(content: Content) -> str:
+    return content if isinstance(content, str) else "".join(part for part in content if isinstance(part, str))
 
 
 def for_template(content: Content) -> str | list[dict[str, str]]:
@@ -110,30 +115,34 @@ def locate(url: str) -> bytes | RemoteImage:
 
 
 def _decode(url: str) -> bytes:
-    header, comma, body = url[5:].partition(",") if "," in url[:256] else (url[5:256], "", "")
-    media_type, *parameters = [part.strip().lower() for part in header.split(";")]
-    if not comma:
+    comma = url.find(",", 5, _LONGEST_HEADER)
+    if comma < 0:
         raise invalid("An image's data URI has no comma after its media type: data:image/png;base64,...", _PARAM)
+    media_type, *parameters = [part.strip().lower() for part in url[5:comma].split(";")]
     if _ALIASES.get(media_type, media_type) not in MEDIA_TYPES:
         raise invalid(f"An image's data URI has the media type {media_type[:80]!r}; {_TAKEN}", _PARAM)
     if "base64" not in parameters:
         raise invalid("An image's data URI is not in base64: data:image/png;base64,...", _PARAM)
-    if not body:
+    if comma + 1 == len(url):
         raise invalid("An image's data URI is empty", _PARAM)
-    return _from_base64(body)
+    return _from_base64(url, comma + 1)
 
 
-def _from_base64(text: str) -> bytes:
-    """Strictly, but for white space (RFC 2045 writes lines of it)."""
-    if any(space in text for space in "\n\r\t "):
-        text = "".join(text.split())
+def _from_base64(text: str, start: int) -> bytes:
+    """Strictly, but for white space (RFC 2045 writes lines of it); piece by piece, between which others may run."""
     pieces: list[bytes] = []
+    rest = ""
     try:
-        for start in range(0, len(text), _AT_ONCE):
-            piece = text[start : start + _AT_ONCE]
-            if "=" in piece and start + _AT_ONCE < len(text):
+        for first in range(start, len(text), _AT_ONCE):
+            piece = rest + text[first : first + _AT_ONCE]
+            if any(space in piece for space in "\n\r\t "):
+                piece = "".join(piece.split())
+            is_last = first + _AT_ONCE >= len(text)
+            whole = len(piece) if is_last else len(piece) // 4 * 4
+            if "=" in piece and not is_last:
                 raise _not_base64()
-            pieces.append(binascii.a2b_base64(piece.encode("ascii"), strict_mode=True))
+            pieces.append(binascii.a2b_base64(piece[:whole].encode("ascii"), strict_mode=True))
+            rest = piece[whole:]
     except (binascii.Error, UnicodeEncodeError):
         raise _not_base64() from None
     return b"".join(pieces)
@@ -141,8 +150,3 @@ def _from_base64(text: str) -> bytes:
 
 def _not_base64() -> ApiError:
     return invalid("An image's data URI is not valid base64", _PARAM)
-
-
-def all_images(contents: Sequence[Content]) -> list[str]:
-    """Every image's URL, in order."""
-    return [image.url for content in contents for image in images_of(content)]

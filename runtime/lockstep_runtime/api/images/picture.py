@@ -6,15 +6,14 @@ strip by strip.
 
 from __future__ import annotations
 
-import hashlib
 import io
-from dataclasses import dataclass
 from threading import BoundedSemaphore
 from typing import Final
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lockstep_runtime.api.errors import ApiError, invalid
+from lockstep_runtime.protocol.images import Pixels, digest_of
 from lockstep_runtime.sources.image_processor import ImageProcessor, ImageSizeError
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF")  # OpenAI's; every further decoder is another way in
@@ -28,18 +27,8 @@ _PARAM: Final = "messages"
 _large: Final = BoundedSemaphore()
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """RGB, 8 bits, row by row, resized for the model."""
-
-    height: int
-    width: int
-    pixels: bytes
-    digest: str
-
-
-def convert(data: bytes, processor: ImageProcessor) -> Picture:
-    """The first frame, turned as its EXIF says, on white where it is transparent.
+def convert(data: bytes, processor: ImageProcessor) -> Pixels:
+    """The first frame, resized for the model, turned as its EXIF says, on white where it is transparent.
 
     Raises:
         ApiError: 400, it is no image that is taken; with the reason.
@@ -60,7 +49,7 @@ def convert(data: bytes, processor: ImageProcessor) -> Picture:
         return _convert(image, processor)
 
 
-def _convert(image: Image.Image, processor: ImageProcessor) -> Picture:
+def _convert(image: Image.Image, processor: ImageProcessor) -> Pixels:
     if image.width * image.height > MOST_PIXELS:
         message = (
             f"An image has {image.width} x {image.height} pixels; at most {MOST_PIXELS // 10**6} million are taken"
@@ -79,20 +68,13 @@ def _convert(image: Image.Image, processor: ImageProcessor) -> Picture:
         raise _broken(error) from None
 
 
-def _resized(image: Image.Image, processor: ImageProcessor) -> Picture:
+def _resized(image: Image.Image, processor: ImageProcessor) -> Pixels:
     image.load()
     turned = ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image
     colours = to_rgb(turned)
     height, width = processor.fit(colours.height, colours.width)
     pixels = colours.resize((width, height), Image.Resampling(processor.filter)).tobytes()
-    return Picture(height, width, pixels, digest(height, width, pixels))
-
-
-def digest(height: int, width: int, pixels: bytes) -> str:
-    """What tells whether two pictures are equal."""
-    hashed = hashlib.sha256(b"%d x %d " % (height, width))
-    hashed.update(pixels)
-    return hashed.hexdigest()
+    return Pixels(height=height, width=width, data=pixels, digest=digest_of(height, width, pixels))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
