@@ -138,10 +138,16 @@ def test_the_cache_is_that_of_huggingface_hub(hub: FakeHub, tmp_path: Path, monk
 def test_without_leave_to_ask_a_cache_that_others_filled_is_read_as_it_is(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    snapshot_download(MODEL, cache_dir=tmp_path / "cache", endpoint=hub.url)
+    folder = Path(snapshot_download(MODEL, cache_dir=tmp_path / "cache", endpoint=hub.url))
     hub.asked.clear()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert is_whole(fetched(hub, tmp_path / "cache").folder)
+    for name, words in (("config.json", "config.json is missing"), (WEIGHTS, "has no safetensors file")):
+        (folder / name).unlink()
+        with pytest.raises(ModelError, match=words):
+            fetched(hub, tmp_path / "cache")
+    with pytest.raises(ModelError, match=f"commit {OTHER_COMMIT} was not fetched, and HF_HUB_OFFLINE"):
+        fetched(hub, tmp_path / "cache", commit=OTHER_COMMIT)
     assert hub.asked == []
 
 
@@ -153,6 +159,12 @@ def test_without_leave_to_ask_what_is_missing_is_named(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match="org/model is not in the cache: main was never fetched, and HF_HUB_OFFLINE"):
         fetched(hub, tmp_path / "empty")
+    whole = (found.folder / WEIGHTS).read_bytes()
+    (found.folder / WEIGHTS).write_bytes(whole[:-1])
+    with pytest.raises(ModelError, match=rf"not in the cache: {WEIGHTS} has {SIZE - 1} bytes instead of {SIZE}, and"):
+        fetched(hub, tmp_path / "cache")
+    assert (found.folder / WEIGHTS).stat().st_size == SIZE - 1, "nothing is thrown away that can't be fetched"
+    (found.folder / WEIGHTS).write_bytes(whole)
     (found.folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"not in the cache: tokenizer.json is missing, and HF_HUB_OFFLINE") as caught:
         fetched(hub, tmp_path / "cache")

@@ -80,7 +80,7 @@ def test_weights_that_nobody_reads_are_not_fetched(hub: FakeHub, tmp_path: Path)
     [
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantised \(fp8\)"),
-        ({"architectures": ["LlamaForCausalLM"]}, "the architecture LlamaForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "the architecture GPT2LMHeadModel"),
     ],
 )
 def test_what_can_not_be_served_is_told_before_its_weights_are_fetched(

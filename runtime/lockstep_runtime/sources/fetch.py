@@ -19,7 +19,7 @@ from lockstep_runtime.sources import hub_errors
 from lockstep_runtime.sources.errors import ModelError, may_pass
 from lockstep_runtime.sources.files import read_object
 from lockstep_runtime.sources.hub import Hub
-from lockstep_runtime.sources.hub_cache import Checked, HubCache
+from lockstep_runtime.sources.hub_cache import MISSING, Checked, HubCache
 from lockstep_runtime.sources.lease import Lease, Progress, leased
 from lockstep_runtime.sources.model_config import check_supported
 from lockstep_runtime.sources.repository import COMMIT, INDEX, RemoteFile, beside_weights, weights
@@ -74,7 +74,7 @@ def resolve(wanted: Wanted) -> str:
     try:
         commit = wanted.hub.resolve(wanted.repo, revision)
     except ModelError as error:
-        if known is None or not may_pass(error) or not _is_complete(wanted.cache, known):
+        if known is None or not may_pass(error) or _lack(wanted.cache, known):
             raise
         logger.warning("%s; %s is taken to be %s, as in the cache", error, revision, known)
         return known
@@ -90,56 +90,61 @@ def fetch(wanted: Wanted, commit: str, tell: Tell = lambda _: None) -> Fetched:
         ModelError: it could not be brought here whole.
     """
     try:
-        if not _is_complete(wanted.cache, commit, tell):
-            _complete(wanted, commit, tell)
+        if lack := _lack(wanted.cache, commit, tell):
+            _complete(wanted, commit, lack, tell)
     except OSError as error:
         raise hub_errors.explain(wanted.repo, commit, error, wanted.hub.endpoint) from error
     return Fetched(wanted.cache.snapshot(commit), commit)
 
 
-def _is_complete(cache: HubCache, commit: str, tell: Tell = lambda _: None) -> bool:
-    """Without a request. What is wrong is thrown away, and said."""
+def _lack(cache: HubCache, commit: str, tell: Tell = lambda _: None) -> str:
+    """What the cache lacks of the model, in words; empty: nothing. Makes no request."""
     manifest = cache.manifest(commit)
     if manifest is None:
-        return is_offline() and _looks_complete(cache, commit)
+        return _apparent_lack(cache, commit) if is_offline() else f"commit {commit} was not fetched"
     count = _Count(tell, sum(one.size for one in manifest.files))
-    flawed = False
+    lacks = ""
     for one in manifest.files:
-        if _flaw(cache, commit, one.remote(), one, count):
-            flawed = True
+        if flaw := _flaw(cache, commit, one.remote(), one, count):
+            lacks = lacks or f"{one.path} {flaw}"
         else:
             count.add(one.size, moved=0)
-    if not flawed and any(
+    if not lacks and any(
         one.mtime_ns != (cache.snapshot(commit) / one.path).stat().st_mtime_ns for one in manifest.files
     ):
         cache.write_manifest(commit, [one.remote() for one in manifest.files])
-    return not flawed
+    return lacks
 
 
-def _looks_complete(cache: HubCache, commit: str) -> bool:
+def _apparent_lack(cache: HubCache, commit: str) -> str:
     """Of a cache that others filled, with nobody to ask: by what the files say of each other."""
     folder = cache.snapshot(commit)
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    if not names:
+        return f"commit {commit} was not fetched"
     files = [RemoteFile(name, (folder / name).stat().st_size, "") for name in names]
-    weights(cache.repo, files, read_object(folder / INDEX))
-    return (folder / "config.json").is_file()
+    try:
+        weights(cache.repo, files, read_object(folder / INDEX))
+    except ModelError as error:
+        return str(error)
+    return "" if "config.json" in names else "config.json is missing"
 
 
 def _flaw(cache: HubCache, commit: str, file: RemoteFile, checked: Checked | None, count: _Count) -> str:
-    """A file that is here and wrong is thrown away."""
+    """A file that is here and wrong is thrown away, where it may be fetched again."""
     found = cache.flaw(commit, file, checked, count.read)
-    if found and found != "is missing":
+    if found and found != MISSING and not is_offline():
         logger.warning("%s of %s %s in the cache (%s): it is fetched again", file.path, cache.repo, found, cache.folder)
         cache.discard(commit, file)
     return found
 
 
-def _complete(wanted: Wanted, commit: str, tell: Tell) -> None:
+def _complete(wanted: Wanted, commit: str, lack: str, tell: Tell) -> None:
     cache = wanted.cache
     if is_offline():
-        raise hub_errors.offline(wanted.repo, _lacking(cache, commit))
+        raise hub_errors.offline(wanted.repo, lack)
     with leased(cache.lock, tell) as lease:
-        if _is_complete(cache, commit, tell):  # by whom we waited for
+        if not _lack(cache, commit, tell):  # by whom we waited for
             return
         listed = wanted.hub.files(wanted.repo, commit)
         beside = beside_weights(listed)
@@ -149,14 +154,6 @@ def _complete(wanted: Wanted, commit: str, tell: Tell) -> None:
         every = [*beside, *weights(wanted.repo, listed, read_object(cache.snapshot(commit) / INDEX))]
         _download(wanted, commit, every, every[len(beside) :], lease, tell)
         cache.write_manifest(commit, every)
-
-
-def _lacking(cache: HubCache, commit: str) -> str:
-    manifest = cache.manifest(commit)
-    absent = (
-        [one.path for one in manifest.files if not (cache.snapshot(commit) / one.path).exists()] if manifest else []
-    )
-    return f"{absent[0]} is missing" if absent else ""
 
 
 def _download(

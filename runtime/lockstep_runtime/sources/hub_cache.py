@@ -21,6 +21,7 @@ import msgspec
 
 from lockstep_runtime.sources.repository import COMMIT, RemoteFile
 
+MISSING: Final = "is missing"
 CHUNK_BYTES: Final = 4 * 1024 * 1024
 Moved = Callable[[int], None]  # so many bytes were received or read
 
@@ -95,7 +96,7 @@ class HubCache:
         try:
             found = path.stat()
         except FileNotFoundError:
-            return "is missing"
+            return MISSING
         if found.st_size != file.size:
             return f"has {found.st_size} bytes instead of {file.size}"
         if checked is not None and checked.mtime_ns == found.st_mtime_ns and checked.remote() == file:
