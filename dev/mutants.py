@@ -73,9 +73,11 @@ TESTS: Final = {  # the cheap ones first: the first that fails ends a mutant
     f"{RECOVERY}/membership.py": f"tests/unit/test_recovery_ranks.py {LIFE}",
     f"{RECOVERY}/coordinator.py": LIFE,
     f"{ENGINE}/block_manager.py": "tests/unit/test_block_manager.py",
+    f"{ENGINE}/free_runs.py": "tests/unit/test_block_manager.py",
+    f"{ENGINE}/prefix_keys.py": "tests/unit/test_prefix_keys.py",
     f"{ENGINE}/sequence.py": "tests/unit/test_scheduler.py",
     f"{ENGINE}/shares.py": "tests/unit/test_scheduler.py tests/unit/test_shares.py",
-    f"{ENGINE}/scheduler.py": "tests/unit/test_scheduler.py",
+    f"{ENGINE}/scheduler.py": "tests/unit/test_scheduler.py tests/unit/test_scheduler_prefix.py",
     "runtime/lockstep_runtime/supervisor/state_machine.py": "tests/unit/test_supervisor_state_machine.py",
     "operator/lockstep_operator/decisions/rollout.py": "tests/unit/test_operator_rollout.py",
 }

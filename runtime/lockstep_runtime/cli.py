@@ -92,6 +92,8 @@ def _flags(command: Callable[..., None]) -> Callable[..., None]:
         flag(engine, "max-batch-tokens", TOKENS, limits.max_batch_tokens, "tokens in one step"),
         flag(engine, "kv-cache-memory", byte_size, None, "per rank, such as 2Gi; default: what there is",
               "kv_cache_bytes", metavar="SIZE"),
+        flag(engine, "prefix-caching/--no-prefix-caching", bool, limits.prefix_caching,
+              "whether requests that begin alike share what is computed for their beginnings"),
         flag(engine, "max-waiting", COUNT, limits.max_waiting, "queued requests before new ones are turned away"),
         flag(engine, "max-pixels", COUNT, None,
               "that an image is resized to at most; default: the model's; at most what it has positions for"),

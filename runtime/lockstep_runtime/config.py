@@ -50,6 +50,7 @@ class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_sequences: int = 64  # running at once
     max_batch_tokens: int = 2048  # in one step: the chunk of a chunked prefill
     kv_cache_bytes: int | None = None  # per rank
+    prefix_caching: bool = True  # what stands in the KV cache of a prompt's beginning is not computed again
     max_waiting: int = 1024  # requests queued before new ones are turned away with 503
 
 

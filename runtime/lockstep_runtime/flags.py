@@ -85,8 +85,8 @@ class Command(click.Command):
 
 
 def flag(heading: str, name: str, kind: Any, default: Any, text: str, field: str = "", **more: Any) -> Any:
-    """One option; `field` is what it sets where that has another name than the flag."""
-    plain = name.replace("-", "_")
+    """One option; `field` is what it sets where that has another name than the flag. `name` may be `a/--no-a`."""
+    plain = name.partition("/")[0].replace("-", "_")
     settings = {"type": kind, "default": default, "help": text, "show_default": default not in (None, ""), **more}
     variable = f"LOCKSTEP_{plain.upper()}"
     return click.option(f"--{name}", field or plain, cls=Flag, heading=heading, envvar=variable, **settings)

@@ -93,6 +93,7 @@ def test_every_setting_of_the_spec_arrives() -> None:
             "maxSequences": 8,
             "maxBatchTokens": 512,
             "kvCacheMemory": "1.5Gi",
+            "prefixCaching": False,
             "reasoningParser": "none",
             "toolCallParser": "qwen3_coder",
         },
@@ -105,12 +106,14 @@ def test_every_setting_of_the_spec_arrives() -> None:
     assert (config.served_name, config.model_revision) == ("qwen", "v2")
     assert (config.dtype, config.backend) == ("bfloat16", "cpu")
     assert config.limits == EngineLimits(
-        max_model_len=4096, max_sequences=8, max_batch_tokens=512, kv_cache_bytes=3 * 2**29
+        max_model_len=4096, max_sequences=8, max_batch_tokens=512, kv_cache_bytes=3 * 2**29, prefix_caching=False
     )
     assert (config.reasoning_parser, config.tool_call_parser) == ("none", "qwen3_coder")
     assert config.watchdog == Watchdog(floor=90.0, factor=2.5)
     assert (config.recovery_strategy, config.weight_cache) == ("RecyclePods", "Off")
-    fixed, _ = started({"model": HUB, "tensorParallelSize": 1, "watchdog": {"stepTimeout": "500ms"}}, index=0)
+    stepped = {"watchdog": {"stepTimeout": "500ms"}, "engine": {"prefixCaching": True}}
+    fixed, _ = started({"model": HUB, "tensorParallelSize": 1, **stepped}, index=0)
+    assert fixed.limits == EngineLimits()
     assert fixed.watchdog == Watchdog(step_timeout=0.5)
     assert environment[API_KEY_FILE_VARIABLE] == "/etc/lockstep/api-key/keys"
     assert config.source == Source(token_file="/etc/lockstep/hub-token/token")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from tests.support.fake_ranks import continuation, next_token, scores, toy_logprob
+from tests.support.fake_ranks import check_sharing, continuation, next_token, scores, toy_logprob
 
 from lockstep_runtime.engine.client import GenerationRequest
 from lockstep_runtime.engine.scheduler import Scheduler
@@ -16,8 +16,15 @@ SCHEDULES = 3000
 BATCHES = 10
 
 
+GARBAGE = -1
+
+
 class Life:
-    """One random schedule: arrivals, steps, cancellations and faults, on a machine with too few blocks."""
+    """One random schedule: arrivals, steps, cancellations and faults, on a machine with too few blocks.
+
+    Some prompts begin alike. After a fault the cache is new, or goes on with whatever the step that failed has left in
+    what it writes to; or garbage was found, and what no sequence holds may be garbage, too.
+    """
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -31,26 +38,33 @@ class Life:
             max_model_len=self.capacity,
             blocks=self.blocks,
             block_size=self.block_size,
+            prefix_caching=self.random.random() < 0.8,
         )
+        self.beginnings = [self.tokens(self.random.randint(1, self.capacity)) for _ in range(2)]
         self.cache: dict[tuple[int, int], int] = {}
         self.to_come = self.random.randint(1, 12)
         self.sequences = 0
         self.open: dict[int, tuple[GenerationRequest, list[int]]] = {}
         self.faults_left = self.random.choice([0, 0, 1, 3])
 
+    def tokens(self, count: int) -> tuple[int, ...]:
+        return tuple(self.random.randrange(1000) for _ in range(count))
+
     def arrive(self) -> None:
         self.to_come -= 1
         self.sequences += 1
         prompt_length = self.random.randint(1, self.capacity - 1)
         if self.random.random() < 0.7:
-            prompt_length = min(prompt_length, 5)
+            prompt_length = min(prompt_length, self.random.choice([5, 3 * self.block_size]))
         max_tokens = self.random.randint(1, min(12, self.capacity - prompt_length))
-        prompt = tuple(self.random.randrange(1000) for _ in range(prompt_length))
+        shared = self.random.choice(self.beginnings)[: self.random.choice([0, prompt_length, prompt_length - 1])]
+        prompt = shared + self.tokens(prompt_length - len(shared))
         request = GenerationRequest(
             request_id="r",
             prompt=prompt,
             max_tokens=max_tokens,
             sampling=SamplingParams(temperature=0, prompt_logprobs=self.random.choice([-1, -1, 0])),
+            cache_salt=self.random.choice(["", "", "salt"]),
         )
         self.open[self.sequences] = (request, [])
         self.scheduler.add(Sequence(self.sequences, request))
@@ -59,8 +73,7 @@ class Life:
         """What is drawn, and what is scored."""
         assert sum(len(part.tokens) for part in slices) <= self.budget
         assert len({part.sequence_id for part in slices}) == len(slices)
-        held = [block for part in slices for block in part.blocks]
-        assert len(held) == len(set(held))
+        check_sharing(slices, self.block_size)
         sampled, scored = [], []
         for part in slices:
             for offset, token in enumerate(part.tokens):
@@ -98,9 +111,23 @@ class Life:
     def fault(self, slices: list[SequenceSlice]) -> None:
         for given_up in self.scheduler.fault_points(slices, self.random.choice([1, 2])):
             del self.open[given_up.id]
-        self.cache.clear()
-        lost = self.scheduler.start_over(max_model_len=self.capacity, blocks=self.blocks, block_size=self.block_size)
-        assert not lost
+        match self.random.choice(["new", "kept", "looked at"]):
+            case "new":
+                self.cache.clear()
+                lost = self.scheduler.start_over(
+                    max_model_len=self.capacity, blocks=self.blocks, block_size=self.block_size
+                )
+                assert not lost
+            case "kept":
+                for part in slices:
+                    for position in range(part.position, part.position + len(part.tokens)):
+                        self.cache[self.slot(part, position)] = GARBAGE
+            case _:
+                self.scheduler.book.forget_cached()
+                held = {block for part in self.scheduler.held() for block in part.blocks}
+                for block, slot in self.cache:
+                    if block not in held:
+                        self.cache[block, slot] = GARBAGE
 
     def cancel(self, sequence_id: int) -> None:
         del self.open[sequence_id]
@@ -125,9 +152,11 @@ def judged(prompt: tuple[int, ...]) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_random_schedules(batch: int) -> None:
-    preemptions = 0
+    preemptions = found = 0
     for seed in range(batch * SCHEDULES // BATCHES, (batch + 1) * SCHEDULES // BATCHES):
         life = Life(seed)
         life.run()
         preemptions += life.scheduler.preemptions
+        found += life.scheduler.cached_tokens
     assert preemptions > 100, "these schedules hardly ever run out of blocks"
+    assert found > 500, "these prompts hardly ever begin alike"

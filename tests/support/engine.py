@@ -42,6 +42,8 @@ class FakeEngine:
             kv_blocks_used=25,
             kv_blocks_total=100,
             preemptions_total=4,
+            prefix_cache_queries_total=0,
+            prefix_cache_hits_total=0,
             steps_total=5,
             recoveries_total=6,
             epoch=7,

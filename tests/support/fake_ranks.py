@@ -11,6 +11,7 @@ import secrets
 import struct
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -48,6 +49,16 @@ def scores(part: SequenceSlice, context: Callable[[int], list[int]]) -> list[Sam
         )
         for index, target in enumerate(scoring.targets)
     ]
+
+
+def check_sharing(parts: Sequence[SequenceSlice], block_size: int) -> None:
+    """Sequences may read one block, but who writes to it has it alone."""
+    holders = Counter(block for part in parts for block in part.blocks)
+    for part in parts:
+        assert len(set(part.blocks)) == len(part.blocks), "one sequence holds a block twice"
+        last = (part.position + len(part.tokens) - 1) // block_size
+        written = part.blocks[part.position // block_size : last + 1]
+        assert all(holders[block] == 1 for block in written), "a block is written that another sequence holds, too"
 
 
 def toy_logprob(context: Sequence[int], target: int) -> float:
@@ -232,12 +243,10 @@ class FakeRank:
 
     def compute(self, step: bus.Step) -> bus.StepDone:
         """The honest answer."""
-        owners: dict[int, int] = {}
+        check_sharing(step.sequences, BLOCK_SIZE)
         fingerprint, sampled, scored = self.weights, [], []
         self.fed += sum(len(part.tokens) for part in step.sequences if part.sequence_id != SEQUENCE)
         for part in step.sequences:
-            for block in part.blocks:
-                assert owners.setdefault(block, part.sequence_id) == part.sequence_id, "two sequences hold one block"
             for position, token in enumerate(part.tokens, part.position):
                 block, slot = divmod(position, BLOCK_SIZE)
                 self.memory.slots.setdefault(part.blocks[block], [None] * BLOCK_SIZE)[slot] = token

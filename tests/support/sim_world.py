@@ -466,7 +466,11 @@ class World:
 
     async def _request(self) -> None:
         await asyncio.sleep(self.chance.uniform(0.0, 1.0))
-        prompt = tuple(self.chance.randrange(1000) for _ in range(self.chance.randint(1, 20)))
+        length, shared = self.chance.randint(1, 20), self.chance.choice([0, 0, 12, 20])
+        prompt = (
+            *range(min(shared, length - 1)),
+            *(self.chance.randrange(1000) for _ in range(max(1, length - shared))),
+        )
         count = self.chance.randint(1, min(30, 24 * BLOCK_SIZE - len(prompt)))
         request = GenerationRequest(
             request_id="r", prompt=prompt, max_tokens=count, sampling=SamplingParams(temperature=0)

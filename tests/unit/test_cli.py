@@ -51,13 +51,13 @@ def test_every_flag_arrives() -> None:
         "--grace-seconds", "12.5", "--lame-duck-seconds", "4", "--model-name", "cr", "--group", "1",
         "--spec-revision", "r", "--pod-index", "1", "--pod", "cr-1-1", "--node", "n", "--leader", "cr-1-0.cr-1",
         "--step-timeout", "60", "--watchdog-floor", "1.5", "--watchdog-factor", "8", "--recovery-strategy",
-        "RecyclePods", "--weight-cache", "Off", "--allow-faults",
+        "RecyclePods", "--weight-cache", "Off", "--allow-faults", "--no-prefix-caching",
     )  # fmt: skip
     assert found == ServeConfig(
         model="org/model", served_name="m", model_revision="abc", download_dir="/models", dtype="bfloat16",
         tensor_parallel_size=4, ranks_per_pod=2, backend="cpu", threads_per_rank=3,
         limits=EngineLimits(max_model_len=4096, max_sequences=8, max_batch_tokens=512, kv_cache_bytes=2**31,
-                            max_waiting=9),
+                            max_waiting=9, prefix_caching=False),
         host="0.0.0.0", api_port=1, bus_port=2, status_port=3, grace_seconds=12.5, lame_duck_seconds=4.0,
         model_name="cr", group=1, spec_revision="r", pod_index=1, pod="cr-1-1", node="n", leader="cr-1-0.cr-1",
         watchdog=Watchdog(step_timeout=60.0, floor=1.5, factor=8.0), recovery_strategy="RecyclePods",
@@ -70,6 +70,9 @@ def test_every_flag_is_a_variable_and_the_flag_goes_first() -> None:
     found = config("m", "--tensor-parallel-size", "2", **environment)
     assert (found.pod_index, found.limits.kv_cache_bytes) == (1, 2**30)
     assert config("m", "--tensor-parallel-size", "2", "--pod-index", "0", **environment).pod_index == 0
+    off = {"LOCKSTEP_PREFIX_CACHING": "false"}
+    assert not config("m", **off).limits.prefix_caching
+    assert config("m", "--prefix-caching", **off).limits.prefix_caching
 
 
 @pytest.mark.parametrize("word", ["float8", ""])

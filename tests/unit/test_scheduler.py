@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from typing import Any
 
 from lockstep_runtime.engine.client import FinishReason, GenerationRequest
 from lockstep_runtime.engine.scheduler import SampledOutput, Scheduler
@@ -33,7 +34,7 @@ def scheduler(
 def sequence(number: int, prompt: int, max_tokens: int = 8, stop: frozenset[int] = frozenset()) -> Sequence:
     request = GenerationRequest(
         request_id=str(number),
-        prompt=tuple(range(prompt)),
+        prompt=tuple(range(1000 * number, 1000 * number + prompt)),  # no two begin alike
         max_tokens=max_tokens,
         sampling=SamplingParams(temperature=0),
         stop_token_ids=stop,
@@ -176,7 +177,7 @@ def test_starting_over_feeds_every_token_again() -> None:
     assert planner.start_over(max_model_len=1000, blocks=16, block_size=4) == []
     slices, _ = step(planner)
     assert shape(slices) == [(1, 0, 7, True)]
-    assert slices[0].tokens == [0, 1, 2, 3, 4, 7, 7]
+    assert slices[0].tokens == [*range(1000, 1005), 7, 7]
 
 
 def test_starting_over_with_a_smaller_cache_gives_back_what_no_longer_fits() -> None:
@@ -304,7 +305,7 @@ def test_a_suspect_that_runs_alone_takes_the_room_that_it_needs() -> None:
     assert planner.preemptions == 1
 
 
-def with_states(slots: int, **more: int) -> Scheduler:
+def with_states(slots: int, **more: Any) -> Scheduler:
     return Scheduler(
         max_sequences=8, max_batch_tokens=16, max_model_len=1000, blocks=16, block_size=4, state_slots=slots, **more
     )

@@ -110,7 +110,9 @@ def _arguments(model: Model, commit: str) -> list[str]:
         ("status-port", STATUS_PORT),
         *_source_options(model, commit),
     ]
-    return ["serve", _location(model), *(f"--{name}={value}" for name, value in options if value is not None)]
+    switches = ["--no-prefix-caching"] if model.engine.prefix_caching is False else []
+    given = [f"--{name}={value}" for name, value in options if value is not None]
+    return ["serve", _location(model), *given, *switches]
 
 
 def _grace(model: Model) -> int:

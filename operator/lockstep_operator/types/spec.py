@@ -89,6 +89,7 @@ class EngineLimits:
     max_sequences: int | None = None
     max_batch_tokens: int | None = None
     kv_cache_memory: str | None = None
+    prefix_caching: bool | None = None
     reasoning_parser: str | None = None
     tool_call_parser: str | None = None
 
@@ -289,6 +290,7 @@ def _engine(engine: Mapping[str, Any]) -> EngineLimits:
         max_sequences=engine.get("maxSequences"),
         max_batch_tokens=engine.get("maxBatchTokens"),
         kv_cache_memory=None if memory is None else str(memory),
+        prefix_caching=engine.get("prefixCaching"),
         reasoning_parser=engine.get("reasoningParser"),
         tool_call_parser=engine.get("toolCallParser"),
     )

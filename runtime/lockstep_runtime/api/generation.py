@@ -57,6 +57,7 @@ class Choice:
         request = job.requests[index]
         self.index = index
         self.tokens = 0
+        self.cached_tokens = 0  # of its prompt, that stood in the prefix cache
         self.reasoning_tokens = 0  # drawn between the markers
         self.begun = False  # its prompt's log probabilities were taken
         self._likelihood = 0.0  # the sum of its tokens' log probabilities
@@ -87,6 +88,7 @@ class Choice:
 
     def feed(self, event: TokenEvent) -> list[Delta]:
         """Sets `finish_reason` when the choice is complete; nothing may be fed after that."""
+        self.cached_tokens = event.cached
         if self._prompt_only:
             self.finish_reason = FinishReason.LENGTH
             return []

@@ -29,6 +29,16 @@ _GAUGES: Final[tuple[tuple[str, str, Callable[[EngineStats], float]], ...]] = (
 )
 _COUNTERS: Final[tuple[tuple[str, str, Callable[[EngineStats], float]], ...]] = (
     ("preemptions", "Sequences preempted because KV-cache blocks ran out", lambda stats: stats.preemptions_total),
+    (
+        "prefix_cache_queries",
+        "Tokens of prompts that were looked for in the prefix cache",
+        lambda stats: stats.prefix_cache_queries_total,
+    ),
+    (
+        "prefix_cache_hits",
+        "Tokens of prompts that were found there, and not computed",
+        lambda stats: stats.prefix_cache_hits_total,
+    ),
     ("steps", "Steps that all ranks finished", lambda stats: stats.steps_total),
     ("recoveries", "Repaired faults of the group", lambda stats: stats.recoveries_total),
 )

@@ -110,6 +110,7 @@ class RequestBuilder:
                 ),
                 stop_token_ids=self._stop_ids(request),
                 rules=rules,
+                cache_salt=request.cache_salt or "",
             )
             for index, prompt in enumerate(prompts)
             for choice in range(request.drawn)

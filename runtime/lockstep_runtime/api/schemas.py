@@ -201,6 +201,12 @@ class _Request(RuleFields, Body):
     include_stop_str_in_output: Flag = Field(None, description="default: the answer ends before it")
     skip_special_tokens: Flag = Field(None, description="default: true")
     ignore_eos: Flag = None
+    cache_salt: str | None = Field(
+        None,
+        min_length=1,
+        max_length=256,
+        description="only requests with the same share what was computed for their prompts",
+    )
     stream: Flag = None
     stream_options: StreamOptions | None = None
 

@@ -234,7 +234,13 @@ class Answer(Response):
     def _usage(self) -> dict[str, Any]:
         drawn = sum(choice.tokens for choice in self._choices)
         prompt = self._job.prompt_tokens
-        usage = {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
+        cached = sum(choice.cached_tokens for choice in self._choices[:: self._job.drawn])  # of each prompt, as above
+        usage: dict[str, Any] = {
+            "prompt_tokens": prompt,
+            "completion_tokens": drawn,
+            "total_tokens": prompt + drawn,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
         if not self._job.chat:
             return usage
         reasoning = sum(choice.reasoning_tokens for choice in self._choices)

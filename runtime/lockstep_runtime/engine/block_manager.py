@@ -1,33 +1,47 @@
-"""The book of KV-cache blocks: who holds which, laid out so that a sequence's blocks follow one another.
+"""The book of KV-cache blocks: which sequences hold which, and what prefixes of prompts stand in them. Pure.
 
-Attention on the CPU reads a contiguous block table as one view instead of gathering it, so the book prefers the block
-right after a sequence's last one, and starts a new sequence in the largest free run, in its middle when another
-sequence grows into that run. Pure; every operation is O(log free runs) plus the blocks it moves, a first allocation
-O(free runs).
+A full block whose contents are known by their key (`prefix_keys`) can be shared: a sequence that begins with the same
+tokens begins its table with the same blocks. One that nobody holds keeps its contents until its place is needed; the
+one that was let go first is taken first, and of a sequence's blocks the last, since a block is found by way of those
+before it. See `free_runs` for where a sequence's further blocks are.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from lockstep_runtime.engine.free_runs import FreeRuns
+
+AT_ONCE: Final = 16  # blocks whose contents are forgotten together, so that what grows into them stays contiguous
+AT_ONCE_SHARE: Final = 32  # but no more of a small cache than this part
 
 
 class BlockManager:
-    """Blocks 0 … total-1, each free or held by exactly one sequence."""
+    """Blocks 0 … total-1, each free, held by sequences, or cached: held by nobody and with contents worth keeping."""
 
     def __init__(self, total: int) -> None:
         self.total = total
+        self._empty = FreeRuns(total)
         self._tables: dict[int, list[int]] = {}
-        self._starts: list[int] = [0] if total else []  # of the free runs, ascending
-        self._ends: dict[int, int] = {0: total} if total else {}  # start -> end, exclusive
-        self._free = total
+        self._holders = [0] * total
+        self._block_of: dict[bytes, int] = {}  # by key
+        self._key_of: dict[int, bytes] = {}
+        self._cached: dict[int, None] = {}  # in the order in which they were let go
+        self._at_once = max(1, min(AT_ONCE, total // AT_ONCE_SHARE))
 
     @property
     def free(self) -> int:
-        return self._free
+        """Those that a sequence can get, what is cached included."""
+        return self._empty.free + len(self._cached)
 
     @property
     def used(self) -> int:
-        return self.total - self._free
+        return self.total - self.free
+
+    @property
+    def cached(self) -> int:
+        return len(self._cached)
 
     def held(self, owner: int) -> int:
         """How many blocks the sequence holds."""
@@ -40,65 +54,82 @@ class BlockManager:
     def grow(self, owner: int, blocks: int) -> bool:
         """Make the sequence's table `blocks` long at least; False, and nothing changed, when too few are free."""
         missing = blocks - self.held(owner)
-        if missing > self._free:
+        if missing > self.free:
             return False
         if missing > 0:
             table = self._tables.setdefault(owner, [])
+            self._make_room(missing)
             while missing:
-                start, end = self._pick(table, missing)
-                self._take(start, end)
-                table.extend(range(start, end))
-                missing -= end - start
+                taken = self._empty.take(table[-1] if table else None, missing, self._is_edge)
+                for block in taken:
+                    self._holders[block] = 1
+                table.extend(taken)
+                missing -= len(taken)
         return True
 
     def release(self, owner: int) -> None:
         """Give back all that the sequence holds."""
-        for start, end in _runs(sorted(self._tables.pop(owner, ()))):
-            self._give(start, end)
+        empty = []
+        for block in reversed(self._tables.pop(owner, [])):
+            self._holders[block] -= 1
+            if self._holders[block]:
+                continue
+            if block in self._key_of:
+                self._cached[block] = None
+            else:
+                empty.append(block)
+        self._empty.give(empty)
 
-    def _pick(self, table: list[int], wanted: int) -> tuple[int, int]:
-        """A free range of at most `wanted` blocks."""
-        if table and (end := self._ends.get(table[-1] + 1)):
-            start = table[-1] + 1
-            return start, min(end, start + wanted)
-        start = max(self._starts, key=lambda candidate: self._ends[candidate] - candidate)
-        end = self._ends[start]
-        if start and self._is_edge(start - 1):
-            start = min(start + (end - start) // 2, max(start, end - wanted))
-        return start, min(end, start + wanted)
+    def enter(self, owner: int, index: int, key: bytes) -> None:
+        """The sequence's block of this index is full, and this is the key of its contents. If they stand in another
+        block already, that one goes on being the one to share."""
+        block = self._tables[owner][index]
+        if key not in self._block_of and block not in self._key_of:
+            self._block_of[key], self._key_of[block] = block, key
+
+    def match(self, keys: Iterable[bytes]) -> list[int]:
+        """The blocks with these contents, as far as there are any."""
+        blocks = []
+        for key in keys:
+            if (block := self._block_of.get(key)) is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def held_by_others(self, blocks: Iterable[int]) -> int:
+        """How many of these have a holder: to share them takes nothing of what is free."""
+        return sum(self._holders[block] > 0 for block in blocks)
+
+    def share(self, owner: int, blocks: Sequence[int]) -> None:
+        """Begin a new sequence's table with these, which `match` has found.
+
+        Raises:
+            ValueError: it has a table.
+        """
+        if self.held(owner):
+            raise ValueError(f"sequence {owner} has begun already")
+        for block in blocks:
+            self._holders[block] += 1
+            self._cached.pop(block, None)
+        self._tables[owner] = list(blocks)
+
+    def forget_cached(self) -> None:
+        """The contents of what nobody holds are not to be relied on."""
+        self._forget(list(self._cached))
+
+    def _make_room(self, missing: int) -> None:
+        short = missing - self._empty.free
+        if short > 0:
+            oldest = iter(self._cached)
+            count = min(max(short, self._at_once), len(self._cached))
+            self._forget([next(oldest) for _ in range(count)])
+
+    def _forget(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            del self._cached[block]
+            del self._block_of[self._key_of.pop(block)]
+        self._empty.give(blocks)
 
     def _is_edge(self, block: int) -> bool:
         """Whether some sequence ends with this block and would grow into the next."""
         return any(table and table[-1] == block for table in self._tables.values())
-
-    def _take(self, start: int, end: int) -> None:
-        index = bisect_right(self._starts, start) - 1
-        run = self._starts.pop(index)
-        run_end = self._ends.pop(run)
-        for piece, piece_end in ((run, start), (end, run_end)):
-            if piece < piece_end:
-                insort(self._starts, piece)
-                self._ends[piece] = piece_end
-        self._free -= end - start
-
-    def _give(self, start: int, end: int) -> None:
-        self._free += end - start
-        index = bisect_right(self._starts, start)
-        if index < len(self._starts) and self._starts[index] == end:
-            end = self._ends.pop(self._starts.pop(index))
-        if index and self._ends[self._starts[index - 1]] == start:
-            self._ends[self._starts[index - 1]] = end
-            return
-        self._starts.insert(index, start)
-        self._ends[start] = end
-
-
-def _runs(blocks: list[int]) -> list[tuple[int, int]]:
-    """Ascending block numbers as (start, end) ranges."""
-    runs: list[tuple[int, int]] = []
-    for block in blocks:
-        if runs and runs[-1][1] == block:
-            runs[-1] = (runs[-1][0], block + 1)
-        else:
-            runs.append((block, block + 1))
-    return runs

@@ -33,6 +33,7 @@ class GenerationRequest:
     max_tokens: int
     sampling: SamplingParams
     stop_token_ids: frozenset[int] = frozenset()
+    cache_salt: str = ""  # only requests with the same share what was computed for their prompts
     rules: LogitRules | None = None
     images: tuple[PromptImage, ...] = ()  # in order
 
@@ -47,6 +48,7 @@ class TokenEvent:
     token: SampledToken
     finish: FinishReason | None = None
     prompt: Sequence[SampledToken] = ()
+    cached: int = 0  # tokens of the prompt that were not computed for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class EngineStats:
     kv_blocks_used: int
     kv_blocks_total: int
     preemptions_total: int
+    prefix_cache_queries_total: int  # tokens
+    prefix_cache_hits_total: int
     steps_total: int
     recoveries_total: int
     epoch: int

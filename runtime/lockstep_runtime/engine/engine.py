@@ -86,6 +86,8 @@ class Engine:
             kv_blocks_used=scheduler.book.used if scheduler else 0,
             kv_blocks_total=scheduler.book.total if scheduler else 0,
             preemptions_total=scheduler.preemptions if scheduler else 0,
+            prefix_cache_queries_total=scheduler.looked_up_tokens if scheduler else 0,
+            prefix_cache_hits_total=scheduler.cached_tokens if scheduler else 0,
             steps_total=self._steps,
             recoveries_total=self.group.faults.recoveries,
             epoch=self.group.coordinator.epoch,
@@ -237,8 +239,12 @@ class Engine:
     # --- what the group asks and tells
 
     def in_caches(self) -> list[SequenceSlice]:
-        """What the caches hold: of each sequence its last computed token."""
-        return self._scheduler.held() if self._scheduler else []
+        """What the caches hold: of each sequence its last computed token. What no sequence holds is forgotten: nobody
+        looks at it, and there may be garbage in it."""
+        if self._scheduler is None:
+            return []
+        self._scheduler.book.forget_cached()
+        return self._scheduler.held()
 
     def poisoned(self, reason: str) -> None:
         """Requests wait for the next try, unless the pods are to be replaced, the leader's among them."""
@@ -259,6 +265,7 @@ class Engine:
                 blocks=resumed.blocks,
                 block_size=resumed.block_size,
                 state_slots=resumed.state_slots,
+                prefix_caching=self._config.limits.prefix_caching,
             )
         elif not resumed.kept:
             for sequence in self._scheduler.start_over(
@@ -327,7 +334,7 @@ class Engine:
         for drawn in scheduler.apply(slices, done.sampled, done.scored, done.put_off):
             stream = self._streams.get(drawn.sequence_id)
             if stream is not None:
-                stream.push(TokenEvent(drawn.token, drawn.finish, drawn.prompt))
+                stream.push(TokenEvent(drawn.token, drawn.finish, drawn.prompt, drawn.cached))
                 if drawn.finish is not None:
                     self._log_request(logging.DEBUG, stream.request_id, f"is complete: {drawn.finish}")
             if drawn.finish is not None:

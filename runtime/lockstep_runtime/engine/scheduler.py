@@ -7,6 +7,9 @@ no more of them than would fill its own place. When blocks run out, the latest s
 and is computed again later from its token ids; so the oldest always goes on, and every sequence that fits by itself
 finishes.
 
+With prefix caching a sequence begins behind the full blocks of its tokens that stand in the cache already, whoever had
+them computed, and itself before it gave its blocks up. A block is entered when the step that has filled it is booked.
+
 After a fault, sequences under suspicion run alone, one after the other, until they draw a token: one that breaks a step
 again is known by that, and the others are not blamed for it.
 """
@@ -22,6 +25,7 @@ from typing import Final
 from lockstep_runtime.engine.block_manager import BlockManager
 from lockstep_runtime.engine.client import FinishReason
 from lockstep_runtime.engine.image_book import ImageBook
+from lockstep_runtime.engine.prefix_keys import PrefixKeys
 from lockstep_runtime.engine.sequence import QUARANTINE_AT, REJECT_AT, Sequence
 from lockstep_runtime.engine.shares import share
 from lockstep_runtime.engine.state_slots import StateBook
@@ -41,6 +45,7 @@ class SampledOutput:
     token: SampledToken
     finish: FinishReason | None
     prompt: tuple[SampledToken, ...] = ()
+    cached: int = 0  # tokens of the prompt that stood in the cache
 
 
 class Scheduler:
@@ -55,13 +60,18 @@ class Scheduler:
         blocks: int,
         block_size: int,
         state_slots: int = 0,
+        prefix_caching: bool = True,
     ) -> None:
+        """`prefix_caching`: of models that remember keys and values only; a recurrent state is of one sequence."""
+        self._caches_prefixes = prefix_caching and not state_slots
         self._most_sequences = min(max_sequences, max_batch_tokens)  # so that every running one can move in a step
         self._max_batch_tokens = max_batch_tokens
         self._waiting: list[Sequence] = []  # by arrival
         self._running: list[Sequence] = []  # by arrival
         self.preemptions = 0
         self.images = ImageBook()
+        self.looked_up_tokens = 0  # of sequences that began, and how many of them stood in the cache
+        self.cached_tokens = 0
         self._lay_out(max_model_len, blocks, block_size, state_slots)
 
     def _lay_out(self, max_model_len: int, blocks: int, block_size: int, state_slots: int) -> None:
@@ -120,7 +130,7 @@ class Scheduler:
                 sequence.told = False
                 continue
             sequence.told = sequence.told or (part.ruled is not None and part.sample is not None)
-            sequence.computed += len(part.tokens)
+            self._computed(sequence, len(part.tokens))
             self._states.booked(sequence.id)
         for token in scored:
             sequence = running.get(token.sequence_id)
@@ -130,7 +140,8 @@ class Scheduler:
         for token in sampled:
             if sequence := running.get(token.sequence_id):
                 finish = sequence.append(token, self.max_model_len)
-                drawn.append(SampledOutput(sequence.id, token, finish, sequence.take_scores()))
+                cached = sequence.cached or 0
+                drawn.append(SampledOutput(sequence.id, token, finish, sequence.take_scores(), cached))
                 if finish is not None:
                     self.remove(sequence.id)
         return drawn
@@ -177,7 +188,7 @@ class Scheduler:
         everyone = sorted((*self._running, *self._waiting), key=_by_arrival)
         self._lay_out(max_model_len, blocks, block_size, state_slots)
         for sequence in everyone:
-            sequence.computed = 0
+            sequence.computed, sequence.keys = 0, None
         self._running = []
         self._waiting = [sequence for sequence in everyone if self.fits(sequence.most_tokens)]
         return [sequence for sequence in everyone if not self.fits(sequence.most_tokens)]
@@ -221,11 +232,47 @@ class Scheduler:
                 return
             self._waiting.remove(chosen)
             insort(self._running, chosen, key=_by_arrival)
+            self._begin(chosen)
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Behind what stands in the cache."""
+        if not self._caches_prefixes:
+            return
+        shared = self.book.match(self._shareable(sequence))
+        self.book.share(sequence.id, shared)
+        sequence.computed = len(shared) * self._block_size
+        if sequence.cached is None:
+            sequence.cached = sequence.computed
+            self.looked_up_tokens += len(sequence.tokens)
+            self.cached_tokens += sequence.computed
+
+    def _shareable(self, sequence: Sequence) -> list[bytes]:
+        """Keys of the blocks that need not be computed again: something has to be, from which a token is drawn, and
+        everything that is to be scored."""
+        most = len(sequence.tokens) if sequence.is_scored else sequence.scored
+        return self._keys(sequence).of(sequence.tokens, (most - 1) // self._block_size)
+
+    def _keys(self, sequence: Sequence) -> PrefixKeys:
+        if sequence.keys is None:
+            request = sequence.request
+            images = [image.span for image in request.images]
+            sequence.keys = PrefixKeys(request.cache_salt, self._block_size, images)
+        return sequence.keys
+
+    def _computed(self, sequence: Sequence, count: int) -> None:
+        """So many more of its tokens: blocks that are full now can be shared."""
+        before = sequence.computed // self._block_size
+        sequence.computed += count
+        full = sequence.computed // self._block_size
+        if self._caches_prefixes and full > before:
+            keys = self._keys(sequence).of(sequence.tokens, full)
+            for index in range(before, full):
+                self.book.enter(sequence.id, index, keys[index])
 
     def _next_in(self) -> Sequence | None:
         room = self.book.free - self._promised()
         first = self._waiting[0]
-        place = self._blocks_for(len(first.tokens))
+        place = self._place(first)
         if place <= room:
             return first
         most = min(room, place - first.overtaken)
@@ -236,12 +283,20 @@ class Scheduler:
                 return later
         return None
 
+    def _place(self, sequence: Sequence) -> int:
+        """Free blocks that it takes up to its last token."""
+        blocks = self._blocks_for(len(sequence.tokens))
+        if not self._caches_prefixes:
+            return blocks
+        return blocks - self.book.held_by_others(self.book.match(self._shareable(sequence)))
+
     def _plan_alone(self, sequence: Sequence) -> list[SequenceSlice]:
         if sequence not in self._running:
             self._waiting.remove(sequence)
             while self._states.pairs and len(self._running) >= self._max_sequences:
                 self._preempt(self._running[-1])
             insort(self._running, sequence, key=_by_arrival)
+            self._begin(sequence)
         self.images.begin([sequence])
         count = self.images.feed(sequence, min(self._wanted(sequence), self._max_batch_tokens))
         while not self.book.grow(sequence.id, self._blocks_for(sequence.computed + count)):

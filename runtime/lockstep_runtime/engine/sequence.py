@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lockstep_runtime.engine.client import FinishReason, GenerationRequest
+from lockstep_runtime.engine.prefix_keys import PrefixKeys
 from lockstep_runtime.protocol.images import ImageSpan, shift_before
 from lockstep_runtime.protocol.step import Past, Ruled, SampledToken, Scoring
 
@@ -28,6 +29,8 @@ class Sequence:
     overtaken: int = 0  # blocks that went to later ones while it waited as the first in line
     scored: int = 1  # tokens of the prompt whose log probabilities are known; the first has none
     scores: list[SampledToken] = field(default_factory=list)  # those that were not handed on yet
+    cached: int | None = None  # of its tokens, that stood in the cache when it began; None: it has not begun yet
+    keys: PrefixKeys | None = None  # of its blocks, if they were asked for
     told: bool = False  # rank 0 has drawn by this sequence's rules: it knows them, and its tokens
 
     def __post_init__(self) -> None:
