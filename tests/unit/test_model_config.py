@@ -8,19 +8,31 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tests.support.models import ModelShape
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3MoeConfig
 from transformers import Qwen3Config as Oracle
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from lockstep_runtime.layers.rotary import build_rotary
+from lockstep_runtime.models.llama import LlamaSettings
+from lockstep_runtime.models.mistral import MistralSettings
+from lockstep_runtime.models.qwen2 import Qwen2Settings
 from lockstep_runtime.models.qwen3 import Qwen3Settings
-from lockstep_runtime.models.settings import read_settings
+from lockstep_runtime.models.qwen3_moe import Qwen3MoeSettings
+from lockstep_runtime.models.settings import DecoderSettings, read_settings
 from lockstep_runtime.sources import model_config
 from lockstep_runtime.sources.errors import ModelError
-from lockstep_runtime.sources.model_config import check_supported, max_length, quantisation, sliding_window
+from lockstep_runtime.sources.model_config import (
+    Architecture,
+    check_supported,
+    max_length,
+    quantisation,
+    sliding_window,
+)
 from lockstep_runtime.weights.checkpoint import with_dtype
 
 PLAIN = {key: value for key, value in ModelShape(max_positions=512).config().items() if key != "rope_parameters"}
@@ -154,21 +166,57 @@ VALUES: dict[str, list[Any]] = {
 }
 
 
-@given(st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in VALUES.items()}))
-@settings(max_examples=200)
-def test_settings_that_are_missing_or_null_are_transformers(given_settings: dict[str, Any]) -> None:
-    raw = {name: value for name, value in PLAIN.items() if name not in VALUES} | given_settings
-    expected = Oracle.from_dict(copy.deepcopy(raw))
-    slides = "sliding_attention" in expected.layer_types
-    if slides and expected.sliding_window is None:  # transformers raises once it computes
-        with pytest.raises(ModelError, match="sliding windows of None"):
-            read_settings(raw, Qwen3Settings)
+KINDS: dict[Architecture, tuple[type[DecoderSettings], Any]] = {
+    Architecture.LLAMA: (LlamaSettings, LlamaConfig),
+    Architecture.MISTRAL: (MistralSettings, MistralConfig),
+    Architecture.QWEN2: (Qwen2Settings, Qwen2Config),
+    Architecture.QWEN3: (Qwen3Settings, Oracle),
+    Architecture.QWEN3_MOE: (Qwen3MoeSettings, Qwen3MoeConfig),
+}
+SAME = ("tie_word_embeddings", "attention_bias", "mlp_bias", "rms_norm_eps", "max_position_embeddings")
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+@given(
+    given_settings=st.fixed_dictionaries(
+        {}, optional={name: st.sampled_from(values) for name, values in VALUES.items()}
+    )
+)
+@settings(max_examples=100)
+def test_settings_that_are_missing_or_null_are_transformers(
+    architecture: Architecture, given_settings: dict[str, Any]
+) -> None:
+    kind, oracle_kind = KINDS[architecture]
+    plain = {name: value for name, value in PLAIN.items() if name not in VALUES}
+    raw = plain | {"architectures": [architecture]} | given_settings
+    try:
+        expected = oracle_kind.from_dict(copy.deepcopy(raw))
+    except StrictDataclassFieldValidationError:  # null, where transformers wants a number
         return
-    read = read_settings(raw, Qwen3Settings)
-    assert sliding_window(raw) == (expected.sliding_window if slides else None)
+    window = window_of(architecture, expected)
+    if window == UNKNOWN:  # transformers raises once it computes
+        with pytest.raises(ModelError, match="sliding windows of None"):
+            read_settings(raw, kind)
+        return
+    read = read_settings(raw, kind)
+    assert sliding_window(raw) == window
     assert read.kv_heads == expected.num_key_value_heads
-    for name in ("head_dim", "tie_word_embeddings", "attention_bias", "rms_norm_eps", "max_position_embeddings"):
-        assert getattr(read, name) == getattr(expected, name)
+    assert read.width == getattr(expected, "head_dim", None) or expected.hidden_size // expected.num_attention_heads
+    for name in SAME:
+        assert getattr(read, name, None) == (getattr(expected, name) if hasattr(read, name) else None)
+
+
+UNKNOWN = -1
+
+
+def window_of(architecture: Architecture, config: Any) -> int | None:
+    """Of transformers' layers: Llama's have none, of the dense Qwens some, of the others all."""
+    if architecture is Architecture.LLAMA:
+        return None
+    if architecture in (Architecture.QWEN2, Architecture.QWEN3):
+        slides = "sliding_attention" in config.layer_types
+        return (config.sliding_window or UNKNOWN) if slides else None
+    return config.sliding_window  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("name", ["head_dim", "tie_word_embeddings", "rms_norm_eps", "attention_bias", "hidden_act"])

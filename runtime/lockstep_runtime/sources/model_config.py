@@ -138,24 +138,31 @@ def max_length(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -
 def sliding_window(config: Mapping[str, Any]) -> int | None:
     """How many tokens the layers that slide see, the token itself included; None: no layer slides.
 
-    Mistral's layers all slide, unless `sliding_window` is null; a Qwen's where `use_sliding_window` says so, and of the
-    dense ones those that `layer_types` names, or from `max_window_layers` on.
+    Llama has none. Mistral's layers all slide, unless `sliding_window` is null; a Qwen's where `use_sliding_window`
+    says so, and of the dense ones those that `layer_types` names, or from `max_window_layers` on.
 
     Raises:
         ModelError: layers slide over nobody knows how much.
     """
     inner, named = text_config(config), _architectures(config)
+    if Architecture.LLAMA in named:
+        return None
     always = Architecture.MISTRAL in named
     window = inner.get("sliding_window", DEFAULT_WINDOW) if always or inner.get("use_sliding_window") else None
-    kinds, first = inner.get("layer_types"), inner.get("max_window_layers", FIRST_SLIDING)
     slides = window is not None
-    if not always and isinstance(kinds, list):
-        slides = "sliding_attention" in kinds
-    elif not always and Architecture.QWEN3_MOE not in named and isinstance(first, int):
-        slides = slides and first < (_positive(inner.get("num_hidden_layers")) or 0)
+    if not always and Architecture.QWEN3_MOE not in named:
+        slides = _some_slide(inner, slides)
     if slides and _positive(window) is None:
         raise _permanent(f"config.json asks for sliding windows of {window!r} tokens, where a number should be")
     return _positive(window) if slides else None
+
+
+def _some_slide(inner: Mapping[str, Any], wanted: bool) -> bool:
+    kinds, first = inner.get("layer_types"), inner.get("max_window_layers", FIRST_SLIDING)
+    if isinstance(kinds, list):
+        return "sliding_attention" in kinds
+    layers = _positive(inner.get("num_hidden_layers")) or 0
+    return wanted and (not isinstance(first, int) or first < layers)
 
 
 def _positions(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> int | None:
