@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.support.faults import inject
-from tests.support.serve import AS_JSON, Served, is_running, served
+from tests.support.serve import AS_JSON, TINY_CHAT, Served, is_running, served
 from tests.support.stream import Answer, Stream, answers, start
 
 from lockstep_runtime.host.shm_files import FOLDER_VARIABLE, SHARED_MEMORY, owner_of
@@ -21,6 +21,7 @@ from lockstep_runtime.recovery.policy import RESPAWNS
 
 MAX_TOKENS: Final = 160  # so many that a fault meets the stream while it runs, however fast the machine
 NEXT_TOKENS: Final = 16  # of the requests after it
+Requests = Callable[[Served, int], list[Stream]]  # (group, tokens of each) -> what is in flight
 STREAM_SECONDS: Final = 180.0
 REPAIR: Final = {"detect", "abort", "respawn", "rebuild", "verify", "firstToken"}  # its phases
 CELLS_PER_GROUP: Final = 8  # and most of its respawns: so that no cell meets a group whose budgets others have spent
@@ -41,14 +42,15 @@ class Cell:
         where = f" {self.at} a collective" if self.kind is Injection.HANG else ""
         return f"{self.kind}{where}, {self.phase}, rank {self.rank} of {self.size}"
 
-    def provoke(self, serve: Served) -> list[Stream]:
+    def provoke(self, serve: Served, requests: Requests | None = None) -> list[Stream]:
         """Let the fault happen while requests are in flight; an idle group gets them right afterwards."""
+        begin = requests or read
         if self.phase is FaultPhase.IDLE:
             inject(serve, self.kind, self.rank, phase=FaultPhase.IDLE)
-            return read(serve)
+            return begin(serve, MAX_TOKENS)
         if self.phase in (FaultPhase.PREFILL, FaultPhase.JOINING, FaultPhase.LOADING):
             inject(serve, self.kind, self.rank, phase=self.phase, at=self.at)
-        streams = read(serve)
+        streams = begin(serve, MAX_TOKENS)
         if self.phase is not FaultPhase.PREFILL:
             serve.until(lambda: all(stream.pieces > 3 or stream.error for stream in streams), "the streams have begun")
         if self.phase is FaultPhase.DECODE:
@@ -139,8 +141,18 @@ def read(serve: Served, tokens: int = MAX_TOKENS) -> list[Stream]:
 class Arena:
     """Groups to do harm to, one after the other: a new one when the last can't be used for another cell."""
 
-    def __init__(self, directory: Path, size: int, **environment: str) -> None:
-        self._directory, self._size = directory, size
+    def __init__(
+        self,
+        directory: Path,
+        size: int,
+        *arguments: str,
+        model: Path = TINY_CHAT,
+        requests: Requests = read,
+        **environment: str,
+    ) -> None:
+        """`arguments`: more of `lockstep serve`."""
+        self._directory, self._size, self._arguments = directory, size, arguments
+        self._model, self.requests = model, requests
         self._environment = {FOLDER_VARIABLE: str(directory / "shm"), **AS_JSON, **environment}
         (directory / "shm").mkdir()
         self._stack = contextlib.ExitStack()
@@ -176,12 +188,13 @@ class Arena:
             served(
                 self._directory,
                 *("--tensor-parallel-size", str(self._size), "--dtype", "float32", "--threads-per-rank", "1"),
-                *("--kv-cache-memory", "64Mi", "--allow-faults"),
+                *("--kv-cache-memory", "64Mi", "--allow-faults", *self._arguments),
+                model=self._model,
                 environment=self._environment,
             )
         )
         serve.ready()
-        self.undisturbed = answers(read(serve))
+        self.undisturbed = answers(self.requests(serve, MAX_TOKENS))
         assert all(one.text and one.finish == "length" and one.done and not one.error for one in self.undisturbed)
         return serve
 
@@ -199,7 +212,7 @@ def survive(arena: Arena, cell: Cell) -> None:
     with arena.group() as serve:
         status = serve.status()
         before, pids = {record.id for record in status.faults}, ranks_of(status)
-        assert answers(cell.provoke(serve)) == arena.undisturbed, serve.log.read_text()
+        assert answers(cell.provoke(serve, arena.requests)) == arena.undisturbed, serve.log.read_text()
         faults, ranks = cell.expected
 
         def named() -> bool:
@@ -208,7 +221,7 @@ def survive(arena: Arena, cell: Cell) -> None:
 
         serve.until(named, f"a fault {sorted(faults)} of rank {ranks}; told are {tell(serve, before)}", 20)
         healed(serve)
-        for after, whole in zip(answers(read(serve, NEXT_TOKENS)), arena.undisturbed, strict=True):
+        for after, whole in zip(answers(arena.requests(serve, NEXT_TOKENS)), arena.undisturbed, strict=True):
             assert after.text, serve.log.read_text()
             assert whole.text.startswith(after.text), serve.log.read_text()
         print(f"{cell.name}: {tell(serve, before)}")
