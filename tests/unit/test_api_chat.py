@@ -154,6 +154,16 @@ def test_variables_may_not_replace_what_the_template_is_given(name: str) -> None
     assert refusal(OWN, chat).param == "chat_template_kwargs"
 
 
+def test_a_message_of_parts_is_continued_after_its_last_text() -> None:
+    source = "{% for part in messages[0].content %}[{{ part.text if part.text else part.type }}]{% endfor %}"
+    text, image = {"type": "text", "text": "a "}, {"type": "image"}
+    for parts, shown in (([image, text], "[image][a "), ([text, image], "[a "), ([text, text], "[a ][a ")):
+        chat = Chat(messages=[{"role": "assistant", "content": parts}], add_generation_prompt=False, continues=True)
+        assert TOKENIZER.decode(encode(source, chat)) == shown
+    chat = Chat(messages=[{"role": "assistant", "content": [image]}], add_generation_prompt=False, continues=True)
+    assert refusal(source, chat).param == "continue_final_message"
+
+
 def test_the_time_is_there() -> None:
     ids = encode("{{ strftime_now('%Y') }}", Chat(messages=[]))
     assert json.loads(TOKENIZER.decode(ids)) >= 2024

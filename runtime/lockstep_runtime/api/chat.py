@@ -98,12 +98,24 @@ def _rendered(template: ChatTemplate, chat: Chat, *, seconds: float, limit: int)
         return template.render(chat, seconds=seconds, limit=limit)
     mark = next(_unused_marks((chat.messages, chat.tools, chat.variables)))
     *before, last = chat.messages
-    marked = replace(chat, messages=[*before, {**last, "content": f"{last['content']}{mark} "}])
+    marked = replace(chat, messages=[*before, {**last, "content": _with_end(last["content"], mark + " ")}])
     text, found, after = template.render(marked, seconds=seconds, limit=limit).rpartition(mark)
     if not found:
         message = "The chat template doesn't show the end of the last message, so that it can't be continued"
         raise invalid(message, "continue_final_message")
     return text if after.startswith(" ") else text.rstrip()
+
+
+def _with_end(content: Any, end: str) -> Any:
+    """A text, or parts, of which the last text counts, with an end."""
+    if isinstance(content, str):
+        return content + end
+    parts = list(content)
+    for index in range(len(parts) - 1, -1, -1):
+        if "text" in parts[index]:
+            parts[index] = {**parts[index], "text": parts[index]["text"] + end}
+            break
+    return parts
 
 
 def _unused_marks(given: object) -> Iterator[str]:
