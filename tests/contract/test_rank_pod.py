@@ -17,7 +17,15 @@ from lockstep_operator.decisions.pod_template import pod_template
 from lockstep_operator.settings import ModelSource, Settings
 from lockstep_operator.types.durations import duration
 from lockstep_operator.types.spec import RecoverySpec, parse
-from lockstep_runtime.config import API_KEY_FILE_VARIABLE, TOKEN_VARIABLE, EngineLimits, ServeConfig, Source, Watchdog
+from lockstep_runtime.config import (
+    API_KEY_FILE_VARIABLE,
+    TOKEN_VARIABLE,
+    EngineLimits,
+    ServeConfig,
+    Source,
+    Vision,
+    Watchdog,
+)
 from lockstep_runtime.protocol.status import API_PORT, BUS_PORT, STATUS_PORT
 from lockstep_runtime.recovery.watchdog import CEILING_SECONDS
 
@@ -97,6 +105,7 @@ def test_every_setting_of_the_spec_arrives() -> None:
             "reasoningParser": "none",
             "toolCallParser": "qwen3_coder",
         },
+        "vision": {"maxPixels": 300000, "minPixels": 70000},
         "apiKeySecretRef": {"name": "keys", "key": "chat"},
         "watchdog": {"floor": "1m30s", "factor": 2.5},
         "recovery": {"strategy": "RecyclePods", "weightCache": "Off"},
@@ -109,6 +118,7 @@ def test_every_setting_of_the_spec_arrives() -> None:
         max_model_len=4096, max_sequences=8, max_batch_tokens=512, kv_cache_bytes=3 * 2**29, prefix_caching=False
     )
     assert (config.reasoning_parser, config.tool_call_parser) == ("none", "qwen3_coder")
+    assert config.vision == Vision(max_pixels=300_000, min_pixels=70_000)
     assert config.watchdog == Watchdog(floor=90.0, factor=2.5)
     assert (config.recovery_strategy, config.weight_cache) == ("RecyclePods", "Off")
     stepped = {"watchdog": {"stepTimeout": "500ms"}, "engine": {"prefixCaching": True}}

@@ -96,6 +96,11 @@ RULES: Final = (
         ),
     ),
     Rule(
+        "minPixels must not be more than maxPixels",
+        (spec(vision={"minPixels": 7, "maxPixels": 7}), spec(vision={"minPixels": 9}), spec(vision={})),
+        (spec(vision={"minPixels": 8, "maxPixels": 7}),),
+    ),
+    Rule(
         "path is a folder within the image",
         (spec(model={"image": {"reference": "r/m:1", "path": "a/b"}}),),
         (
@@ -197,6 +202,7 @@ FIELDS: Final = (
     ("bfloat16", spec(dtype="int8")),
     ("spec.replicas", spec(replicas=-1)),
     ("spec.engine.kvCacheMemory", spec(engine={"kvCacheMemory": "much"})),
+    ("spec.vision.maxPixels", spec(vision={"maxPixels": 0})),
     ("unknown field", spec(tensorParalelSize=2)),
     ("Observe", spec(recovery={"mode": "Watch"})),
     ("spec.recovery.budget.attempts", spec(recovery={"budget": {"attempts": 0}})),

@@ -10,7 +10,7 @@ from tests.support.command_line import configuration, options
 from tests.support.ports import free_port
 
 from lockstep_runtime.cli import config_from, main, token_for, unnamed_ports
-from lockstep_runtime.config import EngineLimits, ServeConfig, UsageError, Watchdog
+from lockstep_runtime.config import EngineLimits, ServeConfig, UsageError, Vision, Watchdog
 from lockstep_runtime.flags import byte_size
 from lockstep_runtime.host.addresses import listen
 from lockstep_runtime.supervisor.ports import Ports, open_ports
@@ -52,6 +52,8 @@ def test_every_flag_arrives() -> None:
         "--spec-revision", "r", "--pod-index", "1", "--pod", "cr-1-1", "--node", "n", "--leader", "cr-1-0.cr-1",
         "--step-timeout", "60", "--watchdog-floor", "1.5", "--watchdog-factor", "8", "--recovery-strategy",
         "RecyclePods", "--weight-cache", "Off", "--allow-faults", "--no-prefix-caching",
+        "--max-pixels", "500000", "--min-pixels", "1024",
+        "--allow-image-host", "a.example", "--allow-image-host", "b.example",
     )  # fmt: skip
     assert found == ServeConfig(
         model="org/model", served_name="m", model_revision="abc", download_dir="/models", dtype="bfloat16",
@@ -62,6 +64,7 @@ def test_every_flag_arrives() -> None:
         model_name="cr", group=1, spec_revision="r", pod_index=1, pod="cr-1-1", node="n", leader="cr-1-0.cr-1",
         watchdog=Watchdog(step_timeout=60.0, floor=1.5, factor=8.0), recovery_strategy="RecyclePods",
         weight_cache="Off", allow_faults=True,
+        vision=Vision(max_pixels=500_000, min_pixels=1024, image_hosts=("a.example", "b.example")),
     )  # fmt: skip
 
 

@@ -98,6 +98,8 @@ def _arguments(model: Model, commit: str) -> list[str]:
         ("kv-cache-memory", model.engine.kv_cache_memory),
         ("reasoning-parser", model.engine.reasoning_parser),
         ("tool-call-parser", model.engine.tool_call_parser),
+        ("max-pixels", model.vision.max_pixels),
+        ("min-pixels", model.vision.min_pixels),
         ("step-timeout", _plain(model.watchdog.step_timeout)),
         ("watchdog-floor", _plain(model.watchdog.floor)),
         ("watchdog-factor", _plain(model.watchdog.factor)),

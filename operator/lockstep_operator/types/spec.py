@@ -94,6 +94,14 @@ class EngineLimits:
     tool_call_parser: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Vision:
+    """Bounds of an image's pixels; None leaves them to the model."""
+
+    max_pixels: int | None = None
+    min_pixels: int | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watchdog:
     """Of the runtime's step deadlines; None leaves them to the runtime."""
@@ -141,6 +149,7 @@ class Model:
     backend: str = "auto"
     accelerator: str | None = None
     engine: EngineLimits = field(default_factory=EngineLimits)
+    vision: Vision = field(default_factory=Vision)
     watchdog: Watchdog = field(default_factory=Watchdog)
     recovery: RecoverySpec = field(default_factory=RecoverySpec)
     api_key: SecretKey | None = None
@@ -202,6 +211,7 @@ def parse(resource: Mapping[str, Any], sources: Sequence[ModelSource] = ()) -> M
         backend=spec.get("backend", "auto"),
         accelerator=(spec.get("accelerator") or {}).get("resourceName"),
         engine=_engine(spec.get("engine") or {}),
+        vision=_vision(spec.get("vision") or {}),
         watchdog=_watchdog(spec.get("watchdog") or {}),
         recovery=_recovery(spec.get("recovery") or {}),
         api_key=_secret_key(spec.get("apiKeySecretRef")),
@@ -294,6 +304,10 @@ def _engine(engine: Mapping[str, Any]) -> EngineLimits:
         reasoning_parser=engine.get("reasoningParser"),
         tool_call_parser=engine.get("toolCallParser"),
     )
+
+
+def _vision(vision: Mapping[str, Any]) -> Vision:
+    return Vision(max_pixels=vision.get("maxPixels"), min_pixels=vision.get("minPixels"))
 
 
 def _watchdog(watchdog: Mapping[str, Any]) -> Watchdog:
