@@ -87,7 +87,7 @@ def test_answers_equal_transformers(group: Served, oracle: Oracle, parts: Parts)
     check(oracle, parts, ask(group, parts))
 
 
-FAULTS: Final = {
+FAULTS: Final[dict[str, dict[str, Any]]] = {
     "while an image is encoded": {"phase": FaultPhase.PREFILL, "place": "visual.blocks.1.mlp"},
     "between chunks of an image": {"phase": FaultPhase.PREFILL, "place": "layers.1", "skip": 2},
     "while tokens are drawn": {"phase": FaultPhase.DECODE, "skip": 4},
@@ -133,8 +133,8 @@ def test_a_prompt_with_images_is_counted(group: Served, oracle: Oracle) -> None:
 
 
 def test_limits_of_images(group: Served) -> None:
-    many = (*[picture(8, 8)] * 129, "?")
+    many: Parts = (*[picture(8, 8)] * 129, "?")
     answer = HTTP.post(f"{group.api}/v1/chat/completions", json=body(many), timeout=60)
     assert "129 images; at most 128" in answer.json()["error"]["message"]
-    answer = HTTP.post(f"{group.api}/v1/chat/completions", json=body((picture(90, 60), *["x" * 4100])), timeout=60)
+    answer = HTTP.post(f"{group.api}/v1/chat/completions", json=body((picture(90, 60), "x" * 4100)), timeout=60)
     assert answer.json()["error"]["code"] == "context_length_exceeded"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -30,6 +34,9 @@ TEMPLATE: Final = (
     "{{ '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
 )
+EXPERTS: Final = {
+    "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 32,
+}  # fmt: skip
 TOWER: Final = TowerShape(patch=8, positions=256, out=48)
 
 
@@ -42,9 +49,10 @@ def tokenizer() -> Tokenizer:
     return made
 
 
-def settings(tower: TowerShape, layers: tuple[str, ...]) -> Qwen3_5Config:
-    text = Qwen3_5TextConfig(
-        vocab_size=256 + len(SPECIAL), hidden_size=tower.out, intermediate_size=80, num_hidden_layers=len(layers),
+def settings(tower: TowerShape, layers: tuple[str, ...], *, experts: bool = False) -> Any:
+    of_text = partial(Qwen3_5MoeTextConfig, **EXPERTS) if experts else partial(Qwen3_5TextConfig, intermediate_size=80)
+    text = of_text(
+        vocab_size=256 + len(SPECIAL), hidden_size=tower.out, num_hidden_layers=len(layers),
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, linear_num_key_heads=4, linear_num_value_heads=8,
         linear_key_head_dim=8, linear_value_head_dim=8, layer_types=list(layers), max_position_embeddings=4096,
         rope_parameters={
@@ -54,7 +62,7 @@ def settings(tower: TowerShape, layers: tuple[str, ...]) -> Qwen3_5Config:
         eos_token_id=None, bos_token_id=None, dtype="float32",
     )  # fmt: skip
     special = {name: 256 + number for number, name in enumerate(SPECIAL)}
-    return Qwen3_5Config(
+    return (Qwen3_5MoeConfig if experts else Qwen3_5Config)(
         text_config=text.to_dict(), vision_config=tower.config(), tie_word_embeddings=False,
         image_token_id=special["<|image_pad|>"], video_token_id=special["<|video_pad|>"],
         vision_start_token_id=special["<|vision_start|>"], vision_end_token_id=special["<|vision_end|>"],
@@ -67,10 +75,13 @@ def write_vision_model(
     tower: TowerShape = TOWER,
     layers: tuple[str, ...] = ("linear_attention", "full_attention") * 2,
     seed: int = 0,
+    *,
+    experts: bool = False,
 ) -> Path:
     """As it would lie on the hub."""
     torch.manual_seed(seed)
-    model = Qwen3_5ForConditionalGeneration(settings(tower, layers))
+    kind = Qwen3_5MoeForConditionalGeneration if experts else Qwen3_5ForConditionalGeneration
+    model = kind(settings(tower, layers, experts=experts))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         scale = 0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
@@ -95,9 +106,11 @@ class Oracle:
     directory: Path
     tower: TowerShape = TOWER
     template: str = TEMPLATE
+    experts: bool = False
 
     def __post_init__(self) -> None:
-        self.model = Qwen3_5ForConditionalGeneration.from_pretrained(self.directory, dtype=torch.float32).eval()
+        kind = Qwen3_5MoeForConditionalGeneration if self.experts else Qwen3_5ForConditionalGeneration
+        self.model = kind.from_pretrained(self.directory, dtype=torch.float32).eval()
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer())
         budget = self.tower.positions * self.tower.patch**2
         size = {"shortest_edge": (4 * self.tower.patch) ** 2, "longest_edge": budget}

@@ -119,6 +119,14 @@ def test_greedy_tokens_equal_transformers(model: Path, oracle: Oracle, size: int
             assert run(ranks, [request(oracle, name)], budget=2048) == [expected(oracle, name)], name
 
 
+def test_with_experts(tmp_path: Path) -> None:
+    oracle = Oracle(write_vision_model(tmp_path, experts=True), experts=True)
+    with Ranks(tmp_path, 2) as ranks:
+        names = ["turns", "one image"]
+        found = run(ranks, [request(oracle, name) for name in names], budget=64)
+        assert found == [expected(oracle, name) for name in names]
+
+
 @pytest.mark.parametrize("budget", [7, 33])
 def test_chunks_cut_images_and_change_nothing(model: Path, oracle: Oracle, budget: int) -> None:
     with Ranks(model, 2) as ranks:
