@@ -28,6 +28,7 @@ from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.progress_record import Progress, new_memory
 from lockstep_runtime.recovery.watchdog import DeadlineModel, work_of
 from lockstep_runtime.worker import model_runner as runner_module
+from lockstep_runtime.worker.fingerprint import fingerprint_of
 from lockstep_runtime.worker.model_runner import ModelRunner, StepOutput
 from lockstep_runtime.worker.scrub import INTERVAL_SECONDS, Scrub
 
@@ -70,12 +71,12 @@ def take(ranks: Ranks, deadlines: DeadlineModel, tokens: list[int], position: in
 def serve_rank(pipe: Connection, config: ServeConfig, rank: int, address: str) -> None:
     runner, loaded, plain = start(config, rank, address, sequences=1)
     progress = Progress(new_memory("bench"))
-    watched, fingerprint = TracedCommunicator(plain, progress), runner_module._fingerprint
+    watched = TracedCommunicator(plain, progress)
 
     def answer(order: Order) -> bus.StepDone | float:
         if order.step is None:
             return scrub_all(loaded.scrub)
-        runner_module._fingerprint = fingerprint if order.watched else unwatched  # type: ignore[assignment]
+        setattr(runner_module, "fingerprint_of", fingerprint_of if order.watched else unwatched)  # noqa: B010
         output = watch(runner, order.step, watched, progress) if order.watched else runner.step(order.step, plain)
         return done(order.step, output)
 

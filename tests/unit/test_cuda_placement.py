@@ -31,8 +31,8 @@ from lockstep_runtime.weights.sharding import RankInfo
 from lockstep_runtime.weights.weight import stacked_rows
 from lockstep_runtime.worker.device import choose_device, sharers
 from lockstep_runtime.worker.fault_classifier import load_failure
+from lockstep_runtime.worker.fingerprint import on_host
 from lockstep_runtime.worker.memory import cuda_budget
-from lockstep_runtime.worker.model_runner import on_host
 
 GIB = 2**30
 CUDA = torch.device("cuda", 0)

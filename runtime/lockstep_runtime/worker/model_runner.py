@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import mmap
 import os
@@ -42,6 +41,7 @@ from lockstep_runtime.weights.weight import StoredTable, Weight
 from lockstep_runtime.worker.activations import step_bytes
 from lockstep_runtime.worker.cache_room import CacheRoom
 from lockstep_runtime.worker.device import choose_device, prepare, sharers, wait_for_memory
+from lockstep_runtime.worker.fingerprint import fingerprint_of
 from lockstep_runtime.worker.grammars import load_grammars
 from lockstep_runtime.worker.images import RankImages
 from lockstep_runtime.worker.likeliest import check_finite
@@ -59,7 +59,6 @@ from lockstep_runtime.worker.scrub import INTERVAL_SECONDS, INTERVAL_VARIABLE, S
 
 logger = logging.getLogger(__name__)
 
-_BITS: Final = {2: torch.int16, 4: torch.int32}  # by a type's bytes
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -294,7 +293,7 @@ class ModelRunner:
             hidden = states if len(states) == len(batch.segments) else states[batch.last]
             drawn = self._draw(step.sequences, hidden, group)
             scored = score(step.sequences, batch, states, lambda rows: self._model.logits(rows, group))
-            fingerprint = _fingerprint(batch, states, hidden)
+            fingerprint = fingerprint_of(batch, states, hidden)
             group.check()
             return StepOutput(fingerprint=fingerprint, drawn=drawn, scored=scored)
 
@@ -356,35 +355,6 @@ def _check_tokens(batch: Batch, rows: int) -> None:
     least, greatest = (int(one) for one in batch.given[0].aminmax())
     if least < 0 or greatest >= rows:
         raise ValueError(f"token {greatest if greatest >= rows else least} has no row in an embedding of {rows}")
-
-
-def _fingerprint(batch: Batch, states: Tensor, hidden: Tensor) -> int:
-    """Of the raw bytes of what went in and what came out: states [tokens, n], hidden of each sequence's last.
-
-    Python's hash of a whole number is that number modulo the prime 2**61 - 1 (`sys.hash_info`): the same in every
-    process, changed by any single bit, and little code: a step leaves nothing of it in the CPU's caches.
-
-    All-reduces hide a wrong input: every rank then has the same wrong sum. They hide a wrong state of an earlier token
-    as well: others see it only by its keys and values, which one rank has alone. A long prompt's states are summed as
-    whole numbers where they are, since to hash them all would take longer than a step may be watched.
-    """
-    raw = b"".join(map(_bytes, (batch.given, batch.ends, *on_host(states, hidden))))
-    return hash(int.from_bytes(raw, "little"))
-
-
-def on_host(states: Tensor, hidden: Tensor) -> list[Tensor]:
-    """What is hashed of a step's results. From a device by one copy, which is what waits for the step."""
-    computed = [hidden]
-    if len(states) > len(hidden):
-        computed.append(states.view(_BITS[states.element_size()]).sum(0))  # doesn't depend on the order
-    if hidden.is_cpu:
-        return computed
-    return [torch.cat([one.view(-1).view(torch.uint8) for one in computed]).cpu()]
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    """Of a contiguous tensor on the host, by the shortest way there is: a decode step of a small model waits for it."""
-    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
 
 
 def _device(config: ServeConfig, rank: int) -> torch.device:
