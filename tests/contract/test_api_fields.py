@@ -108,10 +108,8 @@ async def test_a_wrong_field_is_named(client: httpx.AsyncClient, body: dict[str,
 @pytest.mark.parametrize(
     ("field", "neutral", "asking"),
     [
-        ("response_format", {"type": "text"}, {"type": "json_object"}),
         ("functions", [], [{"name": "f"}]),
         ("function_call", "none", {"name": "f"}),
-        ("guided_json", None, {}),
     ],
 )
 async def test_what_is_not_built_is_taken_only_when_it_asks_for_nothing(

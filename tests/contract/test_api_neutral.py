@@ -168,9 +168,7 @@ ASKING: list[dict[str, Any]] = [
     {"prompt_logprobs": 1},
     {"prompt_logprobs": 0},  # vLLM gives the prompt's own
     {"allowed_token_ids": [5]},
-    {"response_format": {"type": "json_object"}},
     {"priority": 1},
-    {"guided_json": {}},
     {"return_tokens_as_token_ids": True},
     {"truncate_prompt_tokens": 5},
 ]
@@ -190,5 +188,4 @@ def test_the_schema_says_what_is_taken() -> None:
     for kind in (ChatRequest, CompletionRequest):
         properties = kind.model_json_schema()["properties"]
         assert properties["priority"]["enum"] == [None, 0]
-        assert properties["response_format"]["enum"] == [None, {}, {"type": "text"}]
         assert {"type": "null"} in properties["stop"]["anyOf"]

@@ -85,6 +85,15 @@ def draw(name: str, value: float) -> Case:
     return Case({name: value}, lambda seen: getattr(seen.request.sampling, name) == value)
 
 
+def form(name: str, value: Any, kind: str, text: str) -> Case:
+    def shows(seen: Seen) -> bool:
+        rules = seen.request.rules
+        grammar = None if rules is None else rules.grammar
+        return grammar is not None and (grammar.kind, grammar.text) == (kind, text)
+
+    return Case({name: value}, shows)
+
+
 CASES: Final[dict[str, Case]] = {
     "model": Case({"model": SERVED}, lambda seen: "choices" in seen.body, without={"model": "another"}),
     "messages": Case(
@@ -103,6 +112,12 @@ CASES: Final[dict[str, Case]] = {
     "repetition_penalty": rule("repetition_penalty", 1.5),
     "logit_bias": Case({"logit_bias": {"5": 9}}, lambda seen: getattr(seen.request.rules, "bias", None) == {5: 9}),
     "min_tokens": rule("min_tokens", 4),
+    "response_format": form("response_format", {"type": "json_object"}, "json_schema", '{"type":"object"}'),
+    "structured_outputs": form("structured_outputs", {"json": {"type": "null"}}, "json_schema", '{"type":"null"}'),
+    "guided_json": form("guided_json", {"type": "null"}, "json_schema", '{"type":"null"}'),
+    "guided_regex": form("guided_regex", "a+", "regex", "a+"),
+    "guided_choice": form("guided_choice", ["a", "b"], "lark", 'start: "a" | "b"'),
+    "guided_grammar": form("guided_grammar", 'root ::= "a"', "gbnf", 'root ::= "a"'),
     "n": Case({"n": 3}, lambda seen: len(seen.body["choices"]) == 3),
     "best_of": Case({"best_of": 3}, lambda seen: (len(seen.asked), len(seen.body["choices"])) == (3, 1)),
     "stop": Case({"stop": "two"}, lambda seen: seen.message["content"] == "one "),

@@ -137,7 +137,7 @@ def checker() -> Iterator[GrammarChecker]:
         (of_schema({"type": "quaternion"}), "quaternion"),
         (of_schema({"$ref": "#/$defs/nothing"}), "nothing"),
         (of_schema({"type": "string", "format": "no-such-format"}), "no-such-format"),
-        (of_schema(False), "Unsatisfiable"),
+        (of_schema({"type": "integer", "minimum": 5, "maximum": 1}), "nsatisfiable"),
         (Grammar(kind="json_schema", text="[" * 5000, end_ids=(END,)), "recursion limit"),
         (Grammar(kind="lark", text="nonsense", end_ids=(END,)), "Expected"),
         (of_schema({"type": "integer", "multipleOf": 999_983}), "too complex"),

@@ -42,6 +42,7 @@ class Job:
     markers: ReasoningMarkers | None = None  # part reasoning from answer
     thinks: bool = False  # the prompt's end has opened the reasoning already
     tools: ToolUse | None = None  # part calls from answer
+    form_field: str = ""  # the request's, that asks for a form of the answer
     scores_prompt: bool = False  # the prompt's log probabilities are part of the answer
     prompt_only: bool = False  # the one token that is drawn is no part of the answer
     drawn: int = 1  # choices of each prompt

@@ -13,7 +13,6 @@ from typing import Any, Final
 from lockstep_runtime.api.errors import unsupported
 
 _FUNCTIONS: Final = "functions are called tools now; use `tools` and `tool_choice`"
-_CONSTRAINED: Final = "output can't be constrained yet; ask for the form in the prompt"
 _TEXT_ONLY: Final = "this server makes text only; leave it out"
 _NO_EMBEDDINGS: Final = "prompts are text or token ids"
 OFF: Final[tuple[object, ...]] = (False, 0)  # as pydantic's and vLLM's booleans are read
@@ -28,27 +27,21 @@ class Neutral:
 
 
 REFUSED: Final[Mapping[str, Neutral]] = {
-    "allowed_token_ids": Neutral(([],), _CONSTRAINED),
+    "allowed_token_ids": Neutral(([],), "use `guided_choice`, or `logit_bias` of -100 for what is not allowed"),
     "audio": Neutral((), _TEXT_ONLY),
     "bad_words": Neutral(([],), "words can't be banned; leave it out"),
     "chat_template": Neutral(("",), "the model's own chat template is used; leave it out"),
     "documents": Neutral(([],), "put them into the messages"),
     "function_call": Neutral(("none", "auto"), _FUNCTIONS),
     "functions": Neutral(([],), _FUNCTIONS),
-    "guided_choice": Neutral(([],), _CONSTRAINED),
-    "guided_grammar": Neutral(("",), _CONSTRAINED),
-    "guided_json": Neutral(("",), _CONSTRAINED),
-    "guided_regex": Neutral(("",), _CONSTRAINED),
     "logits_processors": Neutral(([],), "no code is taken from clients; leave it out"),
     "modalities": Neutral(([], ["text"]), _TEXT_ONLY),
     "prediction": Neutral((), "it is not built yet; leave it out"),
     "priority": Neutral((0,), "requests are served in the order of their arrival; leave it out"),
     "prompt_embeds": Neutral(([], ""), _NO_EMBEDDINGS),
     "prompt_logprobs": Neutral((False,), "ask /v1/completions with `echo` and `logprobs`"),
-    "response_format": Neutral(({}, {"type": "text"}), _CONSTRAINED),
     "return_token_ids": Neutral(OFF, "answers hold text; leave it out"),
     "return_tokens_as_token_ids": Neutral(OFF, "log probabilities name tokens by their text; leave it out"),
-    "structured_outputs": Neutral(({},), _CONSTRAINED),
     "suffix": Neutral(("",), "text can't be inserted before a suffix; leave it out"),
     "truncate_prompt_tokens": Neutral((), "prompts are not cut; send a shorter one"),
     "use_beam_search": Neutral(OFF, "there is no beam search; leave it out"),

@@ -49,6 +49,11 @@ def opens_reasoning(markers: ReasoningMarkers, prompt: Sequence[int]) -> bool:
     return False
 
 
+def has_marker(markers: ReasoningMarkers, prompt: Sequence[int]) -> bool:
+    """Whether a prompt ends with one, or nearly."""
+    return any(token in (markers.opening, markers.closing) for token in prompt[-_NEAR:])
+
+
 def opens_in(text: str) -> bool:
     """Whether a message that is to be continued ends inside an open reasoning section."""
     return text.rfind(OPENING) > text.rfind(CLOSING)

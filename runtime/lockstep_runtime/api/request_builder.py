@@ -11,6 +11,8 @@ from typing import Final
 from lockstep_runtime.api.chat_prompt import ChatPrompt, chat_prompt
 from lockstep_runtime.api.errors import ApiError, invalid, too_long
 from lockstep_runtime.api.generation import Job, ToolUse
+from lockstep_runtime.api.grammar_fields import Form, form_of
+from lockstep_runtime.api.grammars import grammar_of
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.model import SamplingDefaults, ServedModel
 from lockstep_runtime.api.response_format import ChatFormat, CompletionFormat, ResponseFormat
@@ -19,7 +21,7 @@ from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest
 from lockstep_runtime.api.tokenizer import TooManyTokensError
 from lockstep_runtime.engine.client import GenerationRequest
 from lockstep_runtime.protocol.images import Pixels
-from lockstep_runtime.protocol.step import SamplingParams
+from lockstep_runtime.protocol.step import Grammar, SamplingParams
 
 _SEEDS: Final = 2**64
 _NEXT_SEED: Final = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: seeds of neighbouring choices differ in many bits
@@ -43,10 +45,13 @@ class RequestBuilder:
             prompt = chat_prompt(self.model, request, self.limits, most=self.max_model_len, images=images)
         except TooManyTokensError as error:
             raise self._too_long(str(error), "messages") from None
-        requests = self._requests("chatcmpl", request, [tuple(prompt.ids)], request.asked_tokens, "messages", False)
+        form = form_of(request)
+        grammar = None if form is None else grammar_of(form, self.model, prompt)
+        asked = request.asked_tokens
+        requests = self._requests("chatcmpl", request, [tuple(prompt.ids)], asked, "messages", grammar=grammar)
         requests = [replace(one, images=prompt.images) for one in requests] if images else requests
         logprobs = request.asked_logprobs >= 0
-        job = self._job(request, requests, prompt=prompt, tools=self._tools(request))
+        job = self._job(request, requests, prompt=prompt, tools=self._tools(request), form=form)
         return job, ChatFormat(self.model.tokenizer, len(requests), logprobs=logprobs, echo=request.echoed)
 
     def _tools(self, request: ChatRequest) -> ToolUse | None:
@@ -61,13 +66,15 @@ class RequestBuilder:
         prompt_only = request.max_tokens == 0
         asked = 1 if prompt_only else request.max_tokens
         scores = bool(request.echo) and request.logprobs is not None
-        requests = self._requests("cmpl", request, prompts, asked, "prompt", scores)
+        wanted = form_of(request)
+        grammar = None if wanted is None else grammar_of(wanted, self.model)
+        requests = self._requests("cmpl", request, prompts, asked, "prompt", scores, grammar=grammar)
         texts = [self._text(prompt) if request.echo else "" for prompt in request.prompt]
         echoes = [text for text in texts for _ in range(request.drawn)]
         shown = [one.prompt for one in requests] if scores else ()
         logprobs, special_too = request.logprobs is not None, request.skip_special_tokens is False
         form = CompletionFormat(self.model.tokenizer, echoes, shown, logprobs=logprobs, shows_special=special_too)
-        return self._job(request, requests, prompt_only=prompt_only, scores_prompt=scores), form
+        return self._job(request, requests, prompt_only=prompt_only, scores_prompt=scores, form=wanted), form
 
     def _ids(self, prompt: str | list[int], special: bool) -> tuple[int, ...]:
         """Special tokens in a completion's prompt are intended: its author writes the whole prompt."""
@@ -93,13 +100,16 @@ class RequestBuilder:
         prompts: Sequence[tuple[int, ...]],
         asked_tokens: int | None,
         param: str,
-        scores_prompt: bool,
+        scores_prompt: bool = False,
+        *,
+        grammar: Grammar | None = None,
     ) -> list[GenerationRequest]:
         for prompt in prompts:
             self._check_rows(prompt, param)
         id = f"{prefix}-{secrets.token_hex(12)}"
         seed = secrets.randbits(64) if request.seed is None else request.seed
-        rules = rules_of(request, self.model, self.model.stop_ids | frozenset(request.stop_token_ids or ()))
+        stops = self.model.stop_ids | frozenset(request.stop_token_ids or ())
+        rules = rules_of(request, self.model, stops, grammar)
         return [
             GenerationRequest(
                 request_id=f"{id}-{index * request.drawn + choice}",
@@ -108,7 +118,7 @@ class RequestBuilder:
                 sampling=sampling(
                     request, self.model.defaults, (seed + choice * _NEXT_SEED) % _SEEDS, scores_prompt=scores_prompt
                 ),
-                stop_token_ids=self._stop_ids(request),
+                stop_token_ids=self._stop_ids(request) if grammar is None else stops,
                 rules=rules,
                 cache_salt=request.cache_salt or "",
             )
@@ -125,6 +135,7 @@ class RequestBuilder:
         tools: ToolUse | None = None,
         prompt_only: bool = False,
         scores_prompt: bool = False,
+        form: Form | None = None,
     ) -> Job:
         self._check_logprobs(request, requests, scores_prompt)
         return Job(
@@ -141,6 +152,7 @@ class RequestBuilder:
             markers=None if prompt is None else self.model.markers,
             thinks=prompt is not None and prompt.thinks,
             tools=tools,
+            form_field="" if form is None else form.field,
             prompt_only=prompt_only,
             scores_prompt=scores_prompt,
             drawn=request.drawn,

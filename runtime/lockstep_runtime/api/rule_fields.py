@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchem
 
 from lockstep_runtime.api.errors import invalid
 from lockstep_runtime.api.model import ServedModel
-from lockstep_runtime.protocol.step import LogitRules
+from lockstep_runtime.protocol.step import Grammar, LogitRules
 
 MAX_BIASES: Final = 1024
 MOST_BIAS: Final = 100.0
@@ -59,11 +59,14 @@ class RuleFields(BaseModel):
     )
 
 
-def rules_of(request: RuleFields, model: ServedModel, stop_ids: Set[int]) -> LogitRules | None:
+def rules_of(
+    request: RuleFields, model: ServedModel, stop_ids: Set[int], grammar: Grammar | None = None
+) -> LogitRules | None:
     """What the request and the model's defaults ask for; None: nothing.
 
     Args:
         stop_ids: the request's own, and the model's even where the request ignores these.
+        grammar: what the answer must match.
 
     Raises:
         ApiError: 400, a bias is for a token that the model doesn't have.
@@ -80,5 +83,6 @@ def rules_of(request: RuleFields, model: ServedModel, stop_ids: Set[int]) -> Log
         repetition_penalty=model.defaults.repetition_penalty if repetition is None else repetition,
         frequency_penalty=request.frequency_penalty or 0.0,
         presence_penalty=request.presence_penalty or 0.0,
+        grammar=grammar,
     )
     return None if rules == LogitRules() else rules

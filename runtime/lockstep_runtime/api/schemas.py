@@ -28,6 +28,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from lockstep_runtime.api.errors import ApiError, invalid, unsupported
+from lockstep_runtime.api.grammar_fields import GrammarFields
 from lockstep_runtime.api.images.content import Content, content_of, for_template, images_of, text_of
 from lockstep_runtime.api.neutral import REFUSED, Neutral, check_neutral, schema_of
 from lockstep_runtime.api.rule_fields import RuleFields
@@ -178,7 +179,7 @@ class StreamOptions(Body):
     include_usage: Flag = None
 
 
-class _Request(RuleFields, Body):
+class _Request(RuleFields, GrammarFields, Body):
     REFUSED: ClassVar[Mapping[str, Neutral]] = REFUSED
 
     model: str

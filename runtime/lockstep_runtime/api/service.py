@@ -17,6 +17,7 @@ from fastapi import Depends, FastAPI, Request
 from lockstep_runtime.api.answers import ModelCard
 from lockstep_runtime.api.blockers import Blockers
 from lockstep_runtime.api.errors import unavailable, unknown_model
+from lockstep_runtime.api.grammars import GrammarChecks
 from lockstep_runtime.api.images.fetch import ImageFetcher
 from lockstep_runtime.api.images.loader import ImageLoader
 from lockstep_runtime.api.images.placement import processor_for
@@ -68,6 +69,7 @@ class Service:
         hosts = frozenset(host.lower() for host in config.vision.image_hosts)
         self._images = ImageLoader(ImageFetcher(hosts, limits.image_seconds, limits.max_image_bytes))
         self._large = ThreadPoolExecutor(1, thread_name_prefix="lockstep-large-prompt")
+        self._grammar_checks = GrammarChecks()
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -82,6 +84,7 @@ class Service:
             self._images.close()
             for threads in (self._threads, self._large):
                 threads.shutdown(wait=False, cancel_futures=True)
+            self._grammar_checks.close()
 
     def readiness(self) -> Readiness:
         """Whether a request sent now would make progress."""
@@ -134,6 +137,7 @@ class Service:
         async with self._read(request, read) as (asked, images, threads):
             preparation = self._preparation()
             job, form = await asyncio.get_running_loop().run_in_executor(threads, preparation.build, asked, images)
+        await self._grammar_checks.check(job)
         return Answer(job, form, preparation.model.tokenizer, self._services, arrived)
 
     @asynccontextmanager

@@ -17,13 +17,13 @@ from lockstep_runtime.grammar.trial import Verdict, too_complex
 from lockstep_runtime.protocol.step import Grammar
 
 KEPT: Final = 256  # verdicts
-MOST_SECONDS: Final = 30.0  # on a busy machine: the process ends itself after a second or two of CPU time
+MOST_SECONDS: Final = 30.0  # on a busy machine: the process ends after half a second of CPU time
 START_SECONDS: Final = 60.0
 _VARIABLES: Final = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "TMPDIR")  # no secrets
 
 
 class GrammarChecker:
-    """Blocks: call it in a thread of its own, in which other requests don't wait. `close` ends the process."""
+    """Blocks: call it in a thread of its own, in which other requests don't wait."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -45,7 +45,13 @@ class GrammarChecker:
         return verdict
 
     def close(self) -> None:
-        """No check may be under way."""
+        """A check that is under way ends at once."""
+        if process := self._process:
+            process.kill()
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -54,11 +60,11 @@ class GrammarChecker:
     def _try(self, grammar: Grammar) -> Verdict:
         seconds = MOST_SECONDS
         if self._process is None or self._process.poll() is not None:
-            self.close()
+            self._end()
             self._process, seconds = _start(), START_SECONDS
         line = _ask(self._process, msgspec.json.encode(grammar) + b"\n", time.monotonic() + seconds)
         if not line.endswith(b"\n"):
-            self.close()
+            self._end()
             return Verdict(error=too_complex())
         return msgspec.json.decode(line, type=Verdict)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
 
 from lockstep_runtime.protocol.step import Grammar
 
 _LIMITS: Final = LLParserLimits(verbose_errors=False)
 _QUIET: Final = 0
+_SPACE: Final = r"[\x20\x09\x0A\x0D]{1,32}"  # as of a pretty printer, not without end
 
 
 class GrammarError(ValueError):
@@ -66,7 +67,7 @@ def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
     """
     try:
         matcher = LLMatcher(tokenizer, _definition(grammar), log_level=_QUIET, limits=_LIMITS)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GrammarError(sentence(str(error))) from None
     if matcher.is_error():
         raise GrammarError(sentence(matcher.get_error()))
@@ -76,11 +77,16 @@ def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
 def _definition(grammar: Grammar) -> str:
     match grammar.kind:
         case "json_schema":
-            return LLMatcher.grammar_from_json_schema(grammar.text)
+            # `oneOf` is what pydantic writes for tagged unions, where it means the same as `anyOf`.
+            return LLMatcher.grammar_from_json_schema(
+                grammar.text, defaults={"whitespace_pattern": _SPACE, "coerce_one_of": True}
+            )
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.text)
         case "lark":
             return LLMatcher.grammar_from_lark(grammar.text)
+        case "gbnf":
+            return grammar_from("gbnf", grammar.text)
 
 
 def sentence(message: str) -> str:

@@ -30,10 +30,13 @@ class Thoughts(msgspec.Struct, frozen=True, kw_only=True):
     open: bool = False  # by the prompt's end
 
 
+GrammarKind = Literal["json_schema", "regex", "lark", "gbnf"]  # JSON text; Rust's regex; llguidance's dialect of Lark
+
+
 class Grammar(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What an answer's text must match; then the end is drawn. A form that the api's process has tried."""
 
-    kind: Literal["json_schema", "regex", "lark"]  # "json_schema": JSON text; "lark": llguidance's dialect
+    kind: GrammarKind
     text: str
     end_ids: tuple[int, ...]  # tokens that end the answer, drawn nowhere but where it is complete
     thoughts: Thoughts | None = None
