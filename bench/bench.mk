@@ -1,5 +1,5 @@
-.PHONY: bench bench-all-reduce bench-decode bench-load bench-same-answer bench-sampling
-bench: bench-all-reduce bench-decode bench-load bench-same-answer bench-sampling ## all measurements, into build/bench (those of the cluster apart: see bench-startup)
+.PHONY: bench bench-all-reduce bench-decode bench-load bench-prefix bench-same-answer bench-sampling
+bench: bench-all-reduce bench-decode bench-load bench-prefix bench-same-answer bench-sampling ## all measurements, into build/bench (those of the cluster apart: see bench-startup)
 
 bench-all-reduce: venv ## microseconds of an all-reduce between CPU ranks, beside gloo
 	$(PY) -m bench.all_reduce
@@ -9,6 +9,9 @@ bench-decode: venv ## tokens per second of a 0.6B shape on CPUs, beside transfor
 
 bench-load: venv ## bytes read, peak memory and rate of loading that shape
 	$(PY) -m bench.load
+
+bench-prefix: venv ## seconds to the first token behind a prefix of 2,000 tokens, cold and warm
+	$(PY) -m bench.prefix
 
 bench-same-answer: venv ## how often a draw is another because its logits were rounded otherwise
 	$(PY) -m bench.same_answer

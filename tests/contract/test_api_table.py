@@ -133,6 +133,7 @@ CASES: Final[dict[str, Case]] = {
         {"stream": True, "stream_options": {"include_usage": True}}, lambda seen: '"usage":{' in seen.text,
         without={"stream": True},
     ),
+    "cache_salt": Case({"cache_salt": "mine"}, lambda seen: seen.request.cache_salt == "mine"),
     "logprobs": Case({"logprobs": True}, lambda seen: bool(seen.choice["logprobs"])),
     "top_logprobs": Case(
         {"logprobs": True, "top_logprobs": 2},
