@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 from tests.support.fake_ranks import check_sharing, continuation, next_token, scores, toy_logprob
@@ -10,20 +11,25 @@ from tests.support.fake_ranks import check_sharing, continuation, next_token, sc
 from lockstep_runtime.engine.client import GenerationRequest
 from lockstep_runtime.engine.scheduler import Scheduler
 from lockstep_runtime.engine.sequence import Sequence
-from lockstep_runtime.protocol.step import SampledToken, SamplingParams, SequenceSlice
+from lockstep_runtime.protocol.step import Grammar, LogitRules, SampledToken, SamplingParams, SequenceSlice
+from lockstep_runtime.worker.rulebook import Rulebook
 
 SCHEDULES = 3000
 BATCHES = 10
 
 
 GARBAGE = -1
+PENALIZED = LogitRules(repetition_penalty=1.1)
+PENALIZED_ANSWER = LogitRules(presence_penalty=0.5)
+CONSTRAINED = LogitRules(grammar=Grammar(kind="regex", text=".*", end_ids=()))
 
 
 class Life:
     """One random schedule: arrivals, steps, cancellations and faults, on a machine with too few blocks.
 
     Some prompts begin alike. After a fault the cache is new, or goes on with whatever the step that failed has left in
-    what it writes to; or garbage was found, and what no sequence holds may be garbage, too.
+    what it writes to; or garbage was found, and what no sequence holds may be garbage, too. Rank 0 forgets the rules of
+    sequences now and then, and takes its time for a grammar.
     """
 
     def __init__(self, seed: int) -> None:
@@ -46,6 +52,7 @@ class Life:
         self.sequences = 0
         self.open: dict[int, tuple[GenerationRequest, list[int]]] = {}
         self.faults_left = self.random.choice([0, 0, 1, 3])
+        self.rulebook = Rulebook(3)  # rank 0's: too small for all
 
     def tokens(self, count: int) -> tuple[int, ...]:
         return tuple(self.random.randrange(1000) for _ in range(count))
@@ -65,6 +72,7 @@ class Life:
             max_tokens=max_tokens,
             sampling=SamplingParams(temperature=0, prompt_logprobs=self.random.choice([-1, -1, 0])),
             cache_salt=self.random.choice(["", "", "salt"]),
+            rules=self.random.choice([None, None, PENALIZED, PENALIZED_ANSWER, CONSTRAINED]),
         )
         self.open[self.sequences] = (request, [])
         self.scheduler.add(Sequence(self.sequences, request))
@@ -84,6 +92,33 @@ class Life:
             scored += scores(part, lambda end, part=part: self.context(part, end))  # type: ignore[misc]
         return sampled, scored
 
+    def put_off(self, slices: list[SequenceSlice]) -> set[int]:
+        """Those that rank 0 can't draw for: it has forgotten their past, or still compiles a grammar."""
+        if self.random.random() < 0.03:
+            self.rulebook = Rulebook(3)
+        drawing = [part for part in slices if part.sample is not None]
+        constrained = [part for part in drawing if self.open_rules(part) is CONSTRAINED]
+        for part in constrained:
+            assert part.ruled is not None
+            assert part.ruled.past is None or len(part.tokens) == 1, "what may come again is short"
+        penalized = [part for part in drawing if self.open_rules(part) in (PENALIZED, PENALIZED_ANSWER)]
+        page = self.rulebook.page(penalized)
+        for ruled in page.ruled:
+            part = penalized[ruled.row]
+            context = self.context(part, part.position + len(part.tokens))
+            prompt, answer = context[: len(context) - ruled.drawn], context[len(context) - ruled.drawn :]
+            assert answer == self.open[part.sequence_id][1]
+            seen = dict(zip(ruled.seen.tokens.tolist(), ruled.seen.counts.tolist(), strict=True))
+            of_prompt = dict.fromkeys(prompt, 0.0) if ruled.rules is PENALIZED else {}
+            assert seen == of_prompt | dict(Counter(answer))
+        forgotten = {penalized[row].sequence_id for row in page.put_off}
+        assert all(part.ruled and part.ruled.past is None for part in penalized if part.sequence_id in forgotten)
+        waited_for = {part.sequence_id for part in constrained if part.ruled and part.ruled.past}
+        return forgotten | {one for one in sorted(waited_for) if self.random.random() < 0.4}
+
+    def open_rules(self, part: SequenceSlice) -> LogitRules | None:
+        return self.open[part.sequence_id][0].rules
+
     def context(self, part: SequenceSlice, end: int) -> list[int]:
         return [self.cache[self.slot(part, position)] for position in range(end)]
 
@@ -97,9 +132,12 @@ class Life:
             self.faults_left -= 1
             self.fault(slices)
             return
+        sampled, scored = self.compute(slices)
+        put_off = self.put_off(slices)
         if self.open and self.random.random() < 0.02:
             self.cancel(self.random.choice(list(self.open)))
-        for drawn in self.scheduler.apply(slices, *self.compute(slices)):
+        sampled = [token for token in sampled if token.sequence_id not in put_off]
+        for drawn in self.scheduler.apply(slices, sampled, scored, put_off):
             request, tokens = self.open[drawn.sequence_id]
             wanted = request.sampling.prompt_logprobs >= 0 and not tokens
             assert [(one.token, one.logprob) for one in drawn.prompt] == (judged(request.prompt) if wanted else [])
