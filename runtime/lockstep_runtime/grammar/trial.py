@@ -11,6 +11,7 @@ import sys
 from typing import Final
 
 import msgspec
+from setproctitle import setproctitle
 
 from lockstep_runtime.grammar.compiler import GrammarError, byte_tokenizer, compile_grammar
 from lockstep_runtime.grammar.matcher import Matcher
@@ -28,6 +29,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 def main() -> None:
     """Until end of file."""
+    setproctitle("lockstep: grammars of requests, tried")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
