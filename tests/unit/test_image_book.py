@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from tests.support.live_engine import request
 
 from lockstep_runtime.engine.client import GenerationRequest, PromptImage
-from lockstep_runtime.engine.image_book import HELD_TOKENS, STEP_TOKENS, ImageBook
+from lockstep_runtime.engine.image_book import STEP_TOKENS, ImageBook
 from lockstep_runtime.engine.scheduler import Scheduler
 from lockstep_runtime.engine.sequence import Sequence
 from lockstep_runtime.protocol.bus import ImageWork
-from lockstep_runtime.protocol.images import ImageSpan, Pixels
+from lockstep_runtime.protocol.images import HELD_TOKENS, ImageSpan, Pixels
 from lockstep_runtime.protocol.step import SampledToken, SequenceSlice
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from tests.support.architectures import write_random
+from tests.support.vision import TowerShape
+from tests.support.vision_model import write_vision_model
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -21,6 +23,7 @@ from lockstep_runtime.config import EngineLimits, ServeConfig
 from lockstep_runtime.distributed.join import SingleCommunicator
 from lockstep_runtime.layers.batch import build_batch
 from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheSize
+from lockstep_runtime.protocol.images import HELD_TOKENS
 from lockstep_runtime.protocol.step import SequenceSlice, StateSlots
 from lockstep_runtime.sources.errors import ModelError
 from lockstep_runtime.worker.activations import LiveBytes
@@ -70,6 +73,20 @@ def test_small_steps_tell_what_a_large_one_takes(tmp_path: Path, name: str) -> N
     with torch.inference_mode(), LiveBytes() as live:
         runner.model.forward(build_batch([whole], torch.device("cpu")), cache, SingleCommunicator())
     assert live.peak <= report.step_bytes <= 3 * live.peak + (1 << 22)
+
+
+def test_small_images_tell_what_a_large_one_takes(tmp_path: Path) -> None:
+    tower = TowerShape(hidden=96, intermediate=400, patch=8, positions=2304)
+    write_vision_model(tmp_path, tower)
+    limits = EngineLimits(max_batch_tokens=64, kv_cache_bytes=1 << 24, max_sequences=2)
+    runner = ModelRunner(ServeConfig(model=str(tmp_path), served_name="m", backend="cpu", limits=limits), 0)
+    report = runner.load(lambda done, total: None)
+    vision = runner.model.vision
+    assert vision is not None
+    with torch.inference_mode(), LiveBytes() as live:
+        tokens = vision.encode(torch.zeros(384, 384, 3, dtype=torch.uint8), SingleCommunicator())
+    held = HELD_TOKENS * tokens.shape[1] * tokens.itemsize
+    assert live.peak + held <= report.step_bytes <= 3 * live.peak + held + (1 << 22)
 
 
 @pytest.mark.parametrize(("step", "found"), [(0, 500), (400, 500), (700, 300), (1200, 0)])

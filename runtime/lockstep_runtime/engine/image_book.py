@@ -12,10 +12,9 @@ from typing import Final
 
 from lockstep_runtime.engine.sequence import Sequence
 from lockstep_runtime.protocol.bus import ImageWork
-from lockstep_runtime.protocol.images import ImageSpan, Pixels
+from lockstep_runtime.protocol.images import HELD_TOKENS, ImageSpan, Pixels
 
 STEP_TOKENS: Final = 576  # of images that one step encodes, or one image: others' next tokens wait for it
-HELD_TOKENS: Final = 8192  # that the ranks hold, unless one image has more
 
 
 class ImageBook:

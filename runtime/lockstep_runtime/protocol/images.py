@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from typing import Final
 
 import msgspec
+
+HELD_TOKENS: Final = 8192  # of images, that the ranks hold beside a step, unless one image has more
 
 
 class Pixels(msgspec.Struct, frozen=True, kw_only=True):

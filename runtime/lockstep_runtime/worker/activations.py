@@ -6,6 +6,7 @@ little, since allocators keep what was freed, and a step of full size would take
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -22,11 +23,14 @@ from lockstep_runtime.layers.batch import build_batch
 from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheSize, KVCache
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.layers.prefill_attention import TILE
+from lockstep_runtime.layers.vision import VisionTower
 from lockstep_runtime.models.registry import Model
+from lockstep_runtime.protocol.images import HELD_TOKENS
 from lockstep_runtime.protocol.step import SequenceSlice, StateSlots
 
 TRIED_TOKENS: Final = (4, 12)  # of one sequence: what a token more takes is what larger steps take by the token
 TRIED_CHUNKS: Final = (64, 128)  # the same of models that compute states, which go by chunks of 64 tokens
+TRIED_SIDE: Final = 4  # tokens of an image's side, beside an image of one
 LOGITS_COPIES: Final = 3  # a rank's own, the whole vocabulary's, and what sampling makes of them
 MARGIN: Final = 1.5  # for what kernels take inside, and what allocators can't use
 
@@ -72,14 +76,34 @@ def _tensors(tree: object) -> list[Tensor]:
 
 
 def step_bytes(model: Model, placement: Placement, attention: Attention, limits: EngineLimits, max_len: int) -> int:
-    """Of the largest step that may come: `limits.max_batch_tokens` tokens, a context of `max_len`."""
+    """Of the largest step that may come: `limits.max_batch_tokens` tokens, a context of `max_len`, the largest image;
+    and of the images' tokens that are held."""
     few, more = TRIED_CHUNKS if model.cache_shape.slot_bytes else TRIED_TOKENS
     least = _forward_bytes(model, placement, attention, few)
     each = max(0, _forward_bytes(model, placement, attention, more) - least) / (more - few)
     forward = least + each * (limits.max_batch_tokens - few)
     mask = min(TILE, limits.max_batch_tokens) * max_len * placement.activation.itemsize
     logits = LOGITS_COPIES * limits.max_sequences * model.vocabulary * torch.float32.itemsize
-    return int(MARGIN * (max(forward, 0) + mask) + logits)
+    encoding, held = _image_bytes(model.vision, placement) if model.vision is not None else (0.0, 0)
+    return int(MARGIN * max(forward + mask, encoding, 0) + logits + held)
+
+
+def _image_bytes(tower: VisionTower, placement: Placement) -> tuple[float, int]:
+    """What it takes to encode the largest image, before a step's own tokens are fed, and to hold what was encoded."""
+    processor = tower.processor
+    side = min(TRIED_SIDE, math.isqrt(processor.most_patches) // processor.merge)
+    (least, width), (more, _) = (_encode(tower, one * processor.factor, placement) for one in (1, side))
+    first, last = (one * one * processor.merge**2 for one in (1, side))
+    each = max(0, more - least) / max(1, last - first)
+    tokens = max(HELD_TOKENS, processor.most_patches // processor.merge**2)
+    return least + each * (processor.most_patches - first), tokens * width * placement.activation.itemsize
+
+
+def _encode(tower: VisionTower, side: int, placement: Placement) -> tuple[int, int]:
+    """Of a square image of so many pixels a side: bytes, and the width of a token."""
+    with torch.inference_mode(), LiveBytes() as live:
+        tokens = tower.encode(torch.zeros(side, side, 3, dtype=torch.uint8), SingleCommunicator())
+    return live.peak, tokens.shape[1]
 
 
 def _forward_bytes(model: Model, placement: Placement, attention: Attention, tokens: int) -> int:
