@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import msgspec
+from tests.support.toy_images import ToyImages
 
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.protocol import bus
@@ -114,6 +115,7 @@ class FakeRank:
     moved_at: float = 0.0  # on the monotonic clock
     at_step: tuple[int, int, bool] = (0, 0, False)  # epoch, step, whether it is in it
     memory: ToyMemory = field(default_factory=lambda: ToyMemory())
+    images: ToyImages = field(default_factory=ToyImages)
     closed: bool = False  # its connection, by the engine
     respawning: asyncio.Task[None] | None = None
     writer: asyncio.StreamWriter | None = None
@@ -134,6 +136,7 @@ class FakeRank:
         await self.die()
         self.incarnation = secrets.token_hex(4)
         self.epoch, self.deaf, self.weights = 0, False, 0
+        self.images = ToyImages()
         if crashed:
             self.memory = ToyMemory()
         self.start()
@@ -180,6 +183,7 @@ class FakeRank:
             return
         match message:
             case bus.Welcome():
+                self.images.forget()
                 self.epoch = max(self.epoch, message.epoch)
                 if self.load_error:
                     self.send(bus.LoadFailed(message=self.load_error, kind=self.load_failure))
@@ -191,7 +195,10 @@ class FakeRank:
                 self.send(bus.Aborted(epoch=message.epoch, seconds=0.0))
             case bus.Rendezvous():
                 self.send(bus.RendezvousOpened(epoch=message.epoch, address="shm:///nowhere"))
+            case bus.ImagePart():
+                self.images.take(message)
             case bus.Join():
+                self.images.encoded.clear()
                 self.send(bus.Joined(epoch=message.epoch, seconds=0.0))
             case bus.AllocateCache():
                 self.send(self.allocate(message))
@@ -244,12 +251,14 @@ class FakeRank:
     def compute(self, step: bus.Step) -> bus.StepDone:
         """The honest answer."""
         check_sharing(step.sequences, BLOCK_SIZE)
+        self.images.work(step.images)
         fingerprint, sampled, scored = self.weights, [], []
         self.fed += sum(len(part.tokens) for part in step.sequences if part.sequence_id != SEQUENCE)
         for part in step.sequences:
             for position, token in enumerate(part.tokens, part.position):
                 block, slot = divmod(position, BLOCK_SIZE)
-                self.memory.slots.setdefault(part.blocks[block], [None] * BLOCK_SIZE)[slot] = token
+                held = self.memory.slots.setdefault(part.blocks[block], [None] * BLOCK_SIZE)
+                held[slot] = self.images.token(part, position, token)
             drawn = self.draw(self._context(part, part.position + len(part.tokens)))
             fingerprint = zlib.crc32(struct.pack("<q", drawn), fingerprint)
             if part.sample is not None and self.rank == 0:
