@@ -1,11 +1,14 @@
-.PHONY: bench bench-all-reduce bench-decode bench-load bench-prefix bench-same-answer bench-sampling
-bench: bench-all-reduce bench-decode bench-load bench-prefix bench-same-answer bench-sampling ## all measurements, into build/bench (those of the cluster apart: see bench-startup)
+.PHONY: bench bench-all-reduce bench-decode bench-hybrid bench-load bench-prefix bench-same-answer bench-sampling
+bench: bench-all-reduce bench-decode bench-hybrid bench-load bench-prefix bench-same-answer bench-sampling ## all measurements, into build/bench (those of the cluster apart: see bench-startup)
 
 bench-all-reduce: venv ## microseconds of an all-reduce between CPU ranks, beside gloo
 	$(PY) -m bench.all_reduce
 
 bench-decode: venv ## tokens per second of a 0.6B shape on CPUs, beside transformers
 	$(PY) -m bench.decode
+
+bench-hybrid: venv ## the same of Qwen3.5-0.8B's shape, and its delta nets after 1,024 and 16,384 tokens
+	$(PY) -m bench.hybrid
 
 bench-load: venv ## bytes read, peak memory and rate of loading that shape
 	$(PY) -m bench.load

@@ -87,12 +87,12 @@ def run_transformers(child: Child, prompts: list[list[int]], tokens: int) -> tup
     return first, rest
 
 
-def serve_transformers(pipe: Connection, model: Path) -> None:
+def serve_transformers(pipe: Connection, model: Path, kind: str = "Qwen3ForCausalLM") -> None:
     """With its own defaults: SDPA attention, a dynamic cache."""
-    from transformers import Qwen3ForCausalLM
+    import transformers
 
     torch.set_num_threads(2)
-    oracle = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    oracle = getattr(transformers, kind).from_pretrained(model, dtype=torch.bfloat16)
     pipe.send("ready")
     while True:
         try:

@@ -15,9 +15,9 @@ from tests.support.models import QWEN3_0_6B, write_model
 from lockstep_runtime.config import DType, EngineLimits, ServeConfig
 from lockstep_runtime.distributed.communicator import Communicator
 from lockstep_runtime.distributed.join import join, open_rendezvous
-from lockstep_runtime.layers.cache import CacheSize
+from lockstep_runtime.layers.cache import PROBE_STATE_SLOTS, CacheSize
 from lockstep_runtime.protocol import bus
-from lockstep_runtime.protocol.step import SamplingParams, SequenceSlice
+from lockstep_runtime.protocol.step import SamplingParams, SequenceSlice, StateSlots
 from lockstep_runtime.worker.model_runner import LoadReport, ModelRunner, StepOutput
 
 RANKS: Final = 2
@@ -66,16 +66,20 @@ class Child:
 class Ranks:
     """Two ranks, and the least of an engine."""
 
-    def __init__(self, serve: Callable[[Connection, ServeConfig, int, str], None], config: ServeConfig) -> None:
-        """`serve` is what each process runs: it calls `start` and then `answer_orders`."""
+    def __init__(
+        self, serve: Callable[[Connection, ServeConfig, int, str], None], config: ServeConfig, blocks: int = BLOCKS
+    ) -> None:
+        """`serve` is what each process runs: it calls `start` and then `answer_orders`. `blocks`: of each sequence."""
+        self._blocks = blocks
         self._meeting = open_rendezvous(config, 1)
         self._children = [Child(serve, config, rank, self._meeting.address) for rank in range(RANKS)]
         for child in self._children:
             child.receive()
         self._steps = 0
+        self._states: dict[int, StateSlots] = {}  # by sequence, of the step before
 
-    def next_step(self, tokens: list[list[int]], position: int) -> bus.Step:
-        """Greedy; each sequence goes on with its own tokens, all from the same position."""
+    def next_step(self, tokens: list[list[int]], position: int, first: int = 0) -> bus.Step:
+        """Greedy; each sequence goes on with its own tokens, all from the same position. `first`: of the sequences."""
         self._steps += 1
         return bus.Step(
             epoch=1,
@@ -83,11 +87,19 @@ class Ranks:
             sequences=[
                 SequenceSlice(
                     sequence_id=index, position=position, tokens=feed, sample=SamplingParams(temperature=0),
-                    blocks=list(range(index * BLOCKS, (index + 1) * BLOCKS)),
+                    blocks=list(range(index * self._blocks, (index + 1) * self._blocks)),
+                    state=self._next_state(index, anew=position == 0),
                 )
-                for index, feed in enumerate(tokens)
+                for index, feed in enumerate(tokens, first)
             ],
         )  # fmt: skip
+
+    def _next_state(self, index: int, *, anew: bool) -> StateSlots:
+        """Where models keep recurrent states: what was written is read, and the other of its two slots is written."""
+        slots = (2 * index + 1, 2 * index + 2)
+        read = 0 if anew else self._states[index].write
+        self._states[index] = StateSlots(read, slots[0] if read == slots[1] else slots[1])
+        return self._states[index]
 
     def take(self, order: msgspec.Struct, meanwhile: Callable[[], object] = lambda: None) -> list[int]:
         """Have the ranks take a step: every sequence's next token. `meanwhile` is done here.
@@ -114,11 +126,14 @@ class Ranks:
         self._meeting.close()
 
 
-def start(config: ServeConfig, rank: int, address: str, sequences: int) -> tuple[ModelRunner, LoadReport, Communicator]:
+def start(
+    config: ServeConfig, rank: int, address: str, sequences: int, blocks: int = BLOCKS
+) -> tuple[ModelRunner, LoadReport, Communicator]:
     """In the rank's process: a runner with room for so many sequences, and its end of the communicator."""
     runner = ModelRunner(config, rank)
     loaded = runner.load(lambda done, total: None)
-    runner.allocate(CacheSize(blocks=sequences * BLOCKS))
+    slots = 1 + 2 * sequences + PROBE_STATE_SLOTS if loaded.cache.state_slots else 0
+    runner.allocate(CacheSize(blocks=sequences * blocks, state_slots=slots))
     return runner, loaded, join(config, rank, 1, address, timeout=300)
 
 
