@@ -133,7 +133,6 @@ CASES: Final[dict[str, Case]] = {
         {"stream": True, "stream_options": {"include_usage": True}}, lambda seen: '"usage":{' in seen.text,
         without={"stream": True},
     ),
-    "cache_salt": Case({"cache_salt": "mine"}, lambda seen: seen.request.cache_salt == "mine"),
     "logprobs": Case({"logprobs": True}, lambda seen: bool(seen.choice["logprobs"])),
     "top_logprobs": Case(
         {"logprobs": True, "top_logprobs": 2},
@@ -144,6 +143,7 @@ CASES: Final[dict[str, Case]] = {
     "add_special_tokens": Case(
         {"prompt": "Ho", "add_special_tokens": False}, lambda seen: seen.request.prompt[0] != END, TEXT
     ),
+    "cache_salt": Case({"cache_salt": "mine"}, lambda seen: seen.request.cache_salt == "mine"),
     "continue_final_message": Case(
         {"messages": [LAST], "continue_final_message": True}, lambda seen: seen.prompt.endswith("It is "),
         without={"messages": [LAST]},

@@ -17,6 +17,7 @@ from tests.support.engine import FakeEngine, Part
 from tests.support.tool_texts import BARE, TOOLS, WEATHER
 
 from lockstep_runtime.config import ToolCallParser
+from lockstep_runtime.protocol.step import Grammar, Thoughts
 
 TOKENIZER = chat_tokenizer()
 END = TOKENIZER.token_to_id("<|im_end|>") or 0
@@ -29,6 +30,7 @@ CODER_CALL = (
 LLAMA_CALL = f'{{"name": "weather", "parameters": {ARGUMENTS}}}'
 FORMATS = [(HERMES, HERMES_CALL, "\n"), (CODER, CODER_CALL, "\n"), (LLAMA, LLAMA_CALL, "; ")]
 formats = pytest.mark.parametrize(("template", "written", "between"), FORMATS, ids=["hermes", "qwen3_coder", "llama3"])
+MALFORMED = {"type": "function", "function": {"name": "f", "parameters": {"type": "oops"}}}
 HI = [{"role": "user", "content": "Hi"}]
 
 
@@ -315,6 +317,58 @@ async def test_a_template_for_tools_is_used_with_them(tmp_path: Path) -> None:
         assert "# Tools" not in asked.prompt
 
 
+def grammar(asked: Served) -> Grammar | None:
+    rules = asked.engine.requests[-1].rules
+    return None if rules is None else rules.grammar
+
+
+@formats
+async def test_a_call_is_demanded(tmp_path: Path, template: str, written: str, between: str) -> None:
+    """The engine is asked for answers that a grammar allows; the unit tests say what it allows."""
+    named = {"type": "function", "function": {"name": "weather"}}
+    several = between.join([written] * 2)
+    async with served(tmp_path, template, several) as asked:
+        assert len((await asked.both(tool_choice="required")).calls) == 2
+        found = grammar(asked)
+        assert found is not None
+        assert (found.kind, found.end_ids, "weather" in found.text, "bare" in found.text) == (
+            "lark",
+            (2045, END),
+            True,
+            True,
+        )
+        answer = await asked.both(tool_choice=named)
+        assert (answer.named[0], answer.reason) == (("weather", ARGUMENTS), "tool_calls")
+        found = grammar(asked)
+        assert found is not None
+        assert "bare" not in found.text
+        await asked.whole(tool_choice="auto")
+        assert grammar(asked) is None
+
+
+async def test_a_demanded_call_comes_after_the_thoughts(tmp_path: Path) -> None:
+    async with served(tmp_path, HERMES, f"<think>\nhm\n</think>\n\n{HERMES_CALL}") as asked:
+        answer = await asked.both(tool_choice="required")
+        found = grammar(asked)
+    assert (answer.reasoning, answer.named) == ("hm", [("weather", ARGUMENTS)])
+    opening, closing = (TOKENIZER.token_to_id(marker) for marker in ("<think>", "</think>"))
+    assert found is not None
+    assert found.thoughts == Thoughts(opening=opening or 0, closing=closing or 0)
+
+
+async def test_an_answers_form_leaves_room_for_calls(tmp_path: Path) -> None:
+    form = {"response_format": {"type": "json_object"}}
+    async with served(tmp_path, HERMES, HERMES_CALL) as asked:
+        assert (await asked.both(**form)).named == [("weather", ARGUMENTS)]
+        found = grammar(asked)
+        assert found is not None
+        assert (found.kind, "weather" in found.text) == ("lark", True)
+        await asked.whole(tool_choice="none", **form)
+        found = grammar(asked)
+        assert found is not None
+        assert found.kind == "json_schema"
+
+
 @pytest.mark.parametrize(
     ("wrong", "param", "words"),
     [
@@ -329,6 +383,8 @@ async def test_a_template_for_tools_is_used_with_them(tmp_path: Path) -> None:
         ({"tool_choice": {"type": "function"}}, "tool_choice", "none, auto, required"),
         ({"tool_choice": {"type": "function", "function": {"name": "snow"}}}, "tool_choice", "no tool 'snow'"),
         ({"tool_choice": "required", "tools": None}, "tool_choice", "needs `tools`"),
+        ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "response_format", "two forms"),
+        ({"tool_choice": "required", "tools": [MALFORMED]}, "tool_choice", "oops"),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls", "boolean"),
         ({"messages": [{"role": "function", "name": "f", "content": "5"}]}, "role", "the role tool"),
         ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "function_call", "use tool_calls"),

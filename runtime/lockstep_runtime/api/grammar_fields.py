@@ -80,10 +80,17 @@ def form_of(request: GrammarFields) -> Form | None:
     forms = list(_forms(request))
     if len(forms) > 1:
         raise invalid(f"`{forms[0].field}` and `{forms[1].field}` ask for two forms of the answer", forms[1].field)
-    for form in forms:
-        if (size := len(form.text.encode())) > MAX_BYTES:
-            raise invalid(f"{form.field}: at most {MAX_BYTES} bytes, not {size}; ask for less", form.field)
-    return forms[0] if forms else None
+    return bounded(forms[0]) if forms else None
+
+
+def bounded(form: Form) -> Form:
+    """
+    Raises:
+        ApiError: 400, it is too large.
+    """
+    if (size := len(form.text.encode())) > MAX_BYTES:
+        raise invalid(f"{form.field}: at most {MAX_BYTES} bytes, not {size}; ask for less", form.field)
+    return form
 
 
 def _forms(request: GrammarFields) -> Iterator[Form]:

@@ -11,7 +11,7 @@ from typing import Final
 from lockstep_runtime.api.chat_prompt import ChatPrompt, chat_prompt
 from lockstep_runtime.api.errors import ApiError, invalid, too_long
 from lockstep_runtime.api.generation import Job, ToolUse
-from lockstep_runtime.api.grammar_fields import Form, form_of
+from lockstep_runtime.api.grammar_fields import Form, bounded, form_of
 from lockstep_runtime.api.grammars import grammar_of
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.model import SamplingDefaults, ServedModel
@@ -19,6 +19,7 @@ from lockstep_runtime.api.response_format import ChatFormat, CompletionFormat, R
 from lockstep_runtime.api.rule_fields import rules_of
 from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest
 from lockstep_runtime.api.tokenizer import TooManyTokensError
+from lockstep_runtime.api.tools.grammar import MARKED, calls_grammar
 from lockstep_runtime.engine.client import GenerationRequest
 from lockstep_runtime.protocol.images import Pixels
 from lockstep_runtime.protocol.step import Grammar, SamplingParams
@@ -45,7 +46,7 @@ class RequestBuilder:
             prompt = chat_prompt(self.model, request, self.limits, most=self.max_model_len, images=images)
         except TooManyTokensError as error:
             raise self._too_long(str(error), "messages") from None
-        form = form_of(request)
+        form = self._form(request)
         grammar = None if form is None else grammar_of(form, self.model, prompt)
         asked = request.asked_tokens
         requests = self._requests("chatcmpl", request, [tuple(prompt.ids)], asked, "messages", grammar=grammar)
@@ -53,6 +54,24 @@ class RequestBuilder:
         logprobs = request.asked_logprobs >= 0
         job = self._job(request, requests, prompt=prompt, tools=self._tools(request), form=form)
         return job, ChatFormat(self.model.tokenizer, len(requests), logprobs=logprobs, echo=request.echoed)
+
+    def _form(self, request: ChatRequest) -> Form | None:
+        """
+        Raises:
+            ApiError: 400, more than one is asked for, or one is too large.
+        """
+        form, format, demanded = form_of(request), self.model.tools.format, request.demanded_tools
+        parallel = not isinstance(request.tool_choice, tuple) and request.parallel_tool_calls is not False
+        if format is None or request.offered_tools is None:
+            return form
+        if demanded is not None:
+            if form is not None:
+                raise invalid(f"`tool_choice` and `{form.field}` ask for two forms of the answer", form.field)
+            return bounded(Form("lark", calls_grammar(format, demanded, parallel=parallel), "tool_choice"))
+        if form is not None and form.field == "response_format" and format in MARKED:  # where it calls no tool
+            grammar = calls_grammar(format, request.offered_tools, parallel=parallel, otherwise=form.text)
+            return bounded(Form("lark", grammar, form.field))
+        return form
 
     def _tools(self, request: ChatRequest) -> ToolUse | None:
         format, tools = self.model.tools.format, request.offered_tools

@@ -303,12 +303,21 @@ class ChatRequest(Conversation, _Request):
         names = [tool["function"]["name"] for tool in self.tools]
         if isinstance(self.tool_choice, tuple) and self.tool_choice[0] not in names:
             raise invalid(f"`tool_choice`: there is no tool {self.tool_choice[0]!r} in `tools`", "tool_choice")
-        raise unsupported("tool_choice", "a call can't be forced yet; use auto, and ask for it in the prompt")
+        return self
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
         """None: the model isn't told of any."""
         return super().offered_tools if self.tool_choice != "none" else None
+
+    @property
+    def demanded_tools(self) -> list[dict[str, Any]] | None:
+        """Of which one must be called; None: the model decides."""
+        if self.tool_choice == "required":
+            return self.tools
+        if isinstance(self.tool_choice, tuple) and self.tools:
+            return [tool for tool in self.tools if tool["function"]["name"] == self.tool_choice[0]][:1]
+        return None
 
     @property
     def echoed(self) -> str:

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema
 
 from lockstep_runtime.api.errors import ApiError, unsupported
 from lockstep_runtime.api.limits import Limits, parse
+from lockstep_runtime.api.tools.parser import MAX_NAME, is_name
 
 MAX_TOOLS: Final = 1024
-MAX_NAME: Final = 256
 _NAMED: Final = '{"type": "function", "function": {"name": "…"}}'
 _FUNCTION: Final = {
     "type": "object",
@@ -136,8 +136,9 @@ def _check_tool(tool: object, place: str) -> None:
     if not isinstance(function, dict):
         raise ValueError(f"{place}.function should be an object with a `name`")
     name, parameters = function.get("name"), function.get("parameters")
-    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
-        raise ValueError(f"{place}.function.name should be a string of 1 to {MAX_NAME} characters")
+    if not isinstance(name, str) or not is_name(name):
+        words = f"a string of 1 to {MAX_NAME} characters, without spaces, quotation marks and brackets"
+        raise ValueError(f"{place}.function.name should be {words}")
     if parameters is not None and not isinstance(parameters, dict):
         raise ValueError(f"{place}.function.parameters should be a JSON Schema, an object")
 
