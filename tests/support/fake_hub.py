@@ -46,6 +46,7 @@ class FakeHub:
     gated: bool = False
     no_ranges: bool = False
     wrong: dict[str, bytes] = field(default_factory=dict)  # what is sent in a file's place
+    silent: float = 0.0  # seconds before it answers
     slow: float = 0.0  # seconds between two pieces of a body
     piece: int = 64 * 1024  # bytes
     revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
@@ -58,7 +59,7 @@ class FakeHub:
 
     @property
     def storage_url(self) -> str:
-        """Another origin than `url`."""
+        """Another origin than `url`, on this machine."""
         return self.url.replace("127.0.0.1", "localhost")
 
     def commits(self) -> set[str]:
@@ -66,16 +67,17 @@ class FakeHub:
 
 
 @contextlib.contextmanager
-def fake_hub(folder: Path) -> Iterator[FakeHub]:
+def fake_hub(folder: Path, host: str = "127.0.0.1") -> Iterator[FakeHub]:
+    """`host`: the address that it listens on."""
     hub = FakeHub(folder)
 
     class Handler(_Handler):
         the_hub = hub
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with http.server.ThreadingHTTPServer((host, 0), Handler) as server:
         server.daemon_threads = True
         server.block_on_close = False
-        hub.url = f"http://127.0.0.1:{server.server_port}"
+        hub.url = f"http://{host}:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()
         try:
@@ -97,6 +99,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         path = urllib.parse.unquote(path)
         hub.asked.append(path)
+        time.sleep(hub.silent)
         hub.tokens.append((self.headers["Host"].partition(":")[0], self.headers.get("Authorization", "")))
         failure = hub.failure
         if failure and failure.where in path and not failure.after:

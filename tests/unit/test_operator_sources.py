@@ -7,9 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tests.support.operator_models import NOW, group, model
 from tests.support.operator_settings import read_settings
 
+from lockstep_operator.cluster.failures import Failures
+from lockstep_operator.cluster.obstacles import find_obstacle
+from lockstep_operator.decisions.planner import Decision
+from lockstep_operator.groups.facts import GroupFacts
+from lockstep_operator.reporting.conditions import Obstacle
 from lockstep_operator.settings import ModelSource, Settings
+from lockstep_operator.types.model_status import GroupSummary, ModelStatus
+from lockstep_operator.types.reasons import Reason
 from lockstep_operator.types.spec import (
     Claim,
     EmptyDir,
@@ -31,10 +39,10 @@ CORP = ModelSource(
 LAB = ModelSource(name="lab", endpoint="http://lab:8080", default=True)
 
 
-def parsed(model: dict[str, Any], *sources: ModelSource, **annotations: str) -> Model:
+def parsed(written: dict[str, Any], *sources: ModelSource, **annotations: str) -> Model:
     names = {f"lockstep.dev/{name}": value for name, value in annotations.items()}
     metadata = {"name": "chat", "namespace": "team", "uid": "u", "annotations": names}
-    return parse({"metadata": metadata, "spec": {"model": model, "tensorParallelSize": 1}}, sources)
+    return parse({"metadata": metadata, "spec": {"model": written, "tensorParallelSize": 1}}, sources)
 
 
 def hub(**fields: Any) -> dict[str, Any]:
@@ -99,8 +107,8 @@ def test_a_model_is_of_the_source_that_it_names_or_of_the_default() -> None:
 
 def test_a_models_own_token_and_cache_go_first() -> None:
     own = {"name": "mine", "key": "k"}
-    model = hub(source="corp", tokenSecretRef=own) | {"cache": {"persistentVolumeClaim": {"claimName": "c"}}}
-    found = parsed(model, CORP)
+    written = hub(source="corp", tokenSecretRef=own) | {"cache": {"persistentVolumeClaim": {"claimName": "c"}}}
+    found = parsed(written, CORP)
     assert isinstance(found.source, HuggingFace)
     assert (found.source.token, found.source.token_is_optional) == (SecretKey("mine", "k"), False)
     assert found.cache == Claim("c")
@@ -134,3 +142,23 @@ def test_an_image_is_a_source() -> None:
 def test_a_commit_is_known_by_its_form() -> None:
     plain = HuggingFace(repo="a/b")
     assert [replace(plain, revision=one).is_fixed for one in (None, "main", "c" * 39, "c" * 40)] == [False] * 3 + [True]
+
+
+def test_a_cluster_without_image_volumes_is_told_of_them() -> None:
+    def obstacle(volumes: list[dict[str, Any]], source: Image | HostPath, revision: str = "new") -> Obstacle | None:
+        made = group(0, revision)
+        assert made.workload is not None
+        template = {**made.workload["spec"]["template"], "spec": {"volumes": volumes}}
+        workload = {**made.workload, "spec": {**made.workload["spec"], "template": template}}
+        facts = GroupFacts(group=replace(made, workload=workload), last=GroupSummary(group=0))
+        decision = Decision(revision="new", groups=(facts,))
+        return find_obstacle(model(source=source), decision, Failures(lambda: NOW), ModelStatus(), NOW)
+
+    image = Image("registry.example/qwen:1")
+    found = obstacle([{"name": "tmp", "emptyDir": {}}], image)
+    assert found is not None
+    assert (found.reason, found.stalled) == (Reason.REFUSED, True)
+    assert "this cluster has no image volumes" in found.message
+    assert obstacle([{"name": "model", "image": {"reference": "registry.example/qwen:1"}}], image) is None
+    assert obstacle([], HostPath("/models")) is None
+    assert obstacle([], image, revision="old") is None

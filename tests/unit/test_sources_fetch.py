@@ -19,6 +19,7 @@ from tests.support.api_server import TINY_CHAT
 from tests.support.fake_hub import COMMIT, MODEL, Failure, FakeHub, fake_hub
 
 from lockstep_runtime.protocol.bus import LoadFailure
+from lockstep_runtime.sources import hub as hub_module
 from lockstep_runtime.sources.errors import ModelError
 from lockstep_runtime.sources.fetch import Fetched, Wanted, fetch, resolve
 from lockstep_runtime.sources.hub import Hub
@@ -318,6 +319,16 @@ def test_a_hub_that_is_away_leaves_what_the_cache_has(
     hub.failure = Failure(401, {"X-Error-Code": "RepoNotFound"})
     with pytest.raises(ModelError, match="401"):
         fetched(hub, tmp_path / "cache")
+
+
+def test_a_hub_that_says_nothing_is_given_up_and_tried_again(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "READ_SECONDS", 0.3)
+    hub.silent = 1.0
+    with pytest.raises(ModelError, match=r"can't be reached: ReadTimeout") as caught:
+        fetched(hub, tmp_path / "cache")
+    assert caught.value.kind is LoadFailure.TRANSIENT
 
 
 def on_a_small_disk(hub: FakeHub, cache: Path, megabytes: int, meanwhile: str = "true") -> str:

@@ -7,6 +7,7 @@ import mmap
 import os
 import re
 from collections.abc import Generator
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -26,7 +27,7 @@ from lockstep_runtime.layers.cache import CacheSize
 from lockstep_runtime.layers.weight import PlainWeight
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.step import SampledToken, SamplingParams, SequenceSlice
-from lockstep_runtime.weights.checksum import PAGE_BYTES, PART_BYTES, checksum
+from lockstep_runtime.weights.checksum import PAGE_BYTES, PART_BYTES, RunningChecksum, checksum
 from lockstep_runtime.worker.model_runner import LoadReport, ModelRunner
 from lockstep_runtime.worker.scrub import CorruptionError, Scrub, Watched
 
@@ -229,6 +230,19 @@ def test_any_changed_bit_changes_the_checksum(raw: bytes, data: st.DataObject) -
     assert checksum(tensor) != before
     tensor[bit // 8] ^= 1 << bit % 8
     assert checksum(tensor) == before
+
+
+@given(st.integers(0, 3 * PAGE_BYTES + 7), st.data())
+def test_a_checksum_is_the_same_however_its_bytes_come(size: int, data: st.DataObject) -> None:
+    tensor = torch.arange(size, dtype=torch.int64).mul_(2654435761).to(torch.uint8)
+    cuts = sorted({0, size, *data.draw(st.lists(st.integers(0, size), max_size=8))})
+    running, raw = RunningChecksum(size), tensor.numpy().data
+    pieces = data.draw(st.permutations(list(pairwise(cuts))))
+    for done, (start, stop) in enumerate(pieces):
+        with pytest.raises(ValueError, match=f"{size - sum(b - a for a, b in pieces[:done])} bytes are missing"):
+            running.hexdigest()
+        running.add(start, raw[start:stop])
+    assert running.hexdigest() == checksum(tensor)
 
 
 def test_pages_and_parts_are_kept_in_order() -> None:

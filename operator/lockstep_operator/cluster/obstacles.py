@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from lockstep_operator.cluster.failures import Failures
 from lockstep_operator.decisions.planner import Decision
+from lockstep_operator.groups.group import Group
 from lockstep_operator.reporting.conditions import Obstacle
 from lockstep_operator.types.model_status import ModelStatus
 from lockstep_operator.types.reasons import Reason
-from lockstep_operator.types.spec import Model
+from lockstep_operator.types.spec import Image, Model
 from lockstep_operator.types.timestamps import format_rfc3339
+
+_NO_IMAGE_VOLUMES: Final = (
+    "this cluster has no image volumes: the API server leaves spec.model.image out of the pods; turn on its feature "
+    "gate ImageVolume, and the kubelets', or give the model another source"
+)
 
 
 def find_obstacle(
@@ -21,6 +29,8 @@ def find_obstacle(
         return Obstacle(Reason.OPERATOR_ERROR, "; ".join(bug.sentence for bug in decision.bugs[:3]), stalled=True)
     if failures.refused:
         return Obstacle(Reason.REFUSED, failures.refused, stalled=True)
+    if any(_lost_its_image(model, one.group, decision.revision) for one in decision.groups):
+        return Obstacle(Reason.REFUSED, _NO_IMAGE_VOLUMES, stalled=True)
     retrying = failures.retrying(before)
     if retrying is None:
         return None
@@ -28,3 +38,11 @@ def find_obstacle(
         return Obstacle(Reason.RETRYING, retrying.sentence, stalled=False)
     text = f"{retrying.sentence}; nothing has moved since {format_rfc3339(retrying.since)}"
     return Obstacle(Reason.PROGRESS_DEADLINE_EXCEEDED, text, stalled=True)
+
+
+def _lost_its_image(model: Model, group: Group, revision: str) -> bool:
+    """An API server without the feature drops the field, and makes an empty folder of the volume."""
+    if not isinstance(model.source, Image) or group.workload is None or group.revision != revision:
+        return False
+    volumes = group.workload["spec"]["template"]["spec"].get("volumes") or []
+    return not any("image" in volume for volume in volumes)

@@ -19,7 +19,6 @@ import errno
 import hashlib
 import logging
 import math
-import mmap
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lockstep_runtime.host.memory import file_bytes, mebibytes
-from lockstep_runtime.weights.checksum import checksum
+from lockstep_runtime.weights.checksum import RunningChecksum, checksum
 from lockstep_runtime.weights.parallel_map import in_threads
 from lockstep_runtime.weights.safetensors_file import DTYPES
 from lockstep_runtime.weights.sharding import TensorSlice
@@ -201,30 +200,25 @@ class CacheWriter:
             self._new.unlink()
             os.close(descriptor)
             raise
-        self._descriptor, self._size = descriptor, size
+        self._descriptor = descriptor
+        self._targets = {name: self._target(name) for name in self._wanted}
 
     def targets(self) -> Iterable[tuple[Wanted, FileTarget]]:
         """To be filled, each."""
-        return ((one, self._target(name)) for name, one in self._wanted.items())
+        return ((one, self._targets[name]) for name, one in self._wanted.items())
 
     def publish(self) -> WeightCache:
-        """Take the checksums, and give the file its name."""
-        memory = mmap.mmap(self._descriptor, self._size, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        sums = in_threads(lambda name: checksum(self._over(memory, name)), list(self._wanted))
-        known = dict(zip(self._wanted, sums, strict=True))
-        memory[: self._base] = _header(msgspec.structs.replace(self._contents, checksums=known), self._places)
+        """Give the file its header, with the checksums of what was written, and its name."""
+        sums = {name: target.checksum.hexdigest() for name, target in self._targets.items()}
+        os.pwrite(self._descriptor, _header(msgspec.structs.replace(self._contents, checksums=sums), self._places), 0)
         self._new.rename(self._path)
         self.close()
         return _open(self._path)
 
     def _target(self, name: str) -> FileTarget:
-        return FileTarget(self._descriptor, self._base + self._places[name].start, _dtype(self._wanted[name].dtype))
-
-    def _over(self, memory: mmap.mmap, name: str) -> Tensor:
-        target, count = self._target(name), math.prod(self._wanted[name].shape)
-        if not count:  # a rank beyond the vocabulary's end
-            return torch.empty(0, dtype=target.dtype)
-        return torch.frombuffer(memory, dtype=target.dtype, count=count, offset=target.offset)
+        place, dtype = self._places[name], _dtype(self._wanted[name].dtype)
+        summed = RunningChecksum(place.stop - place.start)
+        return FileTarget(self._descriptor, self._base + place.start, dtype, summed)
 
     def discard(self) -> None:
         self._new.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ looked at; rows whose filters leave more than were looked at are tried again wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,6 +26,7 @@ from lockstep_runtime.worker.rules import RuledRow, adjust
 
 TIES: Final = 16  # tokens that share the last place of top_k and are looked at with the others
 LAST: Final = 2**31 - 1  # no token is beyond
+ALL: Final = 0
 FEW, MANY = 128, 4096  # likeliest tokens that are looked at, where top_k doesn't say how many
 
 
@@ -102,28 +103,30 @@ class Sampler:
 
     def draw(self) -> Tensor:
         """[n], int64."""
-        rows = torch.arange(len(self._params))
-        off = torch.tensor([is_off(params) for params in self._params])
-        narrow, wide = rows[~off].to(self._device), rows[off].to(self._device)
-        for count in (self._few(), MANY):
-            if len(narrow):
-                narrow = narrow[~self._draw_among(narrow, count)]
-        if len(narrow) or len(wide):
-            self._draw_from_all(torch.cat((narrow, wide)))
+        counts = [_enough(params) for params in self._params]
+        told = max((count for count in counts if 0 < count < FEW), default=1)
+        by_top_k = self._draw_among(self._rows(counts, range(1, FEW)), told)
+        others = self._draw_among(self._rows(counts, (FEW,)), FEW)
+        left = self._draw_among(torch.cat((by_top_k, others)), MANY)
+        left = torch.cat((left, self._rows(counts, (ALL,))))
+        if len(left):
+            self._draw_from_all(left)
         return self._tokens
 
-    def _few(self) -> int:
-        """How many of the likeliest are enough for most rows."""
-        return max((_enough(params) for params in self._params if not is_off(params)), default=FEW)
+    def _rows(self, counts: Sequence[int], wanted: Container[int]) -> Tensor:
+        found = [row for row, count in enumerate(counts) if count in wanted]
+        return torch.tensor(found, dtype=torch.int64, device=self._device)
 
     def _draw_among(self, rows: Tensor, count: int) -> Tensor:
-        """rows: [m] -> [m]: whether so many of the likeliest were enough."""
+        """rows: [m] -> those for which so many of the likeliest were not enough."""
+        if not len(rows):
+            return rows
         values, tokens = self._logits.likeliest(rows, count)
         filters = self._filters.rows(rows)
         border, known = filters.border(values, self._totals(rows, filters, values[:, :1]))
         scores = noisy(values.masked_fill_(values < border, NONE), tokens, self._keys[rows], filters)
         self._tokens[rows] = first_of_best(scores, tokens)
-        return known[:, 0]
+        return rows[~known[:, 0]]
 
     def _draw_from_all(self, rows: Tensor) -> None:
         """The same of the whole vocabulary."""
@@ -146,9 +149,12 @@ class Sampler:
 
 
 def _enough(params: SamplingParams) -> int:
+    """How many of the likeliest are enough for most rows; 0: all are needed."""
+    if is_off(params):
+        return ALL
     if is_greedy(params):
         return 1 + TIES
-    return params.top_k + TIES if 0 < params.top_k <= FEW else FEW
+    return min(params.top_k + TIES, FEW) if params.top_k > 0 else FEW
 
 
 def noisy(logits: Tensor, tokens: Tensor, keys: Tensor, filters: Filters) -> Tensor:
