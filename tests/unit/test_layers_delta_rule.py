@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -134,6 +135,19 @@ def test_a_prompt_may_be_cut_anywhere(cuts: list[int]) -> None:
         close(answers, expected[start : start + length])
         start += length
     close(state, expected_state)
+
+
+@pytest.mark.parametrize("most", [1.0, 30.0, 300.0])
+def test_chunks_equal_single_tokens_where_some_of_them_decay_all_but_everything(most: float) -> None:
+    tokens = 150
+    inputs, resets = inputs_of(tokens), torch.rand(tokens, HEADS, generator=torch.Generator().manual_seed(5))
+    decay = torch.where(resets < 0.3, -most * resets, -0.02 * resets)
+    inputs = dataclasses.replace(inputs, decay=decay)
+    chunked, single = states_of(1), states_of(1)
+    answers = advance_(inputs, chunked, plan_rule([tokens], CPU))
+    for token in range(tokens):
+        close(answers[token : token + 1], advance_(part(inputs, token, token + 1), single, None))
+    close(chunked, single)
 
 
 def test_decay_to_nothing_and_keys_of_zeros_are_no_trouble() -> None:

@@ -131,16 +131,25 @@ def one_token_(rule: _Rule, states: Tensor) -> Tensor:
 def _chunk_(rule: _Rule, states: Tensor, wave: Wave) -> Tensor:
     """Answers: [n, CHUNK, heads, value_dim]. What stands behind a sequence's end neither decays nor corrects."""
     queries, keys, values, decay, beta = (x[wave.tokens].transpose(1, 2) for x in rule)  # [n, heads, CHUNK, ...]
-    beta, since_start = (beta * wave.valid)[..., None], (decay * wave.valid).cumsum(-1)[..., None]
-    later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=keys.device).triu_(1)
-    kept = (since_start - since_start.mT).masked_fill_(later, -torch.inf).exp_()  # from one token to a later one
+    beta, decay = (beta * wave.valid)[..., None], (decay * wave.valid)[..., None]
+    kept, from_start = _kept(decay), decay.cumsum(-2).exp()
     system = (keys * beta) @ keys.mT * kept
-    unexplained = (values - since_start.exp() * (keys @ states.mT)) * beta
+    unexplained = (values - from_start * (keys @ states.mT)) * beta
     corrections: Tensor = torch.linalg.solve_triangular(system, unexplained, upper=False, unitriangular=True)
-    answers = since_start.exp() * (queries @ states.mT) + (queries @ keys.mT * kept) @ corrections
-    whole = since_start[..., -1:, :]
-    states.mul_(whole.exp()).add_(corrections.mT @ (keys * (whole - since_start).exp()))
+    answers = from_start * (queries @ states.mT) + (queries @ keys.mT * kept) @ corrections
+    states.mul_(from_start[..., -1:, :]).add_(corrections.mT @ (keys * kept[..., -1, :, None]))
     return answers.transpose(1, 2)
+
+
+def _kept(decay: Tensor) -> Tensor:
+    """decay: [..., CHUNK, 1] -> what is left at a token, by row, of what an earlier one put there, by column.
+
+    Each sum is taken from the one to the other: the difference of two sums from the start would be inexact where
+    something between the start and the two decays a lot.
+    """
+    one = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=decay.device)
+    between = decay.expand(*decay.shape[:-1], CHUNK).masked_fill(~one.tril(-1), 0.0).cumsum(-2)
+    return between.masked_fill_(one.triu(1), -torch.inf).exp_()
 
 
 def _of_unit_length(x: Tensor) -> Tensor:
