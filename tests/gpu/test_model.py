@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import pytest
 import torch
+from tests.support.agreement import Text
 from tests.support.architectures import write_random
 from tests.support.ranks import everything, piece
 
 from lockstep_runtime.config import Device, EngineLimits, ServeConfig
 from lockstep_runtime.distributed.join import SingleCommunicator
 from lockstep_runtime.layers import grouped_product
-from lockstep_runtime.layers.cache import CacheSize
+from lockstep_runtime.layers.cache import PROBE_STATE_SLOTS, CacheSize
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.step import SampledToken, SamplingParams
 from lockstep_runtime.worker.model_runner import ModelRunner
@@ -42,24 +45,42 @@ def with_experts(folder: Path) -> Path:
     return write_random(folder, transformers.Qwen3MoeForCausalLM, shape)
 
 
+def hybrid(folder: Path) -> Path:
+    """Delta nets and gated attention."""
+    transformers = pytest.importorskip("transformers")
+    shape = transformers.Qwen3_5TextConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, vocab_size=VOCABULARY, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=32,
+        linear_value_head_dim=32,
+    )  # fmt: skip
+    return write_random(folder, transformers.Qwen3_5ForCausalLM, shape)
+
+
+MODELS: Final[dict[str, Callable[[Path], Path]]] = {
+    "dense": lambda folder: TINY_CHAT,
+    "experts": with_experts,
+    "hybrid": hybrid,
+}
+
+
 def greedy(device: Device, model: Path) -> list[SampledToken]:
     """Prefill, then token by token, with the log probabilities of all tokens."""
     runner, group = ModelRunner(config(device, model=model), 0), SingleCommunicator()
     runner.load(lambda done, total: None)
-    runner.allocate(CacheSize(blocks=16))
+    runner.allocate(CacheSize(blocks=16, state_slots=3 + PROBE_STATE_SLOTS))
     drawn: list[SampledToken] = []
-    feed, position = PROMPT, 0
+    text = Text(1, PROMPT, BLOCKS)
     for number in range(TOKENS):
-        step = bus.Step(epoch=1, step=number, sequences=[piece(1, position, feed, BLOCKS, everything(VOCABULARY))])
-        drawn += runner.step(step, group).sampled
-        position += len(feed)
-        feed = [drawn[-1].token]
+        part = text.piece(len(text.tokens) - text.position, sample=everything(VOCABULARY))
+        drawn += runner.step(bus.Step(epoch=1, step=number, sequences=[part]), group).sampled
+        text.book(part)
+        text.tokens = [*text.tokens, drawn[-1].token]
     return drawn
 
 
-@pytest.mark.parametrize("experts", [False, True])
-def test_the_same_tokens_as_on_a_cpu(tmp_path: Path, experts: bool) -> None:
-    model = with_experts(tmp_path) if experts else TINY_CHAT
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_same_tokens_as_on_a_cpu(tmp_path: Path, kind: str) -> None:
+    model = MODELS[kind](tmp_path)
     on_cpu, on_gpu = greedy("cpu", model), greedy("cuda", model)
     assert [one.token for one in on_gpu] == [one.token for one in on_cpu]
     for mine, theirs in zip(on_gpu, on_cpu, strict=True):

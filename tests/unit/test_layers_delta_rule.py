@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import sys
 from typing import Any
 
 import pytest
@@ -213,3 +214,12 @@ def test_the_library_is_taken_only_if_its_numbers_are_right() -> None:
 def test_a_cpu_computes_by_torch() -> None:
     assert choose_rule(CPU, torch.bfloat16, KEY_DIM, VALUE_DIM) is TORCH
     assert plan_packed([1, 1], CPU) is None
+
+
+def test_a_gpu_without_the_library_computes_by_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "fla", None)  # as if it were not installed
+    with caplog.at_level("INFO"):
+        assert choose_rule(torch.device("cuda"), torch.bfloat16, KEY_DIM, VALUE_DIM) is TORCH
+    assert "delta-net layers are computed by torch's operations: ModuleNotFoundError" in caplog.text
