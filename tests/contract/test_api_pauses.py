@@ -7,7 +7,9 @@ have to wait for a core. So of several tries the one with the shortest pause cou
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
+import random
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from tests.support.api_server import SERVED, TINY_CHAT, serving
 from tests.support.chat_model import CODER, HERMES, LLAMA, chat_tokenizer, write_chat_model
 from tests.support.engine import FakeEngine
 from tests.support.http import HTTP, async_http
 from tests.support.tool_texts import WEATHER
+from tests.support.vision import data_uri, encoded
+from tests.support.vision_model import write_vision_model
 
 LONGEST_PAUSE = 0.05  # seconds
 TRIES = 8
@@ -222,3 +227,30 @@ async def test_a_small_prompt_does_not_wait_for_large_ones() -> None:
                 served += 1
             assert {await one for one in waiting} == {200}
     assert served > 5
+
+
+@functools.cache
+def large_images() -> dict[str, bytes]:
+    """Files of some megabytes: Pillow works on one in a few calls, and composing is a call that lets nobody in."""
+    noise = Image.effect_noise((2600, 2000), 90)
+    flat = Image.linear_gradient("L").resize(noise.size)
+    return {
+        "PNG": encoded(Image.merge("RGBA", [noise, flat, noise, flat]), compress_level=1),
+        "JPEG": encoded(Image.merge("RGB", [noise] * 3), "JPEG", quality=95),
+        "WEBP": encoded(Image.merge("RGB", [noise] * 3), "WEBP", method=0, quality=60),
+        "no image": random.Random(0).randbytes(12_000_000),
+    }
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_vision_model(tmp_path_factory.mktemp("vision"))
+
+
+@pytest.mark.parametrize("name", large_images())
+async def test_images_hold_nobody_up(vision: Path, name: str) -> None:
+    url = {"url": data_uri(large_images()[name])}
+    body = chat(users([{"type": "image_url", "image_url": url}, {"type": "text", "text": "?"}]))
+    assert len(body) > 1_000_000
+    statuses = {400} if name == "no image" else {200}
+    assert await shortest_pause(CHAT, body, statuses, model=vision) < LONGEST_PAUSE

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import httpx
 import pytest
+from openai import OpenAI
 from PIL import Image
 from tests.support.faults import inject
 from tests.support.hostile_images import hostile_images
@@ -85,6 +86,18 @@ def check(oracle: Oracle, parts: Parts, answer: dict[str, Any]) -> None:
 @pytest.mark.parametrize("parts", [LOOK, TALL, TWICE, ("no image",)], ids=["two", "808 x 1600", "equal", "none"])
 def test_answers_equal_transformers(group: Served, oracle: Oracle, parts: Parts) -> None:
     check(oracle, parts, ask(group, parts))
+
+
+def test_openais_client_streams_an_answer(group: Served, oracle: Oracle) -> None:
+    asked = body(LOOK)
+    extra = {name: asked.pop(name) for name in ("ignore_eos", "skip_special_tokens")}
+    usage = {"include_usage": True}
+    with OpenAI(base_url=f"{group.api}/v1", api_key="none") as client:
+        create: Any = client.chat.completions.create
+        chunks = list(create(**asked, extra_body=extra, stream=True, stream_options=usage, timeout=170))
+    text, length = expected(oracle, LOOK)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
+    assert chunks[-1].usage.prompt_tokens == length
 
 
 FAULTS: Final[dict[str, dict[str, Any]]] = {

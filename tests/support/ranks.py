@@ -60,12 +60,14 @@ class Ranks:
         assert all(output.sampled == [] for output in outputs[1:])
         return outputs[0]
 
-    def cut_off(self, *sequences: SequenceSlice, rank: int, at: int, after: bool) -> int:
+    def cut_off(
+        self, *sequences: SequenceSlice, rank: int, at: int, after: bool, images: bus.ImageWork = bus.NO_IMAGES
+    ) -> int:
         """As `step`, but a rank is lost at its collective `at`, or once it is done; then the ranks meet anew.
 
         Returns how many collectives that rank had done.
         """
-        step = bus.Step(epoch=1, step=self._steps, sequences=list(sequences))
+        step = bus.Step(epoch=1, step=self._steps, sequences=list(sequences), images=images)
         self._steps += 1
         lost = CutOff(self.groups[rank], at, after=after)
         groups = [lost if group.rank == rank else group for group in self.groups]

@@ -3,6 +3,7 @@ cut images, in company, after an epoch, and with what a rank must refuse."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,30 @@ def test_what_is_not_there_is_refused_before_any_collective(model: Path, oracle:
         step(encode=())
         with pytest.raises(ValueError, match="it is not encoded"):
             step(image.digest, encode=())
+
+
+def test_an_image_step_that_is_cut_off_at_any_collective_is_repeated_to_the_same_tokens(
+    model: Path, oracle: Oracle
+) -> None:
+    """A respawned rank has lost its tokens of the image, and after a rebuild the others forget theirs, too."""
+    one = request(oracle, "one image")
+    [image] = one.images
+    work = bus.ImageWork(encode=[image.pixels.digest])
+    whole = msgspec.structs.replace(
+        piece(1, 0, list(one.prompt), [3, 4, 5, 6], SamplingParams(temperature=0, logprobs=5)),
+        images=[image.span], state=StateSlots(read=0, write=1),
+    )  # fmt: skip
+    with Ranks(model, 2) as ranks:
+        ranks.send(image.pixels)
+        expected = ranks.step(whole, images=work)
+        collectives = ranks.cut_off(whole, rank=0, at=10**6, after=False, images=work)
+        assert collectives > 2 * TOWER.depth, "the tower takes part"
+        for rank, at in itertools.product(range(2), range(collectives)):
+            ranks.cut_off(whole, rank=rank, at=at, after=bool(at % 2), images=work)
+            for runner in ranks.runners:
+                runner.images.forget_tokens()
+            again = ranks.step(whole, images=work)
+            assert (again.sampled, again.fingerprint) == (expected.sampled, expected.fingerprint), (rank, at)
 
 
 def test_without_the_processors_settings_there_is_no_tower(model: Path) -> None:
