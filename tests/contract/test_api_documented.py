@@ -89,6 +89,8 @@ async def test_the_schema_names_bodies_answers_and_errors() -> None:
     assert body == {"$ref": "#/components/schemas/ChatRequest"}
     assert {"model", "messages", "temperature", "logit_bias"} <= set(schemas["ChatRequest"]["properties"])
     assert schemas["ChatRequest"]["required"] == ["model", "messages"]
+    assert schemas["ChatRequest"]["properties"]["model"]["enum"] == [SERVED]
+    assert schemas["Detokenize"]["properties"]["model"]["enum"] == [SERVED, None]
     assert set(operation["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     for status in ("400", "401", "404", "408", "413", "415", "500", "503", "default"):
         assert operation["responses"][status]["content"]["application/json"]["schema"] == {

@@ -141,3 +141,36 @@ async def test_a_developer_is_the_system(client: httpx.AsyncClient) -> None:
     developer = await client.post(CHAT, json=chat(messages=[{"role": "developer", "content": "Hi"}]))
     system = await client.post(CHAT, json=chat(messages=[{"role": "system", "content": "Hi"}]))
     assert developer.json()["usage"] == system.json()["usage"]
+
+
+@pytest.mark.parametrize(
+    ("whole", "floating"),
+    [
+        (chat(max_tokens=2, n=2, seed=5, top_k=3, logprobs=True, top_logprobs=2),
+         chat(max_tokens=2.0, n=2.0, seed=5.0, top_k=3.0, logprobs=True, top_logprobs=2.0)),
+        (text(prompt=[70, 71], stop_token_ids=[5], logprobs=1, seed=1),
+         text(prompt=[70.0, 71], stop_token_ids=[5.0], logprobs=1.0, seed=1)),
+        (text(prompt=[[70], [71]], seed=1, min_tokens=1), text(prompt=[[70.0], [71]], seed=1, min_tokens=1.0)),
+    ],
+)  # fmt: skip
+async def test_a_whole_number_may_be_written_with_a_point(whole: dict[str, Any], floating: dict[str, Any]) -> None:
+    """As JSON Schema has it; Python's division makes such numbers."""
+    fake = engine()
+    path = CHAT if "messages" in whole else TEXT
+    async with serving(fake) as url, async_http(base_url=url) as client:
+        answers = [(await client.post(path, json=body)).json()["choices"] for body in (whole, floating)]
+    assert answers[0] == answers[1]
+    half = len(fake.requests) // 2
+    asked = [(one.prompt, one.max_tokens, one.sampling, one.stop_token_ids) for one in fake.requests]
+    assert asked[:half] == asked[half:]
+
+
+async def test_a_number_with_a_fraction_is_no_token(client: httpx.AsyncClient) -> None:
+    for path, body, param in (
+        (TEXT, text(prompt=[70.5]), "prompt"),
+        (TEXT, text(stop_token_ids=[5.5]), "stop_token_ids[0]"),
+        ("/detokenize", {"tokens": [1.5]}, "tokens"),
+    ):
+        response = await client.post(path, json=body)
+        assert (response.status_code, error_of(response)["param"]) == (400, param)
+    assert (await client.post("/detokenize", json={"tokens": [70.0]})).json() == {"prompt": TOKENIZER.decode([70])}

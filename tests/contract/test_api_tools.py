@@ -378,6 +378,8 @@ async def test_an_answers_form_leaves_room_for_calls(tmp_path: Path) -> None:
         ({"tools": [{"type": "function"}]}, "tools", "tools[0].function"),
         ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools", "tools[0].function.name"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools", "JSON Schema"),
+        ({"tools": [{"function": {"name": "f", "description": 5}}]}, "tools", "description should be a string"),
+        ({"tools": [{"function": {"name": "f", "strict": "no"}}]}, "tools", "strict should be true or false"),
         ({"tools": [BARE] * 1025}, "tools", "at most 1024"),
         ({"tool_choice": "perhaps"}, "tool_choice", "none, auto, required"),
         ({"tool_choice": {"type": "function"}}, "tool_choice", "none, auto, required"),

@@ -33,7 +33,7 @@ def create_app(config: ServeConfig, engine: EngineClient, keys: ApiKeys, limits:
 
     class Application(FastAPI):
         def openapi(self) -> dict[str, Any]:
-            self.openapi_schema = self.openapi_schema or describe(self, with_key=keys.asked_for)
+            self.openapi_schema = self.openapi_schema or describe(self, service.served_name, with_key=keys.asked_for)
             return self.openapi_schema
 
     app = Application(

@@ -32,8 +32,20 @@ class Form:
     field: str
 
 
+_EMPTY: Final[tuple[object, ...]] = ({}, [], "")
+
+
 def _empty_is_none(value: object) -> object:
-    return None if value in ({}, [], "") else value
+    return None if value in _EMPTY else value
+
+
+def _or_empty(schema: dict[str, Any]) -> None:
+    """The same, for the API's description."""
+    if "anyOf" in schema:
+        schema["anyOf"].append({"enum": list(_EMPTY)})
+    else:
+        del schema["type"]
+        schema["enum"] = [None, *_EMPTY]
 
 
 class _Part(BaseModel):
@@ -53,20 +65,28 @@ class OutputFormat(_Part):
 
 
 class StructuredOutputs(_Part):
-    json_: Annotated[_Schema | None, BeforeValidator(_empty_is_none)] = Field(None, alias="json")
+    json_: Annotated[_Schema | None, BeforeValidator(_empty_is_none)] = Field(
+        None, alias="json", json_schema_extra=_or_empty
+    )
     regex: str | None = None
     choice: _Choices | None = None
     grammar: str | None = None
     json_object: bool | None = None
-    structural_tag: Annotated[None, BeforeValidator(_empty_is_none)] = Field(None, description="not supported")
+    structural_tag: Annotated[None, BeforeValidator(_empty_is_none)] = Field(
+        None, description="not supported", json_schema_extra=_or_empty
+    )
 
 
 class GrammarFields(BaseModel):
     """Part of every request for tokens."""
 
-    response_format: Annotated[OutputFormat | None, BeforeValidator(_empty_is_none)] = None
-    structured_outputs: Annotated[StructuredOutputs | None, BeforeValidator(_empty_is_none)] = None
-    guided_json: Annotated[_Schema | None, BeforeValidator(_empty_is_none)] = None
+    response_format: Annotated[OutputFormat | None, BeforeValidator(_empty_is_none)] = Field(
+        None, json_schema_extra=_or_empty
+    )
+    structured_outputs: Annotated[StructuredOutputs | None, BeforeValidator(_empty_is_none)] = Field(
+        None, json_schema_extra=_or_empty
+    )
+    guided_json: Annotated[_Schema | None, BeforeValidator(_empty_is_none)] = Field(None, json_schema_extra=_or_empty)
     guided_regex: str | None = None
     guided_choice: _Choices | None = None
     guided_grammar: str | None = Field(None, description="in Lark's dialect of llguidance, or GBNF")

@@ -106,7 +106,8 @@ class RequestBuilder:
         if len(prompt) >= self.max_model_len:
             raise self._too_long(str(len(prompt)), "prompt")
         if max(prompt) >= self.model.tokenizer.size:
-            raise invalid(f"prompt: token id {max(prompt)} is beyond {self.model.tokenizer.size - 1}", "prompt")
+            message = f"prompt: token id {max(prompt)} is beyond {self.model.tokenizer.size - 1}"
+            raise invalid(message, "prompt", "unknown_token")
         return tuple(prompt)
 
     def _text(self, prompt: str | list[int]) -> str:
@@ -188,7 +189,8 @@ class RequestBuilder:
         rows, greatest = self.model.vocabulary, max(prompt, default=0)
         if rows is not None and greatest >= rows:
             token = self.model.tokenizer.token_of(greatest)
-            raise invalid(f"{param}: the model knows no token {greatest} ({token!r}): it has {rows}", param)
+            message = f"{param}: the model knows no token {greatest} ({token!r}): it has {rows}"
+            raise invalid(message, param, "unknown_token")
 
     def _check_logprobs(
         self, request: ChatRequest | CompletionRequest, requests: Sequence[GenerationRequest], scores_prompt: bool

@@ -11,6 +11,7 @@ from pydantic.json_schema import models_json_schema
 
 import lockstep_runtime
 from lockstep_runtime.api.answers import (
+    COMPONENT,
     ChatCompletion,
     ChatCompletionChunk,
     Completion,
@@ -32,7 +33,6 @@ from lockstep_runtime.api.service import TheService
 from lockstep_runtime.api.stream import Answer
 from lockstep_runtime.api.tokenization import Detokenize, Text, TokenizeChat, TokenizeText, Tokens
 
-_COMPONENT: Final = "#/components/schemas/{model}"
 _REFUSALS: Final = errors(400, 401, 404, 408, 413, 415, 500, 503)
 _ANY_ERROR: Final[Responses] = {"default": {"model": ErrorBody, "description": "Any other error"}}
 
@@ -90,7 +90,7 @@ async def _completion_answer(request: Request, service: TheService) -> Answer:
 
 def _body(*kinds: type[Body]) -> dict[str, Any]:
     """A body of one of these kinds that is read, bounded and validated by a dependency of ours, in a thread."""
-    references = [{"$ref": _COMPONENT.format(model=kind.__name__)} for kind in kinds]
+    references = [{"$ref": COMPONENT.format(model=kind.__name__)} for kind in kinds]
     schema = references[0] if len(references) == 1 else {"anyOf": references}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
@@ -161,8 +161,9 @@ async def version() -> Version:
     return Version(version=lockstep_runtime.__version__)
 
 
-def describe(app: FastAPI, *, with_key: bool) -> dict[str, Any]:
-    """The OpenAPI document: what FastAPI finds, the bodies that are read by hand, and the key if one is needed."""
+def describe(app: FastAPI, served_name: str, *, with_key: bool) -> dict[str, Any]:
+    """The OpenAPI document: what FastAPI finds, the bodies that are read by hand, the one model that there is, and the
+    key if one is needed."""
     document = get_openapi(
         title="Lockstep", version=lockstep_runtime.__version__, routes=app.routes, description=_DESCRIPTION
     )
@@ -174,8 +175,14 @@ def describe(app: FastAPI, *, with_key: bool) -> dict[str, Any]:
         (Detokenize, "validation"),
         (ChatCompletionChunk, "serialization"),
     ]
-    _, schemas = models_json_schema(by_hand, ref_template=_COMPONENT)
+    _, schemas = models_json_schema(by_hand, ref_template=COMPONENT)
     document["components"]["schemas"] |= schemas["$defs"]
+    for kind in (ChatRequest, CompletionRequest, TokenizeText, TokenizeChat, Detokenize):
+        is_required = kind.model_fields["model"].is_required()
+        names = {"enum": [served_name] if is_required else [served_name, None]}
+        document["components"]["schemas"][kind.__name__]["properties"]["model"] |= names
+    [named] = document["paths"]["/v1/models/{name}"]["get"]["parameters"]
+    named["schema"] |= {"enum": [served_name]}
     if with_key:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, operations in document["paths"].items():

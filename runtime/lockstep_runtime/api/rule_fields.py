@@ -74,7 +74,8 @@ def rules_of(
     biases = request.logit_bias or {}
     rows = model.tokenizer.size if model.vocabulary is None else model.vocabulary
     if biases and max(biases) >= rows:
-        raise invalid(f"logit_bias: the model knows no token {max(biases)}: it has {rows}", "logit_bias")
+        message = f"logit_bias: the model knows no token {max(biases)}: it has {rows}"
+        raise invalid(message, "logit_bias", "unknown_token")
     repetition = request.repetition_penalty
     rules = LogitRules(
         bias=biases,

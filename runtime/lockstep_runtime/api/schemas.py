@@ -108,24 +108,42 @@ def _false_is_none(value: object) -> object:
     return None if value is False else value
 
 
+def _whole(value: Any) -> Any:
+    """To JSON Schema 5.0 is an integer, too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def wholes(value: Any) -> Any:
+    """The same of a list's items."""
+    return list(map(_whole, value)) if isinstance(value, list) else value
+
+
 def _prompts(prompt: object) -> list[str | list[int]]:
     """One string, several, one list of token ids, or several."""
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt, list) and prompt:
-        if _are_ids(prompt):
-            return [prompt]
-        if len(prompt) <= MAX_PROMPTS and all(isinstance(item, str) or _are_ids(item) for item in prompt):
-            return prompt
+        if (ids := _ids(prompt)) is not None:
+            return [ids]
+        if len(prompt) <= MAX_PROMPTS:
+            several = [item if isinstance(item, str) else _ids(item) for item in prompt]
+            if (found := [one for one in several if one is not None]) and len(found) == len(several):
+                return found
     raise ValueError(f"Input should be a string, token ids, or a list of at most {MAX_PROMPTS} of either")
 
 
-def _are_ids(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(item) is int and item >= 0 for item in value)
+def _ids(value: object) -> list[int] | None:
+    """None if it is no list of token ids."""
+    if not isinstance(value, list) or not value:
+        return None
+    ids = value if all(type(item) is int for item in value) else list(map(_whole, value))
+    return ids if all(type(item) is int and item >= 0 for item in ids) else None
 
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-Flag = Annotated[bool | None, BeforeValidator(_flag)]  # null: the default
+Flag = Annotated[  # null: the default
+    bool | None, BeforeValidator(_flag), WithJsonSchema({"enum": [None, False, True, 0, 1]})
+]
 
 
 class Body(BaseModel):
@@ -197,7 +215,7 @@ class _Request(RuleFields, GrammarFields, Body):
         WithJsonSchema(_STOP_SCHEMA),
     ] = None
     stop_token_ids: Annotated[
-        list[Annotated[int, Field(ge=0, lt=2**31)]] | None, Field(max_length=64), _at_most(64)
+        list[Annotated[int, Field(ge=0, lt=2**31)]] | None, Field(max_length=64), BeforeValidator(wholes), _at_most(64)
     ] = None
     include_stop_str_in_output: Flag = Field(None, description="default: the answer ends before it")
     skip_special_tokens: Flag = Field(None, description="default: true")
@@ -344,7 +362,11 @@ class ChatRequest(Conversation, _Request):
 class CompletionRequest(_Request):
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
     max_tokens: int | None = Field(None, ge=0, lt=2**31, description="default: 16; 0 with echo: the prompt alone")
-    logprobs: Annotated[Annotated[int, Field(ge=0, le=20)] | None, BeforeValidator(_false_is_none)] = None
+    logprobs: Annotated[
+        Annotated[int, Field(ge=0, le=20)] | None,
+        BeforeValidator(_false_is_none),
+        WithJsonSchema({"enum": [None, False, *range(21)]}),
+    ] = None
     echo: Flag = Field(None, description="with logprobs: the prompt's tokens have theirs, too")
     add_special_tokens: Flag = Field(None, description="such as a beginning of text before a prompt; default: true")
 
@@ -371,7 +393,7 @@ def validate(kind: type[BodyT], body: dict[str, Any]) -> BodyT:
     """
     check_neutral(body, kind.REFUSED)
     try:
-        return kind.model_validate(body)
+        return kind.model_validate({name: _whole(value) for name, value in body.items()})
     except ValidationError as error:
         raise _named(error) from None
 

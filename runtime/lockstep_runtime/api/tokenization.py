@@ -16,7 +16,7 @@ from lockstep_runtime.api.errors import invalid, too_long
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.model import ServedModel
 from lockstep_runtime.api.neutral import REFUSED, Neutral
-from lockstep_runtime.api.schemas import Body, Conversation, Flag, validate
+from lockstep_runtime.api.schemas import Body, Conversation, Flag, validate, wholes
 from lockstep_runtime.api.tokenizer import TooManyTokensError
 from lockstep_runtime.protocol.images import Pixels
 
@@ -41,9 +41,10 @@ class TokenizeChat(_Asked, Conversation):
 
 def _ids(value: object) -> object:
     """At once: there may be 300,000 of them."""
-    if not isinstance(value, list) or not all(type(id) is int and id >= 0 for id in value):
+    ids = wholes(value)
+    if not isinstance(ids, list) or not all(type(id) is int and id >= 0 for id in ids):
         raise ValueError("Input should be a list of token ids")
-    return value
+    return ids
 
 
 class Detokenize(_Asked):
@@ -103,5 +104,5 @@ def detokenize(model: ServedModel, asked: Detokenize) -> bytes:
     """
     greatest, size = max(asked.tokens, default=0), model.tokenizer.size
     if greatest >= size:
-        raise invalid(f"tokens: token id {greatest} is beyond {size - 1}", "tokens")
+        raise invalid(f"tokens: token id {greatest} is beyond {size - 1}", "tokens", "unknown_token")
     return msgspec.json.encode({"prompt": model.tokenizer.decode_many(asked.tokens)})

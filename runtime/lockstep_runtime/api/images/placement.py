@@ -18,7 +18,8 @@ def processor_for(model: ServedModel, images: int, most: int) -> ImageProcessor:
         ApiError: 400, the model takes none, or not so many at once.
     """
     if model.images is None:
-        raise invalid(f"This model takes text only, {model.why_no_images}: send no parts of type image_url", "messages")
+        message = f"This model takes text only, {model.why_no_images}: send no parts of type image_url"
+        raise invalid(message, "messages", "images_not_supported")
     if images > most:
         raise invalid(f"The messages have {images} images; at most {most} are taken at once", "messages")
     return model.images

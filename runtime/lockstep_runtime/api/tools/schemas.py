@@ -17,11 +17,12 @@ from lockstep_runtime.api.limits import Limits, parse
 from lockstep_runtime.api.tools.parser import MAX_NAME, is_name
 
 MAX_TOOLS: Final = 1024
+_NAME: Final = r"""^[^\s\x1c-\x1f\x85{}<>"']+$"""  # as `is_name` has it
 _NAMED: Final = '{"type": "function", "function": {"name": "…"}}'
 _FUNCTION: Final = {
     "type": "object",
     "properties": {
-        "name": {"type": "string", "minLength": 1, "maxLength": MAX_NAME},
+        "name": {"type": "string", "maxLength": MAX_NAME, "pattern": _NAME},
         "description": {"type": ["string", "null"]},
         "parameters": {"type": ["object", "null"], "description": "JSON Schema of an object"},
         "strict": {"type": ["boolean", "null"]},
@@ -36,7 +37,7 @@ _TOOLS_SCHEMA: Final = {
             "items": {
                 "type": "object",
                 "properties": {"type": {"const": "function"}, "function": _FUNCTION},
-                "required": ["type", "function"],
+                "required": ["function"],
             },
         },
         {"type": "null"},
@@ -55,7 +56,7 @@ _CHOICE_SCHEMA: Final = {
                     "required": ["name"],
                 },
             },
-            "required": ["type", "function"],
+            "required": ["function"],
         },
     ]
 }
@@ -136,9 +137,14 @@ def _check_tool(tool: object, place: str) -> None:
     if not isinstance(function, dict):
         raise ValueError(f"{place}.function should be an object with a `name`")
     name, parameters = function.get("name"), function.get("parameters")
+    described, strict = function.get("description"), function.get("strict")
     if not isinstance(name, str) or not is_name(name):
         words = f"a string of 1 to {MAX_NAME} characters, without spaces, quotation marks and brackets"
         raise ValueError(f"{place}.function.name should be {words}")
+    if described is not None and not isinstance(described, str):
+        raise ValueError(f"{place}.function.description should be a string")
+    if strict is not None and not isinstance(strict, bool):
+        raise ValueError(f"{place}.function.strict should be true or false")
     if parameters is not None and not isinstance(parameters, dict):
         raise ValueError(f"{place}.function.parameters should be a JSON Schema, an object")
 
