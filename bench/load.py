@@ -35,7 +35,7 @@ from bench.report import Row, report
 
 from lockstep_runtime.host import shm_files
 from lockstep_runtime.host.process_init import PARENT_VARIABLE
-from lockstep_runtime.layers.placement import place
+from lockstep_runtime.layers.placement import choose_placement, place
 from lockstep_runtime.models.registry import build_model
 from lockstep_runtime.sources.model_folder import read_config
 from lockstep_runtime.weights.cache import Identity
@@ -91,10 +91,15 @@ def load_nothing(pipe: Connection, model: Path) -> None:
 
 
 def load_once(pipe: Connection, model: Path) -> None:
-    """Without a supervisor, so without the weight cache, which would count as resident once more."""
-    runner = ModelRunner(config(model), 0)
+    """By the loader alone, packed: the weight cache would count as resident once more, and so would the steps by which
+    a rank finds out what room they need."""
+    ModelRunner(config(model), 0)  # as many threads as a rank has
+    give_back_freed_memory()
+    placement = choose_placement(torch.device("cpu"), torch.bfloat16)
+    weights = list(build_model(read_config(model), RankInfo(0, RANKS), placement).weights())
     before = bytes_read()
-    loaded = runner.load(lambda done, total: None)
+    with torch.inference_mode():
+        loaded = load_weights(model, weights, lambda done, total: None)
     pipe.send({"weights": loaded.weight_bytes, "read": bytes_read() - before, "peak": peak_memory()})
 
 
