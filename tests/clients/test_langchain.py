@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import pytest
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
-from pydantic import SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from tests.clients.conversation import ARGUMENTS, COMPARISON, FINAL, MODEL, OTHERS, PROSE, QUESTION, RESULT, UNKNOWN
 from tests.support.serve import Served
 
@@ -71,6 +71,20 @@ def test_a_loop_of_tool_calls(chat: ChatOpenAI, streamed: bool) -> None:
     assert messages[1].content == PROSE
     assert messages[-1].content == FINAL
     assert asked == [tuple(ARGUMENTS.values())]
+
+
+class Booking(BaseModel):
+    """A hotel."""
+
+    model_config = ConfigDict(extra="forbid")  # this model would make up fields for ever
+
+    city: Literal["Oslo", "Rome"]
+    nights: int = Field(ge=1, le=9)
+
+
+def test_structured_output_by_a_call(chat: ChatOpenAI) -> None:
+    found = chat.with_structured_output(Booking, method="function_calling").invoke("Who are you?")
+    assert isinstance(found, Booking)
 
 
 def test_calls_in_parallel(chat: ChatOpenAI) -> None:

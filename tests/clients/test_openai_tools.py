@@ -6,12 +6,13 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel, Field
 from tests.clients.conversation import (
     ARGUMENTS,
     AT_ONCE,
@@ -39,7 +40,13 @@ TOOL: Final[ChatCompletionToolParam] = {
         },
     },
 }
+NOTHING: Final[list[ChatCompletionMessageParam]] = [{"role": "user", "content": "Who are you?"}]
 ASKED: Final[list[ChatCompletionMessageParam]] = [{"role": "user", "content": QUESTION}]
+
+
+class Booking(BaseModel):
+    city: Literal["Oslo", "Rome"]
+    nights: int = Field(ge=1, le=9)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +115,23 @@ def test_a_model_that_may_call_nothing_says_something(client: openai.OpenAI) -> 
     [choice] = ask(client, tool_choice="none").choices
     assert (choice.finish_reason, choice.message.tool_calls) == ("stop", None)
     assert "get_weather" in choice.message.content
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "book"}}])
+def test_a_call_that_is_asked_for_fits_its_schema(client: openai.OpenAI, choice: Any, stream: bool) -> None:
+    """The model by itself would call nothing, and knows nothing of this tool."""
+    tool = openai.pydantic_function_tool(Booking, name="book")
+    options: dict[str, Any] = {"model": MODEL, "messages": NOTHING, "tools": [tool], "tool_choice": choice}
+    if stream:
+        with client.chat.completions.stream(**options) as events:
+            events.until_done()
+            answer: Any = events.get_final_completion()
+    else:
+        answer = client.chat.completions.parse(**options)
+    [call] = answer.choices[0].message.tool_calls
+    assert call.function.name == "book"
+    assert isinstance(call.function.parsed_arguments, Booking)
 
 
 def refusals(server: Served) -> float:
