@@ -153,7 +153,7 @@ def config_from(options: Mapping[str, Any]) -> ServeConfig:
     pods = size // ranks_per_pod
     if given["pod_index"] >= pods:
         raise UsageError(f"--pod-index {given['pod_index']}: a group of {pods} pods has the indexes 0 to {pods - 1}")
-    folder = Path(given["model"]).expanduser().is_dir()
+    folder = _is_folder(given["model"])
     given["model"], given["source"] = choose(given["model"], given.pop("sources", ()), is_folder=folder)
     if (commit := given.get("model_commit")) and not COMMIT.fullmatch(commit):
         raise UsageError(f"--commit {commit!r}: a commit is 40 hexadecimal digits; for branches and tags: --revision")
@@ -163,6 +163,14 @@ def config_from(options: Mapping[str, Any]) -> ServeConfig:
     vision = {name: given.pop(name) for name in Vision.__struct_fields__ if name in given}
     watchdog = {name: given.pop(name) for name in Watchdog.__struct_fields__ if name in given}
     return ServeConfig(limits=EngineLimits(**limits), vision=Vision(**vision), watchdog=Watchdog(**watchdog), **given)
+
+
+def _is_folder(model: str) -> bool:
+    """One that may not be entered, and may be given that right later, is told of where it is read."""
+    try:
+        return Path(model).expanduser().is_dir()
+    except OSError:
+        return False
 
 
 def token_for(config: ServeConfig, environment: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import click
 import pytest
@@ -10,7 +11,7 @@ from tests.support.command_line import configuration, options
 from tests.support.ports import free_port
 
 from lockstep_runtime.cli import config_from, main, token_for, unnamed_ports
-from lockstep_runtime.config import EngineLimits, ServeConfig, UsageError, Vision, Watchdog
+from lockstep_runtime.config import EngineLimits, ServeConfig, Source, UsageError, Vision, Watchdog
 from lockstep_runtime.flags import byte_size
 from lockstep_runtime.host.addresses import listen
 from lockstep_runtime.supervisor.ports import Ports, open_ports
@@ -222,3 +223,12 @@ def test_faults_are_allowed_only_by_an_explicit_word() -> None:
     assert not config("m").allow_faults
     assert config("m", LOCKSTEP_ALLOW_FAULTS="true").allow_faults
     assert not config("m", "--allow-faults", "false", LOCKSTEP_ALLOW_FAULTS="1").allow_faults
+
+
+def test_a_model_that_cannot_be_looked_at_is_told_of_where_it_is_read() -> None:
+    """As a folder that may not be entered: the error says so later, and it may be mended."""
+    unreadable = "/" + "x" * 300  # no file has so long a name: looking at it is an OSError, whoever looks
+    with pytest.raises(OSError, match="name too long"):
+        Path(unreadable).stat()
+    config = config_from(options(["serve", unreadable]))
+    assert (config.model, config.source) == (unreadable, Source())
