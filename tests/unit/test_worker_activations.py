@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +105,17 @@ def test_a_step_that_leaves_no_room_is_told_with_its_numbers(tmp_path: Path) -> 
         ModelError, match=r"a step of 1073741824 tokens and 64 sequences may take: .*--max-batch-tokens"
     ):
         runner.load(lambda done, total: None)
+
+
+def test_measuring_brings_no_compiler(tmp_path: Path) -> None:
+    """Which takes seconds to import, in every process that loads."""
+    write_random(tmp_path, *MODELS["dense"])
+    program = f"""
+import sys
+from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.worker.model_runner import ModelRunner
+ModelRunner(ServeConfig(model={str(tmp_path)!r}, served_name="m", backend="cpu"), 0).load(lambda done, total: None)
+print([name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules])
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout.strip() == "[]"

@@ -13,8 +13,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lockstep_runtime.config import EngineLimits
 from lockstep_runtime.distributed.join import SingleCommunicator
@@ -35,16 +35,19 @@ LOGITS_COPIES: Final = 3  # a rank's own, the whole vocabulary's, and what sampl
 MARGIN: Final = 1.5  # for what kernels take inside, and what allocators can't use
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The most that tensors made here took at once: `peak`, in bytes."""
+class LiveBytes(TorchFunctionMode):
+    """The most that tensors made here took at once: `peak`, in bytes. What an operation makes inside is not seen.
+
+    A mode of functions and not of dispatch: that one brings torch's compiler, which takes seconds to import.
+    """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.peak = 0
         self._live = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self,
         func: Callable[..., Any],
         types: Sequence[type],
