@@ -51,7 +51,7 @@ def namespace(new_namespace: NewNamespace, request: pytest.FixtureRequest) -> It
     purpose = request.node.name.removeprefix("test_").partition("[")[0].replace("_", "-")[:40].strip("-")
     name = new_namespace(purpose)
     yield name
-    kubectl.kubectl("delete", "namespace", name, "--wait=false")
+    kubectl.kubectl("delete", "namespace", name, "--wait=false", "--ignore-not-found")
 
 
 @pytest.fixture
