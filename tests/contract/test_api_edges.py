@@ -272,6 +272,8 @@ async def test_metrics_have_the_names_people_know(client: httpx.AsyncClient) -> 
         ("lockstep_epoch",): 7,
         ("lockstep_preemptions_total",): 4,
         ("lockstep_steps_total",): 5,
+        ("lockstep_prefix_cache_queries_total",): 13,
+        ("lockstep_prefix_cache_hits_total",): 9,
         ("lockstep_recoveries_total",): 6,
         ("lockstep_last_step_timestamp_seconds",): 8.5,
         ("lockstep_time_to_first_token_seconds_count",): 3,
