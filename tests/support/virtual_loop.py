@@ -14,7 +14,7 @@ T = TypeVar("T")
 LOOK_EVERY = 256  # turns: only an interrupt comes from outside, and to look for it costs more than most turns
 
 
-class _Selector(selectors.SelectSelector):
+class _Selector(selectors.DefaultSelector):
     """Waits for nothing but time, and that only virtually."""
 
     now = 1_000.0

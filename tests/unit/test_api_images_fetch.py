@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -149,6 +150,7 @@ async def test_what_is_too_slow_is_left() -> None:
         assert "did not arrive within 0.4 s" in await refusal(there.fetcher(seconds=0.4), there.url())
 
 
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # httpx leaves the socket of a failed handshake to gc
 async def test_names_that_lead_nowhere_and_broken_answers() -> None:
     async def nowhere(host: str, port: int) -> list[str]:
         raise OSError("no such name")
@@ -162,3 +164,4 @@ async def test_names_that_lead_nowhere_and_broken_answers() -> None:
         assert "can't be fetched from cats.example" in await refusal(there.fetcher(), broken)
     gone = there.url()
     assert "ConnectError" in await refusal(there.fetcher(), gone)
+    gc.collect()

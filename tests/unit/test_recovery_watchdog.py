@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep_runtime.config import Watchdog
+from lockstep_runtime.protocol.images import Pixels
 from lockstep_runtime.protocol.step import SequenceSlice
 from lockstep_runtime.recovery.watchdog import (
     CEILING_SECONDS,
     LATE_SECONDS,
     LOOK_SECONDS,
+    PIXELS_PER_TOKEN,
     UNKNOWN,
     WARMING_SECONDS,
     Deadline,
@@ -48,6 +50,14 @@ def test_a_step_is_decode_only_when_every_sequence_feeds_its_one_token() -> None
     assert work_of([part(9, 1), part(30, 1)]) == Work(Kind.DECODE, 2, 31)
     assert work_of([part(9, 1), part(64, 36)]) == Work(Kind.PREFILL, 37, 100)
     assert work_of([part(0, 1)]).kind is Kind.PREFILL
+
+
+def test_images_are_work_of_their_own_by_their_pixels() -> None:
+    small, large = (Pixels(digest="", height=side, width=side, data=b"") for side in (64, 128))
+    one, both = (work_of([part(0, 10)], images) for images in ([small], [small, large]))
+    assert one == Work(Kind.IMAGES, 10 + 64 * 64 // PIXELS_PER_TOKEN, 10)
+    assert both.tokens == 10 + (64 * 64 + 128 * 128) // PIXELS_PER_TOKEN
+    assert work_of([part(0, 10)], []).kind is Kind.PREFILL
 
 
 def test_the_first_step_of_a_kind_gets_the_ceiling() -> None:

@@ -18,6 +18,7 @@ from lockstep_runtime.protocol.chaos import FaultPhase, Inject, Injection
 from lockstep_runtime.protocol.progress_record import Progress, new_memory
 from lockstep_runtime.protocol.status import Fault
 from lockstep_runtime.worker.bus_client import BusClient, ShutdownRequested
+from lockstep_runtime.worker.images import RankImages
 from lockstep_runtime.worker.main import Worker
 from lockstep_runtime.worker.model_runner import LoadReport
 from lockstep_runtime.worker.process import choose_hooks
@@ -44,7 +45,7 @@ class Edge:
     """The runner and the communicators."""
 
     def __init__(self, scrub: Scrub | None = None) -> None:
-        self._scrub = scrub
+        self._scrub, self.images = scrub, RankImages(None)
 
     def load(self, progress: Callable[[int, int], None]) -> LoadReport:
         return LoadReport(

@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import secrets
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -170,7 +171,10 @@ class CacheMemory:
     """
 
     def __init__(self, descriptor: int | None = None) -> None:
-        self._descriptor = os.memfd_create("lockstep-cache") if descriptor is None else descriptor
+        if descriptor is None:
+            descriptor = os.memfd_create("lockstep-cache")
+            weakref.finalize(self, os.close, descriptor)  # nobody else holds it; what is mapped stays
+        self._descriptor = descriptor
 
     def held(self, shape: CacheShape, dtype: torch.dtype) -> Held | None:
         """What a cache of this shape has left here."""
