@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lockstep_runtime.layers.cache import BLOCK_SIZE, LayerCache, PagedShape
 from lockstep_runtime.layers.placement import Placement
-from lockstep_runtime.layers.prefill_attention import ATTEND, REASON_CHARACTERS, Attend, Prefill, choose_prefill
+from lockstep_runtime.layers.prefill_attention import ATTEND, Attend, Prefill, choose_prefill
+from lockstep_runtime.layers.trial import DIFFERS, failure_of, reason
 from lockstep_runtime.protocol.step import SequenceSlice
 
 logger = logging.getLogger(__name__)
@@ -55,16 +56,15 @@ def paged_attention() -> Attention | str:
     try:
         paged: Attention = importlib.import_module("lockstep_runtime.layers.paged_attention").PagedAttention()
     except Exception as error:  # Triton looks for compilers and drivers as it is imported
-        return f"{type(error).__name__}: {error}"
+        return reason(error)
     return paged
 
 
 def differs(attention: Attention, device: torch.device, dtype: torch.dtype, shape: PagedShape) -> str | None:
     """Attend in batches of every kind, which also compiles what there is to compile; returns what is wrong."""
-    try:
-        return next((failure for tried in TRIED if (failure := _differs(attention, tried, device, dtype, shape))), None)
-    except Exception as error:  # whatever a kernel raises: it is not used
-        return f"{type(error).__name__}: {str(error)[:REASON_CHARACTERS]}"
+    return failure_of(
+        lambda: next(filter(None, (_differs(attention, tried, device, dtype, shape) for tried in TRIED)), None)
+    )
 
 
 def _differs(
@@ -84,7 +84,7 @@ def _differs(
     expected = SequenceAttention().plan(tried, device)(queries.float(), plain)
     tolerance = 4 * torch.finfo(dtype).eps
     right = torch.allclose(found.float(), expected, rtol=tolerance, atol=tolerance)
-    return None if right else "its result differs from the plain one's"
+    return None if right else DIFFERS
 
 
 @dataclass(frozen=True, slots=True)

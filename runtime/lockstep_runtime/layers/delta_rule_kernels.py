@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from lockstep_runtime.layers.delta_rule import Inputs, advance_, plan_rule
+from lockstep_runtime.layers.trial import DIFFERS, failure_of, reason
 
 logger = logging.getLogger(__name__)
 
-REASON_CHARACTERS: Final = 200
 TRIED_LENGTHS: Final = (1, 70, 1, 3)  # more than a chunk, less than one, and single tokens
 TRIED_HEADS, TRIED_KEY_HEADS = 4, 2
 
@@ -113,7 +113,7 @@ def choose_rule(device: torch.device, dtype: torch.dtype, key_dim: int, value_di
         functions = (library.fused_recurrent_gated_delta_rule, library.chunk_gated_delta_rule)
         rule = flash_linear_attention(*functions, dtype=dtype)
     except Exception as error:  # not installed, or whatever it raises on this machine
-        logger.info("delta-net layers are computed by torch's operations: %s", _reason(error))
+        logger.info("delta-net layers are computed by torch's operations: %s", reason(error))
         return TORCH
     if failure := trial(rule, device, dtype, key_dim, value_dim):
         logger.warning("delta-net layers are slower here: no flash-linear-attention: %s", failure)
@@ -129,21 +129,19 @@ def flash_linear_attention(
 
 def trial(rule: DeltaRule, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
     """Take a small step both ways; returns what is wrong."""
+    return failure_of(lambda: _failure(rule, device, dtype, key_dim, value_dim))
+
+
+@torch.inference_mode()
+def _failure(rule: DeltaRule, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
     inputs, states = _tried(dtype, key_dim, value_dim, device)
     expected_states = states.clone()
-    plan, expected_plan = (one.plan(TRIED_LENGTHS, device) for one in (rule, TORCH))
-    try:
-        with torch.inference_mode():
-            found = rule.advance_(inputs, states, plan)
-            expected = TORCH.advance_(inputs, expected_states, expected_plan)
-        tolerance = 8 * torch.finfo(dtype).eps  # of answers and states of about one
-        if torch.allclose(found, expected, rtol=tolerance, atol=tolerance) and torch.allclose(
-            states, expected_states, rtol=tolerance, atol=tolerance
-        ):
-            return None
-        return "its result differs from the plain one's"
-    except Exception as error:  # whatever a kernel raises: it is not used
-        return _reason(error)
+    found = rule.advance_(inputs, states, rule.plan(TRIED_LENGTHS, device))
+    expected = TORCH.advance_(inputs, expected_states, TORCH.plan(TRIED_LENGTHS, device))
+    tolerance = 8 * torch.finfo(dtype).eps  # of answers and states of about one
+    pairs = ((found, expected), (states, expected_states))
+    right = all(torch.allclose(one, other, rtol=tolerance, atol=tolerance) for one, other in pairs)
+    return None if right else DIFFERS
 
 
 def _tried(dtype: torch.dtype, key_dim: int, value_dim: int, device: torch.device) -> tuple[Inputs, Tensor]:
@@ -160,7 +158,3 @@ def _tried(dtype: torch.dtype, key_dim: int, value_dim: int, device: torch.devic
         beta=numbers(tokens, TRIED_HEADS).sigmoid(),
     )
     return inputs, numbers(len(TRIED_LENGTHS), TRIED_HEADS, value_dim, key_dim)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error)[:REASON_CHARACTERS]}"

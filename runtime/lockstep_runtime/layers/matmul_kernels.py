@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from lockstep_runtime.layers.trial import failure_of
+
 logger = logging.getLogger(__name__)
 
 Multiply = Callable[[Tensor], Tensor]  # x: [tokens, inputs] -> [tokens, outputs]
 
 FLOAT16_MAX: Final = 65504.0
 ONEDNN_BATCH: Final = 8  # the layout that oneDNN takes for it serves one token as well as any, and several far better
-REASON_CHARACTERS: Final = 200  # torch names every backend there is
 TRIED_ROWS, TRIED_COLUMNS, TRIED_BATCHES = 40, 96, (1, 3, 16)  # rows that fill no whole block
 
 # Said by the ops that torch means to remove one day; until then they cost 8 µs less a call than those that stay.
@@ -69,19 +70,20 @@ def choose_kernel(kernels: Sequence[Kernel]) -> Kernel | None:
 
 def trial(kernel: Kernel) -> str | None:
     """Pack a small matrix, multiply by it and compare with `F.linear`; returns what is wrong."""
+    return failure_of(lambda: _failure(kernel))
+
+
+@torch.inference_mode()
+def _failure(kernel: Kernel) -> str | None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(TRIED_ROWS, TRIED_COLUMNS, generator=generator).bfloat16()
-    try:
-        with torch.inference_mode():
-            multiply = kernel.pack(rows.to(kernel.rows))
-            for batch in TRIED_BATCHES:
-                x = torch.randn(batch, TRIED_COLUMNS, generator=generator).to(kernel.activation)
-                if not _agrees(multiply(x), F.linear(x.float(), rows.float()), kernel.activation):
-                    return f"its product of {batch} rows differs from F.linear's"
-            if kernel.if_native and _emulates(kernel):
-                return f"the CPU has no multiplication in {kernel.activation}"
-    except Exception as error:  # whatever a kernel raises: it is not used
-        return f"{type(error).__name__}: {str(error)[:REASON_CHARACTERS]}"
+    multiply = kernel.pack(rows.to(kernel.rows))
+    for batch in TRIED_BATCHES:
+        x = torch.randn(batch, TRIED_COLUMNS, generator=generator).to(kernel.activation)
+        if not _agrees(multiply(x), F.linear(x.float(), rows.float()), kernel.activation):
+            return f"its product of {batch} rows differs from F.linear's"
+    if kernel.if_native and _emulates(kernel):
+        return f"the CPU has no multiplication in {kernel.activation}"
     return None
 
 

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from lockstep_runtime.layers.trial import DIFFERS, failure_of
+
 logger = logging.getLogger(__name__)
 
 TILE: Final = 512  # queries at once: bounds the mask, and skips most of what is masked
 FLASH_WIDEST: Final = 256  # head_dim
-REASON_CHARACTERS: Final = 200
 TRIED_TOKENS, TRIED_CONTEXT, TRIED_HEADS, TRIED_KV_HEADS = 5, 37, 4, 2
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
@@ -70,22 +71,22 @@ def choose_prefill(device: torch.device, dtype: torch.dtype, head_dim: int) -> P
 
 def trial(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Attend to a small context in both ways; returns what is wrong."""
+    return failure_of(lambda: _failure(attend, device, dtype, head_dim))
+
+
+def _failure(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    try:
-        queries = numbers(TRIED_TOKENS, TRIED_HEADS, head_dim)
-        keys, values = (numbers(TRIED_CONTEXT, TRIED_KV_HEADS, head_dim).transpose(0, 1)[None] for _ in range(2))
-        found, expected = torch.empty_like(queries), torch.empty_like(queries, dtype=torch.float32)
-        attend(queries, keys, values, found)
-        attend_masked(queries.float(), keys.float(), values.float(), expected)
-        if torch.allclose(found.float(), expected, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps):
-            return None
-        return "its result differs from the plain one's"
-    except Exception as error:  # whatever a kernel raises: it is not used
-        return f"{type(error).__name__}: {str(error)[:REASON_CHARACTERS]}"
+    queries = numbers(TRIED_TOKENS, TRIED_HEADS, head_dim)
+    keys, values = (numbers(TRIED_CONTEXT, TRIED_KV_HEADS, head_dim).transpose(0, 1)[None] for _ in range(2))
+    found, expected = torch.empty_like(queries), torch.empty_like(queries, dtype=torch.float32)
+    attend(queries, keys, values, found)
+    attend_masked(queries.float(), keys.float(), values.float(), expected)
+    tolerance = 4 * torch.finfo(dtype).eps
+    return None if torch.allclose(found.float(), expected, rtol=tolerance, atol=tolerance) else DIFFERS
 
 
 def _causal_mask(queries: int, seen: int, like: Tensor) -> Tensor:
