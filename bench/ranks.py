@@ -15,9 +15,9 @@ from tests.support.models import QWEN3_0_6B, write_model
 from lockstep_runtime.config import DType, EngineLimits, ServeConfig
 from lockstep_runtime.distributed.communicator import Communicator
 from lockstep_runtime.distributed.join import join, open_rendezvous
-from lockstep_runtime.layers.cache import PROBE_STATE_SLOTS, CacheSize
+from lockstep_runtime.layers.cache import CacheSize
 from lockstep_runtime.protocol import bus
-from lockstep_runtime.protocol.step import SamplingParams, SequenceSlice, StateSlots
+from lockstep_runtime.protocol.step import PROBE_STATE_SLOTS, SamplingParams, SequenceSlice, StateSlots
 from lockstep_runtime.worker.model_runner import LoadReport, ModelRunner, StepOutput
 
 RANKS: Final = 2

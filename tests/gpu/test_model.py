@@ -16,9 +16,9 @@ from tests.support.ranks import everything, piece
 from lockstep_runtime.config import Device, EngineLimits, ServeConfig
 from lockstep_runtime.distributed.join import SingleCommunicator
 from lockstep_runtime.layers import grouped_product
-from lockstep_runtime.layers.cache import PROBE_STATE_SLOTS, CacheSize
+from lockstep_runtime.layers.cache import CacheSize
 from lockstep_runtime.protocol import bus
-from lockstep_runtime.protocol.step import SampledToken, SamplingParams
+from lockstep_runtime.protocol.step import PROBE_STATE_SLOTS, SampledToken, SamplingParams
 from lockstep_runtime.worker.model_runner import ModelRunner
 from lockstep_runtime.worker.scrub import INTERVAL_VARIABLE, CorruptionError, Scrub
 

@@ -12,7 +12,6 @@ from tests.support.ranks import piece
 from lockstep_runtime.config import EngineLimits, ServeConfig
 from lockstep_runtime.layers.cache import (
     BLOCK_SIZE,
-    PROBE_STATE_SLOTS,
     CacheMemory,
     CacheShape,
     CacheSize,
@@ -23,7 +22,7 @@ from lockstep_runtime.layers.cache import (
 )
 from lockstep_runtime.layers.finite import is_finite
 from lockstep_runtime.layers.placement import place
-from lockstep_runtime.protocol.step import SequenceSlice, StateSlots
+from lockstep_runtime.protocol.step import PROBE_STATE_SLOTS, SequenceSlice, StateSlots
 from lockstep_runtime.sources.errors import ModelError
 from lockstep_runtime.worker.cache_room import CacheRoom
 

@@ -39,7 +39,7 @@ class Pace:
 
     def learn(self, slices: Sequence[SequenceSlice], seconds: float) -> None:
         """A step with these parts took so long."""
-        prompts = sum(len(part.tokens) for part in slices if is_prefill(part))
+        prompts = sum(len(part.tokens) for part in slices if part.is_prefill)
         if not prompts:
             before = seconds if self._decode is None else self._decode
             self._decode = MEMORY * before + (1 - MEMORY) * min(seconds, MOST_SURPRISE * before)
@@ -49,8 +49,3 @@ class Pace:
             spent = min(spent, MOST_SURPRISE * prompts * self._seconds / self._tokens)
         self._seconds = MEMORY * self._seconds + spent
         self._tokens = MEMORY * self._tokens + prompts
-
-
-def is_prefill(part: SequenceSlice) -> bool:
-    """Whether it feeds a prompt, or a text that is computed again."""
-    return len(part.tokens) > 1 or not part.position

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from lockstep_runtime.layers.placement import Placement
-from lockstep_runtime.protocol.step import SequenceSlice
+from lockstep_runtime.protocol.step import PROBE_STATE_SLOTS, SequenceSlice
 
 BLOCK_SIZE = 32  # tokens: small enough to waste little, large enough to keep block tables short
-PROBE_STATE_SLOTS = 2  # what it reads, and what it writes: the last two
 ALIGNMENT = 64  # bytes: a line of a CPU's cache
 HEAD_BYTES = 16 * mmap.PAGESIZE  # of a `CacheMemory`, before the cache: what is in it, as JSON
 

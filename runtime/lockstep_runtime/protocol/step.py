@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -94,7 +94,8 @@ class StateSlots(msgspec.Struct, frozen=True, array_like=True):
     write: int = 0
 
 
-NO_STATE = StateSlots()  # of models whose layers have none
+NO_STATE: Final = StateSlots()  # of models whose layers have none
+PROBE_STATE_SLOTS: Final = 2  # behind those of requests: what the probe reads, and what it writes
 
 
 class SequenceSlice(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -110,6 +111,11 @@ class SequenceSlice(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     ruled: Ruled | None = None
     images: list[ImageSpan] = []  # that reach into the tokens, in order
     shift: int = 0  # of rotary positions: what the images before those have shifted them by
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether it feeds a prompt, or a text that is computed again."""
+        return len(self.tokens) > 1 or not self.position
 
 
 class SampledToken(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from lockstep_runtime.protocol import bus
+from lockstep_runtime.protocol.step import PROBE_STATE_SLOTS
 from lockstep_runtime.recovery import actions
 from lockstep_runtime.recovery.actions import Action
 from lockstep_runtime.recovery.cache_plan import CachePlan
 from lockstep_runtime.recovery.events import Answer
 from lockstep_runtime.recovery.log_trail import TrailPhase
 from lockstep_runtime.recovery.rank_handle import RankHandle
-from lockstep_runtime.recovery.self_test import PROBE_BLOCKS, PROBE_STATE_SLOTS, probe, warmup_step
+from lockstep_runtime.recovery.self_test import PROBE_BLOCKS, probe, warmup_step
 from lockstep_runtime.recovery.timing import ALLOCATE, RENDEZVOUS, SCRUB, Timing
 from lockstep_runtime.recovery.verification import Verdict, Verification
 

@@ -19,7 +19,6 @@ from lockstep_runtime.protocol.step import NO_STATE, SamplingParams, SequenceSli
 SEQUENCE: Final = 0  # no request's: those count from 1
 PROMPT: Final = [1, 2, 3]  # token ids that every vocabulary has
 PROBE_BLOCKS: Final = 1  # of the cache, behind those of requests
-PROBE_STATE_SLOTS: Final = 2  # the same: one that it reads, and one that it writes
 GREEDY: Final = SamplingParams(temperature=0)
 
 

@@ -64,7 +64,7 @@ def work_of(slices: Sequence[SequenceSlice], images: Sequence[Pixels] = ()) -> W
         fed = len(part.tokens)
         tokens += fed
         context = max(context, part.position + fed)
-        if fed > 1 or not part.position:
+        if part.is_prefill:
             kind = Kind.PREFILL
     if images:
         kind = Kind.IMAGES

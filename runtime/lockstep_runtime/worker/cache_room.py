@@ -9,7 +9,8 @@ from typing import Final
 import torch
 
 from lockstep_runtime.config import ServeConfig
-from lockstep_runtime.layers.cache import BLOCK_SIZE, PROBE_STATE_SLOTS, CacheMemory, CacheShape, CacheSize
+from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheMemory, CacheShape, CacheSize
+from lockstep_runtime.protocol.step import PROBE_STATE_SLOTS
 from lockstep_runtime.sources.errors import ModelError
 from lockstep_runtime.worker.device import sharers
 from lockstep_runtime.worker.memory import blocks_as_before, cache_budget
