@@ -30,6 +30,7 @@ from pydantic_core import CoreSchema
 from lockstep_runtime.api.errors import ApiError, invalid, unsupported
 from lockstep_runtime.api.grammar_fields import GrammarFields
 from lockstep_runtime.api.images.content import Content, content_of, for_template, images_of, text_of
+from lockstep_runtime.api.lenient import Flag, at_most, false_is_none, stops, whole, wholes
 from lockstep_runtime.api.neutral import REFUSED, Neutral, check_neutral, schema_of
 from lockstep_runtime.api.rule_fields import RuleFields
 from lockstep_runtime.api.tools.schemas import ToolCall, ToolChoice, Tools
@@ -82,42 +83,6 @@ def _content(content: object) -> Content:
     return content_of(content)
 
 
-def _at_most(most: int) -> BeforeValidator:
-    """Looks at a list's length before it looks at what is in it."""
-
-    def bounded(value: object) -> object:
-        if isinstance(value, list) and len(value) > most:
-            raise ValueError(f"List should have at most {most} items, not {len(value)}")
-        return value
-
-    return BeforeValidator(bounded)
-
-
-def _stops(value: object) -> object:
-    """An empty string stops nothing."""
-    strings = [value] if isinstance(value, str) else value
-    return [one for one in strings if one != ""] if isinstance(strings, list) else strings
-
-
-def _flag(value: object) -> object:
-    """0 and 1 are booleans in vLLM's server."""
-    return bool(value) if type(value) is int and value in (0, 1) else value
-
-
-def _false_is_none(value: object) -> object:
-    return None if value is False else value
-
-
-def _whole(value: Any) -> Any:
-    """To JSON Schema 5.0 is an integer, too."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def wholes(value: Any) -> Any:
-    """The same of a list's items."""
-    return list(map(_whole, value)) if isinstance(value, list) else value
-
-
 def _prompts(prompt: object) -> list[str | list[int]]:
     """One string, several, one list of token ids, or several."""
     if isinstance(prompt, str):
@@ -136,14 +101,11 @@ def _ids(value: object) -> list[int] | None:
     """None if it is no list of token ids."""
     if not isinstance(value, list) or not value:
         return None
-    ids = value if all(type(item) is int for item in value) else list(map(_whole, value))
+    ids = value if all(type(item) is int for item in value) else list(map(whole, value))
     return ids if all(type(item) is int and item >= 0 for item in ids) else None
 
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-Flag = Annotated[  # null: the default
-    bool | None, BeforeValidator(_flag), WithJsonSchema({"enum": [None, False, True, 0, 1]})
-]
 
 
 class Body(BaseModel):
@@ -210,12 +172,12 @@ class _Request(RuleFields, GrammarFields, Body):
     best_of: int | None = Field(None, ge=1, le=16, description="so many are generated, and the likeliest `n` returned")
     stop: Annotated[
         list[Annotated[str, Field(max_length=256)]] | None,
-        BeforeValidator(_stops),
-        _at_most(16),
+        BeforeValidator(stops),
+        at_most(16),
         WithJsonSchema(_STOP_SCHEMA),
     ] = None
     stop_token_ids: Annotated[
-        list[Annotated[int, Field(ge=0, lt=2**31)]] | None, Field(max_length=64), BeforeValidator(wholes), _at_most(64)
+        list[Annotated[int, Field(ge=0, lt=2**31)]] | None, Field(max_length=64), BeforeValidator(wholes), at_most(64)
     ] = None
     include_stop_str_in_output: Flag = Field(None, description="default: the answer ends before it")
     skip_special_tokens: Flag = Field(None, description="default: true")
@@ -267,7 +229,7 @@ class _Request(RuleFields, GrammarFields, Body):
 class Conversation(Body):
     """What a chat's prompt is made of."""
 
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES), _at_most(MAX_MESSAGES)]
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES), at_most(MAX_MESSAGES)]
     tools: Tools = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: Flag = Field(None, description="default: true, unless the last message is continued")
@@ -364,7 +326,7 @@ class CompletionRequest(_Request):
     max_tokens: int | None = Field(None, ge=0, lt=2**31, description="default: 16; 0 with echo: the prompt alone")
     logprobs: Annotated[
         Annotated[int, Field(ge=0, le=20)] | None,
-        BeforeValidator(_false_is_none),
+        BeforeValidator(false_is_none),
         WithJsonSchema({"enum": [None, False, *range(21)]}),
     ] = None
     echo: Flag = Field(None, description="with logprobs: the prompt's tokens have theirs, too")
@@ -393,7 +355,7 @@ def validate(kind: type[BodyT], body: dict[str, Any]) -> BodyT:
     """
     check_neutral(body, kind.REFUSED)
     try:
-        return kind.model_validate({name: _whole(value) for name, value in body.items()})
+        return kind.model_validate({name: whole(value) for name, value in body.items()})
     except ValidationError as error:
         raise _named(error) from None
 

@@ -13,10 +13,11 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from lockstep_runtime.api.chat_prompt import chat_prompt
 from lockstep_runtime.api.errors import invalid, too_long
+from lockstep_runtime.api.lenient import Flag, wholes
 from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.model import ServedModel
 from lockstep_runtime.api.neutral import REFUSED, Neutral
-from lockstep_runtime.api.schemas import Body, Conversation, Flag, validate, wholes
+from lockstep_runtime.api.schemas import Body, Conversation, validate
 from lockstep_runtime.api.tokenizer import TooManyTokensError
 from lockstep_runtime.protocol.images import Pixels
 
