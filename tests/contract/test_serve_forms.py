@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import signal
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, Literal
@@ -14,10 +12,11 @@ from typing import Any, Final, Literal
 import pytest
 from openai import OpenAI
 from pydantic import BaseModel
+from tests.support.chaos import outlive_a_killed_rank_0
 from tests.support.http import HTTP
 from tests.support.schemas import fits, random_object
 from tests.support.serve import Served, served
-from tests.support.stream import Answer, Stream
+from tests.support.stream import Stream
 
 SCHEMAS: Final = 20
 MOST_TOKENS: Final = 1500  # of a short answer: the model knows no JSON, and draws any white space
@@ -92,16 +91,7 @@ def test_a_constrained_stream_goes_on_with_the_same_tokens_when_rank_0_is_killed
     assert re.fullmatch(str(FORMS[2]["guided_regex"]), undisturbed[2].text)
     assert [answer.finish for answer in undisturbed] == ["stop", "stop", "stop", "length"]
     for _ in range(2):
-        kill_rank_0(server, undisturbed)
-
-
-def kill_rank_0(serve: Served, undisturbed: list[Answer]) -> None:
-    before = serve.status().recoveries
-    streams = [begin(serve, form) for form in FORMS]
-    serve.until(lambda: all(one.pieces > 5 for one in streams), "the streams have begun")
-    os.kill(serve.pid_of("rank=0"), signal.SIGKILL)
-    assert [one.wait() for one in streams] == undisturbed
-    serve.until(lambda: serve.status().recoveries > before, "the repair is told")
+        outlive_a_killed_rank_0(server, lambda: [begin(server, form) for form in FORMS], undisturbed)
 
 
 def test_other_fields_hold_beside_a_form(server: Served) -> None:

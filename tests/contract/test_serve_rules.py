@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import torch
+from tests.support.chaos import outlive_a_killed_rank_0
 from tests.support.serve import TINY_CHAT, Served, served
-from tests.support.stream import Answer, Stream
+from tests.support.stream import Stream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TOKENS: Final = 200
@@ -57,13 +56,4 @@ def test_answers_are_those_of_transformers_and_go_on_as_they_would_have_when_ran
     assert undisturbed[0].text == penalized
     assert all(answer.done and not answer.error for answer in undisturbed)
     for _ in range(2):
-        kill_rank_0(server, undisturbed)
-
-
-def kill_rank_0(serve: Served, undisturbed: list[Answer]) -> None:
-    before = serve.status().recoveries
-    streams = [begin(serve, rules) for rules in RULES]
-    serve.until(lambda: all(one.pieces > 5 for one in streams), "the streams have begun")
-    os.kill(serve.pid_of("rank=0"), signal.SIGKILL)
-    assert [one.wait() for one in streams] == undisturbed
-    serve.until(lambda: serve.status().recoveries > before, "the repair is told")
+        outlive_a_killed_rank_0(server, lambda: [begin(server, rules) for rules in RULES], undisturbed)

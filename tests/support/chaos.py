@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -256,6 +258,16 @@ def healed(serve: Served) -> None:
         return status.state is GroupState.READY and repaired
 
     serve.until(well, "the group is Ready and every fault is repaired")
+
+
+def outlive_a_killed_rank_0(serve: Served, begin: Callable[[], list[Stream]], undisturbed: list[Answer]) -> None:
+    """Streams that have begun when rank 0 is killed answer as without."""
+    before = serve.status().recoveries
+    streams = begin()
+    serve.until(lambda: all(one.pieces > 5 for one in streams), "the streams have begun")
+    os.kill(serve.pid_of("rank=0"), signal.SIGKILL)
+    assert [one.wait() for one in streams] == undisturbed
+    serve.until(lambda: serve.status().recoveries > before, "the repair is told")
 
 
 def tell(serve: Served, before: set[int]) -> list[str]:

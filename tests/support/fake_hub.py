@@ -20,6 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import pytest
+from huggingface_hub import close_session
+
 COMMIT: Final = "0123456789abcdef0123456789abcdef01234567"
 MODEL: Final = "org/model"
 
@@ -64,6 +67,18 @@ class FakeHub:
 
     def commits(self) -> set[str]:
         return set(self.revisions.values())
+
+
+@contextlib.contextmanager
+def fresh_client(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The library keeps its HTTP client, with the proxies of the environment that it was made in."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    close_session()
+    yield
+    close_session()
 
 
 @contextlib.contextmanager

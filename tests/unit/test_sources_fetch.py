@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import close_session, snapshot_download
+from huggingface_hub import snapshot_download
 from tests.support.api_server import TINY_CHAT
-from tests.support.fake_hub import COMMIT, MODEL, Failure, FakeHub, fake_hub
+from tests.support.fake_hub import COMMIT, MODEL, Failure, FakeHub, fake_hub, fresh_client
 
 from lockstep_runtime.protocol.bus import LoadFailure
 from lockstep_runtime.sources import hub as hub_module
@@ -47,14 +47,9 @@ except ModelError as error:
 
 
 @pytest.fixture(autouse=True)
-def fresh_client(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    close_session()
-    yield
-    close_session()
+def own_client(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with fresh_client(monkeypatch):
+        yield
 
 
 @pytest.fixture

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import close_session
 from tests.support.api_server import TINY_CHAT
-from tests.support.fake_hub import COMMIT, Failure, FakeHub, fake_hub
+from tests.support.fake_hub import COMMIT, Failure, FakeHub, fake_hub, fresh_client
 
 from lockstep_runtime.protocol.bus import LoadFailure
 from lockstep_runtime.sources.errors import ModelError
@@ -25,15 +24,9 @@ PERMANENT, TRANSIENT = LoadFailure.PERMANENT, LoadFailure.TRANSIENT
 
 
 @pytest.fixture(autouse=True)
-def fresh_client(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The library keeps its HTTP client, with the proxies of the environment that it was made in."""
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    close_session()
-    yield
-    close_session()
+def own_client(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with fresh_client(monkeypatch):
+        yield
 
 
 @pytest.fixture
