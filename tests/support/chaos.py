@@ -224,7 +224,7 @@ def survive(arena: Arena, cell: Cell) -> None:
         serve.until(named, f"a fault {sorted(faults)} of rank {ranks}; told are {tell(serve, before)}", 20)
         healed(serve)
         for after, whole in zip(answers(arena.requests(serve, NEXT_TOKENS)), arena.undisturbed, strict=True):
-            assert after.text, serve.log.read_text()
+            assert after.text, f"{after}\n{serve.log.read_text()}"
             assert whole.text.startswith(after.text), serve.log.read_text()
         print(f"{cell.name}: {tell(serve, before)}")
         told = [record for record in serve.status().faults if record.id not in before]
