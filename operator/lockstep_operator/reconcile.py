@@ -35,6 +35,7 @@ from lockstep_operator.types.model_status import ModelStatus, parse
 from lockstep_operator.types.names import ModelKey, token_name
 from lockstep_operator.types.observed import GroupReport, Object, ObjectRef, Observed
 from lockstep_operator.types.reasons import ConditionType, Reason
+from lockstep_operator.types.spec_values import SpecError
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class Reconciler:
             return self._ended(key) if source.live else None
         try:
             return await self._look(spec.parse(resource, self._settings.sources), resource, source, known)
-        except spec.SpecError as error:
+        except SpecError as error:
             return await self._halt(key, resource, source, Reason.INVALID_SPEC, str(error))
         except KubeError as error:
             if error.transient:

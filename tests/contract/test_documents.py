@@ -23,7 +23,7 @@ from tests.support.command_line import options
 from lockstep_operator.decisions import fault_detection, recovery_budget
 from lockstep_operator.decisions import recovery_policy as operator_recovery
 from lockstep_operator.reporting.metrics import Metrics as OperatorMetrics
-from lockstep_operator.types import spec
+from lockstep_operator.types import spec_blocks
 from lockstep_operator.types.reasons import EventReason, Reason
 from lockstep_operator.types.recovery_state import Rung as OperatorRung
 from lockstep_runtime.api.metrics import Metrics as EngineMetrics
@@ -262,10 +262,10 @@ def test_every_fault_and_rung_has_its_place() -> None:
         f"at most {watchdog.CEILING_SECONDS:g} s",
         f"gets {watchdog.WARMING_SECONDS:g} s at least",
         f"once round in {scrub.INTERVAL_SECONDS:g} s",
-        f"| `budget.attempts` | {spec.DEFAULT_ATTEMPTS} |",
-        f"| `budget.window` | {spec.DEFAULT_WINDOW / 3600:g}h |",
-        f"| `backoff.initial` | {spec.DEFAULT_INITIAL:g}s |",
-        f"| `backoff.max` | {spec.DEFAULT_MAX / 60:g}m |",
+        f"| `budget.attempts` | {spec_blocks.DEFAULT_ATTEMPTS} |",
+        f"| `budget.window` | {spec_blocks.DEFAULT_WINDOW / 3600:g}h |",
+        f"| `backoff.initial` | {spec_blocks.DEFAULT_INITIAL:g}s |",
+        f"| `backoff.max` | {spec_blocks.DEFAULT_MAX / 60:g}m |",
         f"not Ready for {fault_detection.HUNG_SECONDS:g} s",
         f"A step has {operator_recovery.PATIENCE_SECONDS:g} s",
         f"within {operator_recovery.UNPLACED_SECONDS:g} s, the node is used again",

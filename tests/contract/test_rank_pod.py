@@ -16,7 +16,8 @@ from lockstep_operator.decisions.manifests import stateful_set
 from lockstep_operator.decisions.pod_template import pod_template
 from lockstep_operator.settings import ModelSource, Settings
 from lockstep_operator.types.durations import duration
-from lockstep_operator.types.spec import RecoverySpec, parse
+from lockstep_operator.types.spec import parse
+from lockstep_operator.types.spec_blocks import RecoverySpec
 from lockstep_runtime.config import (
     API_KEY_FILE_VARIABLE,
     TOKEN_VARIABLE,

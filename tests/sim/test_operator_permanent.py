@@ -28,7 +28,7 @@ from lockstep_operator.reporting.document import document
 from lockstep_operator.types.model_status import parse
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Observed, Pod
-from lockstep_operator.types.spec import RecoverySpec
+from lockstep_operator.types.spec_blocks import RecoverySpec
 from lockstep_operator.types.timestamps import format_rfc3339
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, RankState
 

@@ -12,11 +12,12 @@ from lockstep_operator.groups.group import Group
 from lockstep_operator.reporting.conditions import Obstacle
 from lockstep_operator.reporting.transition import Transition, transition
 from lockstep_operator.settings import Settings
+from lockstep_operator.types.model_source import HostPath
 from lockstep_operator.types.model_status import parse
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import Observed, Pod
 from lockstep_operator.types.recovery_state import RecoveryState
-from lockstep_operator.types.spec import HostPath, Model
+from lockstep_operator.types.spec import Model
 
 NOW = 1_800_000_000.0
 SETTINGS = Settings(runtime_image="runtime:1", operator_namespace="lockstep-system")

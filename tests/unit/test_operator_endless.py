@@ -17,7 +17,7 @@ from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport
 from lockstep_operator.types.reasons import Reason
 from lockstep_operator.types.recovery_state import RecoveryState, Rung
-from lockstep_operator.types.spec import RecoverySpec
+from lockstep_operator.types.spec_blocks import RecoverySpec
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, RankState
 
 KEY = ModelKey("team", "chat")

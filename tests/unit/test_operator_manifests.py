@@ -13,21 +13,11 @@ from tests.support.operator_models import SETTINGS, model
 
 from lockstep_operator.decisions import manifests
 from lockstep_operator.decisions.pod_template import pod_template
+from lockstep_operator.types.model_source import Claim, EmptyDir, HuggingFace, Image
 from lockstep_operator.types.names import ModelKey, key_of_child
-from lockstep_operator.types.spec import (
-    Claim,
-    EmptyDir,
-    EngineLimits,
-    HuggingFace,
-    Image,
-    Model,
-    Network,
-    RecoverySpec,
-    SecretKey,
-    SpecError,
-    Watchdog,
-    parse,
-)
+from lockstep_operator.types.spec import Model, parse
+from lockstep_operator.types.spec_blocks import EngineLimits, Network, RecoverySpec, Watchdog
+from lockstep_operator.types.spec_values import SecretKey, SpecError
 
 
 def container(made: Model) -> dict[str, Any]:

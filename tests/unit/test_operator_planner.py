@@ -16,7 +16,8 @@ from lockstep_operator.types.model_status import GroupSummary, ModelStatus
 from lockstep_operator.types.names import API_VERSION, KIND
 from lockstep_operator.types.observed import Observed, Pod
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung
-from lockstep_operator.types.spec import Model, Network, RecoverySpec
+from lockstep_operator.types.spec import Model
+from lockstep_operator.types.spec_blocks import Network, RecoverySpec
 
 Child = dict[str, Any]
 TOKEN = "t"

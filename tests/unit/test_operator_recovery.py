@@ -26,7 +26,7 @@ from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Pod
 from lockstep_operator.types.reasons import Reason
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung, to_status
-from lockstep_operator.types.spec import RecoverySpec
+from lockstep_operator.types.spec_blocks import RecoverySpec
 from lockstep_operator.types.timestamps import format_rfc3339
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, RankState
 

@@ -16,19 +16,11 @@ from lockstep_operator.decisions.planner import Decision
 from lockstep_operator.groups.facts import GroupFacts
 from lockstep_operator.reporting.conditions import Obstacle
 from lockstep_operator.settings import ModelSource, Settings
+from lockstep_operator.types.model_source import Claim, EmptyDir, HostPath, HuggingFace, Image
 from lockstep_operator.types.model_status import GroupSummary, ModelStatus
 from lockstep_operator.types.reasons import Reason
-from lockstep_operator.types.spec import (
-    Claim,
-    EmptyDir,
-    HostPath,
-    HuggingFace,
-    Image,
-    Model,
-    SecretKey,
-    SpecError,
-    parse,
-)
+from lockstep_operator.types.spec import Model, parse
+from lockstep_operator.types.spec_values import SecretKey, SpecError
 
 CORP = ModelSource(
     name="corp",

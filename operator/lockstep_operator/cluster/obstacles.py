@@ -8,9 +8,10 @@ from lockstep_operator.cluster.failures import Failures
 from lockstep_operator.decisions.planner import Decision
 from lockstep_operator.groups.group import Group
 from lockstep_operator.reporting.conditions import Obstacle
+from lockstep_operator.types.model_source import Image
 from lockstep_operator.types.model_status import ModelStatus
 from lockstep_operator.types.reasons import Reason
-from lockstep_operator.types.spec import Image, Model
+from lockstep_operator.types.spec import Model
 from lockstep_operator.types.timestamps import format_rfc3339
 
 _NO_IMAGE_VOLUMES: Final = (

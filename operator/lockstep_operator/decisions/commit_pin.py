@@ -15,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lockstep_operator.groups.facts import GroupFacts
+from lockstep_operator.types.model_source import HuggingFace
 from lockstep_operator.types.model_status import PinnedModel
-from lockstep_operator.types.spec import HuggingFace, Model
+from lockstep_operator.types.spec import Model
 
 DEFAULT_REVISION = "main"
 

@@ -18,9 +18,10 @@ from lockstep_operator.groups.group import Group, excess_groups, groups_of
 from lockstep_operator.groups.pod_issues import should_force_delete
 from lockstep_operator.groups.waiting import unplaced
 from lockstep_operator.settings import Settings
+from lockstep_operator.types.model_source import HuggingFace
 from lockstep_operator.types.model_status import PinnedModel
 from lockstep_operator.types.observed import ObjectRef, Observed
-from lockstep_operator.types.spec import HuggingFace, Model
+from lockstep_operator.types.spec import Model
 
 NO_CONFLICTS = NameConflicts()
 

@@ -13,8 +13,9 @@ from lockstep_operator.decisions.strategic_merge import merge
 from lockstep_operator.settings import Settings
 from lockstep_operator.types import names
 from lockstep_operator.types.limits import Limits
+from lockstep_operator.types.model_source import HuggingFace
 from lockstep_operator.types.quantity import quantity
-from lockstep_operator.types.spec import HuggingFace, Model
+from lockstep_operator.types.spec import Model
 from lockstep_operator.types.timestamps import format_rfc3339
 
 THREADS_PER_GPU_RANK: Final = 4  # for what it does on the host: loading weights

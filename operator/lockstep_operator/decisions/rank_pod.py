@@ -7,7 +7,9 @@ from typing import Any, Final
 
 from lockstep_operator.settings import Settings
 from lockstep_operator.types import names
-from lockstep_operator.types.spec import Claim, EmptyDir, HostPath, HuggingFace, Image, Model, SecretKey
+from lockstep_operator.types.model_source import Claim, EmptyDir, HostPath, HuggingFace, Image
+from lockstep_operator.types.spec import Model
+from lockstep_operator.types.spec_values import SecretKey
 from lockstep_runtime.protocol.status import API_PORT, BUS_PORT, STATUS_PORT
 
 MODEL_MOUNT: Final = "/model"

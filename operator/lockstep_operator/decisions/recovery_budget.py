@@ -7,7 +7,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from lockstep_operator.types.recovery_state import RecoveryState
-from lockstep_operator.types.spec import RecoverySpec
+from lockstep_operator.types.spec_blocks import RecoverySpec
 
 PROVED_SECONDS: Final = 60.0  # a repair that holds for so long has worked
 

@@ -28,7 +28,7 @@ from lockstep_operator.groups.pod_issues import PodIssue
 from lockstep_operator.types.observed import GroupReport, Pod
 from lockstep_operator.types.reasons import Reason
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung
-from lockstep_operator.types.spec import RecoverySpec
+from lockstep_operator.types.spec_blocks import RecoverySpec
 from lockstep_runtime.protocol.status import GroupState, GroupStatus
 
 PATIENCE_SECONDS: Final = 120.0  # for a group whose pods run again to report something new

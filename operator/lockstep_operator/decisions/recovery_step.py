@@ -13,7 +13,7 @@ from lockstep_operator.backoff import exponential
 from lockstep_operator.decisions.fault_detection import DetectedFault
 from lockstep_operator.groups.group import Group
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung
-from lockstep_operator.types.spec import RecoverySpec
+from lockstep_operator.types.spec_blocks import RecoverySpec
 from lockstep_operator.types.timestamps import format_rfc3339
 
 SUSPECTED_NODES: Final = 16  # so many are remembered, the newest: nodes come and go
