@@ -63,12 +63,16 @@ test-contract: venv .dev/bin/helm .dev/bin/promtool ## the tests of the interfac
 .dev/bin/promtool: # which the alerts' tests need
 	@python3 -m dev.promtool
 
+.PHONY: .dev/bin/kwok
+.dev/bin/kwok: # fake nodes for the tests that need many; built anew only when its module changes
+	@python3 -m dev.go_tool kwok
+
 .PHONY: test
 test: ## every test that needs no GPU, on a real cluster that is brought up for them and taken down again
 	@python3 tests/run.py
 
 .PHONY: test-e2e
-test-e2e: venv ## the tests on the cluster (make cluster-up images deploy)
+test-e2e: venv .dev/bin/kwok ## the tests on the cluster (make cluster-up images deploy)
 	$(PY) -m pytest tests/e2e -m "not outage and not lasting" --durations=12
 
 include $(wildcard bench/*.mk tests/*.mk)

@@ -22,14 +22,13 @@ _QUICKLY: Final = ("-gcflags=all=-dwarf=false -l", "-gcflags=std=-dwarf=false")
 
 def ensure() -> None:
     """Build .dev/bin when it is missing or its sources changed: minutes the first time, half a minute later on."""
-    wanted = sources_digest()
+    wanted = digest(SOURCES)
     if _STAMP.exists() and _STAMP.read_text() == wanted:
         return
-    go = find_go() or install_go()
     BIN.mkdir(parents=True, exist_ok=True)
     say("building Kubernetes, etcd, CoreDNS and Helm from source (some minutes, once)")
-    _build(go, ".", KUBERNETES, version_flags((SOURCES / "go.mod").read_text()))
-    _build(go, "./pause", PAUSE, "")
+    build(SOURCES, ".", KUBERNETES, version_flags((SOURCES / "go.mod").read_text()))
+    build(SOURCES, "./pause", PAUSE)
     for name in LINKS:
         link = BIN / name
         link.unlink(missing_ok=True)
@@ -38,11 +37,12 @@ def ensure() -> None:
     say("built .dev/bin")
 
 
-def sources_digest() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(path for path in SOURCES.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(SOURCES)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
+def digest(folder: Path) -> str:
+    """Of all files in it."""
+    found = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        found.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 def version_flags(go_mod: str) -> str:
@@ -100,11 +100,13 @@ def _version(go: str) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-def _build(go: str, package: str, target: Path, flags: str) -> None:
+def build(sources: Path, package: str, target: Path, flags: str = "") -> None:
+    """Build a package of the module in `sources`, with these options of the linker. Raises Failure."""
+    go = find_go() or install_go()
     fresh = target.with_suffix(".new")  # a cluster may be running the old one
     options = ["-trimpath", "-buildvcs=false", *_QUICKLY, "-ldflags", f"-s -w {flags}"]
     command = [go, "build", *options, "-o", str(fresh), package]
     environment = {**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "", "GOGC": "400"}
-    if subprocess.run(command, cwd=SOURCES, env=environment, stdout=sys.stderr).returncode != 0:
+    if subprocess.run(command, cwd=sources, env=environment, stdout=sys.stderr).returncode != 0:
         raise Failure(f"go build of {target.name} failed; its own words are above.")
     fresh.replace(target)

@@ -60,6 +60,15 @@ class ClusterApi:
         found: list[Object] = listed["items"]
         return found
 
+    def everywhere(self, plural: str, selector: str = "") -> list[Object]:
+        """The same, of all namespaces."""
+        query = {"labelSelector": selector} if selector else {}
+        found: list[Object] = self._parsed(self._http.get(f"{PREFIXES[plural]}/{plural}", params=query))["items"]
+        return found
+
+    def node(self, name: str) -> Object:
+        return self._parsed(self._http.get(f"/api/v1/nodes/{name}"))
+
     def log(self, namespace: str, pod: str, *, tail: int | None = None, since: str = "") -> str:
         """A pod's log, `since` a time in RFC 3339; what the API server says instead, when it has none."""
         query: dict[str, str | int] = {"sinceTime": since} if since else {}

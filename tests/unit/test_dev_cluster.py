@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from dev import go_tool
 from dev.cluster import build_store, host, pause, processes, toolchain
 from dev.cluster.progress import Failure
 
@@ -78,3 +79,8 @@ def test_who_is_not_root_is_pointed_to_what_needs_no_root(monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(Failure, match=r"needs root(.|\n)*lockstep serve"):
         host.check()
+
+
+def test_a_program_that_nothing_describes_is_not_built() -> None:
+    with pytest.raises(Failure, match=r"there is no helmet: dev/tools has kwok"):
+        go_tool.ensure("helmet")
