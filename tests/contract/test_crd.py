@@ -65,7 +65,7 @@ def test_every_rule_says_in_words_what_to_change() -> None:
 
 def test_the_columns_are_the_ones_that_people_look_at() -> None:
     shown = [column["name"] for column in SERVED["additionalPrinterColumns"] if not column.get("priority")]
-    assert shown == ["Ready", "Ranks", "Step p50", "Step p99", "Recoveries", "Last fault", "Age"]
+    assert shown == ["Groups", "Ready", "Available", "Ranks", "Reason", "Recoveries", "Last fault", "Age"]
     assert SERVED["subresources"]["scale"]["labelSelectorPath"] == ".status.selector"
 
 

@@ -84,8 +84,10 @@ class World:
     def condition(self, key: ModelKey, name: str) -> Mapping[str, Any]:
         return next(item for item in self.status(key)["conditions"] if item["type"] == name)
 
-    def events(self) -> list[tuple[str, str]]:
-        return [(event["reason"], event["message"]) for event in self.kube.of_kind("Event")]
+    def events(self, about: str = "TensorParallelModel") -> list[tuple[str, str]]:
+        """Of the objects of that kind."""
+        found = [event for event in self.kube.of_kind("Event") if event["involvedObject"]["kind"] == about]
+        return [(event["reason"], event["message"]) for event in found]
 
     async def reconcile(self, key: ModelKey, operator: int = 0) -> float | None:
         """One pass by an operator; one that is killed meanwhile is replaced by a new process that remembers nothing."""

@@ -14,7 +14,7 @@ from tests.support.operator_models import NOW, group, model, pass_of
 
 from lockstep_operator.decisions.recovery_policy import RecoveryDecision
 from lockstep_operator.reporting.document import document
-from lockstep_operator.reporting.events import event_drafts, manifest
+from lockstep_operator.reporting.events import EventDraft, event_drafts, manifest
 from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.reporting.recovery_log import Repair
 from lockstep_operator.reporting.transition import Transition
@@ -51,7 +51,12 @@ def look(
 
 
 def told(seen: Transition) -> list[str]:
-    return [item.reason for item in event_drafts(seen) if item.reason not in ("Created", "Ready")]
+    return [item.reason for item in of_model(seen) if item.reason not in ("Created", "Ready")]
+
+
+def of_model(seen: Transition) -> list[EventDraft]:
+    """What is told of the model itself."""
+    return [item for item in event_drafts(seen) if item.pod is None]
 
 
 def test_what_happened_meanwhile_is_told_once() -> None:
@@ -142,7 +147,7 @@ def test_faults_and_repairs_of_one_second_are_sorted_as_they_came() -> None:
     times = (0.1, 0.3), (0.5, 0.7)
     records = [fault(n, at=NOW + at, recovered_at=NOW + done) for n, (at, done) in enumerate(times, 1)]
     seen, _ = look({}, GroupReport(status=said(records)), now=NOW + 0.8)
-    written = [manifest(KEY, "uid-m", item, NOW + 0.8) for item in event_drafts(seen) if item.at]
+    written = [manifest(KEY, "uid-m", item, NOW + 0.8) for item in of_model(seen) if item.at]
     assert {item["lastTimestamp"] for item in written} == {format_rfc3339(NOW)}
     written.sort(key=lambda item: str(item["metadata"]["name"]))
     assert [item["reason"] for item in written] == ["Hang", "Recovered", "Hang", "Recovered"]
@@ -171,6 +176,6 @@ def test_repairs_are_counted_by_fault_and_rung_and_timed_by_phase() -> None:
 def test_a_request_that_was_dropped_is_a_fault_and_no_repair() -> None:
     dropped = fault(1, at=NOW, recovered_at=NOW + 0.1, rung="Drop")
     seen, new = look({}, GroupReport(status=said([dropped])))
-    assert [item.reason for item in event_drafts(seen) if item.at] == ["Hang"]
+    assert told(seen) == ["Hang"]
     assert (seen.repairs, new.get("lastRecovery")) == ([], None)
     assert new["groups"][0]["lastRepairID"] == 1, "and it is not looked at again"

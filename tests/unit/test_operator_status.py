@@ -17,7 +17,7 @@ from lockstep_operator.groups.group import Group
 from lockstep_operator.groups.pod_issues import find_issue, needs_events
 from lockstep_operator.reporting.conditions import Obstacle
 from lockstep_operator.reporting.document import document, halted
-from lockstep_operator.reporting.events import EventDraft, event_drafts
+from lockstep_operator.reporting.events import EventDraft, event_drafts, manifest
 from lockstep_operator.reporting.significance import worth_writing
 from lockstep_operator.reporting.transition import Transition
 from lockstep_operator.types.model_status import parse
@@ -94,7 +94,8 @@ def condition(status: Mapping[str, Any], name: str) -> tuple[str, str, str]:
 
 
 def happened(decision: Decided, observed: Observed) -> list[EventDraft]:
-    return event_drafts(change_of(decision, observed))
+    """To the model."""
+    return [draft for draft in event_drafts(change_of(decision, observed)) if draft.pod is None]
 
 
 def test_a_serving_model() -> None:
@@ -414,6 +415,30 @@ def test_events_are_named_by_what_happened_so_that_none_is_told_twice() -> None:
     ]
     assert [item.key for item in happened(decided(group()), observed)] == [item.key for item in told]
     assert happened(decided(group()), replace(observed, status=parse(status))) == []
+
+
+def test_a_fault_of_a_rank_is_also_an_event_of_its_pod() -> None:
+    def told(at: float, **fields: Any) -> list[dict[str, Any]]:
+        record = FaultRecord(id=1, fault=Fault.RANK_LOST, message="it was killed", at=at, epoch=1, **fields)
+        drafts = event_drafts(change_of(decided(group()), seen(said(faults=[record]))))
+        return [manifest(KEY, "u-1", draft, NOW) for draft in drafts if draft.reason == "RankLost"]
+
+    model, pod = told(NOW, rank=1)
+    about = {"apiVersion": "v1", "kind": "Pod", "namespace": "team", "name": "chat-0-1", "uid": "uid-0-1"}
+    assert (model["involvedObject"]["kind"], pod["involvedObject"]) == ("TensorParallelModel", about)
+    assert (pod["message"], pod["type"]) == (model["message"], "Warning")
+    assert pod["metadata"]["name"].startswith("chat-0-1.")
+    assert len(told(NOW, rank=None)) == 1
+    assert len(told(NOW - 90, rank=1)) == 1, "the pod that had it is gone, and another has its name"
+
+
+def test_where_the_model_is_reached_and_how_much_of_it_serves() -> None:
+    both = decided(group(0), group(1, ready=False))
+    status = status_of(both, seen(said(0), said(1, state=GroupState.LOADING)))
+    assert (status["url"], status["readyGroups"], status["ranks"]) == ("http://chat.team.svc:8000", "1/2", "4/4")
+    assert status_of(both, seen(said(0)))["ranks"] == "2/4", "a group that has not begun has no ranks"
+    assert status_of(both, seen(said(1)))["ranks"] == "?/4", "one serves, and can't be asked"
+    assert status_of(decided(), seen())["readyGroups"] == "0/0"
 
 
 def test_a_new_revision_is_an_event() -> None:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final, Protocol
 from lockstep_operator.cluster.client import Kube, KubeError
 from lockstep_operator.cluster.indexes import CHILD_KINDS, Indexes
 from lockstep_operator.types.limits import Limits, limits_of
-from lockstep_operator.types.names import KIND, MODEL_LABEL, TOKEN_KEY, ModelKey, selector, token_name
+from lockstep_operator.types.names import KIND, MODEL_LABEL, REPORTER, TOKEN_KEY, ModelKey, selector, token_name
 from lockstep_operator.types.observed import Object, ObjectRef, Pod, expected_names, parse_pod
 from lockstep_operator.types.spec import Model
 
@@ -166,8 +166,8 @@ def _labelled(child: Object, model: Model) -> bool:
 
 
 async def read_warnings(kube: Kube, namespace: str, uids: Iterable[str]) -> dict[str, str]:
-    """The newest Warning Event about each object, where there is one. They only explain: what can't be read is left
-    out."""
+    """The newest Warning Event of others about each object, where there is one. They only explain: what can't be read
+    is left out."""
     wanted = list(uids)
     lists = await asyncio.gather(
         *(kube.find("Event", namespace, fields=f"involvedObject.uid={uid},type=Warning") for uid in wanted),
@@ -176,9 +176,11 @@ async def read_warnings(kube: Kube, namespace: str, uids: Iterable[str]) -> dict
     for answer in lists:
         if isinstance(answer, BaseException) and not isinstance(answer, KubeError):
             raise answer
-    return {
-        uid: _newest(events) for uid, events in zip(wanted, lists, strict=True) if isinstance(events, list) and events
-    }
+    others = [
+        [event for event in events if event.get("reportingComponent") != REPORTER] if isinstance(events, list) else []
+        for events in lists
+    ]
+    return {uid: _newest(events) for uid, events in zip(wanted, others, strict=True) if events}
 
 
 def token_of(secret: Mapping[str, Any] | None) -> str | None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-from lockstep_operator.decisions.pod_template import pod_labels, pod_template
+from lockstep_operator.decisions.pod_template import group_labels, model_labels, pod_template
 from lockstep_operator.settings import Settings
 from lockstep_operator.types import names
 from lockstep_operator.types.limits import Limits
@@ -59,8 +59,8 @@ def headless_service(model: Model, group: int) -> Manifest:
         "publishNotReadyAddresses": True,
         "selector": {names.MODEL_LABEL: model.name, names.GROUP_LABEL: str(group)},
         "ports": [
-            {"name": "bus", "port": BUS_PORT, "targetPort": "bus", "protocol": "TCP"},
-            {"name": "status", "port": STATUS_PORT, "targetPort": "status", "protocol": "TCP"},
+            {"name": "bus", "port": BUS_PORT, "targetPort": "bus", "protocol": "TCP", "appProtocol": "tcp"},
+            {"name": "status", "port": STATUS_PORT, "targetPort": "status", "protocol": "TCP", "appProtocol": "http"},
         ],
     }
     return _sealed({**_object("v1", "Service", names.group_name(model.name, group), model, group), "spec": spec})
@@ -138,7 +138,7 @@ def of_group(model: Model, group: int, settings: Settings) -> list[Manifest]:
 
 
 def _object(api_version: str, kind: str, name: str, model: Model, group: int | None = None) -> Manifest:
-    labels = {**names.APP_LABELS, names.MODEL_LABEL: model.name} if group is None else pod_labels(model, group)
+    labels = model_labels(model) if group is None else group_labels(model, group)
     owner = {
         "apiVersion": names.API_VERSION,
         "kind": names.KIND,

@@ -42,7 +42,8 @@ def pod_template(
     """
     ours: dict[str, Any] = {"metadata": {"labels": {}}, "spec": pod_spec(model, group, revision, settings, commit)}
     merged = _with_tolerations(_with_containers(merge(ours, model.template), model, limits))
-    labels = {**merged["metadata"].get("labels", {}), **pod_labels(model, group), names.REVISION_LABEL: revision}
+    own = {**names.ENGINE_LABELS, **group_labels(model, group), names.REVISION_LABEL: revision}
+    labels = {**merged["metadata"].get("labels", {}), **own}
     merged["metadata"] = {**merged["metadata"], "labels": labels}
     if requests := _requests(model):
         merged["metadata"]["annotations"] = {**merged["metadata"].get("annotations", {}), **requests}
@@ -115,5 +116,10 @@ def _away_from(nodes: Collection[str], affinity: Mapping[str, Any]) -> dict[str,
     return {**affinity, "nodeAffinity": {**by_node, _REQUIRED: {**required, "nodeSelectorTerms": terms}}}
 
 
-def pod_labels(model: Model, group: int) -> dict[str, str]:
-    return {**names.APP_LABELS, names.MODEL_LABEL: model.name, names.GROUP_LABEL: str(group)}
+def model_labels(model: Model) -> dict[str, str]:
+    """Of every object of the model."""
+    return {**names.APP_LABELS, names.INSTANCE_LABEL: model.name, names.MODEL_LABEL: model.name}
+
+
+def group_labels(model: Model, group: int) -> dict[str, str]:
+    return {**model_labels(model), names.GROUP_LABEL: str(group)}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from lockstep_operator.decisions.actions import Apply, Delete
 from lockstep_operator.reporting.transition import Transition
 from lockstep_operator.types.model_status import Condition, ModelStatus
-from lockstep_operator.types.names import API_VERSION, KIND, ModelKey
+from lockstep_operator.types.names import API_VERSION, KIND, REPORTER, ModelKey
+from lockstep_operator.types.observed import Pod
 from lockstep_operator.types.reasons import ConditionType, EventReason, Reason
 from lockstep_operator.types.timestamps import format_micro, format_rfc3339
 
@@ -19,7 +20,7 @@ NOTE_LIMIT: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class EventDraft:
-    """`key` is unique among the Events of the model.
+    """`key` is unique among the Events of the model. It is about the model, or about `pod`.
 
     `at`: when it was, in unix seconds, if that is known. `order` sorts what falls into the same second, as faults and
     their repairs do: it is a part of the name, so it must be the same in every pass.
@@ -31,6 +32,7 @@ class EventDraft:
     warning: bool = False
     at: float | None = None
     order: str = ""
+    pod: Pod | None = None
 
 
 def event_drafts(change: Transition) -> list[EventDraft]:
@@ -53,28 +55,25 @@ def manifest(key: ModelKey, uid: str, draft: EventDraft, now: float) -> dict[str
     then by name."""
     digest = hashlib.sha256(f"{uid}/{draft.key}".encode()).hexdigest()[:16]
     at = min(draft.at or now, now)
+    model = {"apiVersion": API_VERSION, "kind": KIND, "name": key.name, "uid": uid}
+    pod = draft.pod and {"apiVersion": "v1", "kind": "Pod", "name": draft.pod.name, "uid": draft.pod.uid}
+    about = pod or model
     return {
         "apiVersion": "v1",
         "kind": "Event",
-        "metadata": {"name": f"{key.name}.{draft.order}{digest}", "namespace": key.namespace},
+        "metadata": {"name": f"{about['name']}.{draft.order}{digest}", "namespace": key.namespace},
         "eventTime": format_micro(at),
         "firstTimestamp": format_rfc3339(at),
         "lastTimestamp": format_rfc3339(at),
         "count": 1,
         "source": {"component": "lockstep-operator"},
-        "reportingComponent": "lockstep.dev/operator",
+        "reportingComponent": REPORTER,
         "reportingInstance": "lockstep-operator",
         "action": "Reconcile",
         "reason": str(draft.reason),
         "message": draft.note[:NOTE_LIMIT],
         "type": "Warning" if draft.warning else "Normal",
-        "involvedObject": {
-            "apiVersion": API_VERSION,
-            "kind": KIND,
-            "namespace": key.namespace,
-            "name": key.name,
-            "uid": uid,
-        },
+        "involvedObject": {"namespace": key.namespace, **about},
     }
 
 
@@ -133,7 +132,10 @@ def _faults(change: Transition) -> Iterator[EventDraft]:
         where = f"group {one.group}" if fault.rank is None else f"group {one.group} rank {fault.rank}"
         key = f"fault/{one.group}/{one.incarnation}/{fault.id}"
         note, order = f"{where}: {fault.message}", _order(fault.at, "0")
-        yield EventDraft(key, str(fault.fault), note, warning=True, at=fault.at, order=order)
+        draft = EventDraft(key, str(fault.fault), note, warning=True, at=fault.at, order=order)
+        yield draft
+        if one.pod:  # people look at the pod first
+            yield replace(draft, pod=one.pod)
 
 
 def _recovery_steps(before: ModelStatus, after: ModelStatus) -> Iterator[EventDraft]:

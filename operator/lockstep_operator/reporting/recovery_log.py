@@ -14,6 +14,7 @@ from typing import Final
 from lockstep_operator.decisions.fault_detection import matches
 from lockstep_operator.reporting.assessment import GroupAssessment
 from lockstep_operator.types.model_status import GroupSummary, LastRecovery
+from lockstep_operator.types.observed import Pod
 from lockstep_operator.types.recovery_state import Rung
 from lockstep_runtime.protocol.status import FaultRecord, GroupStatus
 
@@ -23,11 +24,12 @@ FIRST_TOKEN_SECONDS: Final = 10.0  # a repair is reported without its first toke
 
 @dataclass(frozen=True, slots=True)
 class NewFault:
-    """One that the status doesn't know yet."""
+    """One that the status doesn't know yet, and the pod whose rank it is laid to, if that is still there."""
 
     group: int
     incarnation: str
     record: FaultRecord
+    pod: Pod | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +61,13 @@ def new_faults(one: GroupAssessment) -> list[NewFault]:
         return []
     known = _same_process(one.facts.last, status).last_fault_id or 0
     found = sorted((fault for fault in status.faults if fault.id > known), key=lambda fault: fault.id)
-    return [NewFault(status.group, status.incarnation, fault) for fault in found]
+    return [NewFault(status.group, status.incarnation, fault, _pod_of(one, status, fault)) for fault in found]
+
+
+def _pod_of(one: GroupAssessment, status: GroupStatus, fault: FaultRecord) -> Pod | None:
+    """None where a pod has taken the place of the one that had the fault: it is known by its age."""
+    index = next((rank.pod_index for rank in status.ranks if rank.rank == fault.rank), None)
+    return next((pod for pod in one.group.pods if pod.index == index and pod.created <= fault.at), None)
 
 
 def completed_repairs(one: GroupAssessment, now: float) -> Iterator[Repair]:

@@ -16,7 +16,7 @@ from lockstep_operator.reporting.recovery_log import Repair
 from lockstep_operator.types.model_status import GroupSummary, LastFault, ModelStatus, RankSummary, StepLatency
 from lockstep_operator.types.names import MODEL_LABEL, POD_INDEX_LABEL
 from lockstep_operator.types.spec import Model
-from lockstep_runtime.protocol.status import GroupState, GroupStatus, Latency, RankState, RankStatus
+from lockstep_runtime.protocol.status import API_PORT, GroupState, GroupStatus, Latency, RankState, RankStatus
 
 LISTED_RANKS: Final = 256  # of all groups; beyond it only those that are worth a look are listed
 MESSAGE_LIMIT: Final = 1000  # characters of what groups and ranks report
@@ -42,13 +42,22 @@ def summarize(
         selector=f"{MODEL_LABEL}={model.name},{POD_INDEX_LABEL}=0",
         revision=decision.revision or before.revision,
         model=decision.pin,
-        ranks=f"{sum(map(group_view.ready_ranks, reported))}/{model.ranks}",
+        url=f"http://{model.name}.{model.namespace}.svc:{API_PORT}",
+        ready_groups=f"{sum(one.accepts for one in groups)}/{model.replicas}",
+        ranks=f"{_ready_ranks(groups)}/{model.ranks}",
         step_latency=_slowest(reported),
         recoveries=_recoveries(before, groups, by_operator),
         last_fault=_last_fault(before.last_fault, reported),
         last_recovery=recovery_log.last_recovery(before.last_recovery, groups, by_operator),
         groups=tuple(_group(one, model, now) for one in groups),
     )
+
+
+def _ready_ranks(groups: Sequence[GroupAssessment]) -> str:
+    """Unknown, when a group serves and nobody has heard it say so."""
+    if any(one.status is None and one.group.ready for one in groups):
+        return "?"
+    return str(sum(group_view.ready_ranks(one.status) for one in groups if one.status))
 
 
 def _group(one: GroupAssessment, model: Model, now: float) -> GroupSummary:

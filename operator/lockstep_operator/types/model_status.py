@@ -122,8 +122,10 @@ class ModelStatus(Part, frozen=True, kw_only=True):
     ready_replicas: int = 0
     updated_replicas: int = 0
     selector: str = ""
+    url: str = ""
     revision: str = ""
     model: PinnedModel | None = None
+    ready_groups: str = ""
     ranks: str = ""
     step_latency: StepLatency | None = None
     recoveries: int = 0

@@ -14,10 +14,12 @@ PLURAL: Final = "tensorparallelmodels"
 
 FIELD_MANAGER: Final = "lockstep-operator"
 STATUS_MANAGER: Final = "lockstep-operator-status"
+REPORTER: Final = "lockstep.dev/operator"  # of Events
 
 MODEL_LABEL: Final = "lockstep.dev/model"
 GROUP_LABEL: Final = "lockstep.dev/group"
 REVISION_LABEL: Final = "lockstep.dev/revision"
+INSTANCE_LABEL: Final = "app.kubernetes.io/instance"
 POD_INDEX_LABEL: Final = "apps.kubernetes.io/pod-index"  # set by the StatefulSet controller, Kubernetes 1.28 and later
 APPLIED_ANNOTATION: Final = "lockstep.dev/applied"  # hash of what was applied: it shows when a field was removed
 
@@ -29,6 +31,11 @@ APP_LABELS: Final[Mapping[str, str]] = {
     "app.kubernetes.io/name": "lockstep",
     "app.kubernetes.io/component": "model",
     "app.kubernetes.io/managed-by": "lockstep-operator",
+}
+# By which endpoint pickers of inference gateways know whose metrics these are: llm-d's label, and the one before it.
+ENGINE_LABELS: Final[Mapping[str, str]] = {
+    "llm-d.ai/engine-type": "lockstep",
+    "inference.networking.k8s.io/engine-type": "lockstep",
 }
 OPERATOR_POD_LABELS: Final[Mapping[str, str]] = {
     "app.kubernetes.io/name": "lockstep",
