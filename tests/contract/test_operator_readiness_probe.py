@@ -9,14 +9,16 @@ import msgspec
 import pytest
 
 from lockstep_runtime.config import ServeConfig
+from lockstep_runtime.protocol.bus import GroupReadiness
 from lockstep_runtime.protocol.status import GroupState, PodProblem, PodProblemReason
+from lockstep_runtime.supervisor.member_readiness import MemberReadiness
 from lockstep_runtime.supervisor.server import create_app
 from lockstep_runtime.supervisor.status_store import BELIEVED_SECONDS, Seen, StatusStore, parse_seen
 
 CONFIG = ServeConfig(model="m", served_name="m")
 
 
-async def probe(board: StatusStore | None) -> httpx.Response:
+async def probe(board: StatusStore | MemberReadiness) -> httpx.Response:
     transport = httpx.ASGITransport(create_app(board, "secret"))
     async with httpx.AsyncClient(transport=transport, base_url="http://pod") as client:
         return await client.get("/readyz")
@@ -40,8 +42,32 @@ async def test_without_its_engine_it_is_not_ready_whatever_was_said_before() -> 
     assert "the engine was killed by signal 9" in answer.text
 
 
-async def test_other_pods_are_ready_while_they_live() -> None:
-    assert (await probe(None)).status_code == 200
+def told(*, accepting: bool, whole: bool) -> GroupReadiness:
+    return GroupReadiness(accepting=accepting, whole=whole, message="rank 1 is missing")
+
+
+async def test_other_pods_are_ready_as_their_group_is() -> None:
+    member, now = MemberReadiness(), time.monotonic()
+    assert (await probe(member)).text == "the group takes no requests: the leader hasn't been reached yet\n"
+    member.take(told(accepting=True, whole=False), now)
+    assert (await probe(member)).status_code == 503, "it has come to a group that recovers"
+    member.take(told(accepting=True, whole=True), now)
+    assert (await probe(member)).status_code == 200
+    member.take(told(accepting=True, whole=False), now)
+    assert (await probe(member)).status_code == 200, "a short repair changes nothing"
+    member.take(told(accepting=False, whole=False), now)
+    assert (await probe(member)).text == "the group takes no requests: rank 1 is missing\n"
+    member.take(told(accepting=True, whole=False), now)
+    assert (await probe(member)).status_code == 503
+
+
+async def test_other_pods_are_not_ready_when_the_leader_has_been_silent_for_long() -> None:
+    member, now = MemberReadiness(), time.monotonic()
+    member.take(told(accepting=True, whole=True), now - BELIEVED_SECONDS + 5)
+    assert (await probe(member)).status_code == 200
+    member.take(told(accepting=True, whole=True), now - BELIEVED_SECONDS - 1)
+    answer = await probe(member)
+    assert (answer.status_code, "has not been heard of" in answer.text) == (503, True)
 
 
 @pytest.mark.parametrize(

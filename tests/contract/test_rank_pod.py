@@ -28,6 +28,7 @@ from lockstep_runtime.config import (
     Watchdog,
 )
 from lockstep_runtime.protocol.status import API_PORT, BUS_PORT, STATUS_PORT
+from lockstep_runtime.recovery.departures import PROBE_SECONDS
 from lockstep_runtime.recovery.watchdog import CEILING_SECONDS
 
 SETTINGS = Settings(runtime_image="registry.example/runtime:1", operator_namespace="lockstep-system")
@@ -233,6 +234,11 @@ def test_requests_are_given_up_before_the_kubelet_kills(seconds: int) -> None:
     spec = {"model": HUB, "tensorParallelSize": 1, "template": {"spec": {"terminationGracePeriodSeconds": seconds}}}
     config, _ = started(spec, index=0)
     assert config.lame_duck_seconds + config.grace_seconds < seconds
+
+
+def test_a_group_that_drains_waits_until_the_kubelet_has_noticed() -> None:
+    probe = pod({"model": HUB, "tensorParallelSize": 2})["containers"][0]["readinessProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] == PROBE_SECONDS
 
 
 def test_ports_are_those_of_the_runtime() -> None:

@@ -56,7 +56,7 @@ def test_without_ipv4_two_pods_meet_over_tcp(tmp_path: Path) -> None:
             served(tmp_path, *arguments, ports=[api, bus, free_port()], environment=pod(1), host="fd00::2") as member,
         ):
             leader.ready()
-            assert status_of(member, "/readyz") == 200
+            member.until(lambda: status_of(member, "/readyz") == 200, "the member follows its group")
             answer = leader.complete("The", 5)
             os.kill(member.pid_of("rank=1"), signal.SIGKILL)
             leader.until(lambda: leader.status().recoveries == 1, "the repair is told")

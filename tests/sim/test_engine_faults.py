@@ -403,26 +403,6 @@ async def test_status_reports_follow_changes_and_are_quiet_otherwise() -> None:
         assert live.reports[-1].last_step_at is not None
 
 
-async def test_a_member_that_leaves_is_released_at_once() -> None:
-    async with live_engine() as live:
-        await live.until(lambda: 1 in live.links and live.links[1].connected, "the pod is connected")
-        live.links[1].send(bus.Leaving(grace_seconds=30.0))
-        await live.until(lambda: any(isinstance(one, bus.Release) for one in live.told), "it is released")
-
-
-async def test_a_member_that_leaves_with_the_leader_is_kept_until_the_drain_is_done() -> None:
-    async with live_engine(grace_seconds=10.0) as live:
-        await live.until(lambda: 1 in live.links and live.links[1].connected, "the pod is connected")
-        running = asyncio.create_task(live.generate((1, 2), 240))
-        await live.until(lambda: live.engine.stats().requests_running == 1, "it runs")
-        live.links[1].send(bus.Leaving(grace_seconds=30.0))
-        draining = asyncio.create_task(live.engine.drain())
-        await asyncio.gather(running, draining)
-        assert not [one for one in live.told if isinstance(one, bus.Release)]
-        live.engine.release()
-        await live.until(lambda: sum(isinstance(one, bus.Release) for one in live.told) == 2, "both are released")
-
-
 async def test_what_keeps_the_api_from_answering_is_the_groups_state_until_it_is_taken_back() -> None:
     async with live_engine() as live:
         assert live.engine.status().accepting

@@ -32,7 +32,9 @@ class LiveEngine:
     ranks: list[FakeRank]
     reports: list[GroupStatus] = field(default_factory=list)
     told: list[bus.ToSupervisor] = field(default_factory=list)
+    readiness: dict[int, list[bus.GroupReadiness]] = field(default_factory=dict)  # that members were told
     links: dict[int, BusClient] = field(default_factory=dict)
+    supervisors: dict[int, asyncio.Task[None]] = field(default_factory=dict)
     killings: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def until(self, condition: Callable[[], bool], what: str) -> None:
@@ -51,6 +53,17 @@ class LiveEngine:
         async with asyncio.timeout(DEADLINE):
             return [event.token.token async for event in self.engine.generate(request(prompt, max_tokens))]
 
+    def supervise(self, pod_index: int) -> None:
+        """A pod's supervisor connects."""
+        self.supervisors[pod_index] = asyncio.create_task(_supervise(self, pod_index))
+
+    async def unsupervised(self, pod_index: int) -> None:
+        """It has ended, as the engine knows."""
+        task = self.supervisors.pop(pod_index)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await self.until(lambda: pod_index not in self.engine.group.supervisors, "its connection is closed")
+
     def kills(self) -> list[tuple[int, bool]]:
         """The processes that were to be killed: of which rank, and whether the next is to load again."""
         return [(one.rank, one.reload) for one in self.told if isinstance(one, bus.KillWorker)]
@@ -63,6 +76,9 @@ class LiveEngine:
         if isinstance(message, bus.ReadProgress):
             records = [rank.record() for rank in self.ranks if rank.rank == pod_index]
             self.links[pod_index].send(bus.ProgressReport(asked=message.asked, records=records))
+            return
+        if isinstance(message, bus.GroupReadiness):
+            self.readiness.setdefault(pod_index, []).append(message)
             return
         self.told.append(message)
         if isinstance(message, bus.KillWorker) and self.ranks[message.rank].incarnation == message.incarnation:
@@ -117,7 +133,8 @@ async def live_engine(
     live = LiveEngine(settings, engine, [FakeRank(settings, rank, cache_blocks) for rank in range(ranks)])
     tasks = [asyncio.create_task(engine.run()), asyncio.create_task(engine.report())]
     if supervisors:
-        tasks += [asyncio.create_task(_supervise(live, pod_index)) for pod_index in range(ranks)]
+        for pod_index in range(ranks):
+            live.supervise(pod_index)
     if start:
         for rank in live.ranks:
             rank.start()
@@ -125,6 +142,7 @@ async def live_engine(
     try:
         yield live
     finally:
+        tasks += live.supervisors.values()
         failed = [task.exception() for task in tasks if task.done()]
         for rank in live.ranks:
             await rank.die()

@@ -251,6 +251,10 @@ class Engine:
         if self._config.recovery_strategy == "RecyclePods":
             self._fail_all(f"the model is poisoned and is loaded again: {reason}")
 
+    async def finished(self) -> None:
+        """Wait until no request runs."""
+        await self._idle.wait()
+
     def resume(self, resumed: Resume) -> int:
         """Go on where the sequences stood, or from their token ids if the caches are others."""
         self._resumed_steps = self._steps

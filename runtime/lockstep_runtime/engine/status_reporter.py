@@ -66,6 +66,7 @@ class StatusReporter:
             blocker=self._worst.reason,
             loading=self._loading or ("the api is being started" if self.api_is_awaited else ""),
             problem=max(problems, key=lambda one: one.at).message if problems else "",
+            leaving=self._group.departures.sentence,
         )
 
     @property
@@ -74,7 +75,11 @@ class StatusReporter:
 
     def readiness(self) -> Readiness:
         state, reason = self.state()
-        return Readiness(is_accepting(self._group.coordinator, state), reason, self._group.draining)
+        leaving = bool(self._group.departures.sentence)
+        return Readiness(self._accepts(state), reason, self._group.draining or leaving)
+
+    def _accepts(self, state: GroupState) -> bool:
+        return is_accepting(self._group.coordinator, state) and not self._group.departures.is_unready
 
     def status(self, scheduler: Scheduler | None) -> GroupStatus:
         """As of now."""
@@ -91,7 +96,7 @@ class StatusReporter:
             state=state,
             message=message,
             since=self._since,
-            accepting=is_accepting(group, state) and not self.api_is_awaited,
+            accepting=self._accepts(state) and not self.api_is_awaited,
             may_pass=self._worst.may_pass if self._worst.reason else may_pass(group.handles),
             ranks=[handle.status() for handle in group.handles],
             step_latency=self._latency.latency(),
@@ -106,10 +111,17 @@ class StatusReporter:
         )
 
     async def run(self, status: Callable[[], GroupStatus]) -> None:
-        """Send it to the leader's supervisor whenever it changed, and otherwise as a sign of life, until cancelled."""
+        """Send it to the leader's supervisor, and to the others what their readiness follows: whenever it changed, and
+        otherwise as a sign of life, until cancelled."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_SECONDS):
                     await self._changes.next(QUIET_STATUS_SECONDS)
-            if supervisor := self._group.supervisors.get(0):
-                supervisor.send(bus.StatusReport(status=status()))
+            if not self._group.supervisors:
+                continue
+            found = status()
+            readiness = bus.GroupReadiness(
+                accepting=bool(found.accepting), whole=found.state is GroupState.READY, message=found.message
+            )
+            for pod, supervisor in self._group.supervisors.items():
+                supervisor.send(bus.StatusReport(status=found) if pod == 0 else readiness)

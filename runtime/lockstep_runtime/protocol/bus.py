@@ -292,7 +292,7 @@ class PodReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Leaving(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """This pod was asked to end; it waits for `Release`, or `grace_seconds` at most."""
+    """This pod was asked to end; it waits for `Release`, or `grace_seconds` at most. The group drains before."""
 
     grace_seconds: float
 
@@ -325,10 +325,23 @@ class StatusReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     status: GroupStatus
 
 
+class GroupReadiness(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To the other supervisors: what the readiness of their pods follows.
+
+    `accepting`: whether the group takes requests. `whole`: whether all of its ranks are in step.
+    """
+
+    accepting: bool
+    whole: bool
+    message: str
+
+
 ToWorker = Welcome | Refused | Rendezvous | Join | AllocateCache | ImagePart | Step | Scrub | Abort | Inject
 FromWorker = (
     LoadProgress | Loaded | LoadFailed | RendezvousOpened | Joined | CacheAllocated | StepDone | StepFailed | Scrubbed
     | Aborted
 )  # fmt: skip
-ToSupervisor = Welcome | Refused | KillWorker | Release | StatusReport | ReadProgress | ModelCommit | Inject
+ToSupervisor = (
+    Welcome | Refused | KillWorker | Release | StatusReport | GroupReadiness | ReadProgress | ModelCommit | Inject
+)
 FromSupervisor = ProcessExited | ProcessStopped | PodReport | Leaving | ProgressReport | Inject

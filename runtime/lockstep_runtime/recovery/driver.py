@@ -40,6 +40,7 @@ from lockstep_runtime.recovery.actions import (
 from lockstep_runtime.recovery.bus_server import FromPeer, Peer
 from lockstep_runtime.recovery.changes import Changes
 from lockstep_runtime.recovery.coordinator import Coordinator
+from lockstep_runtime.recovery.departures import Departures
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.events import (
     Answer,
@@ -68,7 +69,6 @@ from lockstep_runtime.recovery.watchdog import DeadlineModel, Work, work_of
 logger = logging.getLogger(__name__)
 
 _UNREPORTED: Final = (Ask, AllocateCaches, RunStep, PhaseOver, ProcessesChanged)  # the status says nothing of them
-LEAVE_SECONDS: Final = 1.0  # between a member pod's Leaving and its Release
 
 
 class Requests(Protocol):
@@ -82,6 +82,9 @@ class Requests(Protocol):
 
     def poisoned(self, reason: str) -> None:
         """The group can't serve and can't heal itself."""
+
+    async def finished(self) -> None:
+        """Wait until no request runs."""
 
 
 class GroupDriver:
@@ -102,6 +105,7 @@ class GroupDriver:
         self.supervisors: dict[int, Peer] = {}  # by pod
         self.serving = asyncio.Event()
         self.draining = False  # then no pod is released before the requests are done
+        self.departures = Departures(config.lame_duck_seconds, requests.finished, self._let_go)
         self._peers: dict[int, Peer] = {}  # by rank
         self._progress = ProgressQuery(self.supervisors)
         self._rpc = RankRpc(self.coordinator, self._peers, self._progress, wake)
@@ -192,6 +196,7 @@ class GroupDriver:
             logger.info("the supervisor of pod %d (%s) has connected", hello.pod_index, hello.pod)
             if self._commit:
                 peer.send(bus.ModelCommit(commit=self._commit))
+            self.departures.gone(hello.pod_index, serves=self.stage is Stage.SERVING)
             event: Event = PodConnected(hello.pod_index, hello.incarnation)
         else:
             before, self._peers[hello.rank] = self._peers.get(hello.rank), peer
@@ -209,6 +214,7 @@ class GroupDriver:
                 del self.supervisors[hello.pod_index]
                 self._problems.pop(hello.pod_index, None)
                 logger.info("the supervisor of pod %d has gone", hello.pod_index)
+                self.departures.gone(hello.pod_index, serves=False)
                 self._handle(PodDisconnected(hello.pod_index))
         elif self._peers.get(hello.rank) is peer:
             del self._peers[hello.rank]
@@ -237,7 +243,7 @@ class GroupDriver:
             case Inject():
                 self._inject(message)
             case bus.Leaving():
-                asyncio.get_running_loop().call_later(LEAVE_SECONDS, self._let_go, pod_index)
+                self._see_off(pod_index, message.grace_seconds)
             case bus.ProgressReport():
                 self._progress.take(pod_index, message)
             case bus.PodReport():
@@ -254,11 +260,19 @@ class GroupDriver:
         handles = self.coordinator.handles
         return 0 <= rank < len(handles) and handles[rank].pod_index == pod_index
 
+    def _see_off(self, pod_index: int, grace_seconds: float) -> None:
+        """A member pod was asked to end. A group that doesn't serve has nothing to finish."""
+        if self.stage is Stage.SERVING:
+            logger.info("pod %d was asked to end: the group drains", pod_index)
+            self.departures.begin(pod_index)
+            self._changes.tell()
+        self._tasks.create_task(self.departures.see_off(pod_index, grace_seconds))
+
     def _let_go(self, pod_index: int) -> None:
-        """A member pod was asked to end: it may soon. When all pods are, our own drain begins within that second."""
+        """When all pods were asked to end, our own drain has begun by now."""
         if self.draining:
             return  # its rank is needed until the running requests are done; `release` follows
-        logger.info("pod %d was asked to end and is released", pod_index)
+        logger.info("pod %d is released", pod_index)
         if supervisor := self.supervisors.get(pod_index):
             supervisor.send(bus.Release())
 
@@ -362,6 +376,7 @@ class GroupDriver:
         else:
             self._recorder.resumed(resumed, count, seconds)
         self.faults.repaired(dict(resumed.phases), at=time.time(), resumed=count, respawned=resumed.respawned)
+        self.departures.whole()
         self.serving.set()
 
     @property

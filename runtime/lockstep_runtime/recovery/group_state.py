@@ -13,12 +13,20 @@ from lockstep_runtime.recovery.timing import MODEL_SECONDS
 
 
 def group_state(
-    group: Coordinator, now: float, *, draining: bool, blocker: str, problem: str = "", loading: str = ""
+    group: Coordinator,
+    now: float,
+    *,
+    draining: bool,
+    blocker: str,
+    problem: str = "",
+    loading: str = "",
+    leaving: str = "",
 ) -> tuple[GroupState, str]:
     """The state and a sentence a person can act on.
 
     `blocker`: the leader's own: its model's configuration can't be read, or the api can't answer with this model.
     `problem`: what a pod complains of. `loading`: what the api still reads.
+    `leaving`: who was asked to end, without the leader.
     """
     handles = group.handles
     if draining:
@@ -30,6 +38,8 @@ def group_state(
         return GroupState.FAILED, blocker or failed[0].message
     if group.stage is Stage.SERVING and loading:
         return GroupState.LOADING, f"all {len(handles)} ranks are in step; {loading}"
+    if group.stage is Stage.SERVING and leaving:
+        return GroupState.DRAINING, f"{leaving} must end; running requests are being finished"
     if group.stage is Stage.SERVING:
         return GroupState.READY, f"all {len(handles)} ranks are in step"
     if group.stage is Stage.WAITING and now - group.since >= MODEL_SECONDS:

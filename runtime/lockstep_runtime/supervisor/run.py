@@ -28,6 +28,7 @@ from lockstep_runtime.sources.tokens import given_token, without_tokens
 from lockstep_runtime.supervisor import stall_tracker
 from lockstep_runtime.supervisor.bus_client import BusClient
 from lockstep_runtime.supervisor.exits import Exit, Stop
+from lockstep_runtime.supervisor.member_readiness import MemberReadiness
 from lockstep_runtime.supervisor.oom import OutOfMemory
 from lockstep_runtime.supervisor.problems import Problems
 from lockstep_runtime.supervisor.process import ForkError, Processes
@@ -63,9 +64,10 @@ class Supervisor:
             may_fetch=config.is_leader or bool(self._commit),
             ranks=config.ranks,
             is_leader=config.is_leader,
-            grace_seconds=config.grace_seconds + (config.lame_duck_seconds if config.is_leader else 0.0),
+            grace_seconds=config.grace_seconds + config.lame_duck_seconds,
         )
         self._board = StatusStore(config) if config.is_leader else None
+        self._readiness = MemberReadiness()  # of a member pod
         incarnation = self._board.incarnation if self._board else f"pod-{config.pod_index}-{os.getpid()}"
         self._link = BusClient(config, token, incarnation, self._on_message, self._on_lost, self._tell_problems)
         self._out_of_memory = OutOfMemory()
@@ -119,7 +121,8 @@ class Supervisor:
         """The HTTP server is imported while the children start."""
         module = await asyncio.to_thread(importlib.import_module, "lockstep_runtime.supervisor.server")
         inject = self._inject if self._config.allow_faults and self._config.is_leader else None
-        await module.StatusServer(self._board, self._token, inject, self._config).run_on(listening)
+        readiness = self._board or self._readiness
+        await module.StatusServer(readiness, self._token, inject, self._config).run_on(listening)
 
     async def _keep_time(self) -> None:
         while True:
@@ -201,6 +204,8 @@ class Supervisor:
             case bus.StatusReport() if self._board is not None:
                 self._board.take(message.status)
                 self._machine.heard(time.monotonic())
+            case bus.GroupReadiness():
+                self._readiness.take(message, time.monotonic())
             case bus.KillWorker():
                 if self._processes.incarnation(message.rank) == message.incarnation:
                     self._do(self._machine.kill(message.rank, message.reason))  # first: it must not join once more

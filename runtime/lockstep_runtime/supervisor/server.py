@@ -1,5 +1,5 @@
 """The supervisor's HTTP endpoint: `/healthz`, `/readyz` and `/config` in every pod, `/status` with long-poll in the
-leader's."""
+leader's. All pods of a group are ready while it accepts requests: none of them serves without the others."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from lockstep_runtime.host import descriptors
 from lockstep_runtime.host.connections import limited
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import Inject
+from lockstep_runtime.supervisor.member_readiness import MemberReadiness
 from lockstep_runtime.supervisor.status_store import StatusStore, parse_seen
 
 POLL_SECONDS: Final = 30.0
@@ -34,21 +35,25 @@ PassOn = Callable[[Inject], bool]  # hands a fault on purpose to the engine; whe
 
 
 def create_app(
-    board: StatusStore | None, token: str, inject: PassOn | None = None, config: ServeConfig | None = None
+    readiness: StatusStore | MemberReadiness,
+    token: str,
+    inject: PassOn | None = None,
+    config: ServeConfig | None = None,
 ) -> Starlette:
-    """`board` is None in pods other than the leader's: they have no `/status`, and are ready while they live. All pods
-    of a StatefulSet have the same probes; the leader's is ready while its group accepts requests.
+    """`readiness`: the board with the status in the leader's pod, the engine's word in the others.
 
     `inject` is given where faults are allowed; otherwise there is no `/inject`. `config` holds no secrets.
     """
+
+    board = readiness if isinstance(readiness, StatusStore) else None
 
     async def healthz(_request: Request) -> Response:
         return PlainTextResponse("ok\n")
 
     async def readyz(_request: Request) -> Response:
-        if board is None or board.status.accepting:
+        if not (reason := readiness.why_unready):
             return PlainTextResponse("ok\n")
-        return PlainTextResponse(f"the group takes no requests: {board.status.message}\n", 503)
+        return PlainTextResponse(f"the group takes no requests: {reason}\n", 503)
 
     async def status(request: Request) -> Response:
         if not _authorized(request, token):
@@ -108,12 +113,12 @@ class StatusServer(uvicorn.Server):
 
     def __init__(
         self,
-        board: StatusStore | None,
+        readiness: StatusStore | MemberReadiness,
         token: str,
         inject: PassOn | None = None,
         config: ServeConfig | None = None,
     ) -> None:
-        app = create_app(board, token, inject, config)
+        app = create_app(readiness, token, inject, config)
         super().__init__(
             uvicorn.Config(
                 app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1,

@@ -76,6 +76,11 @@ class StatusStore:
             ],
         )
 
+    @property
+    def why_unready(self) -> str:
+        """Why the group takes no requests; empty: it does."""
+        return "" if self.status.accepting else self.status.message or "its engine is starting"
+
     def take(self, status: GroupStatus) -> None:
         """Store the engine's report; an unchanged one is a sign of life."""
         self._heard_at = time.monotonic()
