@@ -10,15 +10,15 @@ from typing import Any, Final
 import yaml
 
 ROOT: Final = Path(__file__).parents[1]
-SOURCE: Final = ROOT / "crds" / "lockstep.dev_tensorparallelmodels.yaml"
+SOURCE: Final = ROOT / "charts" / "lockstep" / "files" / "crd.yaml"
 HEAD: Final = """\
 # TensorParallelModel
 
-<!-- Written by dev/crd_reference.py from crds/: change the descriptions there. -->
+<!-- Written by dev/crd_reference.py from charts/lockstep/files/crd.yaml: change the descriptions there. -->
 
-`lockstep.dev/v1alpha1`, short name `tpm`. `kubectl explain tpm.spec --recursive` shows the same for the version
-that your cluster serves. Only `replicas` has a default in the schema; for the others the descriptions say what unset
-means.
+`lockstep.dev/v1beta1`, short name `tpm`; `lockstep.dev/v1alpha1` has the same fields. `kubectl explain tpm.spec
+--recursive` shows the same for the version that your cluster serves. Only `replicas` has a default in the schema; for
+the others the descriptions say what unset means.
 """
 
 Schema = dict[str, Any]

@@ -7,10 +7,10 @@ What the API server makes of its rules is tested on the cluster.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import yaml
+from tests.support.chart import CRD_SOURCE
 from tests.support.kube_world import World, well
 
 from lockstep_operator.cluster.served_schema import WRITTEN
@@ -21,9 +21,7 @@ from lockstep_operator.types.observed import GroupReport
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung, to_status
 from lockstep_runtime.protocol.status import Fault, FaultRecord, Latency
 
-CRD: dict[str, Any] = yaml.safe_load(
-    (Path(__file__).parents[2] / "crds" / "lockstep.dev_tensorparallelmodels.yaml").read_text()
-)
+CRD: dict[str, Any] = yaml.safe_load(CRD_SOURCE.read_text())
 SERVED = CRD["spec"]["versions"][0]
 SCHEMA = SERVED["schema"]["openAPIV3Schema"]
 

@@ -17,7 +17,7 @@ from dev import import_graph
 from dev.crd_reference import reference
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.support.chart import CHART, LEAST_VALUES, ROOT, helm
+from tests.support.chart import CHART, CRD_SOURCE, LEAST_VALUES, ROOT, helm
 from tests.support.command_line import options
 
 from lockstep_operator.decisions import fault_detection, recovery_budget
@@ -37,7 +37,7 @@ from lockstep_runtime.supervisor import state_machine
 from lockstep_runtime.worker import scrub
 
 DOCUMENTS: Final = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "operator" / "README.md"))
-CRD: Final = yaml.safe_load((ROOT / "crds" / "lockstep.dev_tensorparallelmodels.yaml").read_text())
+CRD: Final = yaml.safe_load(CRD_SOURCE.read_text())
 SCHEMA: Final = CRD["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
 
 
@@ -150,7 +150,7 @@ def _unknown(schema: dict[str, Any], value: object, path: str) -> Iterator[str]:
 
 @pytest.mark.parametrize(("place", "model"), [pytest.param(place, model, id=place) for place, model in _models()])
 def test_models_are_of_the_crd(place: str, model: dict[str, Any]) -> None:
-    assert model["apiVersion"] == f"{CRD['spec']['group']}/{CRD['spec']['versions'][0]['name']}"
+    assert model["apiVersion"] == "lockstep.dev/v1beta1"
     assert list(_unknown({**SCHEMA, "required": ["metadata", "spec"]}, model, place)) == []
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 import pytest
 import yaml
-from tests.support.chart import ROOT
+from tests.support.chart import CRD_SOURCE
 from tests.support.command_line import configuration
 from tests.support.pod_security import violations
 
@@ -33,7 +33,7 @@ from lockstep_runtime.recovery.watchdog import CEILING_SECONDS
 
 SETTINGS = Settings(runtime_image="registry.example/runtime:1", operator_namespace="lockstep-system")
 HUB = {"huggingFace": {"repo": "Qwen/Qwen3-8B"}}
-CRD = yaml.safe_load((ROOT / "crds" / "lockstep.dev_tensorparallelmodels.yaml").read_text())
+CRD = yaml.safe_load(CRD_SOURCE.read_text())
 SCHEMA = CRD["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
 KV_CACHE_MEMORY = SCHEMA["properties"]["engine"]["properties"]["kvCacheMemory"]
 IMAGE = {"image": {"reference": "registry.example/qwen:1"}}

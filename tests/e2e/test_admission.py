@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import yaml
 from tests.support import kubectl
+from tests.support.chart import CRD_SOURCE
 from tests.support.cluster_model import Model, Object, manifest
-
-CRD: Final = Path(__file__).parents[2] / "crds" / "lockstep.dev_tensorparallelmodels.yaml"
 
 pytestmark = pytest.mark.usefixtures("at_rest")  # manifests are only judged, so the served model is left alone
 
@@ -228,7 +226,9 @@ def messages(schema: Any) -> Iterator[str]:
 
 def test_the_table_has_every_rule_of_the_schema() -> None:
     known = {rule.words for rule in RULES} | {words for words, _, _ in NAMES}
-    untold = [text for text in messages(yaml.safe_load(CRD.read_text())) if not any(text.startswith(k) for k in known)]
+    untold = [
+        text for text in messages(yaml.safe_load(CRD_SOURCE.read_text())) if not any(text.startswith(k) for k in known)
+    ]
 
     assert untold == []
 

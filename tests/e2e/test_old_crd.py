@@ -13,6 +13,7 @@ import pytest
 import yaml
 from tests.support import kubectl
 from tests.support.api_proxy import ApiProxy
+from tests.support.chart import CRD_SOURCE
 from tests.support.cluster_api import ClusterApi
 from tests.support.cluster_model import OPERATOR_NAMESPACE, OPERATOR_SELECTOR, Object, manifest, tiny_chat
 from tests.support.http import HTTP
@@ -20,7 +21,6 @@ from tests.support.local_operator import LocalOperator, deployed_settings, deplo
 from tests.support.second_api_server import second_api_server
 from tests.support.wait import until
 
-CRD: Final = Path(__file__).parents[2] / "crds" / "lockstep.dev_tensorparallelmodels.yaml"
 TOLD_SECONDS: Final = 15.0
 SERVED_SECONDS: Final = 30.0  # until a changed CRD is what the API server publishes
 NEW_FIELDS: Final = ("podProblem", "readyRanks", "waiting")  # of status.groups[], which an older version had not
@@ -80,7 +80,7 @@ def place(api: ClusterApi, tmp_path: Path) -> Iterator[Place]:
 
 
 def old_crd() -> Object:
-    crd: Object = yaml.safe_load(CRD.read_text())
+    crd: Object = yaml.safe_load(CRD_SOURCE.read_text())
     for version in crd["spec"]["versions"]:
         status = version["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"]
         for field in NEW_FIELDS:
@@ -108,7 +108,7 @@ def test_what_an_older_crd_lacks_is_named_and_the_rest_of_the_status_is_true(pla
     assert place.api.find("statefulsets", "default", "chat-0") is not None, "all else is done"
     assert "Traceback" not in place.operator.log()
 
-    place.apply(yaml.safe_load(CRD.read_text()))
+    place.apply(yaml.safe_load(CRD_SOURCE.read_text()))
     place.operator.replace()  # or wait a minute
     place.until("/readyz to be content", lambda: place.readyz() == (200, "ok\n"), SERVED_SECONDS)
     place.until("what was left out", lambda: "waiting" in place.status()["groups"][0], SERVED_SECONDS)

@@ -14,6 +14,7 @@ import yaml
 
 ROOT: Final = Path(__file__).parents[2]
 CHART: Final = ROOT / "charts" / "lockstep"
+CRD_SOURCE: Final = CHART / "files" / "crd.yaml"  # of which the chart makes both versions
 HELM: Final = ROOT / ".dev" / "bin" / "helm"
 OLDEST_KUBERNETES: Final = "1.29.0"  # the chart says so itself
 RELEASE: Final = "lockstep"

@@ -13,6 +13,7 @@ from dev.demo_faults import FAULTS, MAX_TOKENS
 from examples.training.conversations import render
 from examples.training.train import SAMPLES
 from safetensors import safe_open
+from tests.support.chart import CRD_SOURCE
 from tests.support.command_line import configuration
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -141,7 +142,7 @@ def test_the_demos_patch_allows_faults_and_nothing_else() -> None:
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
 def test_custom_resources_name_one_source_and_whole_pods(path: Path) -> None:
     resource = yaml.safe_load(path.read_text())
-    assert (resource["apiVersion"], resource["kind"]) == ("lockstep.dev/v1alpha1", "TensorParallelModel")
+    assert (resource["apiVersion"], resource["kind"]) == ("lockstep.dev/v1beta1", "TensorParallelModel")
     spec = resource["spec"]
     assert len({"huggingFace", "persistentVolumeClaim", "hostPath"} & spec["model"].keys()) == 1
     assert spec["tensorParallelSize"] % spec["ranksPerPod"] == 0
@@ -149,7 +150,7 @@ def test_custom_resources_name_one_source_and_whole_pods(path: Path) -> None:
 
 
 def schema() -> dict[str, Any]:
-    crd = yaml.safe_load((EXAMPLES.parent / "crds" / "lockstep.dev_tensorparallelmodels.yaml").read_text())
+    crd = yaml.safe_load(CRD_SOURCE.read_text())
     found: dict[str, Any] = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     return found
 

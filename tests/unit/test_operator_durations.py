@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import functools
 import re
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pytest
 import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tests.support.chart import CRD_SOURCE
 
 from lockstep_operator.types.durations import duration
-
-CRD: Final = Path(__file__).parents[2] / "crds" / "lockstep.dev_tensorparallelmodels.yaml"
 
 
 def patterns(schema: Any) -> set[str]:
@@ -29,7 +27,7 @@ def patterns(schema: Any) -> set[str]:
 
 @functools.cache
 def pattern() -> str:
-    (found,) = patterns(yaml.safe_load(CRD.read_text()))
+    (found,) = patterns(yaml.safe_load(CRD_SOURCE.read_text()))
     return found.removeprefix("^").removesuffix("$")
 
 

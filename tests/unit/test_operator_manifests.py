@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.support.chart import ROOT
+from tests.support.chart import CRD_SOURCE
 from tests.support.kube_fake import resource
 from tests.support.operator_models import SETTINGS, model
 
@@ -365,7 +365,7 @@ def test_everything_is_owned_by_the_model_and_says_to_whom_it_belongs() -> None:
         assert key_of_child(manifest) == made.key
 
 
-CRD = yaml.safe_load((ROOT / "crds" / "lockstep.dev_tensorparallelmodels.yaml").read_text())
+CRD = yaml.safe_load(CRD_SOURCE.read_text())
 SPEC = CRD["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
 
 

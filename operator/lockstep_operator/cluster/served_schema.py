@@ -1,4 +1,4 @@
-"""The CRD that the cluster serves may be older than this operator: Helm never upgrades CRDs by itself.
+"""The CRD that the cluster serves may be older than this operator, where it is no part of the release.
 
 A server-side apply with one field that the schema lacks is refused as a whole. So missing fields are left out, and
 reported by `/readyz`, a metric and the log. Recovery continues without what those fields would hold.
