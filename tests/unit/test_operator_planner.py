@@ -293,6 +293,7 @@ EVICTED = {
         (59, NO_REASON, False),  # the node may come back
         (999, NO_REASON | {"status": KUBELETS}, False),  # its kubelet reports
         (999, NO_REASON | {"metadata": {"finalizers": ["a/b"]}}, False),  # someone else holds it
+        (999, NO_REASON | {"metadata": {"finalizers": ["kueue.x-k8s.io/managed"]}}, True),  # which goes by itself
     ],
 )
 def test_a_pod_is_given_up_only_when_its_node_is_long_gone(late: float, raw: dict[str, Any], given_up: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Final
 from lockstep_operator.decisions import manifests, recovery_policy
 from lockstep_operator.decisions.actions import Action, Apply, Delete
 from lockstep_operator.decisions.drift import differences
+from lockstep_operator.decisions.group_metadata import readmitted
 from lockstep_operator.decisions.guard import Guard
 from lockstep_operator.decisions.recovery_policy import RecoveryDecision, RecoveryInput
 from lockstep_operator.decisions.rollout import RolloutDecision, RolloutStep
@@ -52,7 +53,8 @@ class GroupPlanner:
         recovery = self.guard(where, lambda: self._recovery(facts, rollout), None)
         upkeep: tuple[Action, ...] = ()
         if self.revision:
-            upkeep = self.guard(where, lambda: (*self._upkeep(facts, rollout),), upkeep)
+            replaced = rollout.step is RolloutStep.REPLACE or bool(recovery and recovery.targets)
+            upkeep = self.guard(where, lambda: (*self._upkeep(facts, rollout, replaced=replaced),), upkeep)
         waits = group.deleting or self._template_changes(upkeep)
         urgent = () if recovery is None or waits else (*_delete_pods(recovery),)
         return GroupPlan(group=group.index, recovery=recovery, urgent=urgent, upkeep=upkeep)
@@ -73,7 +75,8 @@ class GroupPlanner:
         )
         return recovery_policy.decide(self.model.recovery, known, self.now)
 
-    def _upkeep(self, facts: GroupFacts, rollout: RolloutDecision) -> Iterator[Action]:
+    def _upkeep(self, facts: GroupFacts, rollout: RolloutDecision, *, replaced: bool) -> Iterator[Action]:
+        """`replaced`: pods of the group are about to go."""
         model, observed, group = self.model, self.observed, facts.group
         beside = [*repaired(observed, manifests.of_group(model, group.index, self.settings))]
         yield from beside
@@ -85,15 +88,27 @@ class GroupPlanner:
         wanted = manifests.stateful_set(
             model, group.index, self.revision, self.settings, avoid, observed.limits, self.commit
         )
-        yield from self._stateful_set(group, rollout, wanted, beside)
+        yield from self._stateful_set(group, rollout, wanted, beside, replaced=replaced)
 
     def _stateful_set(
-        self, group: Group, rollout: RolloutDecision, wanted: manifests.Manifest, beside: Collection[Action]
+        self,
+        group: Group,
+        rollout: RolloutDecision,
+        wanted: manifests.Manifest,
+        beside: Collection[Action],
+        *,
+        replaced: bool,
     ) -> Iterator[Action]:
         name = wanted["metadata"]["name"]
         if group.workload and (fixed := _fixed_differences(wanted, group.workload)):
             reason = f"StatefulSet {name} can't be changed in place ({fixed}) and is recreated"
             yield Delete("StatefulSet", name, group.uid, reason)
+            return
+        if group.workload and readmitted(wanted, group.workload):
+            if replaced:  # until then it stays as its queue admitted it
+                yield Delete(
+                    "StatefulSet", name, group.uid, f"StatefulSet {name} is recreated: its queue admits it anew"
+                )
             return
         if rollout.step is RolloutStep.REPLACE and group.revision != self.revision:
             yield Apply("StatefulSet", wanted, rollout.reason, uid=group.uid)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
+from lockstep_operator.decisions import group_metadata
 from lockstep_operator.decisions.pod_template import group_labels, model_labels, pod_template
 from lockstep_operator.settings import Settings
 from lockstep_operator.types import names
@@ -19,9 +20,10 @@ IP_FAMILIES: Final = "PreferDualStack"  # both where the cluster has both, else 
 
 
 def revision(model: Model, token: str, settings: Settings) -> str:
-    """Hash of all that shapes a pod, the token included: pods of another revision must be replaced."""
-    template = pod_template(model, 0, "", settings)
-    return _hash({"template": template, "token": hashlib.sha256(token.encode()).hexdigest()})
+    """Hash of all that shapes a pod, the token and its queue included: pods of another revision must be replaced."""
+    template, queue = pod_template(model, 0, "", settings), group_metadata.admission(model)
+    parts = {"template": template, "token": hashlib.sha256(token.encode()).hexdigest()}
+    return _hash({**parts, "queue": queue} if queue else parts)
 
 
 def token_secret(model: Model, token: str) -> Manifest:
@@ -110,7 +112,7 @@ def stateful_set(
     running pods are left alone when they change.
     """
     name = names.group_name(model.name, group)
-    spec = {
+    spec: dict[str, Any] = {
         "serviceName": name,
         "replicas": model.pods_per_group,
         "podManagementPolicy": "Parallel",
@@ -122,7 +124,11 @@ def stateful_set(
         "template": pod_template(model, group, revision, settings, avoid, limits, commit),
     }
     workload = _object("apps/v1", "StatefulSet", name, model, group)
-    workload["metadata"]["labels"][names.REVISION_LABEL] = revision
+    own = {**workload["metadata"]["labels"], names.REVISION_LABEL: revision}
+    workload["metadata"]["labels"] = {**group_metadata.workload_labels(model, group), **own}
+    room = group_metadata.room(model, spec["template"])
+    admitted = {names.ADMITTED_ANNOTATION: _hash(room)} if room else {}
+    workload["metadata"]["annotations"] = {**group_metadata.workload_annotations(model, group), **admitted}
     return _sealed({**workload, "spec": spec})
 
 
@@ -153,8 +159,8 @@ def _object(api_version: str, kind: str, name: str, model: Model, group: int | N
 
 def _sealed(manifest: Manifest) -> Manifest:
     """With the hash of itself: a field that is no longer wanted shows, though live objects have it still."""
-    metadata = {**manifest["metadata"], "annotations": {names.APPLIED_ANNOTATION: _hash(manifest)}}
-    return {**manifest, "metadata": metadata}
+    annotations = {**manifest["metadata"].get("annotations", {}), names.APPLIED_ANNOTATION: _hash(manifest)}
+    return {**manifest, "metadata": {**manifest["metadata"], "annotations": annotations}}
 
 
 def _hash(value: Mapping[str, Any]) -> str:

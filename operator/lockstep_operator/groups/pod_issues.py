@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lockstep_operator.groups.group import Group
+from lockstep_operator.types.names import QUEUE_FINALIZER
 from lockstep_operator.types.observed import Pod
 from lockstep_operator.types.reasons import Reason
 from lockstep_operator.types.timestamps import parse_rfc3339
@@ -63,13 +64,17 @@ def node_unreachable(pod: Pod) -> bool:
 def should_force_delete(pod: Pod, now: float) -> bool:
     """Whether it should have terminated long ago on a node that doesn't respond. Deleting it from the API server lets
     its successor start; if it still runs, epochs and the group's token fence it off."""
-    finalizers = pod.raw["metadata"].get("finalizers")
     return (
         pod.deleting is not None
         and now - pod.deleting > FORCE_DELETE_SECONDS
         and node_unreachable(pod)
-        and not finalizers
+        and not _holding(pod)
     )
+
+
+def _holding(pod: Pod) -> list[str]:
+    """Finalizers that keep a deleted pod. A queue's doesn't: whoever set it removes it once the pod is deleted."""
+    return [name for name in pod.raw["metadata"].get("finalizers") or [] if name != QUEUE_FINALIZER]
 
 
 def _lacks_pods(group: Group, now: float) -> bool:
@@ -115,7 +120,7 @@ def _ending(pod: Pod, now: float) -> PodIssue | None:
     late = now - (pod.deleting or now)
     if late < OVERDUE_SECONDS:
         return None
-    finalizers = ", ".join(pod.raw["metadata"].get("finalizers") or [])
+    finalizers = ", ".join(_holding(pod))
     if node_unreachable(pod) and not finalizers:
         text = f"pod {pod.name} can't terminate, because its node {pod.node} doesn't respond: it is force-deleted soon"
         return PodIssue(Reason.NODE_LOST, text)

@@ -22,10 +22,18 @@ REVISION_LABEL: Final = "lockstep.dev/revision"
 INSTANCE_LABEL: Final = "app.kubernetes.io/instance"
 POD_INDEX_LABEL: Final = "apps.kubernetes.io/pod-index"  # set by the StatefulSet controller, Kubernetes 1.28 and later
 APPLIED_ANNOTATION: Final = "lockstep.dev/applied"  # hash of what was applied: it shows when a field was removed
+ADMITTED_ANNOTATION: Final = "lockstep.dev/admitted"  # hash of what a queue admitted: it can't be changed in place
 
 RESTARTED_ANNOTATION: Final = "lockstep.dev/restartedAt"  # of a model or a pod: restarts the groups in turn
 RESOLVE_ANNOTATION: Final = "lockstep.dev/resolveRevisionAt"  # the same: also asks the hub what the revision is now
 KUBECTL_RESTARTED: Final = "kubectl.kubernetes.io/restartedAt"  # by `kubectl rollout restart` of a StatefulSet
+
+# Of others, which a model's StatefulSets need to be understood by them.
+QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"  # of a model or a StatefulSet: its pods wait for room in that queue
+QUEUE_PRIORITY_LABEL: Final = "kueue.x-k8s.io/priority-class"
+QUEUE_FINALIZER: Final = "kueue.x-k8s.io/managed"  # older Kueue's on pods; it goes when a pod is deleted
+VOLCANO: Final = "volcano"  # the scheduler's name
+VOLCANO_MINIMUM: Final = "scheduling.volcano.sh/group-min-member"  # pods that are placed together or not at all
 
 APP_LABELS: Final[Mapping[str, str]] = {
     "app.kubernetes.io/name": "lockstep",

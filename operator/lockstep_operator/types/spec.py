@@ -9,14 +9,22 @@ from typing import Any, Final
 from lockstep_operator.settings import ModelSource
 from lockstep_operator.types import template_check
 from lockstep_operator.types.model_source import Cache, EmptyDir, Source, parse_cache, parse_source
-from lockstep_operator.types.names import RESOLVE_ANNOTATION, RESTARTED_ANNOTATION, ModelKey
+from lockstep_operator.types.names import (
+    QUEUE_LABEL,
+    QUEUE_PRIORITY_LABEL,
+    RESOLVE_ANNOTATION,
+    RESTARTED_ANNOTATION,
+    ModelKey,
+)
 from lockstep_operator.types.spec_blocks import (
     EngineLimits,
+    GroupMetadata,
     Network,
     RecoverySpec,
     Vision,
     Watchdog,
     parse_engine,
+    parse_group_metadata,
     parse_network,
     parse_recovery,
     parse_vision,
@@ -51,6 +59,7 @@ class Model:
     api_key: SecretKey | None = None
     network: Network = field(default_factory=Network)
     max_unavailable: int = 1
+    group_metadata: GroupMetadata = field(default_factory=GroupMetadata)
     template: Mapping[str, Any] = field(default_factory=dict)
     flaw: str = ""  # what is wrong with the pods' template, as a sentence: existing pods stay, and are repaired
     progress_deadline: float = DEFAULT_PROGRESS  # seconds
@@ -113,11 +122,16 @@ def parse(resource: Mapping[str, Any], sources: Sequence[ModelSource] = ()) -> M
         api_key=secret_key(spec.get("apiKeySecretRef")),
         network=parse_network(spec.get("network") or {}),
         max_unavailable=(spec.get("rollout") or {}).get("maxUnavailable", 1),
+        group_metadata=parse_group_metadata(spec.get("groupMetadata") or {}, _inherited(metadata.get("labels") or {})),
         template=template,
         flaw=template_check.flaw(template) or flaw or other_flaw or unknown,
         progress_deadline=seconds(spec, "progressDeadline") or DEFAULT_PROGRESS,
         restarted_at=restarted_at,
     )
+
+
+def _inherited(labels: Mapping[str, str]) -> dict[str, str]:
+    return {name: labels[name] for name in (QUEUE_LABEL, QUEUE_PRIORITY_LABEL) if labels.get(name)}
 
 
 def _requested(annotations: Mapping[str, str], name: str) -> tuple[float | None, str]:

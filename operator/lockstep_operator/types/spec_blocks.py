@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from lockstep_operator.types.spec_values import seconds
@@ -65,6 +65,14 @@ class Network:
     peers: tuple[Mapping[str, Any], ...] | None = None  # NetworkPolicyPeers
 
 
+@dataclass(frozen=True, slots=True)
+class GroupMetadata:
+    """Of each group's StatefulSet, with placeholders for what differs between groups."""
+
+    labels: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+
 def parse_engine(engine: Mapping[str, Any]) -> EngineLimits:
     memory = engine.get("kvCacheMemory")
     return EngineLimits(
@@ -107,3 +115,10 @@ def parse_recovery(recovery: Mapping[str, Any]) -> RecoverySpec:
 def parse_network(network: Mapping[str, Any]) -> Network:
     peers = network.get("from")
     return Network(policy=network.get("policy"), peers=None if peers is None else tuple(peers))
+
+
+def parse_group_metadata(written: Mapping[str, Any], inherited: Mapping[str, str]) -> GroupMetadata:
+    """`inherited` are labels of the model that its StatefulSets have too."""
+    return GroupMetadata(
+        labels={**inherited, **(written.get("labels") or {})}, annotations=dict(written.get("annotations") or {})
+    )
