@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import kopf
+from aiohttp import web
 
 from lockstep_operator import handlers, server
 from lockstep_operator import log as logs
@@ -25,11 +26,14 @@ from lockstep_operator.cluster.namespaces import Namespaces
 from lockstep_operator.cluster.served_schema import ServedSchema
 from lockstep_operator.controller import Controller
 from lockstep_operator.groups.status_poller import StatusPoller
+from lockstep_operator.live import site
+from lockstep_operator.live.board import Board
 from lockstep_operator.reconcile import ReconcileOutcome, Reconciler
 from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.settings import Settings, read_settings
 from lockstep_operator.types.names import KIND, ModelKey
 from lockstep_operator.workqueue import WorkQueue
+from lockstep_runtime.protocol.status import GroupStatus
 
 log = logging.getLogger("lockstep_operator")
 
@@ -51,15 +55,31 @@ async def run(settings: Settings) -> None:
     def unready() -> str:
         return schema.problem if watching.is_set() else "models aren't watched yet"
 
+    board = Board()
     http = await server.serve(server.application(metrics, unready), settings.port)
+    live = await _live_page(board, settings)
     try:
         kube = ApiServer(api_client)
-        work = Work(settings, kube, schema, metrics, Namespaces(settings.namespaces, kube, metrics))
+        work = Work(settings, kube, schema, metrics, Namespaces(settings.namespaces, kube, metrics), board)
         while await _watch(work, watching):
             log.info("other namespaces are to be watched")
     finally:
         await api_client.close()
         await http.cleanup()
+        if live:
+            await live.cleanup()
+
+
+async def _live_page(board: Board, settings: Settings) -> web.AppRunner | None:
+    """None: it is off, or can't be served, for which nothing else has to suffer."""
+    if settings.live_page == "Off":
+        return None
+    local = settings.live_page == "Local"
+    try:
+        return await site.serve(site.site(board, local=local), port=settings.live_port, local=local)
+    except OSError as error:
+        log.warning("the live page can't be served on port %d: %s", settings.live_port, error)
+        return None
 
 
 @dataclass(slots=True)
@@ -71,6 +91,7 @@ class Work:
     schema: ServedSchema
     metrics: Metrics
     namespaces: Namespaces
+    board: Board = field(default_factory=Board)
     ended: asyncio.Event = field(default_factory=asyncio.Event)  # the loops, by themselves or not
     loops: asyncio.Task[None] | None = None
 
@@ -78,9 +99,16 @@ class Work:
     async def __call__(self, indexes: Indexes) -> AsyncIterator[handlers.Changed]:
         """Whom to tell of models that may have changed. What runs meanwhile ends when the context does."""
         queue = WorkQueue[ModelKey](time.monotonic)
-        groups = StatusPoller(queue.add_after, time.time, self.metrics.heard)
+        groups = StatusPoller(queue.add_after, time.time, self._heard)
         reconciler = Reconciler(
-            self.kube, groups, self.settings, self.metrics, time.time, schema=self.schema, indexes=indexes
+            self.kube,
+            groups,
+            self.settings,
+            self.metrics,
+            time.time,
+            schema=self.schema,
+            indexes=indexes,
+            board=self.board,
         )
 
         async def reconcile(key: ModelKey) -> ReconcileOutcome:
@@ -97,6 +125,11 @@ class Work:
             await asyncio.wait({self.loops})
             await groups.close()
             reconciler.forget_others(self.namespaces.serves)
+            self.board.clear()
+
+    def _heard(self, key: ModelKey, group: int, status: GroupStatus) -> None:
+        self.metrics.heard(key, group, status)
+        self.board.heard(key, group, status)
 
     async def _run(self, controller: Controller) -> None:
         """Until other namespaces can be served than could when this began."""

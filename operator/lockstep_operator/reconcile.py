@@ -25,6 +25,7 @@ from lockstep_operator.decisions.planner import Decision, decide
 from lockstep_operator.groups.group import groups_of
 from lockstep_operator.groups.pod_issues import needs_events
 from lockstep_operator.groups.status_poller import PollTarget as Leader
+from lockstep_operator.live.board import Board
 from lockstep_operator.reporting import document, events
 from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.reporting.significance import worth_writing
@@ -81,6 +82,7 @@ class Reconciler:
         now: Callable[[], float],
         schema: ServedSchema | None = None,
         indexes: Indexes | None = None,
+        board: Board | None = None,
     ) -> None:
         self._kube = kube
         self._groups = groups
@@ -90,6 +92,7 @@ class Reconciler:
         self._schema = schema or ServedSchema()
         self._writer = StatusWriter(kube, self._schema, metrics)
         self._indexes = indexes or Indexes()
+        self._board = board or Board()
         self._known: dict[ModelKey, _Known] = {}
 
     async def reconcile(self, key: ModelKey) -> ReconcileOutcome:
@@ -157,6 +160,7 @@ class Reconciler:
     def forget(self, key: ModelKey) -> None:
         self._groups.watch(key, {})
         self._metrics.forget(key)
+        self._board.forget(key)
         self._known.pop(key, None)
 
     def forget_others(self, serves: Callable[[str], bool]) -> None:
@@ -211,6 +215,7 @@ class Reconciler:
             known.unwritten = None if await self._writer.write(resource, built) else built
         failing = obstacle is not None or known.unwritten is not None
         self._metrics.model(model.key, change.after)
+        self._board.model(model.key, change.after, observed.reports)
         self._metrics.repaired(model.key, change.repairs)
         self._metrics.stepped(model.key, observed.reports)
         if applied.done:
@@ -239,6 +244,7 @@ class Reconciler:
             await self._writer.record(resource, events.condition_changes(before, after), now)
             await self._writer.write(resource, self._schema.fitting(built))
         self._metrics.model(key, after)
+        self._board.model(key, after)
         return ReconcileOutcome(requeue_after=self._settings.resync_seconds, failing=True)
 
 

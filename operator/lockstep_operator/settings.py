@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 LOG_FORMATS: Final = ("text", "json")
+LIVE_PAGES: Final = ("Local", "Cluster", "Off")
 POLICIES: Final = ("Managed", "None")
 CACHE_GROUP: Final = 65532
 HUGGING_FACE: Final = "huggingface"  # the source that is always there
@@ -46,6 +47,8 @@ class Settings:
     namespaces: tuple[str, ...] = ()  # none: all of them
     operator_namespace: str | None = None
     port: int = 8080
+    live_page: str = "Local"  # whom it is served to
+    live_port: int = 8081
     concurrency: int = 8
     resync_seconds: float = 60.0
     log_level: str = "info"
@@ -136,6 +139,8 @@ _CONTEXT: Final = {"auto_envvar_prefix": "LOCKSTEP", "show_default": True}
 @_option("--sources", default="[]", callback=_sources, help="Hubs of models, as JSON: see the chart's models.sources.")
 @_option("--operator-namespace", help="Where the operator runs, for the NetworkPolicies.")
 @_option("--port", default=8080, type=_COUNT, help="Of /metrics, /healthz and /readyz.")
+@_option("--live-page", default="Local", type=click.Choice(LIVE_PAGES), help="Served to whom.")
+@_option("--live-port", default=8081, type=_COUNT, help="Of the live page.")
 @_option("--concurrency", default=8, type=_COUNT, help="Models reconciled at the same time.")
 @_option("--resync-seconds", default=60.0, type=click.FloatRange(min=0, min_open=True), help="Between two passes.")
 @_option("--log-level", default="info", type=click.Choice(LOG_LEVELS), help="Least severe level to log.")

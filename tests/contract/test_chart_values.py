@@ -109,6 +109,7 @@ def test_the_operator_understands_what_it_is_told() -> None:
         "concurrency": 3,
         "resyncSeconds": 20,
         "watchNamespaces": ["a", "b"],
+        "livePage": {"access": "Off"},
         "runtimeImage": {"pullSecrets": ["one", "two"]},
         "models": {
             "sources": [{"name": "corp", "endpoint": "https://hub", "tokenSecretRef": {"name": "a", "key": "b"}}],
@@ -122,6 +123,7 @@ def test_the_operator_understands_what_it_is_told() -> None:
         namespaces=("a", "b"),
         operator_namespace="system",
         port=8080,
+        live_page="Off",
         concurrency=3,
         resync_seconds=20.0,
         log_level="warning",
@@ -217,6 +219,25 @@ def test_the_network_policy_is_made_only_when_asked_for() -> None:
     assert rule["from"] == [own, peer]
 
 
+def test_the_live_page_leaves_its_pod_only_when_asked_to() -> None:
+    asked = {"access": "Cluster", "service": {"port": 80, "annotations": {"auth": "yes"}}}
+    closed = {"port": "http", "protocol": "TCP"}
+    for access in ("Local", "Off"):
+        manifests = render({"livePage": {"access": access}, "networkPolicy": {"enabled": True}})
+        assert len(of_kind(manifests, "Service")) == 1
+        assert [port["name"] for port in container({"livePage": {"access": access}})["ports"]] == ["http"]
+        assert one(manifests, "NetworkPolicy")["spec"]["ingress"][0]["ports"] == [closed]
+
+    manifests = render({"livePage": asked, "networkPolicy": {"enabled": True}})
+    _, service = sorted(of_kind(manifests, "Service"), key=lambda made: made["metadata"]["name"], reverse=True)
+    assert service["metadata"]["name"].endswith("-live")
+    assert (service["spec"]["type"], service["metadata"]["annotations"]) == ("ClusterIP", {"auth": "yes"})
+    assert [(port["port"], port["targetPort"]) for port in service["spec"]["ports"]] == [(80, "live")]
+    opened = {port["name"]: port["containerPort"] for port in container({"livePage": asked})["ports"]}
+    assert opened == {"http": 8080, "live": Settings(runtime_image="any").live_port}
+    assert one(manifests, "NetworkPolicy")["spec"]["ingress"][0]["ports"] == [closed, closed | {"port": "live"}]
+
+
 @pytest.mark.parametrize("create", [True, False])
 def test_the_service_account_is_made_or_taken(create: bool) -> None:
     manifests = render({"serviceAccount": {"create": create, "name": "mine", "annotations": {"role": "x"}}})
@@ -250,6 +271,7 @@ def test_the_service_account_is_made_or_taken(create: bool) -> None:
         ({"resyncSeconds": "60"}, "/resyncSeconds"),
         ({"resources": {"limits": {"memory": "lots"}}}, "/resources/limits/memory"),
         ({"podLabels": {"a": 1}}, "/podLabels/a"),
+        ({"livePage": {"access": "World"}}, "/livePage/access"),
         ({"metrics": {"service": {"port": 70000}}}, "/metrics/service/port"),
         ({"metrics": {"serviceMonitor": {"interval": "often"}}}, "/metrics/serviceMonitor/interval"),
         ({"metrics": {"podMonitor": {"interval": "often"}}}, "/metrics/podMonitor/interval"),

@@ -38,6 +38,7 @@ class LocalOperator:
             "KUBECONFIG": str(kubeconfig),
             "LOCKSTEP_NAMESPACES": namespaces,
             "LOCKSTEP_PORT": str(free_port()),
+            "LOCKSTEP_LIVE_PORT": str(free_port()),
             "NO_PROXY": "127.0.0.1",
         }
         self._process: ForkServerProcess | None = None
