@@ -253,7 +253,7 @@ def targets(decision: Decision, observed: Observed) -> dict[int, Leader]:
     if observed.token is None or decision.conflicts.token:
         return {}
     return {
-        facts.group.index: Leader(leader.uid, leader.ip, observed.token)
+        facts.group.index: Leader(leader.uid, leader.ip, observed.token, leader.status_port)
         for facts in decision.groups
         if (leader := facts.group.leader) and leader.ip and leader.deleting is None
     }

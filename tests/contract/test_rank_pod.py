@@ -12,7 +12,7 @@ from tests.support.chart import CRD_SOURCE
 from tests.support.command_line import configuration
 from tests.support.pod_security import violations
 
-from lockstep_operator.decisions.manifests import stateful_set
+from lockstep_operator.decisions import manifests
 from lockstep_operator.decisions.pod_template import pod_template
 from lockstep_operator.settings import ModelSource, Settings
 from lockstep_operator.types.durations import duration
@@ -153,7 +153,7 @@ def test_the_hub_of_the_installation_arrives_and_its_token_is_a_file() -> None:
 def test_a_commit_that_is_pinned_is_no_part_of_the_revision() -> None:
     metadata = {"name": "chat", "namespace": "team", "uid": "u-1"}
     model = parse({"metadata": metadata, "spec": {"model": HUB, "tensorParallelSize": 1}})
-    plain, pinned = (stateful_set(model, 0, "abc", SETTINGS, commit=commit) for commit in ("", "c" * 40))
+    plain, pinned = (manifests.stateful_set(model, 0, "abc", SETTINGS, commit=commit) for commit in ("", "c" * 40))
     args = [one["spec"]["template"]["spec"]["containers"][0].pop("args") for one in (plain, pinned)]
     assert set(args[1]) - set(args[0]) == {f"--commit={'c' * 40}"}
     assert plain["spec"] == pinned["spec"]
@@ -247,6 +247,61 @@ def test_ports_are_those_of_the_runtime() -> None:
     config, _ = started({"model": HUB, "tensorParallelSize": 1}, index=0)
     assert ports == {"api": API_PORT, "bus": BUS_PORT, "status": STATUS_PORT}
     assert (config.api_port, config.bus_port, config.status_port) == tuple(ports.values())
+
+
+def test_other_ports_reach_the_runtime_and_whoever_speaks_to_it() -> None:
+    wanted = {"api": 9000, "bus": 9400, "status": 9401}
+    spec = {"model": HUB, "tensorParallelSize": 1, "ports": wanted}
+    container = pod(spec)["containers"][0]
+    config, _ = started(spec, index=0)
+    assert {port["name"]: port["containerPort"] for port in container["ports"]} == wanted
+    assert (config.api_port, config.bus_port, config.status_port) == (9000, 9400, 9401)
+    assert {container[probe]["httpGet"]["port"] for probe in ("livenessProbe", "readinessProbe")} == {"status"}
+    made = parse({"metadata": {"name": "chat", "namespace": "team", "uid": "u-1", "generation": 1}, "spec": spec})
+    assert [port["port"] for port in manifests.headless_service(made, 0)["spec"]["ports"]] == [9400, 9401]
+    (service,) = manifests.serving_service(made)["spec"]["ports"]
+    assert (service["port"], service["targetPort"]) == (API_PORT, "api")
+    _, clients, operator = manifests.network_policy(made, 0, SETTINGS)["spec"]["ingress"]
+    assert [rule["ports"][0]["port"] for rule in (clients, operator)] == [9000, 9401]
+
+
+def test_a_pod_on_its_nodes_network_still_finds_its_group_by_name() -> None:
+    def policy(**template: Any) -> Any:
+        return pod({"model": HUB, "tensorParallelSize": 1, "template": {"spec": template}}).get("dnsPolicy")
+
+    assert policy() is None
+    assert policy(hostNetwork=True) == "ClusterFirstWithHostNet"
+    assert policy(hostNetwork=True, dnsPolicy="None") == "None"
+
+
+CLAIMED = {
+    "resourceClaims": [{"name": "gpus", "resourceClaimTemplateName": "four-gpus"}],
+    "containers": [{"name": "lockstep", "resources": {"claims": [{"name": "gpus"}]}}],
+}
+
+
+def test_gpus_may_be_claimed_instead_of_requested() -> None:
+    spec = {"model": HUB, "tensorParallelSize": 4, "ranksPerPod": 4, "backend": "nccl", "template": {"spec": CLAIMED}}
+    config, environment = started(spec, index=0)
+    assert (config.backend, config.device) == ("nccl", "cuda")
+    resources = pod(spec)["containers"][0]["resources"]
+    assert resources == {"claims": [{"name": "gpus"}], "requests": {"cpu": "8000m", "memory": "2048Mi"}}
+    assert environment["LOCKSTEP_THREADS_PER_RANK"] == "4"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ({}, r"template.spec.resourceClaims \(there is none\)"),
+        ({"resourceClaims": CLAIMED["resourceClaims"]}, r"one of template.spec.resourceClaims \(gpus\)"),
+        ({**CLAIMED, "resourceClaims": [{"name": "other"}]}, r"\(other\) in resources.claims"),
+        ({"resourceClaims": [{}]}, r"template.spec.resourceClaims\[0\]: .*name"),
+    ],
+)
+def test_gpus_that_no_container_takes_are_told(template: dict[str, Any], words: str) -> None:
+    metadata = {"name": "chat", "namespace": "team", "uid": "u-1", "generation": 1}
+    spec = {"model": HUB, "tensorParallelSize": 1, "backend": "nccl", "template": {"spec": template}}
+    assert re.search(words, parse({"metadata": metadata, "spec": spec}).flaw)
 
 
 @pytest.mark.parametrize("model", [HUB, CLAIM, IMAGE, {**HUB, "cache": {"persistentVolumeClaim": {"claimName": "c"}}}])

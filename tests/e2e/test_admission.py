@@ -51,6 +51,15 @@ def network(**fields: Any) -> Object:
     return spec(network=fields)
 
 
+def group_metadata(**fields: Any) -> Object:
+    return spec(groupMetadata=fields)
+
+
+def ports(**numbers: int) -> Object:
+    return spec(ports=numbers)
+
+
+CLAIMS: Final[Object] = {"spec": {"resourceClaims": [{"name": "gpus", "resourceClaimTemplateName": "gpus"}]}}
 ANYBODY: Final[Object] = {"namespaceSelector": {"matchExpressions": [{"key": "team", "operator": "Exists"}]}}
 GPU: Final[Object] = {"resourceName": "nvidia.com/gpu"}
 
@@ -77,8 +86,28 @@ RULES: Final = (
     ),
     Rule(
         "backend nccl needs GPUs",
-        (spec(backend="nccl", accelerator=GPU), spec(backend="auto")),
-        (spec(backend="nccl"),),
+        (spec(backend="nccl", accelerator=GPU), spec(backend="auto"), spec(backend="nccl", template=CLAIMS)),
+        (spec(backend="nccl"), spec(backend="nccl", template={"spec": {"nodeSelector": {"gpu": "yes"}}})),
+    ),
+    Rule(
+        "the operator's own labels can't be set",
+        (group_metadata(labels={"gang": "a", "example.com/b": ""}), group_metadata(labels={})),
+        (group_metadata(labels={"lockstep.dev/group": "1"}), group_metadata(labels={"app.kubernetes.io/name": "x"})),
+    ),
+    Rule(
+        "a label's value must be at most 63 letters",
+        (group_metadata(labels={"gang": "chat-$(group)", "size": "$(pods)"}), group_metadata(labels={"a": "b" * 63})),
+        (group_metadata(labels={"gang": "$(name)"}), group_metadata(labels={"a": "b" * 64})),
+    ),
+    Rule(
+        "the operator's own annotations can't be set",
+        (group_metadata(annotations={"a": "any $(text)"}),),
+        (group_metadata(annotations={"lockstep.dev/applied": "x"}),),
+    ),
+    Rule(
+        "api (8000 when unset), bus (7400) and status (7401)",
+        (ports(api=9000, bus=9001, status=9002), ports(bus=7500), ports(api=7400, bus=8000)),
+        (ports(api=7400), ports(bus=7401), ports(api=9000, status=9000)),
     ),
     Rule(
         "set exactly one of huggingFace, persistentVolumeClaim, hostPath and image",

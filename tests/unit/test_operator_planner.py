@@ -11,13 +11,14 @@ from lockstep_operator.cluster.observe import token_of
 from lockstep_operator.decisions import manifests
 from lockstep_operator.decisions.actions import Apply, CreateToken, Delete
 from lockstep_operator.decisions.planner import Decision, decide
+from lockstep_operator.decisions.pod_template import pod_template
 from lockstep_operator.reconcile import targets
 from lockstep_operator.types.model_status import GroupSummary, ModelStatus
 from lockstep_operator.types.names import API_VERSION, KIND
 from lockstep_operator.types.observed import Observed, Pod
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung
 from lockstep_operator.types.spec import Model
-from lockstep_operator.types.spec_blocks import Network, RecoverySpec
+from lockstep_operator.types.spec_blocks import Network, Ports, RecoverySpec
 
 Child = dict[str, Any]
 TOKEN = "t"
@@ -314,4 +315,12 @@ def test_only_first_pods_that_have_an_address_and_stay_are_asked() -> None:
         status=ModelStatus(), resource_version="1", token=TOKEN, children=everything(made), pods=of
     )  # fmt: skip
     asked = targets(decide(made, observed, NOW, SETTINGS), observed)
-    assert {index: (one.pod_uid, one.address) for index, one in asked.items()} == {0: ("uid-0-0", "10.0.0.1")}
+    assert {index: (one.pod_uid, one.url) for index, one in asked.items()} == {
+        0: ("uid-0-0", "http://10.0.0.1:7401/status")
+    }
+
+
+def test_a_pod_is_asked_on_the_port_that_it_has_whatever_the_spec_says_now() -> None:
+    made = model(ports=Ports(status=9401))
+    old, new = ({"spec": pod_template(of, 0, REVISION, SETTINGS)["spec"]} for of in (model(), made))
+    assert [pod(raw=raw).status_port for raw in (old, new)] == [7401, 9401]

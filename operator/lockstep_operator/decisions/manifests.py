@@ -13,7 +13,7 @@ from lockstep_operator.settings import Settings
 from lockstep_operator.types import names
 from lockstep_operator.types.limits import Limits
 from lockstep_operator.types.spec import Model
-from lockstep_runtime.protocol.status import API_PORT, BUS_PORT, STATUS_PORT
+from lockstep_runtime.protocol.status import API_PORT
 
 Manifest = dict[str, Any]
 IP_FAMILIES: Final = "PreferDualStack"  # both where the cluster has both, else its only one
@@ -61,8 +61,14 @@ def headless_service(model: Model, group: int) -> Manifest:
         "publishNotReadyAddresses": True,
         "selector": {names.MODEL_LABEL: model.name, names.GROUP_LABEL: str(group)},
         "ports": [
-            {"name": "bus", "port": BUS_PORT, "targetPort": "bus", "protocol": "TCP", "appProtocol": "tcp"},
-            {"name": "status", "port": STATUS_PORT, "targetPort": "status", "protocol": "TCP", "appProtocol": "http"},
+            {"name": "bus", "port": model.ports.bus, "targetPort": "bus", "protocol": "TCP", "appProtocol": "tcp"},
+            {
+                "name": "status",
+                "port": model.ports.status,
+                "targetPort": "status",
+                "protocol": "TCP",
+                "appProtocol": "http",
+            },
         ],
     }
     return _sealed({**_object("v1", "Service", names.group_name(model.name, group), model, group), "spec": spec})
@@ -80,13 +86,13 @@ def network_policy(model: Model, group: int, settings: Settings) -> Manifest:
     members = {"matchLabels": {names.MODEL_LABEL: model.name, names.GROUP_LABEL: str(group)}}
     rules: list[dict[str, Any]] = [{"from": [{"podSelector": members}]}]
     if clients := _clients(model, settings):  # an empty list would let in everybody
-        rules.append({"from": clients, "ports": [{"port": API_PORT, "protocol": "TCP"}]})
+        rules.append({"from": clients, "ports": [{"port": model.ports.api, "protocol": "TCP"}]})
     if settings.operator_namespace:
         operator = {
             "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": settings.operator_namespace}},
             "podSelector": {"matchLabels": dict(names.OPERATOR_POD_LABELS)},
         }
-        rules.append({"from": [operator], "ports": [{"port": STATUS_PORT, "protocol": "TCP"}]})
+        rules.append({"from": [operator], "ports": [{"port": model.ports.status, "protocol": "TCP"}]})
     policy = _object("networking.k8s.io/v1", "NetworkPolicy", names.group_name(model.name, group), model, group)
     return _sealed({**policy, "spec": {"podSelector": members, "policyTypes": ["Ingress"], "ingress": rules}})
 

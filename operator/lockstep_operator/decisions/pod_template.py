@@ -100,7 +100,7 @@ def _threaded(container: dict[str, Any], model: Model) -> dict[str, Any]:
     asked = quantity(((container.get("resources") or {}).get("requests") or {}).get("cpu", ""))
     if asked is None or any(entry.get("name") == THREADS for entry in environment):
         return container
-    threads = THREADS_PER_GPU_RANK if model.accelerator else max(1, math.ceil(asked / model.ranks_per_pod))
+    threads = THREADS_PER_GPU_RANK if model.on_gpus else max(1, math.ceil(asked / model.ranks_per_pod))
     return {**container, "env": [*environment, {"name": THREADS, "value": str(threads)}]}
 
 

@@ -10,7 +10,7 @@ from lockstep_operator.types import names
 from lockstep_operator.types.model_source import Claim, EmptyDir, HostPath, HuggingFace, Image
 from lockstep_operator.types.spec import Model
 from lockstep_operator.types.spec_values import SecretKey
-from lockstep_runtime.protocol.status import API_PORT, BUS_PORT, STATUS_PORT
+from lockstep_runtime.protocol.status import API_PORT
 
 MODEL_MOUNT: Final = "/model"
 CACHE_MOUNT: Final = "/cache"
@@ -36,8 +36,11 @@ def pod_spec(model: Model, group: int, revision: str, settings: Settings, commit
     if cached_on_a_claim and settings.fs_group is not None:
         security |= {"fsGroup": settings.fs_group, "fsGroupChangePolicy": "OnRootMismatch"}
     pull = {"imagePullSecrets": [{"name": name} for name in settings.pull_secrets]} if settings.pull_secrets else {}
+    on_host = bool((model.template.get("spec") or {}).get("hostNetwork"))
+    dns = {"dnsPolicy": "ClusterFirstWithHostNet"} if on_host else {}  # the node's own wouldn't know the group's names
     return {
         **pull,
+        **dns,
         "serviceAccountName": names.account_name(model.name),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
@@ -56,9 +59,9 @@ def _container(model: Model, group: int, revision: str, settings: Settings, comm
         "args": _arguments(model, commit),
         "env": _environment(model, group, revision, settings),
         "ports": [
-            {"name": "api", "containerPort": API_PORT, "protocol": "TCP"},
-            {"name": "bus", "containerPort": BUS_PORT, "protocol": "TCP"},
-            {"name": "status", "containerPort": STATUS_PORT, "protocol": "TCP"},
+            {"name": "api", "containerPort": model.ports.api, "protocol": "TCP"},
+            {"name": "bus", "containerPort": model.ports.bus, "protocol": "TCP"},
+            {"name": "status", "containerPort": model.ports.status, "protocol": "TCP"},
         ],
         "resources": _resources(model),
         "securityContext": {
@@ -92,8 +95,8 @@ def _arguments(model: Model, commit: str) -> list[str]:
         ("served-name", model.served_name),
         ("dtype", model.dtype),
         # Never `auto`: a rank whose driver fails must fail, not fall back to its CPU.
-        ("backend", "nccl" if model.accelerator else "cpu"),
-        ("device", "cuda" if model.accelerator else "cpu"),
+        ("backend", "nccl" if model.on_gpus else "cpu"),
+        ("device", "cuda" if model.on_gpus else "cpu"),
         ("max-model-len", model.engine.max_model_len),
         ("max-sequences", model.engine.max_sequences),
         ("max-batch-tokens", model.engine.max_batch_tokens),
@@ -110,8 +113,9 @@ def _arguments(model: Model, commit: str) -> list[str]:
         ("lame-duck-seconds", lame_duck),
         ("grace-seconds", max(0.0, seconds - lame_duck - EXIT_SECONDS)),
         ("host", "::"),  # every address of both families
-        ("bus-port", BUS_PORT),
-        ("status-port", STATUS_PORT),
+        ("port", model.ports.api if model.ports.api != API_PORT else None),
+        ("bus-port", model.ports.bus),
+        ("status-port", model.ports.status),
         *_source_options(model, commit),
     ]
     switches = ["--no-prefix-caching"] if model.engine.prefix_caching is False else []
@@ -182,7 +186,7 @@ def _environment(model: Model, group: int, revision: str, settings: Settings) ->
 
 def _resources(model: Model) -> dict[str, Any]:
     """Enough for an idle pod; how much a model needs, the user sets in the template."""
-    each = CPU_PER_GPU_RANK if model.accelerator else CPU_PER_RANK
+    each = CPU_PER_GPU_RANK if model.on_gpus else CPU_PER_RANK
     resources: dict[str, Any] = {
         "requests": {
             "cpu": f"{math.ceil(each * 1000) * model.ranks_per_pod}m",

@@ -18,7 +18,7 @@ from lockstep_operator.types.names import (
 )
 from lockstep_operator.types.spec import Model
 from lockstep_operator.types.timestamps import parse_rfc3339
-from lockstep_runtime.protocol.status import GroupStatus
+from lockstep_runtime.protocol.status import STATUS_PORT, GroupStatus
 
 ObjectRef = tuple[str, str]  # kind and name
 Object = dict[str, Any]  # as the API server gives it
@@ -56,6 +56,13 @@ class Pod:
         """Their statuses, without init containers."""
         found: Sequence[Object] = (self.raw.get("status") or {}).get("containerStatuses") or []
         return found
+
+    @property
+    def status_port(self) -> int:
+        """Where its supervisor listens: the spec may ask for another one by now."""
+        containers = (self.raw.get("spec") or {}).get("containers") or []
+        declared = (port for container in containers for port in container.get("ports") or [])
+        return next((int(port["containerPort"]) for port in declared if port.get("name") == "status"), STATUS_PORT)
 
     @property
     def started(self) -> float | None:

@@ -20,12 +20,14 @@ from lockstep_operator.types.spec_blocks import (
     EngineLimits,
     GroupMetadata,
     Network,
+    Ports,
     RecoverySpec,
     Vision,
     Watchdog,
     parse_engine,
     parse_group_metadata,
     parse_network,
+    parse_ports,
     parse_recovery,
     parse_vision,
     parse_watchdog,
@@ -58,6 +60,7 @@ class Model:
     recovery: RecoverySpec = field(default_factory=RecoverySpec)
     api_key: SecretKey | None = None
     network: Network = field(default_factory=Network)
+    ports: Ports = field(default_factory=Ports)
     max_unavailable: int = 1
     group_metadata: GroupMetadata = field(default_factory=GroupMetadata)
     template: Mapping[str, Any] = field(default_factory=dict)
@@ -76,6 +79,11 @@ class Model:
     @property
     def pods_per_group(self) -> int:
         return self.tensor_parallel_size // self.ranks_per_pod
+
+    @property
+    def on_gpus(self) -> bool:
+        """Whether ranks compute on GPUs: an accelerator's, or what the pods claim (dynamic resource allocation)."""
+        return self.accelerator is not None or self.backend == "nccl"
 
     @property
     def ranks(self) -> int:
@@ -102,6 +110,10 @@ def parse(resource: Mapping[str, Any], sources: Sequence[ModelSource] = ()) -> M
     resolve_at, other_flaw = _requested(annotations, RESOLVE_ANNOTATION)
     source, default_cache, unknown = parse_source(model, sources, resolve_at)
     template = spec.get("template") or {}
+    accelerator, backend = (spec.get("accelerator") or {}).get("resourceName"), spec.get("backend", "auto")
+    template_flaw = template_check.flaw(template)
+    if not template_flaw and backend == "nccl" and accelerator is None:
+        template_flaw = template_check.claim_flaw(template)
     return Model(
         key=ModelKey(metadata["namespace"], metadata["name"]),
         uid=metadata["uid"],
@@ -113,18 +125,19 @@ def parse(resource: Mapping[str, Any], sources: Sequence[ModelSource] = ()) -> M
         ranks_per_pod=per_pod,
         replicas=spec.get("replicas", 1),
         dtype=spec.get("dtype", "auto"),
-        backend=spec.get("backend", "auto"),
-        accelerator=(spec.get("accelerator") or {}).get("resourceName"),
+        backend=backend,
+        accelerator=accelerator,
         engine=parse_engine(spec.get("engine") or {}),
         vision=parse_vision(spec.get("vision") or {}),
         watchdog=parse_watchdog(spec.get("watchdog") or {}),
         recovery=parse_recovery(spec.get("recovery") or {}),
         api_key=secret_key(spec.get("apiKeySecretRef")),
         network=parse_network(spec.get("network") or {}),
+        ports=parse_ports(spec.get("ports") or {}),
         max_unavailable=(spec.get("rollout") or {}).get("maxUnavailable", 1),
         group_metadata=parse_group_metadata(spec.get("groupMetadata") or {}, _inherited(metadata.get("labels") or {})),
         template=template,
-        flaw=template_check.flaw(template) or flaw or other_flaw or unknown,
+        flaw=template_flaw or flaw or other_flaw or unknown,
         progress_deadline=seconds(spec, "progressDeadline") or DEFAULT_PROGRESS,
         restarted_at=restarted_at,
     )

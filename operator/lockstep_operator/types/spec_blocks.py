@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from lockstep_operator.types.spec_values import seconds
+from lockstep_runtime.protocol.status import API_PORT, BUS_PORT, STATUS_PORT
 
 DEFAULT_ATTEMPTS: Final = 3
 DEFAULT_WINDOW: Final = 3600.0
@@ -63,6 +64,15 @@ class Network:
 
     policy: str | None = None  # Managed or None, the word
     peers: tuple[Mapping[str, Any], ...] | None = None  # NetworkPolicyPeers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ports:
+    """That the pods listen on. The Service's own port is always the API's default."""
+
+    api: int = API_PORT
+    bus: int = BUS_PORT
+    status: int = STATUS_PORT
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,3 +132,7 @@ def parse_group_metadata(written: Mapping[str, Any], inherited: Mapping[str, str
     return GroupMetadata(
         labels={**inherited, **(written.get("labels") or {})}, annotations=dict(written.get("annotations") or {})
     )
+
+
+def parse_ports(ports: Mapping[str, Any]) -> Ports:
+    return Ports(**{name: ports[name] for name in ("api", "bus", "status") if name in ports})

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Final
 
 import msgspec
 
+from lockstep_operator.types.names import CONTAINER
+
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 Anything = Mapping[str, Any]
@@ -31,6 +33,7 @@ class _Mount(msgspec.Struct, rename="camel"):
 class _Resources(msgspec.Struct):
     limits: Anything | None = None
     requests: Anything | None = None
+    claims: list[_Named] | None = None
 
 
 class _Container(msgspec.Struct, rename="camel"):
@@ -62,6 +65,7 @@ class _PodSpec(msgspec.Struct, rename="camel"):
     init_containers: list[_Container] | None = None
     volumes: list[_Named] | None = None
     image_pull_secrets: list[_Named] | None = None
+    resource_claims: list[_Named] | None = None
     affinity: _Affinity | None = None
     tolerations: list[Anything] | None = None
     termination_grace_period_seconds: Natural | None = None
@@ -95,6 +99,20 @@ def flaw(template: Mapping[str, Any]) -> str:
         text, _, path = str(error).partition(" - at `$")
         return f"template{path.rstrip('`')}: {text[0].lower()}{text[1:]}"
     return next(_duplicates("template.spec", template.get("spec") or {}), "")
+
+
+def claim_flaw(template: Mapping[str, Any]) -> str:
+    """The same, of a template whose shape is right and whose pods must claim their devices: they'd start without."""
+    spec = template.get("spec") or {}
+    ours: Anything = next((one for one in spec.get("containers") or [] if one["name"] == CONTAINER), {})
+    claimed = [one["name"] for one in (ours.get("resources") or {}).get("claims") or []]
+    given = [one["name"] for one in spec.get("resourceClaims") or []]
+    if set(claimed) & set(given):
+        return ""
+    return (
+        "backend nccl without accelerator takes GPUs by resource claims: name one of template.spec.resourceClaims "
+        f"({', '.join(given) or 'there is none'}) in resources.claims of the template's container {CONTAINER}"
+    )
 
 
 def _duplicates(path: str, value: Mapping[str, Any]) -> Iterator[str]:
