@@ -104,6 +104,7 @@ class FakeGroup:
 @dataclass
 class FakeRendezvous:
     address: str = "shm:///somewhere"
+    keeps: bool = False
 
     def close(self) -> None: ...
 

@@ -15,6 +15,10 @@ class Rendezvous(Protocol):
     def address(self) -> str:
         """tcp://host:port or shm://path."""
 
+    @property
+    def keeps(self) -> bool:
+        """Whether it may be opened long before it is needed, and for any epoch."""
+
     def close(self) -> None: ...
 
 

@@ -78,7 +78,7 @@ def exchange_reserve(config: ServeConfig) -> int:
         return config.ranks_per_pod * NCCL_SHARED_BYTES
     if config.pods > 1 or not is_supported():
         return 0
-    return 2 * exchange_bytes(config.tensor_parallel_size)  # the epoch's before may still be mapped
+    return 3 * exchange_bytes(config.tensor_parallel_size)  # the last, which may still be mapped, this one and the next
 
 
 def open_rendezvous(config: ServeConfig, epoch: int) -> Rendezvous:

@@ -56,6 +56,8 @@ _present: Final = msgspec.msgpack.Decoder(PeerList)
 class RendezvousServer:
     """Rank 0's. It is served by a thread of its own until all ranks have come, or it is closed."""
 
+    keeps = False
+
     def __init__(self, host: str, size: int, token: str) -> None:
         self._listener = socket.create_server((host, 0), family=family_of(host), backlog=size)
         self._size, self._token = size, token

@@ -60,6 +60,8 @@ class SharedFile:
         CommunicatorError: there is no room for it.
     """
 
+    keeps = True
+
     def __init__(self, size: int) -> None:
         path, needed = _new_path(), exchange_bytes(size)
         if not has_room(FOLDER, needed):

@@ -28,6 +28,7 @@ from lockstep_runtime.worker.fault_classifier import classify, is_out_of_memory
 from lockstep_runtime.worker.heartbeat import Heartbeat
 from lockstep_runtime.worker.hooks import Hooks
 from lockstep_runtime.worker.model_runner import LoadReport, ModelRunner
+from lockstep_runtime.worker.next_rendezvous import NextRendezvous
 from lockstep_runtime.worker.scrub import CorruptionError, Scrub
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class Worker:
         self._config, self._rank = config, rank
         self._control, self._progress, self._collectives = control, progress, collectives
         self._rendezvous: Rendezvous | None = None
+        self._next = NextRendezvous(lambda: collectives.open_rendezvous(config, self._epoch + 1))
         self._group: Communicator | None = None
         self._closed: Communicator | None = None  # the last one: what it had mapped goes with it, when there is time
         self._loaded: bus.Loaded | None = None
@@ -117,6 +119,7 @@ class Worker:
             command = self._next_command()
             match command:
                 case ShutdownRequested():
+                    self._next.close()
                     return command.reason
                 case Connected():
                     self._drop_group()
@@ -199,7 +202,8 @@ class Worker:
                 return self._step(command)
             case bus.Rendezvous():
                 self._drop_group()
-                self._rendezvous = self._collectives.open_rendezvous(self._config, command.epoch)
+                found = self._next.take()
+                self._rendezvous = found or self._collectives.open_rendezvous(self._config, command.epoch)
                 return bus.RendezvousOpened(epoch=command.epoch, address=self._rendezvous.address)
             case bus.Join():
                 return self._join(command)
@@ -249,6 +253,8 @@ class Worker:
         )  # fmt: skip
         self._progress.leave(command.epoch, JOIN_STEP)
         self._group, self._epoch = TracedCommunicator(group, self._progress), command.epoch
+        if self._rendezvous is not None and self._rendezvous.keeps:
+            self._next.prepare()
         if self._control.min_epoch > command.epoch:  # an abort that came before there was a group to abort
             self._group.release()
         return bus.Joined(epoch=command.epoch, seconds=time.monotonic() - begun)
