@@ -23,7 +23,7 @@ from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.server import application
 from lockstep_operator.types.model_status import Condition, ModelStatus
 from lockstep_operator.types.names import ModelKey
-from lockstep_runtime.protocol.status import GroupState, GroupStatus, Latency
+from lockstep_runtime.protocol.status import GroupState, GroupStatus, Latency, status_token
 
 KEY = ModelKey("team", "chat")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -256,7 +256,31 @@ async def test_a_status_is_asked_for_with_the_token_and_then_only_its_changes() 
         assert groups.reports(KEY, {0: "uid-1"}) == {}
         changed.set()
         await groups.close()
-    assert asked[:3] == [("Bearer secret", ""), ("Bearer secret", "inc/1"), ("Bearer secret", "inc/2")]
+    reader = f"Bearer {status_token('secret')}"
+    assert asked[:3] == [(reader, ""), (reader, "inc/1"), (reader, "inc/2")]
+
+
+async def test_an_older_runtime_is_asked_with_the_groups_token() -> None:
+    """And one older still with bare revisions: each pod answers as its own version does."""
+    asked: list[tuple[bool, str]] = []
+    done = asyncio.Event()
+
+    async def status(request: web.Request) -> web.Response:
+        known, after = request.headers["Authorization"] == "Bearer secret", request.query.get("after", "")
+        asked.append((known, after))
+        if len(asked) == 5:
+            done.set()
+        if not known or "/" in after:
+            return web.Response(status=400 if known else 401)
+        return web.Response(body=msgspec.json.encode(well(KEY, 0, "inc", "new")))
+
+    async with serving(status) as server:
+        groups = StatusPoller(Changes(), lambda: 0.0)
+        groups.watch(KEY, {0: target(server)})
+        async with asyncio.timeout(10):
+            await done.wait()
+        await groups.close()
+    assert asked[:5] == [(False, ""), (True, ""), (False, "inc/1"), (True, "inc/1"), (True, "1")]
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from lockstep_runtime.host.shm_files import FOLDER_VARIABLE, remove
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import CollectivePoint, FaultPhase, Inject, Injection
 from lockstep_runtime.protocol.progress_record import Progress, new_memory
+from lockstep_runtime.protocol.status import status_token
 from lockstep_runtime.protocol.step import SequenceSlice
 from lockstep_runtime.supervisor.member_readiness import MemberReadiness
 from lockstep_runtime.supervisor.server import create_app
@@ -297,6 +298,8 @@ async def test_the_endpoint_is_there_only_where_faults_are_allowed() -> None:
 
     async with client(take) as http:
         assert (await http.post("/inject", content=body, headers={"Authorization": ""})).status_code == 401
+        reader = {"Authorization": f"Bearer {status_token('secret')}"}
+        assert (await http.post("/inject", content=body, headers=reader)).status_code == 401, "who reads breaks nothing"
         assert (await http.post("/inject", content=b"{}")).status_code == 400
         assert (await http.post("/inject", content=b" " * 10_000)).status_code == 400
         assert taken == []

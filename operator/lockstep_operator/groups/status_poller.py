@@ -18,7 +18,7 @@ from lockstep_operator.backoff import backoff
 from lockstep_operator.groups.group_view import UNREACHABLE_SECONDS, progress
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport
-from lockstep_runtime.protocol.status import STATUS_PORT, GroupState, GroupStatus, Latency
+from lockstep_runtime.protocol.status import STATUS_PORT, GroupState, GroupStatus, Latency, status_token
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _NO_ANSWER: Final = (aiohttp.ClientError, TimeoutError, OSError, msgspec.Msgspec
 
 @dataclass(frozen=True, slots=True)
 class PollTarget:
-    """A group's leader pod. Another pod, address or token is another target."""
+    """A group's leader pod. Another pod, address or token (the group's) is another target."""
 
     pod_uid: str
     address: str
@@ -115,16 +115,19 @@ class StatusPoller:
 
     async def _fetch(self, target: PollTarget, seen: GroupStatus | None) -> GroupStatus:
         """Returns at once when the group's status differs from `seen`, else when it changes."""
-        known = f"{seen.incarnation}/{seen.revision}" if seen else ""
-        answer = await self._get(target, known)
-        if answer.status == 400 and seen:  # an older runtime knows bare revisions only
-            answer = await self._get(target, str(seen.revision))
+        known, token = (f"{seen.incarnation}/{seen.revision}" if seen else ""), status_token(target.token)
+        answer = await self._get(target, token, known)
+        if answer.status == 401:  # an older runtime knows the group's token only
+            token = target.token
+            answer = await self._get(target, token, known)
+        if answer.status == 400 and seen:  # and a still older one bare revisions
+            answer = await self._get(target, token, str(seen.revision))
         if answer.status != 200:
             raise ValueError(f"status {answer.status}")
         return msgspec.json.decode(answer.body, type=GroupStatus)
 
-    async def _get(self, target: PollTarget, after: str) -> _Answer:
-        query, headers = ({"after": after} if after else {}), {"Authorization": f"Bearer {target.token}"}
+    async def _get(self, target: PollTarget, token: str, after: str) -> _Answer:
+        query, headers = ({"after": after} if after else {}), {"Authorization": f"Bearer {token}"}
         async with self._connected().get(target.url, params=query, headers=headers, allow_redirects=False) as response:
             return _Answer(response.status, await _bounded(response.content))
 

@@ -22,6 +22,7 @@ from lockstep_runtime.host import descriptors
 from lockstep_runtime.host.connections import limited
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import Inject
+from lockstep_runtime.protocol.status import status_token
 from lockstep_runtime.supervisor.member_readiness import MemberReadiness
 from lockstep_runtime.supervisor.status_store import StatusStore, parse_seen
 
@@ -42,8 +43,10 @@ def create_app(
 ) -> Starlette:
     """`readiness`: the board with the status in the leader's pod, the engine's word in the others.
 
-    `inject` is given where faults are allowed; otherwise there is no `/inject`. `config` holds no secrets.
+    `token` is the group's; whoever only reads needs no more than the `status_token`. `inject` is given where faults are
+    allowed; otherwise there is no `/inject`. `config` holds no secrets.
     """
+    readers = (status_token(token), token)
 
     board = readiness if isinstance(readiness, StatusStore) else None
 
@@ -56,7 +59,7 @@ def create_app(
         return PlainTextResponse(f"the group takes no requests: {reason}\n", 503)
 
     async def status(request: Request) -> Response:
-        if not _authorized(request, token):
+        if not _authorized(request, *readers):
             return PlainTextResponse("a bearer token is needed\n", 401, {"WWW-Authenticate": "Bearer"})
         if board is None:
             return PlainTextResponse("only the leader pod serves the status\n", 404)
@@ -69,7 +72,7 @@ def create_app(
         return Response(_encoder.encode(found), media_type="application/json")
 
     async def settings(request: Request) -> Response:
-        if not _authorized(request, token):
+        if not _authorized(request, *readers):
             return PlainTextResponse("a bearer token is needed\n", 401, {"WWW-Authenticate": "Bearer"})
         return Response(_encoder.encode(config), media_type="application/json")
 
@@ -103,9 +106,10 @@ async def _small_body(request: Request) -> bytes:
     return body
 
 
-def _authorized(request: Request, token: str) -> bool:
+def _authorized(request: Request, *tokens: str) -> bool:
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), token.encode())
+    matches = [hmac.compare_digest(given.encode(), token.encode()) for token in tokens]
+    return scheme.lower() == "bearer" and any(matches)
 
 
 class StatusServer(uvicorn.Server):
