@@ -60,7 +60,8 @@ def _object(path: str, schema: Schema, level: int) -> Iterator[str]:
 
 
 def _kind(schema: Schema, required: bool) -> str:
-    words = ["quantity" if schema.get("x-kubernetes-int-or-string") else _type(schema)]
+    either = "number or percentage" if "%" in schema.get("pattern", "") else "quantity"
+    words = [either if schema.get("x-kubernetes-int-or-string") else _type(schema)]
     if "enum" in schema:
         words = [" \\| ".join(f"`{value}`" for value in schema["enum"])]
     low, high = schema.get("minimum"), schema.get("maximum")

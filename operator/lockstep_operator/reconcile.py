@@ -34,7 +34,7 @@ from lockstep_operator.settings import Settings
 from lockstep_operator.types import spec
 from lockstep_operator.types.model_status import ModelStatus, parse
 from lockstep_operator.types.names import ModelKey, token_name
-from lockstep_operator.types.observed import GroupReport, Object, ObjectRef, Observed
+from lockstep_operator.types.observed import GroupReport, Object, ObjectRef, Observed, wanted_groups
 from lockstep_operator.types.reasons import ConditionType, Reason
 from lockstep_operator.types.spec_values import SpecError
 
@@ -170,12 +170,14 @@ class Reconciler:
 
     async def _observe(self, model: spec.Model, resource: Object, source: Source, known: _Known) -> Observed:
         now, indexed = self._now(), self._indexes.versions(model.key)
-        children = await source.children(model)
+        status = parse(_last_document(resource, known))
+        groups = wanted_groups(model, status)
+        children = await source.children(model, groups)
         pods, limits = await source.pods(model), await source.limits(model.namespace)
         if source.live:
-            known.last = last_look(model, resource, children, pods, limits, indexed, now)
+            known.last = last_look(model, groups, resource, children, pods, limits, indexed, now)
         observed = Observed(
-            status=parse(_last_document(resource, known)),
+            status=status,
             resource_version=resource["metadata"].get("resourceVersion", ""),
             token=token_of(children.get(("Secret", token_name(model.name)))),
             children=children,
@@ -184,9 +186,9 @@ class Reconciler:
             failing=frozenset(known.failures.of),
             limits=limits,
         )
-        groups = groups_of(model, observed)
-        leaders = {group.index: group.leader.uid for group in groups if group.leader}
-        asked = needs_events(groups, self._now())
+        seen = groups_of(model, observed)
+        leaders = {group.index: group.leader.uid for group in seen if group.leader}
+        asked = needs_events(seen, self._now())
         warnings = await read_warnings(self._kube, model.namespace, asked) if asked else {}
         return replace(observed, warnings=warnings, reports=self._groups.reports(model.key, leaders))
 
@@ -225,9 +227,10 @@ class Reconciler:
         requeue_after = min(
             seconds for seconds in (settled, failures.due, decision.requeue_after) if seconds is not None
         )
-        # What is written now, the next pass acts on: a step of recovery, the commit that all groups load.
-        pinned = news and change.after.model != change.before.model
-        planned = pinned or decision.requeue_after == 0.0
+        # What is written now, the next pass acts on: a step of recovery, the commit that all groups load, surge groups.
+        before, after = change.before, change.after
+        remembered = news and (after.model, after.surge) != (before.model, before.surge)
+        planned = remembered or decision.requeue_after == 0.0
         return ReconcileOutcome(requeue_after=0.0 if planned else requeue_after, wrote=planned, failing=failing)
 
     async def _halt(

@@ -39,6 +39,10 @@ def watchdog(**fields: Any) -> Object:
     return spec(watchdog=fields)
 
 
+def rollout(**fields: Any) -> Object:
+    return spec(rollout=fields)
+
+
 def budget(**fields: Any) -> Object:
     return spec(recovery={"budget": fields})
 
@@ -83,6 +87,20 @@ RULES: Final = (
         "backend cpu computes on CPUs",
         (spec(backend="cpu"), spec(backend="gloo"), spec(accelerator=GPU), spec(accelerator=GPU, backend="auto")),
         (spec(backend="cpu", accelerator=GPU), spec(backend="gloo", accelerator=GPU)),
+    ),
+    Rule(
+        "maxUnavailable 0 needs maxSurge of 1 or more",
+        (
+            rollout(maxUnavailable=0, maxSurge=1),
+            rollout(maxUnavailable="0%", maxSurge="25%"),
+            rollout(maxUnavailable="50%", maxSurge=0),
+            rollout(maxSurge=2),
+        ),
+        (
+            rollout(maxUnavailable=0),
+            rollout(maxUnavailable="0%", maxSurge=0),
+            rollout(maxUnavailable=0, maxSurge="0%"),
+        ),
     ),
     Rule(
         "backend nccl needs GPUs",

@@ -16,7 +16,7 @@ from lockstep_operator.types.model_status import GroupSummary, ModelStatus
 from lockstep_operator.types.observed import Observed, Pod
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung
 from lockstep_operator.types.spec import Model, parse
-from lockstep_operator.types.spec_blocks import GroupMetadata
+from lockstep_operator.types.spec_blocks import GroupMetadata, Rollout
 
 QUEUE = {"kueue.x-k8s.io/queue-name": "team"}
 TOKEN = "t"
@@ -119,7 +119,7 @@ def test_a_group_in_a_queue_is_recreated_for_what_the_queue_does_not_let_change(
 
 
 def test_but_not_for_what_it_lets_change() -> None:
-    (action,) = actions(queued(), queued(max_unavailable=2, served_name="other"))
+    (action,) = actions(queued(), queued(rollout=Rollout(max_unavailable=2), served_name="other"))
     assert isinstance(action, Apply)
 
 

@@ -16,7 +16,7 @@ from lockstep_operator.decisions.pod_template import pod_template
 from lockstep_operator.types.model_source import Claim, EmptyDir, HuggingFace, Image
 from lockstep_operator.types.names import ModelKey, key_of_child
 from lockstep_operator.types.spec import Model, parse
-from lockstep_operator.types.spec_blocks import EngineLimits, Network, RecoverySpec, Watchdog
+from lockstep_operator.types.spec_blocks import EngineLimits, Network, RecoverySpec, Rollout, Watchdog
 from lockstep_operator.types.spec_values import SecretKey, SpecError
 
 
@@ -34,12 +34,12 @@ def test_a_spec_is_parsed_with_the_defaults_that_the_crd_names() -> None:
     live = resource()
     live["metadata"] |= {"uid": "u", "generation": 2}
     parsed = parse(live)
-    assert (parsed.served_name, parsed.ranks_per_pod, parsed.replicas, parsed.dtype, parsed.max_unavailable) == (
+    assert (parsed.served_name, parsed.ranks_per_pod, parsed.replicas, parsed.dtype, parsed.rollout) == (
         "chat",
         1,
         1,
         "auto",
-        1,
+        Rollout(),
     )
     assert (parsed.pods_per_group, parsed.ranks, parsed.cache, parsed.engine) == (2, 2, EmptyDir(), EngineLimits())
 
@@ -412,6 +412,7 @@ def test_a_new_token_or_image_makes_a_new_revision_and_a_new_size_does_not() -> 
     revision = manifests.revision(model(), "token", SETTINGS)
     assert manifests.revision(model(), "other", SETTINGS) != revision
     assert manifests.revision(model(), "token", replace(SETTINGS, runtime_image="runtime:2")) != revision
-    assert manifests.revision(model(replicas=5, max_unavailable=2, generation=9), "token", SETTINGS) == revision
+    other = model(replicas=5, rollout=Rollout(max_surge=2), generation=9)
+    assert manifests.revision(other, "token", SETTINGS) == revision
     patient = RecoverySpec(observe=True, attempts=9, window=1.0, initial=1.0, most=2.0)
     assert manifests.revision(model(recovery=patient), "token", SETTINGS) == revision, "only the operator reads these"

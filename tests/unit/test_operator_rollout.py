@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.operator_models import group
 
 from lockstep_operator.decisions.rollout import RolloutStep, plan
+from lockstep_operator.decisions.surge import Need
+from lockstep_operator.decisions.surge import plan as surge_plan
 from lockstep_operator.groups.group import Group
+from lockstep_operator.types.model_status import SurgeGroup, SurgeReason
+from lockstep_operator.types.spec_blocks import Rollout, parse_rollout
 
 
 def steps(*groups: Group, most: int = 1) -> list[str]:
@@ -76,3 +82,49 @@ def test_never_more_groups_are_down_than_allowed(kinds: list[tuple[str, bool]], 
 def test_something_always_moves_unless_a_moved_group_is_waited_for(ready: list[bool], most: int) -> None:
     groups = [group(index, "old", ready=up) for index, up in enumerate(ready)]
     assert any(turn.step is RolloutStep.REPLACE for turn in plan(groups, "new", most))
+
+
+def test_a_surge_group_that_serves_stands_in_for_one_that_is_replaced() -> None:
+    lone = group(0, "old")
+    assert [str(turn.step) for turn in plan((lone,), "new", 0)] == ["Wait"]
+    assert plan((lone,), "new", 0)[0].reason == "group 0 keeps revision old until one more group is Ready"
+    starting = plan((lone, group(1, "new", ready=False)), "new", 0, surge=[1])
+    assert [str(turn.step) for turn in starting] == ["Wait", "Keep"]
+    standing_in = plan((lone, group(1, "new")), "new", 0, surge=[1])
+    assert [str(turn.step) for turn in standing_in] == ["Replace", "Keep"]
+
+
+def test_a_surge_group_whose_pods_are_about_to_go_stands_in_for_nobody() -> None:
+    turns = plan((group(0, "old"), group(1, "new", pods="old")), "new", 0, surge=[1])
+    assert [str(turn.step) for turn in turns] == ["Wait", "Keep"]
+
+
+def test_a_group_that_is_down_is_mended_though_no_surge_group_finds_a_place() -> None:
+    turns = plan((group(0, "old", ready=False), group(1, "new", ready=False)), "new", 0, surge=[1])
+    assert [str(turn.step) for turn in turns] == ["Replace", "Keep"]
+
+
+def rollout(**block: Any) -> Rollout:
+    return parse_rollout(block, replicas=5)
+
+
+def test_shares_of_groups_are_rounded_as_deployments_do() -> None:
+    assert rollout() == Rollout(max_unavailable=1, max_surge=0)
+    assert rollout(maxSurge="25%", maxUnavailable="25%") == Rollout(max_unavailable=1, max_surge=2)
+    assert rollout(maxSurge="1%", maxUnavailable="19%") == Rollout(max_unavailable=0, max_surge=1)
+    assert rollout(maxUnavailable="19%") == Rollout(max_unavailable=1), "one of the two must leave room"
+
+
+def wanted(start: int, keep: int, *known: int, **others: Any) -> list[int]:
+    need = Need(reason=SurgeReason.ROLLOUT, start=start, keep=keep)
+    before = [SurgeGroup(group=index, reason=SurgeReason.ROLLOUT) for index in known]
+    return [one.group for one in surge_plan(2, before, [need], **others)]
+
+
+def test_surge_groups_get_the_next_free_numbers_and_the_ready_ones_stay() -> None:
+    assert wanted(2, 2) == [2, 3]
+    assert wanted(1, 1, leaving=[2]) == [], "one that still goes counts"
+    assert wanted(2, 2, leaving=[2]) == [3]
+    assert wanted(0, 1, 2, 3, ready=[3]) == [3]
+    assert wanted(0, 0, 2) == []
+    assert wanted(1, 1, 1) == [2], "a group below replicas is one of them by now"

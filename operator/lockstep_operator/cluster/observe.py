@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Protocol
 
@@ -32,8 +32,8 @@ class Source(Protocol):
 
     async def resource(self, key: ModelKey) -> Object | None: ...
 
-    async def children(self, model: Model) -> Children:
-        """By kind and name."""
+    async def children(self, model: Model, groups: Collection[int]) -> Children:
+        """By kind and name; `groups` are those that there are to be."""
         ...
 
     async def pods(self, model: Model) -> tuple[Pod, ...]:
@@ -74,7 +74,7 @@ class Live:
     async def resource(self, key: ModelKey) -> Object | None:
         return await self.kube.get(KIND, key.namespace, key.name)
 
-    async def children(self, model: Model) -> Children:
+    async def children(self, model: Model, groups: Collection[int]) -> Children:
         lists = await asyncio.gather(
             *(self.kube.find(kind, model.namespace, labels=selector(model.name)) for kind in CHILD_KINDS)
         )
@@ -83,7 +83,7 @@ class Live:
             for kind, children in zip(CHILD_KINDS, lists, strict=True)
             for child in children
         }
-        missing = [(kind, name) for kind, name, _ in expected_names(model) if (kind, name) not in found]
+        missing = [(kind, name) for kind, name, _ in expected_names(model, groups) if (kind, name) not in found]
         objects = await asyncio.gather(*(self.kube.get(kind, model.namespace, name) for kind, name in missing))
         return found | {key: child for key, child in zip(missing, objects, strict=True) if child is not None}
 
@@ -114,7 +114,7 @@ class Indexed:
     async def resource(self, key: ModelKey) -> Object | None:
         return self.indexes.model(key)
 
-    async def children(self, model: Model) -> Children:
+    async def children(self, model: Model, groups: Collection[int]) -> Children:
         found = {**self.last.unlabelled, **self.indexes.children(model.key, self.last.gone)}
         secret = await self._secret(model)
         if secret is not None:
@@ -139,6 +139,7 @@ class Indexed:
 
 def last_look(
     model: Model,
+    groups: Collection[int],
     resource: Object,
     children: Children,
     pods: Iterable[Pod],
@@ -148,7 +149,7 @@ def last_look(
 ) -> LastLook:
     """What is to be remembered of a live look. `indexed` are the versions that the indexes had before it, by UID."""
     seen = {child["metadata"]["uid"] for child in children.values()} | {pod.uid for pod in pods}
-    needed = {(kind, name) for kind, name, _ in expected_names(model) if kind != "Secret"}
+    needed = {(kind, name) for kind, name, _ in expected_names(model, groups) if kind != "Secret"}
     return LastLook(
         at=now,
         limits=limits,

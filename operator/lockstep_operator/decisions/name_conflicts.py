@@ -8,7 +8,7 @@ from typing import Any
 
 from lockstep_operator.groups.group import is_ours
 from lockstep_operator.types.names import KIND
-from lockstep_operator.types.observed import Observed, controller, expected_names
+from lockstep_operator.types.observed import Observed, controller, expected_names, wanted_groups
 from lockstep_operator.types.spec import Model
 
 
@@ -45,7 +45,7 @@ class NameConflicts:
 
 def _foreign(model: Model, observed: Observed) -> Iterator[tuple[str, str, Mapping[str, Any] | None, int | None]]:
     """Kind, name and owner of what has a name that the model needs and isn't its own; and whose group's name it is."""
-    for kind, name, group in expected_names(model):
+    for kind, name, group in expected_names(model, wanted_groups(model, observed.status)):
         child = observed.child(kind, name)
         if child is not None and not is_ours(model, child):
             yield kind, name, controller(child), group

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lockstep_operator.decisions import commit_pin, manifests, rollout, upkeep
+from lockstep_operator.decisions import commit_pin, manifests, rollout, surge, upkeep
 from lockstep_operator.decisions.actions import Action, Delete
 from lockstep_operator.decisions.group_plan import GroupPlanner
 from lockstep_operator.decisions.guard import Bug, Guard
@@ -19,7 +19,7 @@ from lockstep_operator.groups.pod_issues import should_force_delete
 from lockstep_operator.groups.waiting import unplaced
 from lockstep_operator.settings import Settings
 from lockstep_operator.types.model_source import HuggingFace
-from lockstep_operator.types.model_status import PinnedModel
+from lockstep_operator.types.model_status import PinnedModel, SurgeGroup
 from lockstep_operator.types.observed import ObjectRef, Observed
 from lockstep_operator.types.spec import Model
 
@@ -36,6 +36,7 @@ class Decision:
     conflicts: NameConflicts = NO_CONFLICTS
     recoveries: Mapping[int, RecoveryDecision] = field(default_factory=dict)  # by group
     bugs: tuple[Bug, ...] = ()
+    surge: tuple[SurgeGroup, ...] = ()  # groups beyond replicas, as the status is to have them
     pin: PinnedModel | None = None  # what the hub's model is resolved to, as the status is to have it
 
     @property
@@ -56,7 +57,8 @@ def decide(model: Model, observed: Observed, now: float, settings: Settings) -> 
     if not conflicts.whole:
         revision = guard("the pods' template", lambda: _revision(model, observed, settings), "")
     commit = commit_pin.pinned(model, observed.status.model)
-    steps = _rollout(model, own, revision, commit_pin.astray(revision, own, commit))
+    astray = commit_pin.astray(revision, own, commit)
+    steps = _rollout(model, own, revision, astray)
     planner = GroupPlanner(
         model=model,
         observed=observed,
@@ -74,6 +76,8 @@ def decide(model: Model, observed: Observed, now: float, settings: Settings) -> 
     actions += [action for plan in plans for action in plan.upkeep]
     if not conflicts.whole:
         actions += guard("groups beyond replicas", lambda: [*upkeep.scale_down(model, observed, excess)], [])
+    before = observed.status.surge
+    kept = guard("surge groups", lambda: _surge(model, own, revision, astray, before, excess), before)
     return Decision(
         actions=tuple(_once(actions)),
         revision=revision,
@@ -83,6 +87,7 @@ def decide(model: Model, observed: Observed, now: float, settings: Settings) -> 
         conflicts=conflicts,
         recoveries={plan.group: plan.recovery for plan in plans if plan.recovery},
         bugs=tuple(guard.bugs),
+        surge=kept,
         pin=commit_pin.pin(model, revision, own, observed.status.model),
     )
 
@@ -101,8 +106,30 @@ def _rollout(
         return tuple(
             RolloutDecision(one.index, RolloutStep.WAIT, f"group {one.index} stays as it is") for one in groups
         )
-    before = {one.group.index for one in own if unplaced(one.last.waiting, revision)}
-    return rollout.plan(groups, revision, model.max_unavailable, before, astray)
+    beyond = [one.index for one in groups if one.index >= model.replicas]
+    return rollout.plan(groups, revision, model.rollout.max_unavailable, _unplaced(own, revision), astray, beyond)
+
+
+def _unplaced(own: Sequence[GroupFacts], revision: str) -> set[int]:
+    return {one.group.index for one in own if unplaced(one.last.waiting, revision)}
+
+
+def _surge(
+    model: Model,
+    own: Sequence[GroupFacts],
+    revision: str,
+    astray: Collection[int],
+    known: Sequence[SurgeGroup],
+    excess: Sequence[Group],
+) -> tuple[SurgeGroup, ...]:
+    """Those that there are stay, while nobody knows what pods are to be."""
+    if not revision:
+        return tuple(known)
+    groups = [one.group for one in own]
+    asked = [one for one in groups if one.index < model.replicas and one.index not in _unplaced(own, revision)]
+    needs = [surge.of_rollout(model.rollout.max_surge, asked, revision, astray)]
+    ready = {one.index for one in groups if one.ready}
+    return surge.plan(model.replicas, known, needs, ready, {one.index for one in excess})
 
 
 def _once(actions: Iterable[Action]) -> Iterator[Action]:

@@ -2,7 +2,8 @@
 
 A StatefulSet keeps the old template until its group's turn, so that a pod which dies meanwhile is recreated as it was,
 and a broken spec reaches only the groups whose turn it is. At most `max_unavailable` groups are in transition or down
-together. Groups that are down already go first: replacing them costs no availability.
+together, beside those that surge groups stand in for. Groups that are down already go first, and one of them may
+always: replacing them costs no availability.
 """
 
 from __future__ import annotations
@@ -37,29 +38,37 @@ def plan(
     max_unavailable: int,
     unplaced: Collection[int] = (),
     astray: Mapping[int, str] = MappingProxyType({}),
+    surge: Collection[int] = (),
 ) -> tuple[RolloutDecision, ...]:
     """One decision per group, in the order of `groups`. `unplaced` ones were unschedulable already before this
     revision: they get it first, and nobody waits for them, or a change would never reach the groups that serve.
-    `astray`: groups of this revision that load another commit than the model is pinned to, with that commit."""
+    `astray`: groups of this revision that load another commit than the model is pinned to, with that commit. `surge`
+    groups are beyond those that the spec asks for: each that is Ready stands in for one of those."""
     outdated = [group for group in groups if group.exists and (group.revision != revision or group.index in astray)]
     moving = [
         group
         for group in groups
-        if group.index not in unplaced
-        and group.index not in astray
+        if group.index not in {*unplaced, *astray, *surge}
         and (not group.exists or (group.revision == revision and not group.ready_at(revision)))
     ]
+    standing_in = [group for group in groups if group.index in surge and group.ready_at(group.revision)]
+    down, most = len(moving), max_unavailable + len(standing_in)
     taken: dict[int, str] = {}
-    for group in sorted(outdated, key=lambda group: (group.ready, -group.index)):
-        if len(moving) + len(taken) >= max_unavailable:
+    for group in sorted(outdated, key=lambda group: (group.ready, group.index not in surge, -group.index)):
+        missed = group.ready or group.index not in surge
+        if missed and down >= (most if group.ready else max(1, most)):
             break
-        if group.revision == revision:
-            taken[group.index] = f"group {group.index} loaded commit {astray[group.index]}, which is not the model's"
-        elif not group.ready:
-            taken[group.index] = f"group {group.index} isn't Ready anyway, so it gets revision {revision} first"
-        else:
-            taken[group.index] = f"group {group.index} gets revision {revision}: it is next"
+        down += missed
+        taken[group.index] = _turn(group, revision, astray)
     return tuple(_decision(group, revision, taken, groups) for group in groups)
+
+
+def _turn(group: Group, revision: str, astray: Mapping[int, str]) -> str:
+    if group.revision == revision:
+        return f"group {group.index} loaded commit {astray[group.index]}, which is not the model's"
+    if not group.ready:
+        return f"group {group.index} isn't Ready anyway, so it gets revision {revision} first"
+    return f"group {group.index} gets revision {revision}: it is next"
 
 
 def _decision(group: Group, revision: str, taken: dict[int, str], groups: Sequence[Group]) -> RolloutDecision:
@@ -76,6 +85,8 @@ def _decision(group: Group, revision: str, taken: dict[int, str], groups: Sequen
 
 
 def _listed(indices: Sequence[int]) -> str:
+    if not indices:
+        return "one more group is"
     if len(indices) == 1:
         return f"group {indices[0]} is"
     return f"groups {', '.join(map(str, indices))} are"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lockstep_operator.types.names import GROUP_LABEL, REVISION_LABEL, group_name
-from lockstep_operator.types.observed import Observed, Pod, controller
+from lockstep_operator.types.observed import Observed, Pod, controller, wanted_groups
 from lockstep_operator.types.spec import Model
 
 
@@ -67,16 +67,17 @@ class Group:
 
 
 def groups_of(model: Model, observed: Observed) -> tuple[Group, ...]:
-    """The groups that the spec asks for, whether they exist or not, by index."""
-    return tuple(_group(model, observed, index) for index in range(model.replicas))
+    """The groups that there are to be, whether they exist or not, by index: surge groups last."""
+    return tuple(_group(model, observed, index) for index in wanted_groups(model, observed.status))
 
 
 def excess_groups(model: Model, observed: Observed) -> tuple[Group, ...]:
-    """Groups beyond `replicas` of which something is left, highest first."""
+    """Groups that nobody wants any more, of which something is left, highest first."""
+    wanted = wanted_groups(model, observed.status)
     indices = {
         int(label)
         for child in observed.children.values()
-        if is_ours(model, child) and (label := _group_label(child)).isdigit() and int(label) >= model.replicas
+        if is_ours(model, child) and (label := _group_label(child)).isdigit() and int(label) not in wanted
     }
     return tuple(_group(model, observed, index) for index in sorted(indices, reverse=True))
 

@@ -90,8 +90,8 @@ def _ready(
         return ConditionValue("False", Reason.NAME_CONFLICT, conflicts.sentence, stalled=not conflicts.ends)
     if obstacle:
         return ConditionValue("False", obstacle.reason, obstacle.message, stalled=obstacle.stalled)
-    if decision.excess:
-        listed = ", ".join(str(group.index) for group in decision.excess)
+    if leaving := _leaving(model, decision):
+        listed = ", ".join(map(str, leaving))
         return ConditionValue("False", Reason.SCALING_DOWN, f"group {listed} finishes its requests and is removed")
     if model.replicas == 0:
         return ConditionValue("True", Reason.SCALED_TO_ZERO, "replicas is 0: nothing is served, as asked")
@@ -100,6 +100,13 @@ def _ready(
         text = f"{_groups(len(groups))} of {model.tensor_parallel_size} ranks serve"
         return ConditionValue("True", Reason.READY, text)
     return _not_ready(decision, _worst(model, behind, before))
+
+
+def _leaving(model: Model, decision: Decision) -> list[int]:
+    """Groups that are removed, or will be as soon as the status says that nobody wants them."""
+    wanted = {*range(model.replicas), *(one.group for one in decision.surge)}
+    dropped = [one.group.index for one in decision.groups if one.group.index not in wanted]
+    return [*(group.index for group in decision.excess), *dropped]
 
 
 def _worst(model: Model, behind: Sequence[GroupAssessment], before: ModelStatus) -> Blocker | None:

@@ -22,6 +22,7 @@ _ESSENTIAL: Final = (
     "selector",
     "revision",
     "model",
+    "surge",
     "recoveries",
 )
 

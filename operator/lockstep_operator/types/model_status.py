@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -115,6 +116,17 @@ class PinnedModel(Part, frozen=True, kw_only=True):
     commit: str
 
 
+class SurgeReason(enum.StrEnum):
+    ROLLOUT = "Rollout"
+
+
+class SurgeGroup(Part, frozen=True, kw_only=True):
+    """A group with an index of `replicas` or more, and why it is wanted."""
+
+    group: int
+    reason: SurgeReason
+
+
 class ModelStatus(Part, frozen=True, kw_only=True):
     observed_generation: int | None = None
     conditions: tuple[Condition, ...] = ()
@@ -126,6 +138,7 @@ class ModelStatus(Part, frozen=True, kw_only=True):
     revision: str = ""
     model: PinnedModel | None = None
     ready_groups: str = ""
+    surge: tuple[SurgeGroup, ...] = ()
     ranks: str = ""
     step_latency: StepLatency | None = None
     recoveries: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,13 +107,19 @@ class Observed:
         return tuple(pod for pod in self.pods if pod.group == group)
 
 
-def expected_names(model: Model) -> list[tuple[str, str, int | None]]:
+def wanted_groups(model: Model, status: ModelStatus) -> tuple[int, ...]:
+    """Indices of the groups that there are to be: as many as `replicas` says, and those that the status wants for a
+    while beyond them."""
+    return (*range(model.replicas), *(one.group for one in status.surge if one.group >= model.replicas))
+
+
+def expected_names(model: Model, groups: Iterable[int]) -> list[tuple[str, str, int | None]]:
     """Kind and name of what the model needs, and the group that it is for, if it is for one. A list by label may miss
     some, because somebody removed the label."""
     shared = [("Secret", token_name(model.name)), ("ServiceAccount", account_name(model.name)), ("Service", model.name)]
     of_group = ["StatefulSet", "Service", *(["NetworkPolicy"] if model.network.policy != "None" else [])]
     return [(kind, name, None) for kind, name in shared] + [
-        (kind, group_name(model.name, group), group) for group in range(model.replicas) for kind in of_group
+        (kind, group_name(model.name, group), group) for group in groups for kind in of_group
     ]
 
 

@@ -22,6 +22,7 @@ from lockstep_operator.types.spec_blocks import (
     Network,
     Ports,
     RecoverySpec,
+    Rollout,
     Vision,
     Watchdog,
     parse_engine,
@@ -29,6 +30,7 @@ from lockstep_operator.types.spec_blocks import (
     parse_network,
     parse_ports,
     parse_recovery,
+    parse_rollout,
     parse_vision,
     parse_watchdog,
 )
@@ -61,8 +63,8 @@ class Model:
     api_key: SecretKey | None = None
     network: Network = field(default_factory=Network)
     ports: Ports = field(default_factory=Ports)
-    max_unavailable: int = 1
     group_metadata: GroupMetadata = field(default_factory=GroupMetadata)
+    rollout: Rollout = field(default_factory=Rollout)
     template: Mapping[str, Any] = field(default_factory=dict)
     flaw: str = ""  # what is wrong with the pods' template, as a sentence: existing pods stay, and are repaired
     progress_deadline: float = DEFAULT_PROGRESS  # seconds
@@ -134,8 +136,8 @@ def parse(resource: Mapping[str, Any], sources: Sequence[ModelSource] = ()) -> M
         api_key=secret_key(spec.get("apiKeySecretRef")),
         network=parse_network(spec.get("network") or {}),
         ports=parse_ports(spec.get("ports") or {}),
-        max_unavailable=(spec.get("rollout") or {}).get("maxUnavailable", 1),
         group_metadata=parse_group_metadata(spec.get("groupMetadata") or {}, _inherited(metadata.get("labels") or {})),
+        rollout=parse_rollout(spec.get("rollout") or {}, spec.get("replicas", 1)),
         template=template,
         flaw=template_flaw or flaw or other_flaw or unknown,
         progress_deadline=seconds(spec, "progressDeadline") or DEFAULT_PROGRESS,

@@ -83,6 +83,14 @@ class GroupMetadata:
     annotations: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """How running groups are replaced, in groups."""
+
+    max_unavailable: int = 1
+    max_surge: int = 0
+
+
 def parse_engine(engine: Mapping[str, Any]) -> EngineLimits:
     memory = engine.get("kvCacheMemory")
     return EngineLimits(
@@ -120,6 +128,21 @@ def parse_recovery(recovery: Mapping[str, Any]) -> RecoverySpec:
         most=seconds(backoff, "max") or DEFAULT_MAX,
     )
     return replace(found, most=max(found.initial, found.most)) if "max" not in backoff else found
+
+
+def parse_rollout(rollout: Mapping[str, Any], replicas: int) -> Rollout:
+    """Percentages as Deployments have them: of `replicas`, rounded up for surge and down for what may be missing; and
+    where that leaves neither, one group may be."""
+    surge = _share(rollout.get("maxSurge", 0), replicas, up=True)
+    unavailable = _share(rollout.get("maxUnavailable", 1), replicas, up=False)
+    return Rollout(max_unavailable=unavailable if surge else max(1, unavailable), max_surge=surge)
+
+
+def _share(value: int | str, replicas: int, *, up: bool) -> int:
+    if isinstance(value, int):
+        return value
+    percent = int(value.removesuffix("%"))
+    return (percent * replicas + (99 if up else 0)) // 100
 
 
 def parse_network(network: Mapping[str, Any]) -> Network:
