@@ -15,11 +15,12 @@ from typing import Any, Final
 import kopf
 
 from lockstep_operator.cluster.client import RESOURCES
-from lockstep_operator.cluster.indexes import INDEXED, Indexes, entry
+from lockstep_operator.cluster.indexes import BUDGET, INDEXED, Indexes, entry
 from lockstep_operator.types.names import KIND, MODEL_LABEL, ModelKey, key_of_child
 from lockstep_operator.types.observed import Object
 
 Changed = Callable[[ModelKey], None]
+OF_ANYBODY: Final = (KIND, BUDGET)  # watched whatever their labels
 LABELLED: Final = {MODEL_LABEL: kopf.PRESENT}
 
 
@@ -30,6 +31,7 @@ def registry(work: Callable[[Indexes], AbstractAsyncContextManager[Changed]]) ->
     async def start(memo: kopf.Memo, **kwargs: Any) -> None:
         indexes = Indexes()
         indexes.bind({kind: kwargs[kind] for kind in INDEXED})
+        memo.budgets = {}  # UID of somebody else's → what was last heard of it
         memo.work = AsyncExitStack()
         memo.changed = await memo.work.enter_async_context(work(indexes))
 
@@ -40,9 +42,9 @@ def registry(work: Callable[[Indexes], AbstractAsyncContextManager[Changed]]) ->
     kopf.on.cleanup(registry=handlers)(stop)
     kopf.on.login(registry=handlers)(_login)
     for kind in INDEXED:
-        labels = None if kind == KIND else LABELLED
+        labels = None if kind in OF_ANYBODY else LABELLED
         kopf.index(*_resource(kind), labels=labels, registry=handlers, id=kind)(_indexer(kind))
-        changed: Callable[..., Any] = _model_changed if kind == KIND else _child_changed
+        changed: Callable[..., Any] = _CHANGED.get(kind, _child_changed)
         kopf.on.event(*_resource(kind), labels=labels, registry=handlers, id=kind)(changed)
     return handlers
 
@@ -63,6 +65,25 @@ async def _child_changed(memo: kopf.Memo, body: Mapping[str, Any], **_: Any) -> 
         memo.changed(key)
 
 
+async def _budget_changed(memo: kopf.Memo, namespace: str, body: Mapping[str, Any], **kwargs: Any) -> None:
+    """Somebody else's may select the pods of any model of its namespace. Its status changes with every pod's readiness,
+    which concerns nobody here."""
+    if key := key_of_child(body):
+        memo.changed(key)
+        return
+    metadata = body["metadata"]
+    version = metadata.get("generation"), kwargs["type"] == "DELETED"
+    if memo.budgets.get(metadata["uid"]) == version:
+        return
+    memo.budgets[metadata["uid"]] = version
+    for key in kwargs[KIND]:
+        if key.namespace == namespace:
+            memo.changed(key)
+
+
+_CHANGED: Final[Mapping[str, Callable[..., Any]]] = {KIND: _model_changed, BUDGET: _budget_changed}
+
+
 def _resource(kind: str) -> tuple[str, str, str]:
     """API group, version and plural."""
     api_version, plural = RESOURCES[kind]
@@ -80,7 +101,7 @@ def kopf_settings() -> kopf.OperatorSettings:
     settings.peering.standalone = True
     settings.scanning.disabled = True  # needs no rights to look at namespaces and CRDs
     for kind in INDEXED:
-        if kind != KIND:
+        if kind not in OF_ANYBODY:
             settings.watching.label_selectors[_resource(kind)] = MODEL_LABEL  # the API server filters
     logging.getLogger("kopf").setLevel(logging.WARNING)  # it tells of every event that it hands on
     return settings

@@ -211,7 +211,7 @@ class Reconciler:
         if not source.live and (drafts or news):
             return None
         known.last.dirty = bool(applied.done or drafts or news)
-        self._groups.watch(model.key, targets(decision, observed))
+        self._groups.watch(model.key, targets(model, decision, observed))
         await self._writer.record(resource, drafts, now)
         if news:
             known.unwritten = None if await self._writer.write(resource, built) else built
@@ -251,12 +251,18 @@ class Reconciler:
         return ReconcileOutcome(requeue_after=self._settings.resync_seconds, failing=True)
 
 
-def targets(decision: Decision, observed: Observed) -> dict[int, Leader]:
+def targets(model: spec.Model, decision: Decision, observed: Observed) -> dict[int, Leader]:
     """Whom to poll: the leader pod of every group that has an address."""
     if observed.token is None or decision.conflicts.token:
         return {}
     return {
-        facts.group.index: Leader(leader.uid, leader.ip, observed.token, leader.status_port)
+        facts.group.index: Leader(
+            leader.uid,
+            leader.ip,
+            observed.token,
+            leader.status_port,
+            fenced=facts.group.index in model.intervention.fenced,
+        )
         for facts in decision.groups
         if (leader := facts.group.leader) and leader.ip and leader.deleting is None
     }

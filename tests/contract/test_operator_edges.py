@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -334,6 +335,35 @@ async def test_an_answer_without_end_is_cut_off_whatever_its_headers_say() -> No
         assert "bytes are too many for a status" in groups.reports(KEY, {0: "uid-1"})[0].error
         await groups.close()
     assert sent < 8 * MAX_STATUS_BYTES
+
+
+async def test_a_group_is_fenced_and_freed_as_its_target_says() -> None:
+    fenced, asked, changed = False, list[str](), asyncio.Event()
+
+    async def answer(request: web.Request) -> web.Response:
+        nonlocal fenced
+        assert request.headers["Authorization"] == "Bearer secret"
+        if request.path == "/fence":
+            asked.append(request.method)
+            fenced = request.method == "PUT"
+            return web.Response()
+        if len(asked) == 2:
+            changed.set()
+        status = msgspec.structs.replace(well(KEY, 0, "inc", "new"), fenced=fenced)
+        return web.Response(body=msgspec.json.encode(status))
+
+    changes = Changes()
+    groups = StatusPoller(changes, lambda: 0.0)
+    async with serving(answer) as server:
+        of = target(server)
+        groups.watch(KEY, {0: replace(of, fenced=True)})
+        while not (status := groups.reports(KEY, {0: "uid-1"}).get(0)) or not status.status or not status.status.fenced:
+            await changes.next()
+        groups.watch(KEY, {0: of})
+        async with asyncio.timeout(10):
+            await changed.wait()
+        await groups.close()
+    assert asked == ["PUT", "DELETE"]
 
 
 async def test_an_older_runtime_is_asked_by_bare_revisions() -> None:

@@ -25,7 +25,9 @@ from lockstep_operator.types.names import KIND, ModelKey
 
 SETTINGS = Settings(runtime_image="runtime:1", operator_namespace="lockstep-system", resync_seconds=0.2)
 SECONDS = 20.0
-CHILDREN = {("Secret", "chat-token"), ("ServiceAccount", "chat-ranks"), ("Service", "chat")}
+CHILDREN = {
+    ("Secret", "chat-token"), ("ServiceAccount", "chat-ranks"), ("Service", "chat"), ("PodDisruptionBudget", "chat"),
+}  # fmt: skip
 
 
 class Operator:
@@ -181,6 +183,32 @@ async def test_children_of_others_and_of_nobody_are_not_listened_to(
         assert {*operator.told[before:]} == {ModelKey("team", "chat")}
         await at_rest(http, operator)
         assert http.asked["GET", "Pod"] == lists, "it is another's, and no reason to look"
+
+
+async def test_somebody_elses_budget_concerns_all_models_of_its_namespace_and_its_status_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path, monkeypatch, "chat") as (kube, http, operator):
+        await until("the children", lambda: children(kube) == CHILDREN and is_ready(kube))
+        await at_rest(http, operator)
+        before = len(operator.told)
+        spec = {"minAvailable": 1, "selector": {"matchLabels": {"app": "web"}}}
+        kube.put("PodDisruptionBudget", {"metadata": {"name": "theirs", "namespace": "team"}, "spec": spec})
+        await until("the model to be looked at", lambda: len(operator.told) > before)
+        await at_rest(http, operator)
+        told = len(operator.told)
+        allowed = {"status": {"disruptionsAllowed": 1}}
+        kube.change("PodDisruptionBudget", "team", "theirs", lambda live: live.update(allowed))
+        kube.put("Service", {"metadata": {"name": "mine", "namespace": "team",
+                                          "labels": {"lockstep.dev/model": "nobody"}}, "spec": {}})  # fmt: skip
+        await until("what came after that to be heard", lambda: len(operator.told) > told)
+        assert {*operator.told[told:]} == {ModelKey("team", "nobody")}
+        kube.remove("Service", "team", "mine")
+        selects_all: dict[str, object] = {"selector": {}}
+        kube.change("PodDisruptionBudget", "team", "theirs", lambda live: live["spec"].update(selects_all))
+        await until("ours to give way", lambda: ("PodDisruptionBudget", "chat") not in children(kube))
+        kube.remove("PodDisruptionBudget", "team", "theirs")
+        await until("ours to be back", lambda: children(kube) == CHILDREN)
 
 
 @pytest.mark.parametrize("kind", INDEXED)

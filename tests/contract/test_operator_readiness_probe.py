@@ -46,6 +46,31 @@ def told(*, accepting: bool, whole: bool) -> GroupReadiness:
     return GroupReadiness(accepting=accepting, whole=whole, message="rank 1 is missing")
 
 
+async def fence(readiness: StatusStore | MemberReadiness, method: str, token: str = "secret") -> int:
+    transport = httpx.ASGITransport(create_app(readiness, "secret"))
+    async with httpx.AsyncClient(transport=transport, base_url="http://pod") as client:
+        answer = await client.request(method, "/fence", headers={"Authorization": f"Bearer {token}"})
+    return answer.status_code
+
+
+async def test_a_fenced_group_takes_no_requests_whatever_its_engine_says_until_it_is_freed() -> None:
+    board = StatusStore(CONFIG)
+    ready = msgspec.structs.replace(board.status, state=GroupState.READY, accepting=True, message="well", since=1.0)
+    board.take(ready)
+    assert await fence(board, "PUT", "another") == 401
+    assert (await probe(board)).status_code == 200
+    before = board.status.revision
+    assert [await fence(board, "PUT"), await fence(board, "PUT")] == [200, 200]
+    board.take(msgspec.structs.replace(ready, requests_running=1))
+    assert (board.status.fenced, board.status.accepting, board.status.revision) == (True, False, before + 2)
+    assert (await probe(board)).text == "the group takes no requests: it is fenced; well\n"
+    assert await fence(board, "DELETE") == 200
+    assert (await probe(board)).status_code == 200
+    assert not board.status.fenced
+    assert time.time() - board.status.since < 60, "how long it was not Ready behind the fence says nothing"
+    assert await fence(MemberReadiness(), "PUT") == 404
+
+
 async def test_other_pods_are_ready_as_their_group_is() -> None:
     member, now = MemberReadiness(), time.monotonic()
     assert (await probe(member)).text == "the group takes no requests: the leader hasn't been reached yet\n"

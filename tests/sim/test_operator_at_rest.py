@@ -18,7 +18,8 @@ from lockstep_operator.cluster.observe import RESTING_SECONDS, TOKEN_SECONDS
 from lockstep_operator.types.names import KIND, ModelKey
 from lockstep_operator.types.observed import GroupReport
 
-ALL_KINDS = {KIND, "Secret", "StatefulSet", "Service", "ServiceAccount", "NetworkPolicy", "Pod", "LimitRange"}
+ALL_KINDS = {KIND, "Secret", "StatefulSet", "Service", "ServiceAccount", "NetworkPolicy", "Pod", "LimitRange",
+             "PodDisruptionBudget"}  # fmt: skip
 Requests = Counter[tuple[str, str]]
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 from tests.support.cluster_model import Model, Object
 from tests.support.wait import until
 
-CHILDREN: Final = ("statefulsets", "services", "secrets", "serviceaccounts", "networkpolicies")
+CHILDREN: Final = ("statefulsets", "services", "secrets", "serviceaccounts", "networkpolicies", "poddisruptionbudgets")
 
 
 def change_spec(model: Model, patch: str) -> None:

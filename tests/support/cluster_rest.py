@@ -12,6 +12,7 @@ from tests.support.wait import until
 # Everything that the operator writes.
 KINDS: Final = (
     "tensorparallelmodels", "statefulsets", "services", "secrets", "serviceaccounts", "networkpolicies", "events",
+    "poddisruptionbudgets",
 )  # fmt: skip
 CALM_SECONDS: Final = 3.0
 

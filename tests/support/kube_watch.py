@@ -7,7 +7,7 @@ from typing import Final
 
 from tests.support.kube_fake import FakeKube, Identity, clone
 
-from lockstep_operator.cluster.indexes import INDEXED, Index, Indexes, entry
+from lockstep_operator.cluster.indexes import BUDGET, INDEXED, Index, Indexes, entry
 from lockstep_operator.types.names import KIND, MODEL_LABEL, ModelKey
 from lockstep_operator.types.observed import Object
 
@@ -43,7 +43,7 @@ class KubeWatch:
         """As the label selectors of the watches have it."""
         for identity, item in self._kube.objects.items():
             kind, labels = identity[0], item["metadata"].get("labels") or {}
-            if kind == KIND or (kind in INDEXED and MODEL_LABEL in labels):
+            if kind in (KIND, BUDGET) or (kind in INDEXED and MODEL_LABEL in labels):
                 yield identity, item
 
     def _index(self, kind: str) -> Index:

@@ -40,7 +40,7 @@ def actions(before: Model, after: Model, *pods: Pod, status: ModelStatus | None 
     revision = manifests.revision(before, TOKEN, SETTINGS)
     every = [
         manifests.token_secret(before, TOKEN), *manifests.shared(before), *manifests.of_group(before, 0, SETTINGS),
-        manifests.stateful_set(before, 0, revision, SETTINGS),
+        manifests.stateful_set(before, 0, revision, SETTINGS), manifests.disruption_budget(before, 1),
     ]  # fmt: skip
     extra = {"uid": "uid-0", "resourceVersion": "7", "generation": 1, "creationTimestamp": "2027-01-15T07:00:00Z"}
     children = {

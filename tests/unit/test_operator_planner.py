@@ -34,7 +34,8 @@ def live(manifest: Child, **metadata: Any) -> Child:
 def everything(made: Model, revision: str | None = None, *, groups: int | None = None) -> dict[tuple[str, str], Child]:
     found = manifests.revision(made, TOKEN, SETTINGS) if revision is None else revision
     count = made.replicas if groups is None else groups
-    every = [manifests.token_secret(made, TOKEN), *manifests.shared(made)]
+    budget = manifests.disruption_budget(made, max(0, made.replicas * made.pods_per_group - 1))
+    every = [manifests.token_secret(made, TOKEN), *manifests.shared(made), budget]
     for index in range(count):
         every += [*manifests.of_group(made, index, SETTINGS), manifests.stateful_set(made, index, found, SETTINGS)]
     return {(item["kind"], item["metadata"]["name"]): live(item) for item in every}
@@ -70,7 +71,8 @@ def test_nothing_is_done_when_everything_is_as_the_spec_asks() -> None:
 def test_a_new_model_gets_its_token_first_and_no_pods_before_it() -> None:
     decision = decided(model(), {}, token=None)
     assert decision.actions[0] == CreateToken("chat-token", "Secret chat-token with the group's token is missing")
-    assert reasons(decision)[1:] == ["ServiceAccount chat-ranks is missing", "Service chat is missing"]
+    shared = ["ServiceAccount chat-ranks is missing", "Service chat is missing"]
+    assert reasons(decision)[1:] == [*shared, "PodDisruptionBudget chat is missing"]
     assert decision.revision == ""
 
 
@@ -314,7 +316,7 @@ def test_only_first_pods_that_have_an_address_and_stay_are_asked() -> None:
     observed = Observed(
         status=ModelStatus(), resource_version="1", token=TOKEN, children=everything(made), pods=of
     )  # fmt: skip
-    asked = targets(decide(made, observed, NOW, SETTINGS), observed)
+    asked = targets(made, decide(made, observed, NOW, SETTINGS), observed)
     assert {index: (one.pod_uid, one.url) for index, one in asked.items()} == {
         0: ("uid-0-0", "http://10.0.0.1:7401/status")
     }

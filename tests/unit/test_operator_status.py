@@ -102,7 +102,7 @@ def test_a_serving_model() -> None:
     status = status_of(decided(group()), seen(said(step_latency=Latency(p50_ms=12.34, p99_ms=20.0), last_step_at=NOW)))
     assert {item["type"]: item["status"] for item in status["conditions"]} == {
         "Ready": "True", "Available": "True", "ModelLoaded": "True", "CollectivesHealthy": "True",
-        "Poisoned": "False", "Reconciling": "False", "Stalled": "False",
+        "Poisoned": "False", "Reconciling": "False", "Stalled": "False", "DisruptionsBounded": "True",
     }  # fmt: skip
     assert condition(status, "Ready") == ("True", "Ready", "1 group of 2 ranks serve")
     assert (status["ranks"], status["readyReplicas"], status["updatedReplicas"], status["replicas"]) == ("2/2", 1, 1, 1)

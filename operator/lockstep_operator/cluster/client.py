@@ -35,6 +35,7 @@ RESOURCES: Final[Mapping[str, tuple[str, str]]] = {
     "Secret": ("v1", "secrets"),
     "ServiceAccount": ("v1", "serviceaccounts"),
     "NetworkPolicy": ("networking.k8s.io/v1", "networkpolicies"),
+    "PodDisruptionBudget": ("policy/v1", "poddisruptionbudgets"),
     "Pod": ("v1", "pods"),
     "Event": ("v1", "events"),
     "LimitRange": ("v1", "limitranges"),

@@ -14,16 +14,19 @@ from lockstep_operator.cluster.client import RESOURCES
 from lockstep_operator.types.names import KIND, MODEL_LABEL, ModelKey
 from lockstep_operator.types.observed import Object, ObjectRef
 
-CHILD_KINDS: Final = ("StatefulSet", "Service", "ServiceAccount", "NetworkPolicy")
+LABELLED_KINDS: Final = ("StatefulSet", "Service", "ServiceAccount", "NetworkPolicy")
+BUDGET: Final = "PodDisruptionBudget"  # of others, too: two that select one pod are one too many
+CHILD_KINDS: Final = (*LABELLED_KINDS, BUDGET)
 INDEXED: Final = (KIND, "Pod", *CHILD_KINDS)
 
+NOBODYS: Final = ""  # the model of an object that has no label of one
 Index = Mapping[ModelKey, Collection[Object]]  # kopf.Index is one
 
 
 def entry(kind: str, body: Mapping[str, Any]) -> dict[ModelKey, Object]:
     """What the index of this kind holds of an object: by its model, without the record of who set which field."""
     metadata = {name: value for name, value in body["metadata"].items() if name != "managedFields"}
-    model = metadata["name"] if kind == KIND else metadata["labels"][MODEL_LABEL]
+    model = metadata["name"] if kind == KIND else (metadata.get("labels") or {}).get(MODEL_LABEL, NOBODYS)
     document = {**body, "apiVersion": RESOURCES[kind][0], "kind": kind, "metadata": metadata}
     return {ModelKey(metadata["namespace"], model): document}
 
@@ -42,8 +45,11 @@ class Indexes:
         return max(self._objects(KIND, key), key=_version, default=None)
 
     def children(self, key: ModelKey, gone: Mapping[str, str] = MappingProxyType({})) -> dict[ObjectRef, Object]:
-        """By kind and name. `gone` are UIDs and the versions in which they are not to be believed in."""
-        return {(kind, name): child for kind in CHILD_KINDS for name, child in self._by_name(kind, key, gone).items()}
+        """By kind and name, with the budgets of others in the namespace. `gone` are UIDs and the versions in which they
+        are not to be believed in."""
+        others = self._by_name(BUDGET, ModelKey(key.namespace, NOBODYS), gone)
+        own = {(kind, name): child for kind in CHILD_KINDS for name, child in self._by_name(kind, key, gone).items()}
+        return {(BUDGET, name): child for name, child in others.items()} | own
 
     def pods(self, key: ModelKey, gone: Mapping[str, str] = MappingProxyType({})) -> list[Object]:
         """By name, without what is `gone`."""
@@ -51,8 +57,10 @@ class Indexes:
         return [found[name] for name in sorted(found)]
 
     def versions(self, key: ModelKey) -> dict[str, str]:
-        """UID → resource version of all that belongs to the model."""
+        """UID → resource version of all that belongs to the model, and of budgets that may."""
+        others = ModelKey(key.namespace, NOBODYS)
         found = [item["metadata"] for kind in (*CHILD_KINDS, "Pod") for item in self._objects(kind, key)]
+        found += [item["metadata"] for item in self._objects(BUDGET, others)]
         return {metadata["uid"]: metadata["resourceVersion"] for metadata in found}
 
     def _by_name(self, kind: str, key: ModelKey, gone: Mapping[str, str]) -> dict[str, Object]:

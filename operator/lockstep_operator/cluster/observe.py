@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Protocol
 
 from lockstep_operator.cluster.client import Kube, KubeError
-from lockstep_operator.cluster.indexes import CHILD_KINDS, Indexes
+from lockstep_operator.cluster.indexes import BUDGET, CHILD_KINDS, LABELLED_KINDS, Indexes
 from lockstep_operator.types.limits import Limits, limits_of
 from lockstep_operator.types.names import KIND, MODEL_LABEL, REPORTER, TOKEN_KEY, ModelKey, selector, token_name
 from lockstep_operator.types.observed import Object, ObjectRef, Pod, expected_names, parse_pod
@@ -33,7 +33,7 @@ class Source(Protocol):
     async def resource(self, key: ModelKey) -> Object | None: ...
 
     async def children(self, model: Model, groups: Collection[int]) -> Children:
-        """By kind and name; `groups` are those that there are to be."""
+        """By kind and name, with others' disruption budgets in the namespace; `groups` are those that there are to be."""
         ...
 
     async def pods(self, model: Model) -> tuple[Pod, ...]:
@@ -76,7 +76,8 @@ class Live:
 
     async def children(self, model: Model, groups: Collection[int]) -> Children:
         lists = await asyncio.gather(
-            *(self.kube.find(kind, model.namespace, labels=selector(model.name)) for kind in CHILD_KINDS)
+            *(self.kube.find(kind, model.namespace, labels=selector(model.name)) for kind in LABELLED_KINDS),
+            self.kube.find(BUDGET, model.namespace),
         )
         found = {
             (kind, child["metadata"]["name"]): child

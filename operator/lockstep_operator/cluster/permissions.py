@@ -26,6 +26,12 @@ PERMISSIONS: Final = (
     Permission(
         "networking.k8s.io", "networkpolicies", ("get", "list", "watch", "create", "patch", "delete"), "one per group"
     ),
+    Permission(
+        "policy",
+        "poddisruptionbudgets",
+        ("get", "list", "watch", "create", "patch", "delete"),
+        "one per model, unless there is another",
+    ),
     Permission("", "secrets", ("get", "create", "delete"), "the token: read by name, never listed"),
     Permission("", "pods", ("list", "watch", "delete"), "who is Ready; replaced in a rollout"),
     Permission("", "events", ("list", "create"), "why a pod can't start; what happened"),

@@ -163,11 +163,14 @@ def _stalled_engine(group: Group, status: GroupStatus, now: float) -> DetectedFa
     leader = group.leader
     if leader is None or leader.ready or leader.deleting is not None or status.state is not GroupState.READY:
         return None
+    if status.fenced:
+        return None
     begun, unready_since = leader.started, _unready_since(leader)
     if begun is None or unready_since is None or unready_since <= begun:
         return None
     text = f"accepts no requests and has completed no step for {HUNG_SECONDS:g} s, though its ranks are healthy"
-    return _replaceable(leader, max(unready_since, status.last_step_at or 0.0), text, now)
+    since = max(unready_since, status.since, status.last_step_at or 0.0)
+    return _replaceable(leader, since, text, now)
 
 
 def _replaceable(leader: Pod, since: float, text: str, now: float) -> DetectedFault | None:

@@ -50,7 +50,8 @@ class GroupPlanner:
 
     def plan(self, facts: GroupFacts, rollout: RolloutDecision) -> GroupPlan:
         group, where = facts.group, f"group {facts.group.index}"
-        recovery = self.guard(where, lambda: self._recovery(facts, rollout), None)
+        fenced = group.index in self.model.intervention.fenced
+        recovery = None if fenced else self.guard(where, lambda: self._recovery(facts, rollout), None)
         upkeep: tuple[Action, ...] = ()
         if self.revision:
             replaced = rollout.step is RolloutStep.REPLACE or bool(recovery and recovery.targets)
@@ -82,7 +83,7 @@ class GroupPlanner:
         yield from beside
         if not manifests.has_network_policy(model, self.settings):
             yield from unwanted(model, observed, "NetworkPolicy", group.index, "is no longer asked for")
-        if group.deleting or rollout.step is RolloutStep.WAIT:
+        if group.deleting or rollout.step in (RolloutStep.WAIT, RolloutStep.LEAVE):
             return
         avoid = sorted(facts.last.recovery.avoided)
         wanted = manifests.stateful_set(

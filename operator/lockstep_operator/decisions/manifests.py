@@ -103,6 +103,21 @@ def _clients(model: Model, settings: Settings) -> list[Mapping[str, Any]]:
     return [*([own_namespace, *settings.api_from] if peers is None else peers), *settings.scrape_from]
 
 
+def disruption_budget(model: Model, least: int) -> Manifest:
+    """Over the rank pods of all groups: one that is Ready may be evicted where more than these are. Those that aren't
+    may always go: the rest of a group whose drain has begun.
+
+    In `minAvailable`, since `maxUnavailable` counts what pods there are to be by those that there are: while no pod of
+    a group exists, it knows nothing of the group.
+    """
+    members = {
+        "matchLabels": {names.MODEL_LABEL: model.name},
+        "matchExpressions": [{"key": names.GROUP_LABEL, "operator": "Exists"}],
+    }
+    spec = {"minAvailable": least, "unhealthyPodEvictionPolicy": "AlwaysAllow", "selector": members}
+    return _sealed({**_object("policy/v1", "PodDisruptionBudget", model.name, model), "spec": spec})
+
+
 def stateful_set(
     model: Model,
     group: int,

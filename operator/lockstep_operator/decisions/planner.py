@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lockstep_operator.decisions import commit_pin, manifests, rollout, surge, upkeep
+from lockstep_operator.decisions import commit_pin, disruption, manifests, rollout, surge, upkeep
 from lockstep_operator.decisions.actions import Action, Delete
+from lockstep_operator.decisions.disruption import Disruption
 from lockstep_operator.decisions.group_plan import GroupPlanner
 from lockstep_operator.decisions.guard import Bug, Guard
 from lockstep_operator.decisions.name_conflicts import NameConflicts
@@ -24,6 +25,7 @@ from lockstep_operator.types.observed import ObjectRef, Observed
 from lockstep_operator.types.spec import Model
 
 NO_CONFLICTS = NameConflicts()
+NO_DISRUPTION = Disruption()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,7 @@ class Decision:
     recoveries: Mapping[int, RecoveryDecision] = field(default_factory=dict)  # by group
     bugs: tuple[Bug, ...] = ()
     surge: tuple[SurgeGroup, ...] = ()  # groups beyond replicas, as the status is to have them
+    disruption: Disruption = NO_DISRUPTION
     pin: PinnedModel | None = None  # what the hub's model is resolved to, as the status is to have it
 
     @property
@@ -74,20 +77,24 @@ def decide(model: Model, observed: Observed, now: float, settings: Settings) -> 
     if not conflicts.whole:
         actions += guard("what all groups share", lambda: _shared(model, observed), [])
     actions += [action for plan in plans for action in plan.upkeep]
+    budget = guard("the disruption budget", lambda: disruption.decide(model, observed, len(facts)), NO_DISRUPTION)
+    actions += budget.actions if not conflicts.whole else ()
     if not conflicts.whole:
         actions += guard("groups beyond replicas", lambda: [*upkeep.scale_down(model, observed, excess)], [])
     before = observed.status.surge
     kept = guard("surge groups", lambda: _surge(model, own, revision, astray, before, excess), before)
+    paused = model.intervention.paused
     return Decision(
-        actions=tuple(_once(actions)),
+        actions=() if paused else tuple(_once(actions)),
         revision=revision,
         groups=facts,
         rollout=steps if revision else (),
         excess=excess,
         conflicts=conflicts,
-        recoveries={plan.group: plan.recovery for plan in plans if plan.recovery},
+        recoveries={plan.group: plan.recovery for plan in plans if plan.recovery and not paused},
+        disruption=budget,
         bugs=tuple(guard.bugs),
-        surge=kept,
+        surge=before if paused else kept,
         pin=commit_pin.pin(model, revision, own, observed.status.model),
     )
 
@@ -107,7 +114,12 @@ def _rollout(
             RolloutDecision(one.index, RolloutStep.WAIT, f"group {one.index} stays as it is") for one in groups
         )
     beyond = [one.index for one in groups if one.index >= model.replicas]
-    return rollout.plan(groups, revision, model.rollout.max_unavailable, _unplaced(own, revision), astray, beyond)
+    fenced = model.intervention.fenced
+    free = [one for one in groups if one.index not in fenced]
+    found = rollout.plan(free, revision, model.rollout.max_unavailable, _unplaced(own, revision), astray, beyond)
+    left = [RolloutDecision(index, RolloutStep.LEAVE, f"group {index} is fenced") for index in fenced]
+    by_group = {one.group: one for one in (*found, *left)}
+    return tuple(by_group[one.index] for one in groups)
 
 
 def _unplaced(own: Sequence[GroupFacts], revision: str) -> set[int]:
@@ -126,7 +138,8 @@ def _surge(
     if not revision:
         return tuple(known)
     groups = [one.group for one in own]
-    asked = [one for one in groups if one.index < model.replicas and one.index not in _unplaced(own, revision)]
+    left = {*_unplaced(own, revision), *model.intervention.fenced}
+    asked = [one for one in groups if one.index < model.replicas and one.index not in left]
     needs = [surge.of_rollout(model.rollout.max_surge, asked, revision, astray)]
     ready = {one.index for one in groups if one.ready}
     return surge.plan(model.replicas, known, needs, ready, {one.index for one in excess})
@@ -156,6 +169,6 @@ def _lost_pods(model: Model, observed: Observed, now: float) -> Iterator[Action]
     if model.recovery.observe:
         return
     for pod in observed.pods:
-        if should_force_delete(pod, now):
+        if should_force_delete(pod, now) and pod.group not in model.intervention.fenced:
             reason = f"pod {pod.name} is on node {pod.node}, which doesn't respond: it is force-deleted"
             yield Delete("Pod", pod.name, pod.uid, reason, grace=0)

@@ -21,6 +21,7 @@ class RolloutStep(enum.StrEnum):
     KEEP = "Keep"  # of the revision already
     REPLACE = "Replace"
     WAIT = "Wait"
+    LEAVE = "Leave"  # it is fenced
 
 
 @dataclass(frozen=True, slots=True)

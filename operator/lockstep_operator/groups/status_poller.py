@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from http import HTTPStatus
 from typing import Final
 
 import aiohttp
@@ -33,17 +34,27 @@ _NO_ANSWER: Final = (aiohttp.ClientError, TimeoutError, OSError, msgspec.Msgspec
 
 @dataclass(frozen=True, slots=True)
 class PollTarget:
-    """A group's leader pod. Another pod, address or token (the group's) is another target."""
+    """A group's leader pod. Another pod, address or token (the group's) is another target. `fenced`: it is to take no
+    requests."""
 
     pod_uid: str
     address: str
     token: str
     port: int = STATUS_PORT
+    fenced: bool = False
 
     @property
     def url(self) -> str:
+        return f"{self._base}/status"
+
+    @property
+    def fence_url(self) -> str:
+        return f"{self._base}/fence"
+
+    @property
+    def _base(self) -> str:
         host = f"[{self.address}]" if ":" in self.address else self.address
-        return f"http://{host}:{self.port}/status"
+        return f"http://{host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +113,8 @@ class StatusPoller:
             try:
                 status = await self._fetch(target, seen)
                 self._received(key, group, target, status)
+                if status.fenced is not target.fenced:
+                    await self._fence(key, group, target)
             except _NO_ANSWER as error:
                 failures += 1
                 await self._failed(key, group, target, error, failures)
@@ -130,6 +143,15 @@ class StatusPoller:
         query, headers = ({"after": after} if after else {}), {"Authorization": f"Bearer {token}"}
         async with self._connected().get(target.url, params=query, headers=headers, allow_redirects=False) as response:
             return _Answer(response.status, await _bounded(response.content))
+
+    async def _fence(self, key: ModelKey, group: int, target: PollTarget) -> None:
+        """Or lift its fence. A pod that is made anew has none, and hears of it here before it serves."""
+        ask = self._connected().put if target.fenced else self._connected().delete
+        headers = {"Authorization": f"Bearer {target.token}"}
+        async with ask(target.fence_url, headers=headers, allow_redirects=False) as response:
+            if response.status != HTTPStatus.OK:
+                log.warning("%s: group %d can't be fenced or freed: status %d", key, group, response.status)
+                await asyncio.sleep(MAX_DELAY)
 
     def _connected(self) -> aiohttp.ClientSession:
         if self._session is None:

@@ -12,6 +12,7 @@ from lockstep_operator.groups.group_view import newest_fault
 from lockstep_operator.groups.waiting import waiting_for
 from lockstep_operator.reporting.blockers import Blocker, find_blocker
 from lockstep_operator.types.model_status import Waiting
+from lockstep_operator.types.names import FENCED_ANNOTATION
 from lockstep_operator.types.reasons import Reason
 from lockstep_operator.types.recovery_state import RecoveryState
 from lockstep_operator.types.spec import Model
@@ -20,7 +21,7 @@ from lockstep_runtime.protocol.status import GroupState, GroupStatus
 
 # What ends without a person or is under way, however long it takes: each has an end of its own.
 _MOVING: Final = frozenset(
-    {Reason.SCHEDULING_GATED, Reason.LOADING, Reason.RECOVERING, Reason.POISONED, Reason.DRAINING}
+    {Reason.SCHEDULING_GATED, Reason.LOADING, Reason.RECOVERING, Reason.POISONED, Reason.DRAINING, Reason.GROUPS_FENCED}
 )
 _NOT_SERVING: Final = frozenset({GroupState.RECOVERING, GroupState.POISONED, GroupState.FAILED})
 
@@ -67,6 +68,8 @@ def assess(model: Model, facts: GroupFacts, decided: RecoveryDecision | None, no
     state, remedy = (decided.state, decided.reason) if decided else (facts.last.recovery, "")
     given_up = decided is not None and _needs_a_person(state)
     blocker = find_blocker(facts, remedy, model.tensor_parallel_size, given_up=given_up)
+    if facts.group.index in model.intervention.fenced:
+        blocker = Blocker(Reason.GROUPS_FENCED, f"group {facts.group.index} is fenced by {FENCED_ANNOTATION}")
     reason = "" if serves(facts) else blocker.reason
     waiting = waiting_for(reason, facts.group, facts.last.waiting, model.progress_deadline, now)
     healing = bool(remedy) and not given_up and (facts.issue is None or facts.issue.heals)

@@ -12,11 +12,13 @@ from lockstep_operator.groups import group_view
 from lockstep_operator.reporting.assessment import GroupAssessment
 from lockstep_operator.reporting.blockers import Blocker, load_failure
 from lockstep_operator.types.model_status import Condition, ModelStatus
+from lockstep_operator.types.names import FENCED_ANNOTATION, PAUSED_ANNOTATION
 from lockstep_operator.types.reasons import ConditionType, Reason
 from lockstep_operator.types.spec import Model
 from lockstep_runtime.protocol.status import GroupState
 
 MESSAGE_LIMIT: Final = 2000
+_PAUSED: Final = f"annotation {PAUSED_ANNOTATION} is true, so nothing is created, changed or deleted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ def conditions(
 ) -> Conditions:
     """`before` is the status as last written."""
     ready = _ready(model, decision, groups, obstacle, before)
+    withheld = _withheld(model)
     return {
         ConditionType.READY: ready,
         ConditionType.AVAILABLE: _available(model, groups),
@@ -54,6 +57,8 @@ def conditions(
         ConditionType.POISONED: _poisoned(groups),
         ConditionType.RECONCILING: _reconciling(ready),
         ConditionType.STALLED: _stalled(ready),
+        ConditionType.DISRUPTIONS_BOUNDED: _disruptions(model, decision),
+        **({ConditionType.PAUSED: withheld} if withheld else {}),
     }
 
 
@@ -99,7 +104,10 @@ def _ready(
     if not behind:
         text = f"{_groups(len(groups))} of {model.tensor_parallel_size} ranks serve"
         return ConditionValue("True", Reason.READY, text)
-    return _not_ready(decision, _worst(model, behind, before))
+    found = _not_ready(decision, _worst(model, behind, before))
+    if model.intervention.paused and not found.stalled:
+        return ConditionValue("False", Reason.PAUSED, f"{found.message}; {_PAUSED}")
+    return found
 
 
 def _leaving(model: Model, decision: Decision) -> list[int]:
@@ -202,6 +210,28 @@ def _stalled(ready: ConditionValue) -> ConditionValue:
     if ready.status != "True" and ready.stalled:
         return ConditionValue("True", ready.reason, ready.message)
     return ConditionValue("False", Reason.NOT_STALLED, "nothing needs a person")
+
+
+def _disruptions(model: Model, decision: Decision) -> ConditionValue:
+    if other := decision.disruption.foreign:
+        text = (
+            f"PodDisruptionBudget {other} selects pods of this model or has its name, so Lockstep keeps none: two make "
+            "evictions fail. Delete it, or set spec.disruption.budget to None"
+        )
+        return ConditionValue("False", Reason.OTHER_BUDGET, text)
+    if not model.disruption.has_budget:
+        return ConditionValue("False", Reason.NO_BUDGET, "spec.disruption.budget is None")
+    return ConditionValue("True", Reason.ONE_GROUP_AT_A_TIME, "evictions take one group at a time")
+
+
+def _withheld(model: Model) -> ConditionValue | None:
+    """What a person has taken out of the operator's hands; None: nothing."""
+    if model.intervention.paused:
+        return ConditionValue("True", Reason.PAUSED, f"{_PAUSED}; what is so is reported")
+    if fenced := sorted(model.intervention.fenced):
+        text = f"{FENCED_ANNOTATION}: groups {', '.join(map(str, fenced))} take no requests, and are left as they are"
+        return ConditionValue("True", Reason.GROUPS_FENCED, text)
+    return None
 
 
 def _groups(count: int) -> str:

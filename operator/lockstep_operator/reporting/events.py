@@ -41,6 +41,7 @@ def event_drafts(change: Transition) -> list[EventDraft]:
         *_beginnings(change.before, change.after),
         *_deprecations(change),
         *condition_changes(change.before, change.after),
+        *_other_budgets(change.before, change.after),
         *_process_failures(change.before, change.after),
         *_faults(change),
         *_recovery_steps(change.before, change.after),
@@ -109,6 +110,14 @@ def condition_changes(before: ModelStatus, after: ModelStatus) -> Iterator[Event
         elif kind is ConditionType.READY and not stalls:  # else the stall reports the same
             expected = now.reason in (Reason.ROLLING_OUT, Reason.SCALING_DOWN)
             yield EventDraft(key, EventReason.NOT_READY, now.message, warning=not expected)
+
+
+def _other_budgets(before: ModelStatus, after: ModelStatus) -> Iterator[EventDraft]:
+    kind = ConditionType.DISRUPTIONS_BOUNDED
+    was, now = before.condition(kind), after.condition(kind)
+    if now and now.reason == Reason.OTHER_BUDGET and not (was and was.message == now.message):
+        since = format_rfc3339(was.last_transition_time) if was else ""
+        yield EventDraft(f"budget/{since}/{now.message}", now.reason, now.message, warning=True)
 
 
 def _stalls(was: Condition | None, now: Condition | None) -> bool:

@@ -14,6 +14,8 @@ class ConditionType(enum.StrEnum):
     POISONED = "Poisoned"
     RECONCILING = "Reconciling"
     STALLED = "Stalled"
+    DISRUPTIONS_BOUNDED = "DisruptionsBounded"
+    PAUSED = "Paused"
 
 
 class Reason(enum.StrEnum):
@@ -37,6 +39,13 @@ class Reason(enum.StrEnum):
     RECOVERING = "Recovering"
     NOT_JOINED = "NotJoined"
     NO_GROUP_READY = "NoGroupReady"
+    # by a person's wish
+    PAUSED = "Paused"
+    GROUPS_FENCED = "GroupsFenced"
+    # pods may be evicted
+    ONE_GROUP_AT_A_TIME = "OneGroupAtATime"
+    OTHER_BUDGET = "OtherBudget"
+    NO_BUDGET = "NoBudget"
     # a group can't serve
     MODEL_LOAD_FAILED = "ModelLoadFailed"
     LOAD_FAILED = "LoadFailed"

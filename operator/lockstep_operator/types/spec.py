@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from lockstep_operator.settings import ModelSource
 from lockstep_operator.types import template_check
+from lockstep_operator.types.intervention import Intervention, parse_intervention
 from lockstep_operator.types.model_source import Cache, EmptyDir, Source, parse_cache, parse_source
 from lockstep_operator.types.names import (
     QUEUE_LABEL,
@@ -17,6 +18,7 @@ from lockstep_operator.types.names import (
     ModelKey,
 )
 from lockstep_operator.types.spec_blocks import (
+    Disruption,
     EngineLimits,
     GroupMetadata,
     Network,
@@ -25,6 +27,7 @@ from lockstep_operator.types.spec_blocks import (
     Rollout,
     Vision,
     Watchdog,
+    parse_disruption,
     parse_engine,
     parse_group_metadata,
     parse_network,
@@ -63,6 +66,8 @@ class Model:
     api_key: SecretKey | None = None
     network: Network = field(default_factory=Network)
     ports: Ports = field(default_factory=Ports)
+    disruption: Disruption = field(default_factory=Disruption)
+    intervention: Intervention = field(default_factory=Intervention)
     group_metadata: GroupMetadata = field(default_factory=GroupMetadata)
     rollout: Rollout = field(default_factory=Rollout)
     template: Mapping[str, Any] = field(default_factory=dict)
@@ -116,6 +121,7 @@ def parse(resource: Mapping[str, Any], sources: Sequence[ModelSource] = ()) -> M
     template_flaw = template_check.flaw(template)
     if not template_flaw and backend == "nccl" and accelerator is None:
         template_flaw = template_check.claim_flaw(template)
+    intervention = parse_intervention(annotations)
     return Model(
         key=ModelKey(metadata["namespace"], metadata["name"]),
         uid=metadata["uid"],
@@ -136,10 +142,12 @@ def parse(resource: Mapping[str, Any], sources: Sequence[ModelSource] = ()) -> M
         api_key=secret_key(spec.get("apiKeySecretRef")),
         network=parse_network(spec.get("network") or {}),
         ports=parse_ports(spec.get("ports") or {}),
+        disruption=parse_disruption(spec.get("disruption") or {}),
+        intervention=intervention,
         group_metadata=parse_group_metadata(spec.get("groupMetadata") or {}, _inherited(metadata.get("labels") or {})),
         rollout=parse_rollout(spec.get("rollout") or {}, spec.get("replicas", 1)),
         template=template,
-        flaw=template_flaw or flaw or other_flaw or unknown,
+        flaw=template_flaw or flaw or other_flaw or unknown or intervention.flaw,
         progress_deadline=seconds(spec, "progressDeadline") or DEFAULT_PROGRESS,
         restarted_at=restarted_at,
     )

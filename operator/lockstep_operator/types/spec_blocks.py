@@ -91,6 +91,13 @@ class Rollout:
     max_surge: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Disruption:
+    """Of pods, by whoever drains nodes."""
+
+    has_budget: bool = True
+
+
 def parse_engine(engine: Mapping[str, Any]) -> EngineLimits:
     memory = engine.get("kvCacheMemory")
     return EngineLimits(
@@ -143,6 +150,10 @@ def _share(value: int | str, replicas: int, *, up: bool) -> int:
         return value
     percent = int(value.removesuffix("%"))
     return (percent * replicas + (99 if up else 0)) // 100
+
+
+def parse_disruption(disruption: Mapping[str, Any]) -> Disruption:
+    return Disruption(has_budget=disruption.get("budget") != "None")
 
 
 def parse_network(network: Mapping[str, Any]) -> Network:

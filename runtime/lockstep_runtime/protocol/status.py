@@ -137,6 +137,8 @@ class GroupStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     # Whether requests are taken: while the group serves, and for a bounded time while it recovers (they wait). The
     # readiness of the leader pod. None: a runtime older than this field.
     accepting: bool | None = None
+    # Whether the operator has it take no requests (`PUT /fence`): a person looks at it.
+    fenced: bool = False
     # Of a group that is `Failed`: whether it may pass by itself (a hub that is away, memory, a disk). None: a runtime
     # older than this field.
     may_pass: bool | None = None

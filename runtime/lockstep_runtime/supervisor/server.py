@@ -71,6 +71,14 @@ def create_app(
         found = await board.after(seen, POLL_SECONDS)
         return Response(_encoder.encode(found), media_type="application/json")
 
+    async def fence(request: Request) -> Response:
+        if not _authorized(request, token):
+            return PlainTextResponse("a bearer token is needed\n", 401, {"WWW-Authenticate": "Bearer"})
+        if board is None:
+            return PlainTextResponse("only the leader pod can be fenced\n", 404)
+        board.fence(fenced=request.method == "PUT")
+        return PlainTextResponse("ok\n")
+
     async def settings(request: Request) -> Response:
         if not _authorized(request, *readers):
             return PlainTextResponse("a bearer token is needed\n", 401, {"WWW-Authenticate": "Bearer"})
@@ -90,6 +98,7 @@ def create_app(
         return PlainTextResponse("ok\n", 202)
 
     routes = [Route("/healthz", healthz), Route("/readyz", readyz), Route("/status", status)]
+    routes.append(Route("/fence", fence, methods=["PUT", "DELETE"]))
     if config is not None:
         routes.append(Route("/config", settings))
     if inject is not None:

@@ -58,11 +58,12 @@ class StatusStore:
 
     def __init__(self, config: ServeConfig) -> None:
         self._heard_at = 0.0  # monotonic
+        self._is_fenced, self._freed_at = False, 0.0  # unix seconds
         self._is_overruled = False  # the status is not the engine's last word
         self.incarnation = secrets.token_hex(8)
         self.from_engine: GroupStatus | None = None
         self._changed = asyncio.Event()
-        self.status = GroupStatus(
+        self._own = GroupStatus(
             model=config.model_name,
             group=config.group,
             incarnation=self.incarnation,
@@ -75,6 +76,15 @@ class StatusStore:
                 for rank in range(config.tensor_parallel_size)
             ],
         )
+
+    @property
+    def status(self) -> GroupStatus:
+        """As it is served."""
+        own = self._own
+        if self._is_fenced:
+            return msgspec.structs.replace(own, fenced=True, accepting=False, message=f"it is fenced; {own.message}")
+        since = max(own.since, self._freed_at)  # what was so behind a fence says nothing of how long it is so
+        return own if since == own.since else msgspec.structs.replace(own, since=since)
 
     @property
     def why_unready(self) -> str:
@@ -90,10 +100,10 @@ class StatusStore:
 
     def check(self, now: float) -> None:
         """A status that nobody stands by any more is not believed; `now` is monotonic."""
-        if self.status.accepting and now - self._heard_at > BELIEVED_SECONDS:
+        if self._own.accepting and now - self._heard_at > BELIEVED_SECONDS:
             self._is_overruled = True
             message = f"the engine has not reported for {BELIEVED_SECONDS:.0f} s"
-            self._publish(msgspec.structs.replace(self.status, accepting=False, message=message))
+            self._publish(msgspec.structs.replace(self._own, accepting=False, message=message))
 
     def engine_lost(self, how: str, failures: int = 0) -> None:
         """The engine's process has ended, or can't be started; what it knew of the ranks is void until the next one
@@ -108,40 +118,46 @@ class StatusStore:
             state = GroupState.RECOVERING if self.from_engine is not None else GroupState.STARTING
         ranks = [
             msgspec.structs.replace(rank, state=RankState.ABSENT, message="the engine is gone")
-            for rank in self.status.ranks
+            for rank in self._own.ranks
         ]
         self._publish(
             msgspec.structs.replace(
-                self.status,
+                self._own,
                 state=state,
                 accepting=False,
                 message=f"{message} and is started again",
-                since=self.status.since if state is self.status.state else time.time(),
+                since=self._own.since if state is self._own.state else time.time(),
                 ranks=ranks,
             )
         )
 
     def _record_fault(self, message: str) -> None:
         """Once until it is repaired: the next engine that lives goes on from there."""
-        faults = self.status.faults
+        faults = self._own.faults
         if faults and faults[-1].recovered_at is None and faults[-1].rank is None:
             return
         fault = FaultRecord(
             id=faults[-1].id + 1 if faults else 1, fault=Fault.RANK_LOST, rank=None, message=message,
-            at=time.time(), epoch=self.status.epoch,
+            at=time.time(), epoch=self._own.epoch,
         )  # fmt: skip
-        self.status = msgspec.structs.replace(self.status, faults=[*faults, fault][-FAULTS_KEPT:])
-        self.from_engine = msgspec.structs.replace(self.from_engine or self.status, faults=self.status.faults)
+        self._own = msgspec.structs.replace(self._own, faults=[*faults, fault][-FAULTS_KEPT:])
+        self.from_engine = msgspec.structs.replace(self.from_engine or self._own, faults=self._own.faults)
+
+    def fence(self, *, fenced: bool) -> None:
+        """Take no requests, whatever the engine says, until the fence is lifted."""
+        if fenced is not self._is_fenced:
+            self._is_fenced, self._freed_at = fenced, time.time()
+            self._publish(self._own)
 
     def complain(self, problems: list[PodProblem]) -> None:
         """Set this pod's problems: without an engine nobody else reports them."""
-        told = [*problems, *(one for one in self.status.pod_problems if one.pod_index != LEADER)]
-        if told != self.status.pod_problems:
-            self._publish(msgspec.structs.replace(self.status, pod_problems=told))
+        told = [*problems, *(one for one in self._own.pod_problems if one.pod_index != LEADER)]
+        if told != self._own.pod_problems:
+            self._publish(msgspec.structs.replace(self._own, pod_problems=told))
 
     def _publish(self, status: GroupStatus) -> None:
-        revision = self.status.revision + 1
-        self.status = msgspec.structs.replace(status, incarnation=self.incarnation, revision=revision)
+        revision = self._own.revision + 1
+        self._own = msgspec.structs.replace(status, incarnation=self.incarnation, revision=revision)
         self._changed.set()
         self._changed = asyncio.Event()
 
