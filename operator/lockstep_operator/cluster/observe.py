@@ -33,7 +33,7 @@ class Source(Protocol):
     async def resource(self, key: ModelKey) -> Object | None: ...
 
     async def children(self, model: Model, groups: Collection[int]) -> Children:
-        """By kind and name, with others' disruption budgets in the namespace; `groups` are those that there are to be."""
+        """By kind and name, with others' budgets in the namespace; `groups` are those that there are to be."""
         ...
 
     async def pods(self, model: Model) -> tuple[Pod, ...]:
