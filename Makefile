@@ -79,4 +79,4 @@ test-e2e: venv .dev/bin/kwok .dev/bin/browser ## the tests on the cluster (make 
 	$(PY) -m pytest tests/e2e -m "not outage and not lasting" --durations=12
 
 include $(wildcard bench/*.mk tests/*.mk)
-include dev/cluster.mk
+include dev/cluster.mk dev/release.mk
