@@ -197,7 +197,8 @@ class Arena:
         )
         serve.ready()
         self.undisturbed = answers(self.requests(serve, MAX_TOKENS))
-        assert all(one.text and one.finish == "length" and one.done and not one.error for one in self.undisturbed)
+        whole = [one.text and one.finish == "length" and one.done and not one.error for one in self.undisturbed]
+        assert all(whole), self.undisturbed
         return serve
 
     def _end(self, serve: Served) -> None:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import httpx
 from tests.support.http import HTTP
@@ -37,10 +37,12 @@ class Stream:
     """Read by a thread of its own, whose every wait lasts `seconds` at most. `times` are those of its pieces, monotonic
     seconds."""
 
+    path = "/v1/completions"
+
     def __init__(self, api: str, request: Mapping[str, object], seconds: float) -> None:
         self.text, self.finish, self.done, self.error = "", "", False, ""
         self.times: list[float] = []
-        self._url, self._seconds = f"{api}/v1/completions", seconds
+        self._url, self._seconds = f"{api}{self.path}", seconds
         self._body = {"ignore_eos": True, "stream": True, **request}
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
@@ -65,6 +67,10 @@ class Stream:
             raise TimeoutError(f"the stream does not end; {self.pieces} pieces came: {self.text!r}")
         return Answer(self.text, self.finish, self.done, self.error)
 
+    def piece(self, choice: Mapping[str, Any]) -> str:
+        """What one event adds to the text."""
+        return str(choice["text"])
+
     def _read(self) -> None:
         try:
             with HTTP.stream("POST", self._url, json=self._body, timeout=self._seconds) as answer:
@@ -82,10 +88,22 @@ class Stream:
         event = json.loads(line.removeprefix("data: "))
         self.error = self.error or str(event.get("error", ""))
         for choice in event.get("choices", []):
-            if choice["text"]:
+            if piece := self.piece(choice):
                 self.times.append(time.monotonic())
-                self.text += choice["text"]
+                self.text += piece
             self.finish = choice.get("finish_reason") or self.finish
+
+
+class ChatStream(Stream):
+    """A streamed chat completion: its content, or its tool calls' names and arguments."""
+
+    path = "/v1/chat/completions"
+
+    def piece(self, choice: Mapping[str, Any]) -> str:
+        delta = choice["delta"]
+        calls = [call.get("function") or {} for call in delta.get("tool_calls") or []]
+        said = [f"{call.get('name') or ''}{call.get('arguments') or ''}" for call in calls]
+        return (delta.get("content") or "") + "".join(said)
 
 
 def start(api: str, model: str, tokens: int, seconds: float) -> list[Stream]:

@@ -96,6 +96,8 @@ def write_vision_model(
     (directory / "tokenizer_config.json").write_text(json.dumps(text))
     (directory / "preprocessor_config.json").write_text(json.dumps(tower.processor()))
     (directory / "generation_config.json").write_text("{}")
+    for file in directory.iterdir():
+        file.chmod(0o644)  # tensors are saved for their owner alone, and pods have a user of their own
     return directory
 
 
