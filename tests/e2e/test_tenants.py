@@ -9,6 +9,7 @@ from typing import Any, Final
 import pytest
 import yaml
 from tests.support import kubectl
+from tests.support.chart import one, render
 from tests.support.chart_place import ChartPlace
 from tests.support.cluster_model import Object, manifest
 from tests.support.second_api_server import second_api_server
@@ -184,6 +185,19 @@ def test_each_switch_refuses_with_its_sentence_and_takes_the_rest(place: ChartPl
 
     switch(place, {}, probe=refused[0][1], namespace="default", refused=False)
     assert said(place, [spec for _, spec in refused]) == [""] * len(refused)
+
+
+def test_the_rules_fit_the_schema_of_the_cluster(namespace: str) -> None:
+    """Kubernetes checks the types of a policy's expressions against the CRD. Without a binding it refuses nothing."""
+    policy = one(render({"admissionPolicy": ALL_ON}, "--kube-version", "1.30.0"), "ValidatingAdmissionPolicy")
+    policy["metadata"] = {"name": namespace}
+    kubectl.apply(policy)
+    try:
+        look = ("validatingadmissionpolicy", namespace)
+        until("the types to be checked", lambda: "observedGeneration" in kubectl.get(*look).get("status", {}), 30)
+        assert kubectl.get(*look)["status"].get("typeChecking", {}) == {}
+    finally:
+        kubectl.kubectl("delete", "validatingadmissionpolicy", namespace)
 
 
 def test_what_no_rule_can_read_is_refused(place: ChartPlace) -> None:
