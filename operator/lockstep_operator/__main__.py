@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -21,6 +23,7 @@ from lockstep_operator import handlers, server
 from lockstep_operator import log as logs
 from lockstep_operator.cluster import served_schema
 from lockstep_operator.cluster.client import ApiServer, KubeError, connect
+from lockstep_operator.cluster.election import Candidate, Election
 from lockstep_operator.cluster.indexes import Indexes
 from lockstep_operator.cluster.namespaces import Namespaces
 from lockstep_operator.cluster.served_schema import ServedSchema
@@ -38,31 +41,42 @@ from lockstep_runtime.protocol.status import GroupStatus
 log = logging.getLogger("lockstep_operator")
 
 SCHEMA_RETRY_SECONDS: Final = 2.0
+LOST_LEASE: Final = 3  # exit status
 
 
 def main() -> None:
     settings = read_settings(sys.argv[1:])
     logs.configure(settings.log_level, settings.log_format)
-    os.environ.setdefault("POD_ID", socket.gethostname())  # else kopf asks for the user's name, which may have none
-    asyncio.run(run(settings))
+    # A container that is started again is its pod's only one; processes of one machine aren't alone.
+    identity = os.environ.get("POD_ID") or f"{socket.gethostname()}_{secrets.token_hex(4)}"
+    os.environ.setdefault("POD_ID", identity)  # else kopf asks for the user's name, which may have none
+    with contextlib.suppress(asyncio.CancelledError):  # by a signal
+        asyncio.run(run(settings, identity))
 
 
-async def run(settings: Settings) -> None:
-    """Until a signal ends it (kopf takes SIGTERM and SIGINT) or a part of it fails."""
+async def run(settings: Settings, identity: str) -> None:
+    """Until a signal ends it (kopf takes SIGTERM and SIGINT while it watches) or a part of it fails."""
     metrics, schema, watching = Metrics(), ServedSchema(), asyncio.Event()
     api_client = await connect()
+    election = None
+    if settings.lease and settings.operator_namespace:
+        election = Election(ApiServer(api_client), Candidate(settings.operator_namespace, settings.lease, identity))
 
     def unready() -> str:
+        if election and not election.leads():
+            return election.problem
         return schema.problem if watching.is_set() else "models aren't watched yet"
 
     board = Board()
     http = await server.serve(server.application(metrics, unready), settings.port)
-    live = await _live_page(board, settings)
+    live = await _live_page(board, settings, election)
+    _heed_signals()
     try:
-        kube = ApiServer(api_client)
-        work = Work(settings, kube, schema, metrics, Namespaces(settings.namespaces, kube, metrics), board)
-        while await _watch(work, watching):
-            log.info("other namespaces are to be watched")
+        async with _leading(election, metrics):
+            kube = ApiServer(api_client, election.leads) if election else ApiServer(api_client)
+            work = Work(settings, kube, schema, metrics, Namespaces(settings.namespaces, kube, metrics), board)
+            while await _watch(work, watching):
+                log.info("other namespaces are to be watched")
     finally:
         await api_client.close()
         await http.cleanup()
@@ -70,16 +84,53 @@ async def run(settings: Settings) -> None:
             await live.cleanup()
 
 
-async def _live_page(board: Board, settings: Settings) -> web.AppRunner | None:
+async def _live_page(board: Board, settings: Settings, election: Election | None) -> web.AppRunner | None:
     """None: it is off, or can't be served, for which nothing else has to suffer."""
     if settings.live_page == "Off":
         return None
     local = settings.live_page == "Local"
+
+    def elsewhere() -> str:
+        return "" if election is None or election.leads() else election.leader
+
     try:
-        return await site.serve(site.site(board, local=local), port=settings.live_port, local=local)
+        return await site.serve(
+            site.site(board, local=local, elsewhere=elsewhere), port=settings.live_port, local=local
+        )
     except OSError as error:
         log.warning("the live page can't be served on port %d: %s", settings.live_port, error)
         return None
+
+
+@asynccontextmanager
+async def _leading(election: Election | None, metrics: Metrics) -> AsyncIterator[None]:
+    """Begins when this process leads; when it can't any more, the process ends: nothing may be left that acts."""
+    metrics.leader.set(election is None)
+    if election is None:
+        yield
+        return
+    await election.won()
+    metrics.leader.set(1)
+    keeping = asyncio.create_task(_end_when_lost(election), name="lease")
+    try:
+        yield
+    finally:
+        keeping.cancel()
+        await asyncio.wait({keeping})
+        await election.resign()
+
+
+async def _end_when_lost(election: Election) -> None:
+    log.error("this operator ends, since it has lost its Lease: %s", await election.lost())
+    logging.shutdown()
+    os._exit(LOST_LEASE)
+
+
+def _heed_signals() -> None:
+    """Ends the calling task: the first process of a container ignores signals that it doesn't ask for."""
+    if task := asyncio.current_task():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
 
 
 @dataclass(slots=True)
@@ -158,8 +209,7 @@ async def _watch(work: Work, watching: asyncio.Event) -> bool:
             stop_flag=work.ended,
         )
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):  # as before: kopf leaves its handlers behind, which do nothing
-            asyncio.get_running_loop().remove_signal_handler(number)
+        _heed_signals()  # kopf leaves its handlers behind, which do nothing
     if work.loops is None or work.loops.cancelled():
         return False
     work.loops.result()

@@ -46,6 +46,7 @@ class Settings:
     sources: tuple[ModelSource, ...] = ()  # beside huggingface
     namespaces: tuple[str, ...] = ()  # none: all of them
     operator_namespace: str | None = None
+    lease: str | None = None  # in that namespace: only its holder works
     port: int = 8080
     live_page: str = "Local"  # whom it is served to
     live_port: int = 8081
@@ -138,6 +139,7 @@ _CONTEXT: Final = {"auto_envvar_prefix": "LOCKSTEP", "show_default": True}
 @_option("--scrape-from", default="[]", callback=_peers, help="May scrape every model: NetworkPolicyPeers, as JSON.")
 @_option("--sources", default="[]", callback=_sources, help="Hubs of models, as JSON: see the chart's models.sources.")
 @_option("--operator-namespace", help="Where the operator runs, for the NetworkPolicies.")
+@_option("--lease", help="Name of a Lease in the operator's namespace: of several operators, only its holder works.")
 @_option("--port", default=8080, type=_COUNT, help="Of /metrics, /healthz and /readyz.")
 @_option("--live-page", default="Local", type=click.Choice(LIVE_PAGES), help="Served to whom.")
 @_option("--live-port", default=8081, type=_COUNT, help="Of the live page.")
@@ -152,6 +154,8 @@ def _command(context: click.Context, /, namespace: tuple[str, ...], all_namespac
     """Serves TensorParallelModel objects."""
     if all_namespaces and context.get_parameter_source("namespace") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--namespace is not allowed with --all-namespaces")
+    if options["lease"] and not options["operator_namespace"]:
+        raise click.UsageError("--lease needs --operator-namespace: that is where the Lease is")
     image = {name: options.pop(f"runtime_image_{name}") for name in ("pull_policy", "pull_secrets")}
     named = tuple(name.strip() for name in namespace if name.strip())
     return Settings(**image, **options, namespaces=() if all_namespaces else named)

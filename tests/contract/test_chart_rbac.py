@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tests.support.chart import NAMESPACE, Manifest, of_kind, one, render
 
-from lockstep_operator.cluster.permissions import PERMISSIONS
+from lockstep_operator.cluster.permissions import LEASE_PERMISSION, PERMISSIONS, Permission
 
 ROLES = ("Role", "ClusterRole")
 Grants = set[tuple[str, str, str]]  # API group, resource, verb
@@ -33,9 +33,33 @@ def operators(values: Mapping[str, Any] | None = None) -> list[Manifest]:
     return render({"rbac": {"aggregate": False}} | dict(values or {}))
 
 
+def for_models(manifests: list[Manifest], kind: str = "Role") -> list[Manifest]:
+    """Roles, or bindings of them, without those of the Lease."""
+    return [found for found in of_kind(manifests, kind) if not found["metadata"]["name"].endswith("-lease")]
+
+
+def used(*permissions: Permission) -> Grants:
+    return {(one.group, one.resource, verb) for one in permissions for verb in one.verbs}
+
+
 def test_granted_is_what_is_used() -> None:
-    used = {(permission.group, permission.resource, verb) for permission in PERMISSIONS for verb in permission.verbs}
-    assert granted(roles()[0]) == used
+    assert granted(one(operators(), "ClusterRole")) == used(*PERMISSIONS)
+
+
+@pytest.mark.parametrize("values", [{}, {"watchNamespaces": ["a", "b"]}])
+def test_the_lease_is_the_operators_own_in_its_own_namespace(values: dict[str, Any]) -> None:
+    manifests = render(values)
+    (role,) = [found for found in of_kind(manifests, "Role") if found not in for_models(manifests)]
+    assert granted(role) == used(LEASE_PERMISSION)
+    assert role["metadata"]["namespace"] == NAMESPACE
+    unbounded = {verb for rule in role["rules"] if "resourceNames" not in rule for verb in rule["verbs"]}
+    assert unbounded == {"create"}
+    container = one(manifests, "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    (name,) = [variable["value"] for variable in container["env"] if variable["name"] == "LOCKSTEP_LEASE"]
+    assert [rule["resourceNames"] for rule in role["rules"] if "resourceNames" in rule] == [[name]]
+    (binding,) = [found for found in of_kind(manifests, "RoleBinding") if found["metadata"]["namespace"] == NAMESPACE]
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "lockstep", "namespace": NAMESPACE}]
 
 
 @pytest.mark.parametrize("values", [{}, {"watchNamespaces": ["a", "b"]}])
@@ -63,19 +87,19 @@ def test_one_cluster_role_is_bound_to_the_operators_account() -> None:
     binding = one(manifests, "ClusterRoleBinding")
     assert binding["roleRef"]["name"] == one(manifests, "ClusterRole")["metadata"]["name"]
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "lockstep", "namespace": NAMESPACE}]
-    assert not of_kind(manifests, "Role")
+    assert not for_models(manifests)
 
 
 def test_watched_namespaces_get_a_role_each_and_the_cluster_none() -> None:
     manifests = operators({"watchNamespaces": ["a", "b"]})
     assert not of_kind(manifests, "ClusterRole")
     assert not of_kind(manifests, "ClusterRoleBinding")
-    assert [role["metadata"]["namespace"] for role in of_kind(manifests, "Role")] == ["a", "b"]
+    assert [role["metadata"]["namespace"] for role in for_models(manifests)] == ["a", "b"]
     for binding in of_kind(manifests, "RoleBinding"):
         assert binding["roleRef"]["kind"] == "Role"
         assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "lockstep", "namespace": NAMESPACE}]
-    wide = granted(roles()[0])
-    assert all(granted(role) == wide for role in of_kind(manifests, "Role"))
+    wide = granted(one(operators(), "ClusterRole"))
+    assert all(granted(role) == wide for role in for_models(manifests))
 
 
 def test_roles_can_be_left_to_somebody_else() -> None:

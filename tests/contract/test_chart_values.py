@@ -35,9 +35,32 @@ def test_chart_package_and_app_have_one_version() -> None:
     assert (chart["version"], chart["appVersion"]) == (lockstep_runtime.__version__, lockstep_runtime.__version__)
 
 
-def test_the_operator_runs_once_and_never_twice() -> None:
-    spec = one(render(), "Deployment")["spec"]
-    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+def test_there_are_two_operators_on_different_nodes_and_one_is_always_left() -> None:
+    manifests = render()
+    deployment = one(manifests, "Deployment")["spec"]
+    rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+    assert (deployment["replicas"], deployment["strategy"]) == (2, rolling)
+    pod, labels = deployment["template"]["spec"], deployment["selector"]["matchLabels"]
+    spread = [(one["topologyKey"], one["whenUnsatisfiable"]) for one in pod["topologySpreadConstraints"]]
+    assert spread == [("kubernetes.io/hostname", "ScheduleAnyway")]
+    assert pod["topologySpreadConstraints"][0]["labelSelector"] == {"matchLabels": labels}
+    assert {(one["key"], one["tolerationSeconds"]) for one in pod["tolerations"]} == {
+        ("node.kubernetes.io/not-ready", 30), ("node.kubernetes.io/unreachable", 30),
+    }  # fmt: skip
+    budget = one(manifests, "PodDisruptionBudget")["spec"]
+    assert (budget["minAvailable"], budget["selector"]["matchLabels"]) == (1, labels)
+    assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+
+
+@pytest.mark.parametrize("values", [{"replicas": 1}, {"podDisruptionBudget": {"enabled": False}}])
+def test_one_operator_has_no_budget_that_would_block_every_drain(values: dict[str, Any]) -> None:
+    assert not of_kind(render(values), "PodDisruptionBudget")
+
+
+def test_a_spread_of_ones_own_keeps_its_selector() -> None:
+    own = {"topologyKey": "zone", "maxSkew": 2, "labelSelector": {"matchLabels": {"a": "b"}}}
+    pod = one(render({"topologySpreadConstraints": [own]}), "Deployment")["spec"]["template"]["spec"]
+    assert pod["topologySpreadConstraints"] == [own]
 
 
 def test_images_default_to_the_charts_version() -> None:
@@ -72,8 +95,9 @@ def test_the_users_and_groups_can_be_left_to_the_cluster() -> None:
 
 
 def told(values: Mapping[str, Any]) -> dict[str, str]:
-    """What the operator's container gets as variables."""
-    return {name: value for name, value in environment(values).items() if value is not None}
+    """What the operator's container gets as variables, in the namespace `system`."""
+    told = {name: value for name, value in environment(values).items() if value is not None}
+    return {**told, "LOCKSTEP_OPERATOR_NAMESPACE": "system"}
 
 
 def test_images_are_as_asked_for() -> None:
@@ -117,10 +141,11 @@ def test_the_operator_understands_what_it_is_told() -> None:
         },
     }
     assert container(values)["ports"][0]["containerPort"] == 8080
-    assert read_settings([], {**told(values), "LOCKSTEP_OPERATOR_NAMESPACE": "system"}) == Settings(
+    assert read_settings([], told(values)) == Settings(
         runtime_image=f"registry.example/lockstep/runtime:{lockstep_runtime.__version__}",
         pull_policy="IfNotPresent",
         namespaces=("a", "b"),
+        lease="lockstep",
         operator_namespace="system",
         port=8080,
         live_page="Off",
@@ -135,7 +160,9 @@ def test_the_operator_understands_what_it_is_told() -> None:
         sources=(ModelSource(name="corp", endpoint="https://hub", token_secret=("a", "b")),),
     )
     assert read_settings([], told({})) == Settings(
-        runtime_image=f"registry.example/lockstep/runtime:{lockstep_runtime.__version__}"
+        runtime_image=f"registry.example/lockstep/runtime:{lockstep_runtime.__version__}",
+        lease="lockstep",
+        operator_namespace="system",
     ), "the chart's defaults are the operator's"
 
 

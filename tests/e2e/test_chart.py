@@ -24,7 +24,7 @@ def test_the_operators_pod_keeps_to_the_restricted_profile(api: ClusterApi) -> N
 
 
 def test_the_operator_may_not_list_secrets(api: ClusterApi) -> None:
-    [pod] = operator_pods(api)
+    pod = operator_pods(api)[0]
     account = f"system:serviceaccount:{OPERATOR_NAMESPACE}:{pod['spec']['serviceAccountName']}"
     for verb in ("list", "watch", "update", "patch", "deletecollection"):
         asked = kubectl.attempt("auth", "can-i", verb, "secrets", "--all-namespaces", "--as", account)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from tests.support import kubectl
 from tests.support.cluster_api import ClusterApi
@@ -15,9 +15,11 @@ from tests.support.cluster_model import OPERATOR_NAMESPACE, OPERATOR_SELECTOR, O
 from tests.support.cluster_processes import container_processes, kill
 from tests.support.wait import until
 
+LEASE: Final = "lockstep"
+
 
 class OperatorKiller:
-    """Kills the operator's processes `kills` times from a thread, and waits at the end until one is Ready again.
+    """Kills the leading operator's processes `kills` times from a thread, and waits at the end until all are Ready.
 
     A kill is SIGKILL, so that nothing is tidied up. The pod is deleted too: the kubelet would restart its container
     only after a growing back-off, and the tests are about the operator's memory, not about the kubelet's patience.
@@ -49,7 +51,7 @@ class OperatorKiller:
     def _run(self) -> None:
         try:
             for pause in self._pauses:
-                pod = until("an operator to kill", lambda: running_operator(self._api), 60)
+                pod = until("an operator to kill", lambda: leading_operator(self._api), 60)
                 if self._stop.wait(pause):
                     return
                 kill_operator(pod)
@@ -58,9 +60,12 @@ class OperatorKiller:
             self._error = error
 
 
-def running_operator(api: ClusterApi) -> Object | None:
-    """The operator's pod once there is a process in it."""
-    return next((pod for pod in operator_pods(api) if container_processes(pod)), None)
+def leading_operator(api: ClusterApi) -> Object | None:
+    """The pod that holds the operators' Lease, while there is a process in it."""
+    lease = api.find("leases", OPERATOR_NAMESPACE, LEASE) or {"spec": {}}
+    holder = lease["spec"].get("holderIdentity")
+    pods = [pod for pod in operator_pods(api) if pod["metadata"]["name"] == holder]
+    return next((pod for pod in pods if container_processes(pod)), None)
 
 
 def kill_operator(pod: Object) -> None:
@@ -81,12 +86,16 @@ def kill_operator(pod: Object) -> None:
 
 
 def until_operator_ready(api: ClusterApi, seconds: float = 60) -> None:
+    """As many as there are to be, and one of them leads."""
+    (deployment,) = api.items("deployments", OPERATOR_NAMESPACE, OPERATOR_SELECTOR)
+    wanted = ["True"] * deployment["spec"]["replicas"]
+
     def ready() -> bool:
         pods = operator_pods(api)
         conditions = [c for pod in pods for c in pod["status"].get("conditions", []) if c["type"] == "Ready"]
-        return [condition["status"] for condition in conditions] == ["True"]
+        return [condition["status"] for condition in conditions] == wanted and leading_operator(api) is not None
 
-    until("exactly one operator, Ready", ready, seconds, lambda: operator_log(api, tail=40))
+    until(f"{len(wanted)} operators, Ready", ready, seconds, lambda: operator_log(api, tail=40))
 
 
 @contextmanager
@@ -98,7 +107,7 @@ def operator_away(api: ClusterApi) -> Iterator[Object]:
         until("the operator to be gone", lambda: not api.items("pods", OPERATOR_NAMESPACE, OPERATOR_SELECTOR), 60)
         yield deployment
     finally:
-        scale_operator(deployment, 1)
+        scale_operator(deployment, deployment["spec"]["replicas"])
         until_operator_ready(api)
 
 

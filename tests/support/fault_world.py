@@ -224,7 +224,7 @@ def shape(world: World) -> dict[str, Any]:
     return {name: _neutral(value) for name, value in sorted(found.items())}
 
 
-_TRANSIENT: Final = frozenset({"Pod", "Event", "TensorParallelModel"})
+_TRANSIENT: Final = frozenset({"Pod", "Event", "Lease", "TensorParallelModel"})
 
 
 def _neutral(value: Any) -> Any:

@@ -125,6 +125,21 @@ class FakeKube:
             self.admit(live)
             return clone(live)
 
+    async def replace(self, kind: str, manifest: Mapping[str, Any]) -> Object:
+        name = manifest["metadata"]["name"]
+        await self._turns()
+        with self._writing("update", kind, name):
+            identity = (kind, manifest["metadata"]["namespace"], name)
+            live = self.objects.get(identity)
+            if live is None:
+                raise KubeError(404, "NotFound", f"{kind} {name} not found")
+            if manifest["metadata"]["resourceVersion"] != live["metadata"]["resourceVersion"]:
+                raise KubeError(409, "Conflict", "the object has been modified")
+            before = clone(live)
+            live["spec"] = clone(dict(manifest["spec"]))
+            self._bump(live, before)
+            return clone(live)
+
     async def apply_status(self, kind: str, manifest: Mapping[str, Any]) -> Object:
         metadata = manifest["metadata"]
         await self._turns()

@@ -130,6 +130,8 @@ class KubeHttp:
         place = request.match_info
         if request.method == "POST":
             return await self.kube.create(kind, body)
+        if request.method == "PUT":
+            return await self.kube.replace(kind, body)
         if request.method == "DELETE":
             uid = body["preconditions"]["uid"]
             await self.kube.delete(kind, place["namespace"], place["name"], uid, body.get("gracePeriodSeconds"))

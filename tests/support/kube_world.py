@@ -9,6 +9,7 @@ from typing import Any
 from tests.support.kube_fake import FakeKube, Killed, is_ready, resource, revision_of
 from tests.support.kube_watch import KubeWatch
 
+from lockstep_operator.cluster.client import Kube
 from lockstep_operator.cluster.failures import REFUSED_MOST
 from lockstep_operator.controller import Controller
 from lockstep_operator.groups.status_poller import PollTarget
@@ -129,13 +130,19 @@ class World:
 
     def operator(self) -> Controller:
         metrics, watch = Metrics(), KubeWatch(self.kube)
-        reconciler = Reconciler(self.kube, self.groups, SETTINGS, metrics, lambda: self.time, indexes=watch.indexes)
+        reconciler = Reconciler(
+            self.connection(), self.groups, SETTINGS, metrics, lambda: self.time, indexes=watch.indexes
+        )
 
         async def reconcile(key: ModelKey) -> ReconcileOutcome:
             self.hear(watch)
             return await reconciler.reconcile(key)
 
         return Controller(WorkQueue(lambda: self.time), reconcile, metrics)
+
+    def connection(self) -> Kube:
+        """A new operator's, to the API server."""
+        return self.kube
 
     def hear(self, watch: KubeWatch) -> None:
         """What an operator is told before a pass."""

@@ -37,6 +37,7 @@ class LocalOperator:
             **deployed,
             "KUBECONFIG": str(kubeconfig),
             "LOCKSTEP_NAMESPACES": namespaces,
+            "LOCKSTEP_LEASE": "",  # that is the deployed operators'
             "LOCKSTEP_PORT": str(free_port()),
             "LOCKSTEP_LIVE_PORT": str(free_port()),
             "NO_PROXY": "127.0.0.1",

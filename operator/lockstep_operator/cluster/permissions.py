@@ -37,3 +37,8 @@ PERMISSIONS: Final = (
     Permission("", "events", ("list", "create"), "why a pod can't start; what happened"),
     Permission("", "limitranges", ("list",), "requests that the namespace allows"),
 )
+
+# In the operator's own namespace, and of its own Lease (a `create` can't be bound by name).
+LEASE_PERMISSION: Final = Permission(
+    "coordination.k8s.io", "leases", ("get", "create", "update"), "which of two operators works"
+)

@@ -40,9 +40,13 @@ _HEADERS: Final = {
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def site(board: Board, *, local: bool, now: Callable[[], float] = time.time) -> web.Application:
+def site(
+    board: Board, *, local: bool, elsewhere: Callable[[], str] = lambda: "", now: Callable[[], float] = time.time
+) -> web.Application:
     """`local`: only whoever is on this machine, or forwards a port to it, may look. A name that a foreign page has
-    pointed to this address by DNS is refused then."""
+    pointed to this address by DNS is refused then.
+
+    `elsewhere` names the operator that works, while this one stands by."""
     readers = asyncio.Semaphore(READERS)
 
     @web.middleware
@@ -50,6 +54,11 @@ def site(board: Board, *, local: bool, now: Callable[[], float] = time.time) -> 
         if local and _hostname(request.host) not in LOCAL_HOSTS:
             text = "This page is served to localhost alone: forward a port to it, or set livePage.access to Cluster.\n"
             return web.Response(status=403, text=text, headers=_HEADERS)
+        if leader := elsewhere():
+            text = (
+                f"This operator stands by and knows nothing of models. The one that works is {leader}: ask that pod.\n"
+            )
+            return web.Response(status=503, text=text, headers={**_HEADERS, "Retry-After": "2"})
         return await handler(request)
 
     async def feed(request: web.Request) -> web.StreamResponse:

@@ -88,6 +88,9 @@ class Metrics:
             "lockstep_operator_unserved_status_fields",
             "Fields of the status that the cluster's CRD lacks because it is older than the operator",
         )
+        self.leader = gauge(
+            "lockstep_operator_leader", "1 where this operator works, 0 where it stands by for the one that does"
+        )
         self._steps = _LastSteps(now)
         self.registry.register(self._steps)
         self._counted: dict[ModelKey, set[tuple[str, str]]] = {}
