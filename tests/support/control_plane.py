@@ -7,6 +7,7 @@ Nothing in it runs a container, so it needs neither root nor the development clu
 from __future__ import annotations
 
 import base64
+import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -56,10 +57,13 @@ class ControlPlane:
         return yaml.safe_load(self.kubectl("get", *arguments, "-o", "yaml"))
 
     @contextmanager
-    def running(self, name: str, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+    def running(self, name: str, *command: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
         """A program of this cluster, which ends with the block. Its log is `folder`/`name`.log."""
+        environment = {**os.environ, **variables}
         with (self.folder / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder)
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder, env=environment
+            )
         try:
             yield process
         finally:

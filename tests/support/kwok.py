@@ -32,9 +32,10 @@ END_SECONDS: Final = 10.0
 class FakeNodes:
     """Safe for use from one thread. Made by `fake_nodes`."""
 
-    def __init__(self, api: ClusterApi) -> None:
+    def __init__(self, api: ClusterApi, kubeconfig: Path) -> None:
         self._api = api
-        self.label = secrets.token_hex(3)
+        self._cluster = f"--kubeconfig={kubeconfig}"
+        self.label = f"n{secrets.token_hex(3)}"  # digits with an e among them are a number to YAML
         self.names: list[str] = []
 
     @property
@@ -55,18 +56,21 @@ class FakeNodes:
         """Names of new nodes, which are Ready and without the node controller's taints. `resources` are laid over
         RESOURCES."""
         names = [f"kwok-{self.label}-{len(self.names) + number}" for number in range(count)]
-        kubectl.apply_all(self._manifest(name, {**RESOURCES, **(resources or {})}, labels or {}) for name in names)
+        manifests = (self._manifest(name, {**RESOURCES, **(resources or {})}, labels or {}) for name in names)
+        kubectl.apply_all(manifests, self._cluster)
         self.names += names
         until("the fake nodes to be Ready", lambda: all(map(self._ready, names)), READY_SECONDS, self._explain)
         return names
 
     def remove_all(self) -> None:
         """The nodes, and every pod that was bound to one."""
-        kubectl.kubectl("delete", "nodes", "--selector", self.selector, "--wait=false")
+        kubectl.kubectl(self._cluster, "delete", "nodes", "--selector", self.selector, "--wait=false")
         for pod in self.pods():
             metadata = pod["metadata"]
             force = ("--force", "--grace-period=0", "--wait=false", "--ignore-not-found")
-            kubectl.kubectl("--namespace", metadata["namespace"], "delete", "pod", metadata["name"], *force)
+            kubectl.kubectl(
+                self._cluster, "--namespace", metadata["namespace"], "delete", "pod", metadata["name"], *force
+            )
 
     def pods(self) -> list[Object]:
         """Of all namespaces, that are bound to one of these nodes."""
@@ -90,16 +94,21 @@ class FakeNodes:
         return conditions.get("Ready") == "True" and taints == {TAINT}
 
     def _explain(self) -> str:
-        return kubectl.kubectl("describe", "nodes", "--selector", self.selector)
+        return kubectl.kubectl(self._cluster, "describe", "nodes", "--selector", self.selector)
 
 
 @contextmanager
-def fake_nodes(api: ClusterApi, folder: Path, pod_cidr: str = POD_CIDR) -> Iterator[FakeNodes]:
-    """A kwok for as long as the context; `folder` keeps its log. At the end nodes and their pods are gone."""
+def fake_nodes(
+    api: ClusterApi, folder: Path, pod_cidr: str = POD_CIDR, kubeconfig: Path = kubectl.KUBECONFIG
+) -> Iterator[FakeNodes]:
+    """A kwok for as long as the context; `folder` keeps its log. At the end nodes and their pods are gone.
+
+    `api` and `kubeconfig` are of the same cluster.
+    """
     assert PROGRAM.exists(), "there is no kwok: run `make .dev/bin/kwok`"
-    nodes = FakeNodes(api)
+    nodes = FakeNodes(api, kubeconfig)
     command = [
-        str(PROGRAM), f"--kubeconfig={kubectl.KUBECONFIG}", f"--manage-nodes-with-label-selector={nodes.selector}",
+        str(PROGRAM), f"--kubeconfig={kubeconfig}", f"--manage-nodes-with-label-selector={nodes.selector}",
         f"--node-lease-duration-seconds={LEASE_SECONDS}", f"--cidr={pod_cidr}", "--node-port=0",
     ]  # fmt: skip
     with (folder / "kwok.log").open("ab") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
