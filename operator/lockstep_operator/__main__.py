@@ -201,7 +201,7 @@ async def _watch(work: Work, watching: asyncio.Event) -> bool:
     work.ended.clear()
     try:
         await kopf.operator(
-            registry=handlers.registry(work),
+            registry=handlers.registry(work, nodes=work.settings.watch_nodes),
             settings=handlers.kopf_settings(),
             clusterwide=not work.settings.namespaces,
             namespaces=work.namespaces.served,

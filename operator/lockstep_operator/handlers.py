@@ -15,7 +15,7 @@ from typing import Any, Final
 import kopf
 
 from lockstep_operator.cluster.client import RESOURCES
-from lockstep_operator.cluster.indexes import BUDGET, INDEXED, Indexes, entry
+from lockstep_operator.cluster.indexes import BUDGET, INDEXED, Indexes, entry, leaves
 from lockstep_operator.types.names import KIND, MODEL_LABEL, ModelKey, key_of_child
 from lockstep_operator.types.observed import Object
 
@@ -24,12 +24,15 @@ OF_ANYBODY: Final = (KIND, BUDGET)  # watched whatever their labels
 LABELLED: Final = {MODEL_LABEL: kopf.PRESENT}
 
 
-def registry(work: Callable[[Indexes], AbstractAsyncContextManager[Changed]]) -> kopf.OperatorRegistry:
-    """`work` is what runs as long as kopf watches; it yields whom to tell of every model that may have changed."""
+def registry(
+    work: Callable[[Indexes], AbstractAsyncContextManager[Changed]], *, nodes: bool = False
+) -> kopf.OperatorRegistry:
+    """`work` is what runs as long as kopf watches; it yields whom to tell of every model that may have changed.
+    `nodes`: whether they are watched, too."""
     handlers = kopf.OperatorRegistry()
 
     async def start(memo: kopf.Memo, **kwargs: Any) -> None:
-        indexes = Indexes()
+        indexes = memo.indexes = Indexes()
         indexes.bind({kind: kwargs[kind] for kind in INDEXED})
         memo.budgets = {}  # UID of somebody else's → what was last heard of it
         memo.work = AsyncExitStack()
@@ -46,6 +49,8 @@ def registry(work: Callable[[Indexes], AbstractAsyncContextManager[Changed]]) ->
         kopf.index(*_resource(kind), labels=labels, registry=handlers, id=kind)(_indexer(kind))
         changed: Callable[..., Any] = _CHANGED.get(kind, _child_changed)
         kopf.on.event(*_resource(kind), labels=labels, registry=handlers, id=kind)(changed)
+    if nodes:
+        kopf.on.event("", "v1", "nodes", registry=handlers, id="Node")(_node_changed)
     return handlers
 
 
@@ -78,6 +83,13 @@ async def _budget_changed(memo: kopf.Memo, namespace: str, body: Mapping[str, An
     memo.budgets[metadata["uid"]] = version
     for key in kwargs[KIND]:
         if key.namespace == namespace:
+            memo.changed(key)
+
+
+async def _node_changed(memo: kopf.Memo, name: str, body: Mapping[str, Any], **kwargs: Any) -> None:
+    indexes: Indexes = memo.indexes
+    if indexes.heard_of_node(name, leaves=leaves(body) and kwargs["type"] != "DELETED"):
+        for key in indexes.on_node(name):
             memo.changed(key)
 
 

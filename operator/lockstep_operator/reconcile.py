@@ -185,6 +185,7 @@ class Reconciler:
             server_mutations=known.server_mutations,
             failing=frozenset(known.failures.of),
             limits=limits,
+            leaving_nodes=self._indexes.leaving_nodes,
         )
         seen = groups_of(model, observed)
         leaders = {group.index: group.leader.uid for group in seen if group.leader}

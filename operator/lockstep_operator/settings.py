@@ -44,6 +44,7 @@ class Settings:
     api_from: tuple[Peer, ...] = ()  # may use the API of models that don't say, beside their own namespace
     scrape_from: tuple[Peer, ...] = ()  # may reach the API's port of every model: it serves /metrics, too
     sources: tuple[ModelSource, ...] = ()  # beside huggingface
+    watch_nodes: bool = False  # so that groups leave cordoned ones
     namespaces: tuple[str, ...] = ()  # none: all of them
     operator_namespace: str | None = None
     lease: str | None = None  # in that namespace: only its holder works
@@ -138,6 +139,9 @@ _CONTEXT: Final = {"auto_envvar_prefix": "LOCKSTEP", "show_default": True}
 @_option("--api-from", default="[]", callback=_peers, help="May use models' API: NetworkPolicyPeers, as JSON.")
 @_option("--scrape-from", default="[]", callback=_peers, help="May scrape every model: NetworkPolicyPeers, as JSON.")
 @_option("--sources", default="[]", callback=_sources, help="Hubs of models, as JSON: see the chart's models.sources.")
+@_option(
+    "--watch-nodes", default=False, type=bool, help="Move groups off cordoned nodes, which it must be able to list."
+)
 @_option("--operator-namespace", help="Where the operator runs, for the NetworkPolicies.")
 @_option("--lease", help="Name of a Lease in the operator's namespace: of several operators, only its holder works.")
 @_option("--port", default=8080, type=_COUNT, help="Of /metrics, /healthz and /readyz.")

@@ -163,7 +163,8 @@ def test_the_operator_understands_what_it_is_told() -> None:
         runtime_image=f"registry.example/lockstep/runtime:{lockstep_runtime.__version__}",
         lease="lockstep",
         operator_namespace="system",
-    ), "the chart's defaults are the operator's"
+        watch_nodes=True,
+    ), "the chart's defaults are the operator's, but that it lets it list the nodes"
 
 
 def test_services_of_the_namespace_set_none_of_its_variables() -> None:

@@ -60,6 +60,7 @@ class FakeKube:
         self.gone: set[str] = set()  # namespaces that are not there any more
         self.crd_lacks: frozenset[str] = frozenset()  # fields of the status, as status.groups.epoch: the CRD is older
         self.nodes = ["node-1"]
+        self.cordoned: set[str] = set()
         self.lost_nodes: set[str] = set()  # their kubelets neither act nor report
         self._numbers = itertools.count(1)
         self._applied: dict[tuple[str, str], Object] = {}  # by UID and subresource: what was applied last
@@ -332,7 +333,7 @@ class FakeKube:
             if pod["status"].get("conditions") != [gated]:
                 yield lambda: pod["status"].update(conditions=[gated])
             return
-        allowed = [node for node in self.nodes if node not in self.lost_nodes and node not in _ruled_out(pod)]
+        allowed = [node for node in self.nodes if node not in {*self.lost_nodes, *self.cordoned, *_ruled_out(pod)}]
         if not allowed:
             unplaced = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no node fits"}
             if pod["status"].get("conditions") != [unplaced]:

@@ -37,6 +37,8 @@ class KubeWatch:
                 self._discard(known)
                 for key, document in entry(known[0][0], self._seen[known]).items():
                     self._of[known[0][0]].setdefault(key, {})[known] = document
+        for node in self._kube.nodes:
+            self.indexes.heard_of_node(node, leaves=node in self._kube.cordoned)
         self.indexes.bind({kind: self._index(kind) for kind in INDEXED})
 
     def _watched(self) -> Iterator[tuple[Identity, Object]]:

@@ -61,7 +61,8 @@ def well(key: ModelKey, group: int, incarnation: str, revision: str, size: int =
 
 
 class World:
-    def __init__(self, operators: int = 1, random: Random | None = None) -> None:
+    def __init__(self, operators: int = 1, random: Random | None = None, settings: Settings = SETTINGS) -> None:
+        self.settings = settings
         self.time = START
         self.random = random or Random(0)
         self.kube = FakeKube(lambda: self.time)
@@ -131,7 +132,7 @@ class World:
     def operator(self) -> Controller:
         metrics, watch = Metrics(), KubeWatch(self.kube)
         reconciler = Reconciler(
-            self.connection(), self.groups, SETTINGS, metrics, lambda: self.time, indexes=watch.indexes
+            self.connection(), self.groups, self.settings, metrics, lambda: self.time, indexes=watch.indexes
         )
 
         async def reconcile(key: ModelKey) -> ReconcileOutcome:

@@ -20,6 +20,9 @@ CHILD_KINDS: Final = (*LABELLED_KINDS, BUDGET)
 INDEXED: Final = (KIND, "Pod", *CHILD_KINDS)
 
 NOBODYS: Final = ""  # the model of an object that has no label of one
+# Taints of autoscalers before they drain a node: Karpenter's and the Cluster Autoscaler's.
+LEAVING: Final = ("karpenter.sh/disrupted", "ToBeDeletedByClusterAutoscaler")
+
 Index = Mapping[ModelKey, Collection[Object]]  # kopf.Index is one
 
 
@@ -31,14 +34,38 @@ def entry(kind: str, body: Mapping[str, Any]) -> dict[ModelKey, Object]:
     return {ModelKey(metadata["namespace"], model): document}
 
 
+def leaves(node: Mapping[str, Any]) -> bool:
+    """Whether nothing new is put on the node because it is to be emptied: it is cordoned, or its autoscaler says so."""
+    spec = node.get("spec") or {}
+    return bool(spec.get("unschedulable")) or any(taint.get("key") in LEAVING for taint in spec.get("taints") or [])
+
+
 class Indexes:
     """Empty until `bind`, which kopf's start calls with its indexes by kind."""
 
     def __init__(self) -> None:
         self._of: Mapping[str, Index] = {}
+        self._leaving: set[str] = set()
 
     def bind(self, indexes: Mapping[str, Index]) -> None:
         self._of = indexes
+
+    @property
+    def leaving_nodes(self) -> frozenset[str]:
+        """Nodes that are being drained, or soon will be."""
+        return frozenset(self._leaving)
+
+    def heard_of_node(self, name: str, *, leaves: bool) -> bool:
+        """Whether that is news."""
+        if leaves is (name in self._leaving):
+            return False
+        (self._leaving.add if leaves else self._leaving.discard)(name)
+        return True
+
+    def on_node(self, name: str) -> set[ModelKey]:
+        """The models that have pods there."""
+        pods = self._of.get("Pod", {})
+        return {key for key in pods if any((pod.get("spec") or {}).get("nodeName") == name for pod in pods[key])}
 
     def model(self, key: ModelKey) -> Object | None:
         """The custom resource; the newest where one of the same name was made after it had been deleted."""

@@ -34,6 +34,7 @@ PERMISSIONS: Final = (
     ),
     Permission("", "secrets", ("get", "create", "delete"), "the token: read by name, never listed"),
     Permission("", "pods", ("list", "watch", "delete"), "who is Ready; replaced in a rollout"),
+    Permission("", "nodes", ("list", "watch"), "which are cordoned: groups leave them"),
     Permission("", "events", ("list", "create"), "why a pod can't start; what happened"),
     Permission("", "limitranges", ("list",), "requests that the namespace allows"),
 )

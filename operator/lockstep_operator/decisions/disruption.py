@@ -12,9 +12,11 @@ from typing import Any, Final
 
 from lockstep_operator.decisions import manifests
 from lockstep_operator.decisions.actions import Action, Delete
+from lockstep_operator.decisions.evacuation import Evacuation
 from lockstep_operator.decisions.pod_template import group_labels
 from lockstep_operator.decisions.upkeep import repaired
-from lockstep_operator.groups.group import is_ours
+from lockstep_operator.groups.group import Group, is_ours
+from lockstep_operator.settings import Settings
 from lockstep_operator.types.observed import Object, Observed
 from lockstep_operator.types.spec import Model
 
@@ -29,13 +31,27 @@ class Disruption:
     actions: tuple[Action, ...] = ()
 
 
-def decide(model: Model, observed: Observed, groups: int, most: int = 1) -> Disruption:
-    """Of so many groups, surge groups among them. `most`: how many pods may be evicted while all are whole."""
+def decide(
+    model: Model, observed: Observed, groups: Sequence[Group], moving: Evacuation, settings: Settings
+) -> Disruption:
+    """`groups` are all that there are to be. A surge group counts when it serves, and one that stands in for a group
+    that is moved does before: its pods don't all become Ready at the same moment."""
     foreign = next(_foreign(model, observed), "")
     if foreign or not model.disruption.has_budget:
         return Disruption(foreign=foreign, actions=(*_removed(model, observed, foreign),))
-    least = max(0, groups * model.pods_per_group - most)
+    awaited = () if moving.overdue else moving.stand_ins
+    counted = sum(group.ready or group.index < model.replicas or group.index in awaited for group in groups)
+    least = max(0, counted * model.pods_per_group - _evictable(model, moving, settings))
     return Disruption(actions=(*repaired(observed, [manifests.disruption_budget(model, least)]),))
+
+
+def _evictable(model: Model, moving: Evacuation, settings: Settings) -> int:
+    """How many pods may be evicted while all groups are whole: none of a group that is moved when another stands in for
+    it, as the only one always is where cordoned nodes are known."""
+    if moving.overdue:
+        return 1
+    alone = model.replicas == 1 and settings.watch_nodes
+    return 0 if alone or moving.leaving else 1
 
 
 def _foreign(model: Model, observed: Observed) -> Iterator[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lockstep_operator.decisions import commit_pin, disruption, manifests, rollout, surge, upkeep
+from lockstep_operator.decisions import commit_pin, disruption, evacuation, manifests, rollout, surge, upkeep
 from lockstep_operator.decisions.actions import Action, Delete
 from lockstep_operator.decisions.disruption import Disruption
+from lockstep_operator.decisions.evacuation import Evacuation
 from lockstep_operator.decisions.group_plan import GroupPlanner
 from lockstep_operator.decisions.guard import Bug, Guard
 from lockstep_operator.decisions.name_conflicts import NameConflicts
@@ -26,6 +27,7 @@ from lockstep_operator.types.spec import Model
 
 NO_CONFLICTS = NameConflicts()
 NO_DISRUPTION = Disruption()
+NO_EVACUATION = Evacuation()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,7 @@ class Decision:
     bugs: tuple[Bug, ...] = ()
     surge: tuple[SurgeGroup, ...] = ()  # groups beyond replicas, as the status is to have them
     disruption: Disruption = NO_DISRUPTION
+    evacuation: Evacuation = NO_EVACUATION
     pin: PinnedModel | None = None  # what the hub's model is resolved to, as the status is to have it
 
     @property
@@ -77,12 +80,16 @@ def decide(model: Model, observed: Observed, now: float, settings: Settings) -> 
     if not conflicts.whole:
         actions += guard("what all groups share", lambda: _shared(model, observed), [])
     actions += [action for plan in plans for action in plan.upkeep]
-    budget = guard("the disruption budget", lambda: disruption.decide(model, observed, len(facts)), NO_DISRUPTION)
-    actions += budget.actions if not conflicts.whole else ()
+    groups = [one.group for one in facts]
+    moving = guard(
+        "evacuations", lambda: evacuation.decide(model, observed, groups, conflicts.groups, now), NO_EVACUATION
+    )
+    budget = guard("evictions", lambda: disruption.decide(model, observed, groups, moving, settings), NO_DISRUPTION)
+    actions += (*budget.actions, *moving.moves) if not conflicts.whole else ()
     if not conflicts.whole:
         actions += guard("groups beyond replicas", lambda: [*upkeep.scale_down(model, observed, excess)], [])
     before = observed.status.surge
-    kept = guard("surge groups", lambda: _surge(model, own, revision, astray, before, excess), before)
+    kept = guard("surge groups", lambda: _surge(model, own, revision, astray, moving, before, excess), before)
     paused = model.intervention.paused
     return Decision(
         actions=() if paused else tuple(_once(actions)),
@@ -93,6 +100,7 @@ def decide(model: Model, observed: Observed, now: float, settings: Settings) -> 
         conflicts=conflicts,
         recoveries={plan.group: plan.recovery for plan in plans if plan.recovery and not paused},
         disruption=budget,
+        evacuation=moving,
         bugs=tuple(guard.bugs),
         surge=before if paused else kept,
         pin=commit_pin.pin(model, revision, own, observed.status.model),
@@ -131,6 +139,7 @@ def _surge(
     own: Sequence[GroupFacts],
     revision: str,
     astray: Collection[int],
+    moving: Evacuation,
     known: Sequence[SurgeGroup],
     excess: Sequence[Group],
 ) -> tuple[SurgeGroup, ...]:
@@ -140,7 +149,7 @@ def _surge(
     groups = [one.group for one in own]
     left = {*_unplaced(own, revision), *model.intervention.fenced}
     asked = [one for one in groups if one.index < model.replicas and one.index not in left]
-    needs = [surge.of_rollout(model.rollout.max_surge, asked, revision, astray)]
+    needs = [surge.of_rollout(model.rollout.max_surge, asked, revision, astray), moving.need]
     ready = {one.index for one in groups if one.ready}
     return surge.plan(model.replicas, known, needs, ready, {one.index for one in excess})
 

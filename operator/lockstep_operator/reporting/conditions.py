@@ -48,7 +48,7 @@ def conditions(
 ) -> Conditions:
     """`before` is the status as last written."""
     ready = _ready(model, decision, groups, obstacle, before)
-    withheld = _withheld(model)
+    withheld, evacuating = _withheld(model), _evacuating(model, decision)
     return {
         ConditionType.READY: ready,
         ConditionType.AVAILABLE: _available(model, groups),
@@ -58,6 +58,7 @@ def conditions(
         ConditionType.RECONCILING: _reconciling(ready),
         ConditionType.STALLED: _stalled(ready),
         ConditionType.DISRUPTIONS_BOUNDED: _disruptions(model, decision),
+        **({ConditionType.EVACUATING: evacuating} if evacuating else {}),
         **({ConditionType.PAUSED: withheld} if withheld else {}),
     }
 
@@ -222,6 +223,21 @@ def _disruptions(model: Model, decision: Decision) -> ConditionValue:
     if not model.disruption.has_budget:
         return ConditionValue("False", Reason.NO_BUDGET, "spec.disruption.budget is None")
     return ConditionValue("True", Reason.ONE_GROUP_AT_A_TIME, "evictions take one group at a time")
+
+
+def _evacuating(model: Model, decision: Decision) -> ConditionValue | None:
+    """Of groups whose pods must leave their nodes; None: there are none."""
+    found = decision.evacuation
+    if not found.leaving and not found.stand_ins:
+        return None
+    why = "; ".join(f"group {group}: {why}" for group, why in sorted(found.leaving.items()))
+    by = ", ".join(map(str, found.stand_ins)) or str(model.replicas)
+    if found.overdue:
+        late = f"group {by} could not stand in within {model.progress_deadline:g} s"
+        text = f"{why}; {late}, so evictions may take one group"
+        return ConditionValue("True", Reason.NO_STAND_IN, text)
+    text = f"{why}; it is moved when group {by} serves" if why else f"group {by} stands in until all groups serve"
+    return ConditionValue("True", Reason.EVACUATING, text)
 
 
 def _withheld(model: Model) -> ConditionValue | None:

@@ -118,6 +118,7 @@ class PinnedModel(Part, frozen=True, kw_only=True):
 
 class SurgeReason(enum.StrEnum):
     ROLLOUT = "Rollout"
+    EVACUATION = "Evacuation"
 
 
 class SurgeGroup(Part, frozen=True, kw_only=True):

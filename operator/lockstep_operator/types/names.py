@@ -27,6 +27,7 @@ ADMITTED_ANNOTATION: Final = "lockstep.dev/admitted"  # hash of what a queue adm
 RESTARTED_ANNOTATION: Final = "lockstep.dev/restartedAt"  # of a model or a pod: restarts the groups in turn
 RESOLVE_ANNOTATION: Final = "lockstep.dev/resolveRevisionAt"  # the same: also asks the hub what the revision is now
 PAUSED_ANNOTATION: Final = "lockstep.dev/paused"  # of a model: nothing is done about it but reports
+EVACUATE_ANNOTATION: Final = "lockstep.dev/evacuate"  # of a pod: it leaves its node, when another group stands in
 FENCED_ANNOTATION: Final = "lockstep.dev/fenced-groups"  # of a model: groups that are left alone and take no requests
 KUBECTL_RESTARTED: Final = "kubectl.kubernetes.io/restartedAt"  # by `kubectl rollout restart` of a StatefulSet
 

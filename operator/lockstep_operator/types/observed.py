@@ -96,6 +96,7 @@ class Observed:
     server_mutations: Mapping[ObjectRef, frozenset[str]] = field(default_factory=dict)  # the API server's own rewriting
     failing: frozenset[ObjectRef] = frozenset()  # writes that the API server did not take lately
     limits: Limits = field(default_factory=Limits)  # of the namespace
+    leaving_nodes: frozenset[str] = frozenset()  # cordoned ones
 
     def child(self, kind: str, name: str) -> Object | None:
         return self.children.get((kind, name))

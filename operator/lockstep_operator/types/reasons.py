@@ -15,6 +15,7 @@ class ConditionType(enum.StrEnum):
     RECONCILING = "Reconciling"
     STALLED = "Stalled"
     DISRUPTIONS_BOUNDED = "DisruptionsBounded"
+    EVACUATING = "Evacuating"
     PAUSED = "Paused"
 
 
@@ -42,6 +43,9 @@ class Reason(enum.StrEnum):
     # by a person's wish
     PAUSED = "Paused"
     GROUPS_FENCED = "GroupsFenced"
+    # pods leave their nodes
+    EVACUATING = "Evacuating"
+    NO_STAND_IN = "NoStandIn"
     # pods may be evicted
     ONE_GROUP_AT_A_TIME = "OneGroupAtATime"
     OTHER_BUDGET = "OtherBudget"
