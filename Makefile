@@ -57,14 +57,18 @@ test-unit: venv ## the tests of the parts, and the simulations
 	$(PY) -m pytest -n 2 tests/unit tests/sim
 
 .PHONY: test-contract
-test-contract: venv .dev/bin/helm .dev/bin/promtool .dev/bin/browser ## the tests of the interfaces: real ranks, clients and charts, no cluster
+test-contract: venv .dev/bin/helm .dev/bin/promtool .dev/bin/browser .dev/schemas ## the tests of the interfaces: real ranks, clients and charts, no cluster
 	$(PY) -m pytest tests/contract
 
 .dev/bin/browser: # which the live page is opened in
 	@python3 -m dev.browser
 
-.dev/bin/promtool: # which the alerts' tests need
-	@python3 -m dev.promtool
+.dev/bin/prometheus .dev/bin/promtool &: # for the tests of what is monitored, and of alerts
+	@python3 -m dev.prometheus
+
+.PHONY: .dev/schemas
+.dev/schemas: # other projects' CRDs, which the tests hold the examples and the chart against
+	@python3 -m dev.schemas
 
 .PHONY: .dev/bin/kwok
 .dev/bin/kwok: # fake nodes for the tests that need many; built anew only when its module changes
@@ -75,7 +79,7 @@ test: ## every test that needs no GPU, on a real cluster that is brought up for 
 	@python3 tests/run.py
 
 .PHONY: test-e2e
-test-e2e: venv .dev/bin/kwok .dev/bin/browser ## the tests on the cluster (make cluster-up images deploy)
+test-e2e: venv .dev/bin/kwok .dev/bin/browser .dev/bin/prometheus .dev/schemas ## the tests on the cluster (make cluster-up images deploy)
 	$(PY) -m pytest tests/e2e -m "not outage and not lasting" --durations=12
 
 include $(wildcard bench/*.mk tests/*.mk)

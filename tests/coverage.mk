@@ -12,7 +12,7 @@ coverage-pure: venv ## every line and branch of the pure modules is reached by a
 	$(PY) -m dev.coverage_gate --pure
 
 .PHONY: coverage
-coverage: venv .dev/bin/helm .dev/bin/promtool .dev/bin/browser ## branch coverage of both packages, with floors (several times as long as their tests)
+coverage: venv .dev/bin/helm .dev/bin/promtool .dev/bin/browser .dev/schemas ## branch coverage of both packages, with floors (several times as long as their tests)
 	@mkdir -p build/coverage
 	$(PY) -m pytest -q -n 2 tests/unit tests/sim --cov --cov-report=
 	$(PY) -m pytest -q tests/contract --cov --cov-append --cov-report=

@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.support.chart import of_kind, one, render
+from tests.support.engine_stats import IDLE
 from tests.support.kube_world import well
 
 from lockstep_operator.decisions.pod_template import pod_template
@@ -22,22 +23,8 @@ from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport
 from lockstep_operator.types.spec import parse
 from lockstep_runtime.api.metrics import Metrics as EngineMetrics
-from lockstep_runtime.engine.client import EngineStats
 
 KEY = ModelKey("team", "chat")
-STATS = EngineStats(
-    requests_running=0,
-    requests_waiting=0,
-    kv_blocks_total=1,
-    kv_blocks_used=0,
-    preemptions_total=0,
-    prefix_cache_queries_total=0,
-    prefix_cache_hits_total=0,
-    steps_total=0,
-    recoveries_total=0,
-    epoch=1,
-    last_step_at=1.0,
-)
 WORDS = {"lockstep", "lockstep_operator"}
 
 
@@ -76,7 +63,7 @@ def series() -> dict[str, set[str]]:
             )
         },
     )
-    engine = EngineMetrics("chat", lambda: STATS)
+    engine = EngineMetrics("chat", lambda: IDLE)
     relabelled = {rule["targetLabel"] for rule in monitor("PodMonitor")["endpoint"]["relabelings"]}
     exposed = exposition(generate_latest(operator.registry)) | {
         name: labels | TARGET_LABELS | relabelled for name, labels in exposition(engine.render()).items()

@@ -19,6 +19,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.support.chart import CHART, CRD_SOURCE, LEAST_VALUES, ROOT, helm
 from tests.support.command_line import options
+from tests.support.engine_stats import IDLE
 
 from lockstep_operator.decisions import fault_detection, recovery_budget
 from lockstep_operator.decisions import recovery_policy as operator_recovery
@@ -27,7 +28,6 @@ from lockstep_operator.types import spec_blocks
 from lockstep_operator.types.reasons import EventReason, Reason
 from lockstep_operator.types.recovery_state import Rung as OperatorRung
 from lockstep_runtime.api.metrics import Metrics as EngineMetrics
-from lockstep_runtime.engine.client import EngineStats
 from lockstep_runtime.protocol.chaos import Injection
 from lockstep_runtime.protocol.status import Fault
 from lockstep_runtime.recovery import policy, timing, watchdog
@@ -39,21 +39,6 @@ from lockstep_runtime.worker import scrub
 DOCUMENTS: Final = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "operator" / "README.md"))
 CRD: Final = yaml.safe_load(CRD_SOURCE.read_text())
 SCHEMA: Final = CRD["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-
-
-STATS: Final = EngineStats(
-    requests_running=0,
-    requests_waiting=0,
-    kv_blocks_used=0,
-    kv_blocks_total=1,
-    preemptions_total=0,
-    prefix_cache_queries_total=0,
-    prefix_cache_hits_total=0,
-    steps_total=0,
-    recoveries_total=0,
-    epoch=1,
-    last_step_at=1.0,
-)
 
 
 def _slug(heading: str) -> str:
@@ -209,7 +194,7 @@ def _exposed(text: str) -> set[str]:
 def test_metrics_are_exposed() -> None:
     named = set(re.findall(r"`(lockstep_[a-z0-9_]+)`", (ROOT / "docs" / "install.md").read_text()))
     operator = generate_latest(OperatorMetrics().registry).decode()
-    engine = EngineMetrics("m", lambda: STATS).render().decode()
+    engine = EngineMetrics("m", lambda: IDLE).render().decode()
     exposed = _exposed(operator) | _exposed(engine)
     assert sorted(named ^ exposed) == []
 

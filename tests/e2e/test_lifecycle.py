@@ -6,7 +6,6 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 from tests.support import kubectl
@@ -64,11 +63,11 @@ def test_a_model_whose_file_names_no_replicas_belongs_to_the_autoscaler(living: 
     assert "replicas" not in file["spec"]
     path = f"/apis/lockstep.dev/v1alpha1/namespaces/{living.namespace}/tensorparallelmodels/{living.name}/scale"
     assert json.loads(kubectl.kubectl("get", "--raw", path))["spec"] == {"replicas": 1}
-    assert difference(file) == ""
+    assert kubectl.difference(file) == ""
 
     with autoscaled(living, groups=2):
         living.until("the autoscaler to set replicas", lambda: living.read()["spec"]["replicas"] == 2, 60)
-    assert difference(file) == ""
+    assert kubectl.difference(file) == ""
     living.apply(tiny_chat())
 
     assert json.loads(kubectl.kubectl("get", "--raw", path))["spec"] == {"replicas": 2}
@@ -95,13 +94,6 @@ def autoscaled(model: Model, groups: int) -> Iterator[None]:
         yield
     finally:
         model.kubectl("delete", "hpa", model.name)
-
-
-def difference(file: dict[str, Any]) -> str:
-    """`kubectl diff` of what is applied and what is stored, as GitOps tools look for drift."""
-    found = kubectl.attempt("diff", "-f", "-", stdin=json.dumps(file))
-    assert found.returncode in (0, 1), found.stderr
-    return found.stdout
 
 
 def test_a_changed_spec_is_rolled_out_without_a_failed_request_while_the_operator_is_killed(

@@ -61,6 +61,14 @@ def refusals(manifests: Sequence[Mapping[str, Any]]) -> list[str]:
     return said
 
 
+def difference(manifest: Mapping[str, Any]) -> str:
+    """`kubectl diff` of what is applied and what is stored, as GitOps tools look for drift; empty without any."""
+    found = attempt("diff", "-f", "-", stdin=json.dumps(manifest))
+    if found.returncode not in (0, 1):
+        raise KubectlError(f"kubectl diff: {found.stderr.strip()}")
+    return found.stdout
+
+
 def describe(namespace: str, kind: str, name: str) -> str:
     """`kubectl describe`, or its error: for a failing test to show."""
     result = attempt("-n", namespace, "describe", kind, name)

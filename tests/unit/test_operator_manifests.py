@@ -202,18 +202,6 @@ def test_the_users_template_can_not_move_pods_out_of_the_selectors_reach() -> No
     assert metadata["annotations"] == {"a": "b"}
 
 
-def test_pods_tell_monitors_and_gateways_what_they_are() -> None:
-    labels = pod_template(model(), 0, "abc", SETTINGS)["metadata"]["labels"]
-    assert labels["app.kubernetes.io/instance"] == "chat"
-    assert {labels["llm-d.ai/engine-type"], labels["inference.networking.k8s.io/engine-type"]} == {"lockstep"}
-
-
-def test_every_port_of_a_service_says_what_it_speaks() -> None:
-    services = (manifests.serving_service(model()), manifests.headless_service(model(), 0))
-    spoken = {port["name"]: port["appProtocol"] for service in services for port in service["spec"]["ports"]}
-    assert spoken == {"http": "http", "bus": "tcp", "status": "http"}
-
-
 def terms(made: Model, *avoid: str) -> list[dict[str, Any]]:
     affinity = pod_template(made, 0, "abc", SETTINGS, avoid)["spec"]["affinity"]
     found: list[dict[str, Any]] = affinity["nodeAffinity"][REQUIRED]["nodeSelectorTerms"]

@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-from lockstep_operator.decisions import group_metadata
+from lockstep_operator.decisions import group_metadata, mesh
 from lockstep_operator.decisions.pod_template import group_labels, model_labels, pod_template
 from lockstep_operator.settings import Settings
 from lockstep_operator.types import names
@@ -84,15 +84,13 @@ def network_policy(model: Model, group: int, settings: Settings) -> Manifest:
     The kubelet's probes come from the pod's own node, which no policy blocks.
     """
     members = {"matchLabels": {names.MODEL_LABEL: model.name, names.GROUP_LABEL: str(group)}}
-    rules: list[dict[str, Any]] = [{"from": [{"podSelector": members}]}]
-    if clients := _clients(model, settings):  # an empty list would let in everybody
+    clients, operator = _clients(model, settings), _operator(settings)
+    rules: list[Mapping[str, Any]] = [{"from": [{"podSelector": members}]}]
+    if clients:  # an empty list would let in everybody
         rules.append({"from": clients, "ports": [{"port": model.ports.api, "protocol": "TCP"}]})
-    if settings.operator_namespace:
-        operator = {
-            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": settings.operator_namespace}},
-            "podSelector": {"matchLabels": dict(names.OPERATOR_POD_LABELS)},
-        }
-        rules.append({"from": [operator], "ports": [{"port": model.ports.status, "protocol": "TCP"}]})
+    if operator:
+        rules.append({"from": operator, "ports": [{"port": model.ports.status, "protocol": "TCP"}]})
+    rules += mesh.rules(model, [*clients, *operator])
     policy = _object("networking.k8s.io/v1", "NetworkPolicy", names.group_name(model.name, group), model, group)
     return _sealed({**policy, "spec": {"podSelector": members, "policyTypes": ["Ingress"], "ingress": rules}})
 
@@ -116,6 +114,15 @@ def disruption_budget(model: Model, least: int) -> Manifest:
     }
     spec = {"minAvailable": least, "unhealthyPodEvictionPolicy": "AlwaysAllow", "selector": members}
     return _sealed({**_object("policy/v1", "PodDisruptionBudget", model.name, model), "spec": spec})
+
+
+def _operator(settings: Settings) -> list[Mapping[str, Any]]:
+    """Empty, when nobody has said where it runs."""
+    if not settings.operator_namespace:
+        return []
+    namespace = {"matchLabels": {"kubernetes.io/metadata.name": settings.operator_namespace}}
+    pods = {"matchLabels": dict(names.OPERATOR_POD_LABELS)}
+    return [{"namespaceSelector": namespace, "podSelector": pods}]
 
 
 def stateful_set(

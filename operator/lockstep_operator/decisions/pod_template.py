@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
+from lockstep_operator.decisions import mesh
 from lockstep_operator.decisions.rank_pod import pod_spec
 from lockstep_operator.decisions.requests import fitted
 from lockstep_operator.decisions.strategic_merge import merge
@@ -45,8 +46,9 @@ def pod_template(
     own = {**names.ENGINE_LABELS, **group_labels(model, group), names.REVISION_LABEL: revision}
     labels = {**merged["metadata"].get("labels", {}), **own}
     merged["metadata"] = {**merged["metadata"], "labels": labels}
-    if requests := _requests(model):
-        merged["metadata"]["annotations"] = {**merged["metadata"].get("annotations", {}), **requests}
+    given = merged["metadata"].get("annotations") or {}
+    if annotations := {**mesh.pod_annotations(model), **given, **_requests(model)}:
+        merged["metadata"]["annotations"] = annotations
     if avoid:
         merged["spec"] = {**merged["spec"], "affinity": _away_from(avoid, merged["spec"].get("affinity") or {})}
     return merged

@@ -43,7 +43,7 @@ def summarize(
         revision=decision.revision or before.revision,
         model=decision.pin,
         url=f"http://{model.name}.{model.namespace}.svc:{API_PORT}",
-        ready_groups=f"{sum(one.accepts for one in groups)}/{model.replicas}",
+        ready_groups=f"{sum(one.accepts for one in groups)}/{len(groups)}",
         surge=decision.surge,
         ranks=f"{_ready_ranks(groups)}/{model.tensor_parallel_size * len(groups)}",
         step_latency=_slowest(reported),

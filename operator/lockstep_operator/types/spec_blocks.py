@@ -60,10 +60,11 @@ class RecoverySpec:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """Who may reach the API; None leaves it to the operator's settings."""
+    """Who may reach the API; None leaves it to the operator's settings. And through what mesh."""
 
     policy: str | None = None  # Managed or None, the word
     peers: tuple[Mapping[str, Any], ...] | None = None  # NetworkPolicyPeers
+    mesh: str | None = None  # Istio; None, or the word, for none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +159,9 @@ def parse_disruption(disruption: Mapping[str, Any]) -> Disruption:
 
 def parse_network(network: Mapping[str, Any]) -> Network:
     peers = network.get("from")
-    return Network(policy=network.get("policy"), peers=None if peers is None else tuple(peers))
+    return Network(
+        policy=network.get("policy"), peers=None if peers is None else tuple(peers), mesh=network.get("mesh")
+    )
 
 
 def parse_group_metadata(written: Mapping[str, Any], inherited: Mapping[str, str]) -> GroupMetadata:

@@ -1,8 +1,9 @@
-"""Prometheus' own checker of rules, in .dev/bin: the machine's, or else out of Debian's package, which isn't installed:
-it would start a server. `python3 -m dev.promtool`."""
+"""Prometheus and its checker of rules, in .dev/bin: the machine's, or else out of Debian's package, which isn't
+installed: it would start a server. `python3 -m dev.prometheus`."""
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -10,22 +11,30 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-TARGET: Final = Path(__file__).resolve().parents[1] / ".dev" / "bin" / "promtool"
+BIN: Final = Path(__file__).resolve().parents[1] / ".dev" / "bin"
 PACKAGE: Final = "prometheus"
-PROGRAM: Final = "usr/bin/promtool"  # within the package
+PROGRAMS: Final = ("prometheus", "promtool")
+FOLDER: Final = "usr/bin"  # within the package
 SECONDS: Final = 300
 
 
 def main() -> int:
-    TARGET.parent.mkdir(parents=True, exist_ok=True)
-    if found := shutil.which("promtool"):
-        TARGET.unlink(missing_ok=True)
-        TARGET.symlink_to(found)
+    BIN.mkdir(parents=True, exist_ok=True)
+    with (BIN / "prometheus.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return 0 if all((BIN / name).exists() for name in PROGRAMS) else _get()
+
+
+def _get() -> int:
+    if all(map(shutil.which, PROGRAMS)):
+        for name in PROGRAMS:
+            (BIN / name).unlink(missing_ok=True)
+            (BIN / name).symlink_to(str(shutil.which(name)))
         return 0
     if shutil.which("apt-get") is None:
-        print("promtool is missing, and there is no apt-get: install Prometheus' promtool", file=sys.stderr)
+        print(f"{' and '.join(PROGRAMS)} are missing, and there is no apt-get: install Prometheus", file=sys.stderr)
         return 1
-    with tempfile.TemporaryDirectory(dir=TARGET.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=BIN) as folder:
         return _unpacked(Path(folder))
 
 
@@ -38,7 +47,8 @@ def _unpacked(folder: Path) -> int:
     (archive,) = folder.glob("*.deb")
     if not _run("dpkg", "-x", archive.name, "content", folder=folder):
         return 1
-    (folder / "content" / PROGRAM).replace(TARGET)
+    for name in PROGRAMS:
+        (folder / "content" / FOLDER / name).replace(BIN / name)
     return 0
 
 
