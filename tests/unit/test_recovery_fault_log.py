@@ -35,6 +35,20 @@ def test_seconds_are_rounded_to_a_tenth_of_a_millisecond() -> None:
     assert newest.phases == {"detect": 0.1235, "firstToken": 3.1235}
 
 
+def test_phases_are_told_as_they_end_and_those_of_an_attempt_that_failed_are_forgotten() -> None:
+    book = book_of(FAILED, LOST, detect=1.0)
+    for name in ("abort", "respawn", "rebuild"):
+        book.phase(name, 0.25)
+    assert [one.phases for one in book.records] == [
+        {"detect": 1.0, "abort": 0.25, "respawn": 0.25, "rebuild": 0.25}
+    ] * 2
+    book.phase("abort", 0.12345)
+    assert book.records[-1].phases == {"detect": 1.0, "abort": 0.1235}
+    book.repaired({"abort": 0.1235, "verify": 0.5}, at=2.0, resumed=0)
+    book.phase("abort", 9.0)  # nothing is open any longer
+    assert book.records[-1].phases == {"detect": 1.0, "abort": 0.1235, "verify": 0.5}
+
+
 @pytest.mark.parametrize(("resumed", "awaited"), [(0, False), (1, True), (2, True)])
 def test_a_first_token_is_awaited_only_where_a_request_went_on(resumed: int, awaited: bool) -> None:
     book = book_of(LOST)

@@ -100,6 +100,13 @@ class FaultLog:
         self._replace(closed)
         return closed
 
+    def phase(self, name: str, seconds: float) -> None:
+        """A phase of the repair is over. A new attempt begins with `abort`: what an earlier one took is forgotten."""
+        for record in self._records:
+            if record.id in self._open:
+                kept = {"detect": record.phases["detect"]} if name == "abort" else record.phases
+                self._replace(msgspec.structs.replace(record, phases={**kept, name: round(seconds, 4)}))
+
     def repaired(self, phases: dict[str, float], *, at: float, resumed: int, respawned: bool = True) -> None:
         """The group has joined again, with so many requests to go on with; `respawned`: with any new process."""
         if not self._open:

@@ -32,6 +32,7 @@ class FaultRecorder:
                 message = f"it stood in the KV cache of rank {action.rank}"
                 self._faults.attribute(Fault.NON_FINITE, action.rank, message)
             case PhaseOver():
+                self._faults.phase(action.phase, action.seconds)
                 self._log_phase(action.phase, epoch, action.seconds, action.message)
             case Log() if action.phase:
                 log_trail.write(
