@@ -55,6 +55,7 @@ class Settings:
     resync_seconds: float = 60.0
     log_level: str = "info"
     log_format: str = "text"
+    tracing_endpoint: str | None = None  # of the collector that the rank pods send traces to
 
 
 _COUNT: Final = click.IntRange(min=1)
@@ -151,6 +152,7 @@ _CONTEXT: Final = {"auto_envvar_prefix": "LOCKSTEP", "show_default": True}
 @_option("--resync-seconds", default=60.0, type=click.FloatRange(min=0, min_open=True), help="Between two passes.")
 @_option("--log-level", default="info", type=click.Choice(LOG_LEVELS), help="Least severe level to log.")
 @_option("--log-format", default="text", type=click.Choice(LOG_FORMATS), help="The rank pods' logs', too.")
+@_option("--tracing-endpoint", help="Where rank pods send traces: http(s)://host:4318, OTLP over HTTP.")
 @_option("--namespace", multiple=True, type=_Name(), envvar="LOCKSTEP_NAMESPACES", help="Serve only this one.")
 @click.option("--all-namespaces", is_flag=True, allow_from_autoenv=False, help="Whatever LOCKSTEP_NAMESPACES says.")
 @click.pass_context

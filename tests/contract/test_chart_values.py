@@ -136,6 +136,7 @@ def test_the_operator_understands_what_it_is_told() -> None:
         "livePage": {"access": "Off"},
         "runtimeImage": {"pullSecrets": ["one", "two"]},
         "models": {
+            "tracing": {"endpoint": "http://collector:4318"},
             "sources": [{"name": "corp", "endpoint": "https://hub", "tokenSecretRef": {"name": "a", "key": "b"}}],
             "networkPolicy": {"policy": "None", "apiFrom": [gateway], "scrapeFrom": [prometheus]},
         },
@@ -149,6 +150,7 @@ def test_the_operator_understands_what_it_is_told() -> None:
         operator_namespace="system",
         port=8080,
         live_page="Off",
+        tracing_endpoint="http://collector:4318",
         concurrency=3,
         resync_seconds=20.0,
         log_level="warning",
@@ -300,6 +302,7 @@ def test_the_service_account_is_made_or_taken(create: bool) -> None:
         ({"resources": {"limits": {"memory": "lots"}}}, "/resources/limits/memory"),
         ({"podLabels": {"a": 1}}, "/podLabels/a"),
         ({"livePage": {"access": "World"}}, "/livePage/access"),
+        ({"models": {"tracing": {"endpoint": "collector:4318"}}}, "/models/tracing/endpoint"),
         ({"metrics": {"service": {"port": 70000}}}, "/metrics/service/port"),
         ({"metrics": {"serviceMonitor": {"interval": "often"}}}, "/metrics/serviceMonitor/interval"),
         ({"metrics": {"podMonitor": {"interval": "often"}}}, "/metrics/podMonitor/interval"),

@@ -333,11 +333,14 @@ def test_pods_leave_a_node_that_is_not_heard_from_soon_unless_the_user_says_othe
 def test_what_the_installation_says_of_images_and_users_reaches_the_pods() -> None:
     made = model(source=HuggingFace(repo="a/b"), cache=Claim("cache"))
     template = {"spec": {"imagePullSecrets": [{"name": "mine"}]}}
-    settings = replace(SETTINGS, pull_secrets=("pull",), fs_group=None, log_format="json")
+    settings = replace(
+        SETTINGS, pull_secrets=("pull",), fs_group=None, log_format="json", tracing_endpoint="http://c:4318"
+    )
     assert "fsGroup" not in pod_template(made, 0, "a", settings)["spec"]["securityContext"]
     spec = pod_template(replace(made, template=template), 0, "a", settings)["spec"]
     assert spec["imagePullSecrets"] == [{"name": "pull"}, {"name": "mine"}]
     assert {"name": "LOCKSTEP_LOG_FORMAT", "value": "json"} in spec["containers"][0]["env"]
+    assert {"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": "http://c:4318"} in spec["containers"][0]["env"]
     assert "imagePullSecrets" not in pod_template(made, 0, "a", SETTINGS)["spec"]
 
 

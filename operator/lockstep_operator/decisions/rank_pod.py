@@ -167,6 +167,7 @@ def _environment(model: Model, group: int, revision: str, settings: Settings) ->
         "LOCKSTEP_LEADER": f"{name}-0.{name}.{model.namespace}.svc",
         **({"LOCKSTEP_API_KEY_FILE": f"{API_KEY_MOUNT}/{API_KEY_FILE}"} if model.api_key else {}),
         **({"LOCKSTEP_LOG_FORMAT": settings.log_format} if settings.log_format != "text" else {}),
+        **({"OTEL_EXPORTER_OTLP_ENDPOINT": settings.tracing_endpoint} if settings.tracing_endpoint else {}),
     }
     fields = {
         "LOCKSTEP_POD": "metadata.name",

@@ -22,14 +22,22 @@ from lockstep_runtime.api.service import Service
 from lockstep_runtime.api.stream import refuse
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.engine.client import EngineClient
+from lockstep_runtime.tracing.traces import Traces
 
 
-def create_app(config: ServeConfig, engine: EngineClient, keys: ApiKeys, limits: Limits | None = None) -> FastAPI:
+def create_app(
+    config: ServeConfig,
+    engine: EngineClient,
+    keys: ApiKeys,
+    limits: Limits | None = None,
+    traces: Traces | None = None,
+) -> FastAPI:
     """
     Args:
         keys: of which clients of /v1 must send one as a bearer token.
+        traces: None: requests are not traced.
     """
-    service = Service(config, engine, limits or Limits(), keys)
+    service = Service(config, engine, limits or Limits(), keys, traces)
 
     class Application(FastAPI):
         def openapi(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from fastapi import Depends, FastAPI, Request
 
 from lockstep_runtime.api.answers import ModelCard
 from lockstep_runtime.api.blockers import Blockers
-from lockstep_runtime.api.errors import unavailable, unknown_model
+from lockstep_runtime.api.errors import ApiError, unavailable, unknown_model
 from lockstep_runtime.api.grammars import GrammarChecks
 from lockstep_runtime.api.images.fetch import ImageFetcher
 from lockstep_runtime.api.images.loader import ImageLoader
@@ -29,10 +29,13 @@ from lockstep_runtime.api.model import ServedModel
 from lockstep_runtime.api.request_builder import RequestBuilder
 from lockstep_runtime.api.schemas import ChatRequest, CompletionRequest, Conversation, validate
 from lockstep_runtime.api.stream import Answer, Services
+from lockstep_runtime.api.telemetry import request_trace
 from lockstep_runtime.api.tokenization import Detokenize, detokenize, parse_tokenize, tokenize
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.engine.client import EngineClient, Readiness
 from lockstep_runtime.protocol.images import Pixels
+from lockstep_runtime.tracing.request import RequestTrace
+from lockstep_runtime.tracing.traces import Traces
 
 
 class Asked(Protocol):
@@ -51,7 +54,9 @@ _RETRY_LOADING = 5.0  # what clients are told to wait while the model is loaded
 class Service:
     """One per application, at `app.state.service`."""
 
-    def __init__(self, config: ServeConfig, engine: EngineClient, limits: Limits, keys: ApiKeys) -> None:
+    def __init__(
+        self, config: ServeConfig, engine: EngineClient, limits: Limits, keys: ApiKeys, traces: Traces | None
+    ) -> None:
         self.served_name = config.served_name
         self.metrics = Metrics(config.served_name, engine.stats)
         self._config = config
@@ -63,6 +68,7 @@ class Service:
         self._blockers = Blockers(engine)
         self._loader = ModelLoader(config, self._blockers)
         self._keys = keys
+        self._traces = traces
         self._created = int(time.time())
         # Where bodies are parsed, rendered and tokenized: a large one doesn't hold up the small ones.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="lockstep-prompt")
@@ -133,12 +139,35 @@ class Service:
             ApiError: the request can't be served.
         """
         arrived = time.monotonic()
+        if self._traces is None:
+            return await self._answer(kind, request, arrived, None)
+        trace = request_trace(
+            self._traces,
+            "chat" if kind is ChatRequest else "text_completion",
+            self.served_name,
+            request.headers,
+            arrived,
+        )
+        try:
+            return await self._answer(kind, request, arrived, trace)
+        except Exception as error:
+            trace.failed(str(error.status) if isinstance(error, ApiError) else type(error).__name__)
+            trace.end({}, time.monotonic())
+            raise
+
+    async def _answer(
+        self,
+        kind: type[ChatRequest] | type[CompletionRequest],
+        request: Request,
+        arrived: float,
+        trace: RequestTrace | None,
+    ) -> Answer:
         read: Callable[[dict[str, Any]], ChatRequest | CompletionRequest] = partial(validate, kind)
         async with self._read(request, read) as (asked, images, threads):
             preparation = self._preparation()
             job, form = await asyncio.get_running_loop().run_in_executor(threads, preparation.build, asked, images)
         await self._grammar_checks.check(job)
-        return Answer(job, form, preparation.model.tokenizer, self._services, arrived)
+        return Answer(job, form, preparation.model.tokenizer, self._services, arrived, trace)
 
     @asynccontextmanager
     async def _read(

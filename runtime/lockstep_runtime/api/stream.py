@@ -27,9 +27,11 @@ from lockstep_runtime.api.limits import Limits
 from lockstep_runtime.api.metrics import Metrics
 from lockstep_runtime.api.multiplex import Batch, Multiplexed
 from lockstep_runtime.api.response_format import ResponseFormat
+from lockstep_runtime.api.telemetry import answer_attributes, with_header
 from lockstep_runtime.api.tokenizer import TextTokenizer
 from lockstep_runtime.engine.client import EngineBusyError, EngineClient, GenerationFailedError, RequestTooLongError
 from lockstep_runtime.log import fields
+from lockstep_runtime.tracing.request import RequestTrace
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +78,13 @@ class Answer(Response):
     """Generates and sends. Nothing runs before it is called as an ASGI application, and nothing after."""
 
     def __init__(
-        self, job: Job, form: ResponseFormat, tokenizer: TextTokenizer, services: Services, arrived: float
+        self,
+        job: Job,
+        form: ResponseFormat,
+        tokenizer: TextTokenizer,
+        services: Services,
+        arrived: float,
+        trace: RequestTrace | None = None,
     ) -> None:
         super().__init__()
         self._job = job
@@ -86,21 +94,28 @@ class Answer(Response):
         self._limits = services.limits
         self._choices = [Choice(job, index, tokenizer) for index in range(len(job.requests))]
         self._clocks = [services.metrics.clock(arrived) for _ in job.requests]
+        self._trace = trace
         self._head, self._tail = self._chunk_frame()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._log(logging.DEBUG, f"asks for {len(self._job.requests)} choices")
+        if self._trace:
+            send = with_header(send, self._trace.response_header)
         gone = asyncio.create_task(_disconnected(receive))
         work = asyncio.create_task(self._run(scope, receive, self._bounded(send, gone)))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 self._metrics.failed("disconnected")
+                if self._trace:
+                    self._trace.failed("disconnected")
                 self._log(logging.DEBUG, "is given up: its client is gone, or takes nothing")
         finally:
             work.cancel()
             gone.cancel()
             await asyncio.wait((work, gone))
+            if self._trace:
+                self._trace.end(answer_attributes(self._job, self._usage()), monotonic())
         if not work.cancelled():
             work.result()
 
@@ -110,6 +125,8 @@ class Answer(Response):
 
     def _refuse(self, error: Exception) -> ApiError:
         refusal = refuse(error, self._metrics)
+        if self._trace:
+            self._trace.failed(str(refusal.status))
         busy = refusal.status != 500  # which is the same for every request
         self._log(logging.DEBUG if busy else logging.WARNING, f"is answered with {refusal.status}: {refusal.message}")
         return refusal
@@ -191,11 +208,15 @@ class Answer(Response):
                 continue  # tokens that were under way when a stop string ended it
             if not choice.tokens:
                 self._metrics.accepted(len(self._job.requests[index].prompt))
+                if self._trace:
+                    self._trace.first_token(index, event.begun, now)
             self._clocks[index].token(now)
             pieces = choice.feed(event)
             if choice.finish_reason is not None:
                 merged.cancel(index)
                 self._clocks[index].finished(choice.finish_reason, now)
+                if self._trace:
+                    self._trace.finished(index, choice.reason, now)
             yield choice, pieces
 
     def _kept(self) -> list[Choice]:

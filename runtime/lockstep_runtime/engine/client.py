@@ -49,6 +49,7 @@ class TokenEvent:
     finish: FinishReason | None = None
     prompt: Sequence[SampledToken] = ()
     cached: int = 0  # tokens of the prompt that were not computed for it
+    begun: float | None = None  # monotonic seconds, when the request left the queue
 
 
 @dataclass(frozen=True, slots=True)

@@ -307,12 +307,21 @@ class Engine:
         while self.group.serving.is_set():
             self.group.check()
             slices = scheduler.plan(self._pace.prefill_tokens())
+            if admitted := scheduler.take_admitted():
+                self._begin(admitted)
             if not slices:
                 self._wake.clear()
                 self.group.check()
                 await self._wake.wait()
                 continue
             await self._step(scheduler, slices)
+
+    def _begin(self, admitted: list[int]) -> None:
+        now = time.monotonic()
+        for sequence_id in admitted:
+            stream = self._streams.get(sequence_id)
+            if stream is not None and stream.begun is None:
+                stream.begun = now
 
     async def _step(self, scheduler: Scheduler, slices: list[SequenceSlice]) -> None:
         images, pixels = scheduler.images.work()
@@ -338,7 +347,7 @@ class Engine:
         for drawn in scheduler.apply(slices, done.sampled, done.scored, done.put_off):
             stream = self._streams.get(drawn.sequence_id)
             if stream is not None:
-                stream.push(TokenEvent(drawn.token, drawn.finish, drawn.prompt, drawn.cached))
+                stream.push(TokenEvent(drawn.token, drawn.finish, drawn.prompt, drawn.cached, stream.begun))
                 if drawn.finish is not None:
                     self._log_request(logging.DEBUG, stream.request_id, f"is complete: {drawn.finish}")
             if drawn.finish is not None:

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -38,9 +38,12 @@ from lockstep_runtime.sources.model_folder import (
     locate,
     read_config,
 )
+from lockstep_runtime.tracing import exporter
 
 if TYPE_CHECKING:
     import uvicorn
+
+    from lockstep_runtime.tracing.traces import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +72,14 @@ async def _serve(config: ServeConfig, bus_sockets: list[socket.socket], api_sock
     shares = _shares(config)
     bus = BusServer(os.environ[TOKEN_VARIABLE], engine.group, strangers=shares.strangers, backlog=shares.backlog)
     await bus.open(bus_sockets)
-    async with asyncio.TaskGroup() as tasks:
+    async with tracing(config, engine) as traces, asyncio.TaskGroup() as tasks:
         running = [
             tasks.create_task(engine.run()),
             tasks.create_task(engine.report()),
             tasks.create_task(read_model(config, engine)),
+            *([tasks.create_task(traces.run())] if traces else []),
         ]
-        server = await _api_server(config, engine)
+        server = await _api_server(config, engine, traces)
         api = tasks.create_task(server.serve(sockets=api_sockets))
         await _stopped(stop, api)
         logger.info("asked to end: draining")
@@ -88,6 +92,27 @@ async def _serve(config: ServeConfig, bus_sockets: list[socket.socket], api_sock
             task.cancel()
     await bus.close()
     logger.info("ended")
+
+
+@contextlib.asynccontextmanager
+async def tracing(config: ServeConfig, engine: Engine) -> AsyncIterator[Traces | None]:
+    """None: the environment names no collector. Otherwise what is left is sent at the end."""
+    if not exporter.wanted(os.environ):
+        yield None
+        return
+    place = {"k8s.pod.name": config.pod, "k8s.node.name": config.node}
+    attributes = {**place, "lockstep.model": config.model_name, "lockstep.group": str(config.group)}
+    provider = await asyncio.to_thread(exporter.provider, os.environ, attributes)
+    if provider is None:
+        yield None
+        return
+    module = await asyncio.to_thread(importlib.import_module, "lockstep_runtime.tracing.traces")
+    traces: Traces = module.Traces(provider, lambda: engine.group.faults.records)
+    try:
+        yield traces
+    finally:
+        traces.close()
+        await exporter.flush(provider)
 
 
 def _shares(config: ServeConfig) -> descriptors.Shares:
@@ -135,14 +160,14 @@ def _model_length(config: ServeConfig) -> int | None:
     return max_length(read_config(folder), read_object(folder / "tokenizer_config.json") or {})
 
 
-async def _api_server(config: ServeConfig, engine: Engine) -> uvicorn.Server:
+async def _api_server(config: ServeConfig, engine: Engine, traces: Traces | None) -> uvicorn.Server:
     """The API's imports take a second; the bus is served meanwhile."""
     uvicorn_module = await asyncio.to_thread(importlib.import_module, "uvicorn")
     app_module = await asyncio.to_thread(importlib.import_module, "lockstep_runtime.api.app")
     keys_module = importlib.import_module("lockstep_runtime.api.keys")
     file = os.environ.get(API_KEY_FILE_VARIABLE)
     keys = keys_module.ApiKeys(os.environ.get(API_KEY_VARIABLE), Path(file) if file else None)
-    app = app_module.create_app(config, engine, keys)
+    app = app_module.create_app(config, engine, keys, traces=traces)
     connections = await asyncio.to_thread(importlib.import_module, "lockstep_runtime.host.connections")
     shares = _shares(config)
     settings = uvicorn_module.Config(

@@ -72,6 +72,7 @@ class Scheduler:
         self.images = ImageBook()
         self.looked_up_tokens = 0  # of sequences that began, and how many of them stood in the cache
         self.cached_tokens = 0
+        self._admitted: list[int] = []
         self._lay_out(max_model_len, blocks, block_size, state_slots)
 
     def _lay_out(self, max_model_len: int, blocks: int, block_size: int, state_slots: int) -> None:
@@ -232,7 +233,13 @@ class Scheduler:
                 return
             self._waiting.remove(chosen)
             insort(self._running, chosen, key=_by_arrival)
+            self._admitted.append(chosen.id)
             self._begin(chosen)
+
+    def take_admitted(self) -> list[int]:
+        """Ids of the sequences that left the queue since the last call: for the first time, or again."""
+        admitted, self._admitted = self._admitted, []
+        return admitted
 
     def _begin(self, sequence: Sequence) -> None:
         """Behind what stands in the cache."""

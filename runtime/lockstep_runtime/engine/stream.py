@@ -16,6 +16,7 @@ class TokenStream(AsyncIterator[TokenEvent]):
         self._cancel = cancel
         self._events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
         self._open = True
+        self.begun: float | None = None  # monotonic seconds, when it first left the queue
 
     def push(self, event: TokenEvent) -> None:
         self._events.put_nowait(event)
