@@ -14,6 +14,7 @@ import msgspec
 from lockstep_runtime.host.addresses import LOOPBACK, reach
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.status import API_PORT, BUS_PORT, STATUS_PORT
+from lockstep_runtime.protocol.tokens import Purpose, purpose_token
 
 CONFIG_VARIABLE: Final = "LOCKSTEP_CONFIG"
 TOKEN_VARIABLE: Final = "LOCKSTEP_TOKEN"  # noqa: S105 - a name, not a secret: the bus and the status endpoint
@@ -137,7 +138,7 @@ def hello(config: ServeConfig, token: str, role: bus.Role, incarnation: str) -> 
     """The Hello of this process to the engine."""
     return bus.Hello(
         protocol=bus.PROTOCOL,
-        token=token,
+        token=purpose_token(token, Purpose.BUS),
         role=role,
         group=config.group,
         pod_index=config.pod_index,

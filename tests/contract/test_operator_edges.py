@@ -24,7 +24,8 @@ from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.server import application
 from lockstep_operator.types.model_status import Condition, ModelStatus
 from lockstep_operator.types.names import ModelKey
-from lockstep_runtime.protocol.status import GroupState, GroupStatus, Latency, status_token
+from lockstep_runtime.protocol.status import GroupState, GroupStatus, Latency
+from lockstep_runtime.protocol.tokens import Purpose, purpose_token
 
 KEY = ModelKey("team", "chat")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -257,7 +258,7 @@ async def test_a_status_is_asked_for_with_the_token_and_then_only_its_changes() 
         assert groups.reports(KEY, {0: "uid-1"}) == {}
         changed.set()
         await groups.close()
-    reader = f"Bearer {status_token('secret')}"
+    reader = f"Bearer {purpose_token('secret', Purpose.STATUS)}"
     assert asked[:3] == [(reader, ""), (reader, "inc/1"), (reader, "inc/2")]
 
 
@@ -342,7 +343,8 @@ async def test_a_group_is_fenced_and_freed_as_its_target_says() -> None:
 
     async def answer(request: web.Request) -> web.Response:
         nonlocal fenced
-        assert request.headers["Authorization"] == "Bearer secret"
+        purpose = Purpose.FENCE if request.path == "/fence" else Purpose.STATUS
+        assert request.headers["Authorization"] == f"Bearer {purpose_token('secret', purpose)}"
         if request.path == "/fence":
             asked.append(request.method)
             fenced = request.method == "PUT"

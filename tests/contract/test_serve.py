@@ -24,7 +24,8 @@ from tests.support.serve import TINY_CHAT, TOKEN, Served, is_running, served, th
 from tests.support.stream import Stream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lockstep_runtime.protocol.status import Fault, GroupState, GroupStatus, RankState, status_token
+from lockstep_runtime.protocol.status import Fault, GroupState, GroupStatus, RankState
+from lockstep_runtime.protocol.tokens import Purpose, purpose_token
 
 PROMPTS = [
     "The",
@@ -125,7 +126,7 @@ def test_status_is_for_those_with_the_token_and_tells_every_rank(server: Served)
     assert HTTP.get(f"{server.status_url}/status").status_code == 401
     wrong = {"Authorization": "Bearer wrong"}
     assert HTTP.get(f"{server.status_url}/status", headers=wrong).status_code == 401
-    reader = {"Authorization": f"Bearer {status_token(TOKEN)}"}
+    reader = {"Authorization": f"Bearer {purpose_token(TOKEN, Purpose.STATUS)}"}
     assert HTTP.get(f"{server.status_url}/status", headers=reader).status_code == 200
     assert HTTP.get(f"{server.status_url}/config", headers=reader).status_code == 200
     server.complete("The", 5)

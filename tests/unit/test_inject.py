@@ -32,8 +32,8 @@ from lockstep_runtime.host.shm_files import FOLDER_VARIABLE, remove
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import CollectivePoint, FaultPhase, Inject, Injection
 from lockstep_runtime.protocol.progress_record import Progress, new_memory
-from lockstep_runtime.protocol.status import status_token
 from lockstep_runtime.protocol.step import SequenceSlice
+from lockstep_runtime.protocol.tokens import Purpose, purpose_token
 from lockstep_runtime.supervisor.member_readiness import MemberReadiness
 from lockstep_runtime.supervisor.server import create_app
 
@@ -298,7 +298,7 @@ async def test_the_endpoint_is_there_only_where_faults_are_allowed() -> None:
 
     async with client(take) as http:
         assert (await http.post("/inject", content=body, headers={"Authorization": ""})).status_code == 401
-        reader = {"Authorization": f"Bearer {status_token('secret')}"}
+        reader = {"Authorization": f"Bearer {purpose_token('secret', Purpose.STATUS)}"}
         assert (await http.post("/inject", content=body, headers=reader)).status_code == 401, "who reads breaks nothing"
         assert (await http.post("/inject", content=b"{}")).status_code == 400
         assert (await http.post("/inject", content=b" " * 10_000)).status_code == 400
@@ -379,7 +379,7 @@ def test_the_command_asks_for_the_fault_it_was_told(
     wanted = Inject(
         rank=1, kind=Injection.HANG, phase=FaultPhase.DECODE, at=CollectivePoint.INSIDE, place="layers.2.mlp"
     )
-    assert _Answering.taken[-1] == ("/inject", "Bearer secret", wanted)
+    assert _Answering.taken[-1] == ("/inject", f"Bearer {purpose_token('secret', Purpose.FAULTS)}", wanted)
     assert "hang on rank 1" in capsys.readouterr().out
 
 

@@ -8,11 +8,12 @@ import random
 
 import msgspec
 import pytest
-from tests.support.fake_ranks import FakeRank, continuation
+from tests.support.fake_ranks import TOKEN, FakeRank, continuation
 from tests.support.live_engine import LiveEngine, live_engine
 
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.framing import FrameError, Framer, decode, encode
+from lockstep_runtime.protocol.tokens import Purpose, purpose_token
 from lockstep_runtime.recovery import bus_server
 
 
@@ -39,6 +40,7 @@ def refusal(answer: bytes) -> str:
     [
         ({"token": "wrong"}, "the token is not this group's"),
         ({"token": "wröng"}, "the token is not this group's"),
+        ({"token": purpose_token(TOKEN, Purpose.STATUS)}, "the token is not this group's"),
         ({"protocol": 99}, "protocol 99; this engine speaks 1"),
         ({"group": 5}, "this is group 0, not 5"),
         ({"rank": 2}, "rank 2 does not belong to pod 0"),

@@ -18,6 +18,7 @@ from lockstep_runtime.cli import main
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.host import discovery
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupStatus, RankStatus
+from lockstep_runtime.protocol.tokens import Purpose, purpose_token
 from lockstep_runtime.report import group, log_lines, machine, redaction
 from lockstep_runtime.report.group import GroupFacts
 from lockstep_runtime.report.report import MAX_SECTION, write
@@ -178,7 +179,7 @@ class _Answering(http.server.BaseHTTPRequestHandler):
     answers: ClassVar[dict[str, bytes]] = {}
 
     def do_GET(self) -> None:
-        known = self.headers["Authorization"] == "Bearer secret-of-the-group"
+        known = self.headers["Authorization"] == f"Bearer {purpose_token('secret-of-the-group', Purpose.STATUS)}"
         answer = self.answers.get(self.path, b"only the leader pod serves the status\n")
         self.send_response(401 if not known else 200 if self.path in self.answers else 404)
         self.end_headers()

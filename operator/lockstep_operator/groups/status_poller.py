@@ -19,7 +19,8 @@ from lockstep_operator.backoff import backoff
 from lockstep_operator.groups.group_view import UNREACHABLE_SECONDS, progress
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport
-from lockstep_runtime.protocol.status import STATUS_PORT, GroupState, GroupStatus, Latency, status_token
+from lockstep_runtime.protocol.status import STATUS_PORT, GroupState, GroupStatus, Latency
+from lockstep_runtime.protocol.tokens import Purpose, purpose_token
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +129,8 @@ class StatusPoller:
 
     async def _fetch(self, target: PollTarget, seen: GroupStatus | None) -> GroupStatus:
         """Returns at once when the group's status differs from `seen`, else when it changes."""
-        known, token = (f"{seen.incarnation}/{seen.revision}" if seen else ""), status_token(target.token)
+        known = f"{seen.incarnation}/{seen.revision}" if seen else ""
+        token = purpose_token(target.token, Purpose.STATUS)
         answer = await self._get(target, token, known)
         if answer.status == 401:  # an older runtime knows the group's token only
             token = target.token
@@ -147,7 +149,7 @@ class StatusPoller:
     async def _fence(self, key: ModelKey, group: int, target: PollTarget) -> None:
         """Or lift its fence. A pod that is made anew has none, and hears of it here before it serves."""
         ask = self._connected().put if target.fenced else self._connected().delete
-        headers = {"Authorization": f"Bearer {target.token}"}
+        headers = {"Authorization": f"Bearer {purpose_token(target.token, Purpose.FENCE)}"}
         async with ask(target.fence_url, headers=headers, allow_redirects=False) as response:
             if response.status != HTTPStatus.OK:
                 log.warning("%s: group %d can't be fenced or freed: status %d", key, group, response.status)

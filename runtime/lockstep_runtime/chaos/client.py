@@ -15,6 +15,7 @@ from lockstep_runtime.host import discovery
 from lockstep_runtime.host.addresses import join, loopback
 from lockstep_runtime.protocol.chaos import CollectivePoint, FaultPhase, Inject, Injection
 from lockstep_runtime.protocol.status import STATUS_PORT
+from lockstep_runtime.protocol.tokens import Purpose, purpose_token
 
 
 @click.command(
@@ -63,8 +64,9 @@ one they are refused.
 
 def send(url: str, token: str, fault: Inject) -> str:
     """Ask for the fault; what is wrong, or nothing."""
+    headers = {"Authorization": f"Bearer {purpose_token(token, Purpose.FAULTS)}"}
     request = urllib.request.Request(  # noqa: S310 - the user's own server
-        f"{url}/inject", data=msgspec.json.encode(fault), headers={"Authorization": f"Bearer {token}"}, method="POST"
+        f"{url}/inject", data=msgspec.json.encode(fault), headers=headers, method="POST"
     )
     try:
         with urllib.request.urlopen(request, timeout=10):  # noqa: S310

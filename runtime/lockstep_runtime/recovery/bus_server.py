@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import socket
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from lockstep_runtime.protocol.bus import (
     Welcome,
 )
 from lockstep_runtime.protocol.framing import FrameError, Framer, decode, encode, tune
+from lockstep_runtime.protocol.tokens import Purpose, entitles
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class BusServer:
 
     def __init__(self, token: str, listener: Listener, *, strangers: int = 64, backlog: int = 128) -> None:
         self._most_strangers, self._backlog = strangers, backlog
-        self._token = token.encode()
+        self._token = token
         self._listener = listener
         self._strangers: dict[_Connection, None] = {}  # the oldest first
         self._peers: set[_Connection] = set()
@@ -102,7 +102,7 @@ class BusServer:
 
     def judge(self, hello: Hello) -> Welcome | Refused:
         """Whether a peer may speak; the token first, so that a stranger learns nothing else."""
-        if not hmac.compare_digest(hello.token.encode(), self._token):
+        if not entitles(hello.token, self._token, Purpose.BUS):
             return Refused(reason="the token is not this group's")
         if hello.protocol != PROTOCOL:
             return Refused(reason=f"protocol {hello.protocol}; this engine speaks {PROTOCOL}")

@@ -13,6 +13,7 @@ import msgspec
 
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.protocol.status import FaultRecord, GroupStatus
+from lockstep_runtime.protocol.tokens import Purpose, purpose_token
 from lockstep_runtime.report.redaction import Redact
 
 MAX_ANSWER_BYTES: Final = 4 << 20
@@ -54,7 +55,8 @@ def _fetch(url: str, token: str, kind: type[Document], problems: list[str]) -> D
 
 
 def _get(url: str, token: str) -> bytes:
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})  # noqa: S310 - the user's own
+    headers = {"Authorization": f"Bearer {purpose_token(token, Purpose.STATUS)}"}
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310 - the user's own
     with urllib.request.urlopen(request, timeout=SECONDS) as answer:  # noqa: S310
         body: bytes = answer.read(MAX_ANSWER_BYTES + 1)
     if len(body) > MAX_ANSWER_BYTES:

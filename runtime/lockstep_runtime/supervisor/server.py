@@ -4,7 +4,6 @@ leader's. All pods of a group are ready while it accepts requests: none of them 
 from __future__ import annotations
 
 import contextlib
-import hmac
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
@@ -22,7 +21,7 @@ from lockstep_runtime.host import descriptors
 from lockstep_runtime.host.connections import limited
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import Inject
-from lockstep_runtime.protocol.status import status_token
+from lockstep_runtime.protocol.tokens import Purpose, entitles
 from lockstep_runtime.supervisor.member_readiness import MemberReadiness
 from lockstep_runtime.supervisor.status_store import StatusStore, parse_seen
 
@@ -43,10 +42,9 @@ def create_app(
 ) -> Starlette:
     """`readiness`: the board with the status in the leader's pod, the engine's word in the others.
 
-    `token` is the group's; whoever only reads needs no more than the `status_token`. `inject` is given where faults are
+    `token` is the group's: requests carry the one derived from it for their purpose. `inject` is given where faults are
     allowed; otherwise there is no `/inject`. `config` holds no secrets.
     """
-    readers = (status_token(token), token)
 
     board = readiness if isinstance(readiness, StatusStore) else None
 
@@ -59,7 +57,7 @@ def create_app(
         return PlainTextResponse(f"the group takes no requests: {reason}\n", 503)
 
     async def status(request: Request) -> Response:
-        if not _authorized(request, *readers):
+        if not _authorized(request, token, Purpose.STATUS):
             return PlainTextResponse("a bearer token is needed\n", 401, {"WWW-Authenticate": "Bearer"})
         if board is None:
             return PlainTextResponse("only the leader pod serves the status\n", 404)
@@ -72,7 +70,7 @@ def create_app(
         return Response(_encoder.encode(found), media_type="application/json")
 
     async def fence(request: Request) -> Response:
-        if not _authorized(request, token):
+        if not _authorized(request, token, Purpose.FENCE):
             return PlainTextResponse("a bearer token is needed\n", 401, {"WWW-Authenticate": "Bearer"})
         if board is None:
             return PlainTextResponse("only the leader pod can be fenced\n", 404)
@@ -80,12 +78,12 @@ def create_app(
         return PlainTextResponse("ok\n")
 
     async def settings(request: Request) -> Response:
-        if not _authorized(request, *readers):
+        if not _authorized(request, token, Purpose.STATUS):
             return PlainTextResponse("a bearer token is needed\n", 401, {"WWW-Authenticate": "Bearer"})
         return Response(_encoder.encode(config), media_type="application/json")
 
     async def take_fault(request: Request) -> Response:
-        if not _authorized(request, token):
+        if not _authorized(request, token, Purpose.FAULTS):
             return PlainTextResponse("a bearer token is needed\n", 401, {"WWW-Authenticate": "Bearer"})
         try:
             fault = msgspec.json.decode(await _small_body(request), type=Inject)
@@ -115,10 +113,9 @@ async def _small_body(request: Request) -> bytes:
     return body
 
 
-def _authorized(request: Request, *tokens: str) -> bool:
+def _authorized(request: Request, token: str, purpose: Purpose) -> bool:
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    matches = [hmac.compare_digest(given.encode(), token.encode()) for token in tokens]
-    return scheme.lower() == "bearer" and any(matches)
+    return scheme.lower() == "bearer" and entitles(given, token, purpose)
 
 
 class StatusServer(uvicorn.Server):

@@ -1,0 +1,31 @@
+"""A token per purpose, derived from the group's: what is overheard on one way opens no other.
+
+Pods hold the group's token and never send it. From a purpose's token neither the group's nor another purpose's can be
+computed (HMAC-SHA-256).
+"""
+
+from __future__ import annotations
+
+import enum
+import hmac
+
+
+class Purpose(enum.StrEnum):
+    """What a token is good for."""
+
+    BUS = "bus"  # to take part in a group
+    STATUS = "status"  # to read `/status` and `/config`
+    FENCE = "fence"  # to fence a group and to free it
+    FAULTS = "faults"  # to break ranks on purpose, where that is allowed
+
+
+def purpose_token(group_token: str, purpose: Purpose) -> str:
+    """What to send, in hexadecimal digits."""
+    return hmac.digest(group_token.encode(), f"lockstep {purpose}".encode(), "sha256").hex()
+
+
+def entitles(given: str, group_token: str, purpose: Purpose) -> bool:
+    """Whether it is the purpose's token, or the group's own, which older operators send. Comparing tells nothing by its
+    time."""
+    accepted = (purpose_token(group_token, purpose), group_token)
+    return any(hmac.compare_digest(given.encode(), token.encode()) for token in accepted)
