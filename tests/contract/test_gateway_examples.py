@@ -56,7 +56,7 @@ def test_the_pool_has_the_leaders_of_the_example_and_the_route_leads_to_it() -> 
 
 def test_autoscalers_read_metrics_that_there_are_and_write_to_the_scale_of_the_example() -> None:
     (hpa,), (keda,) = documents("autoscaling/hpa.yaml"), documents("autoscaling/keda.yaml")
-    target = {"apiVersion": "lockstep.dev/v1alpha1", "kind": "TensorParallelModel", "name": SERVED}
+    target = {"apiVersion": "lockstep.dev/v1beta1", "kind": "TensorParallelModel", "name": SERVED}
     assert hpa["spec"]["scaleTargetRef"] == keda["spec"]["scaleTargetRef"] == target
     read = [metric["pods"]["metric"]["name"] for metric in hpa["spec"]["metrics"]]
     queries = [trigger["metadata"]["query"] for trigger in keda["spec"]["triggers"]]
