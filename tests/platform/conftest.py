@@ -56,6 +56,10 @@ class Place:
         self.plane.kubectl(f"--namespace={self.namespace}", "delete", "tpm", *names)
         until(f"all of {', '.join(names)} to be gone", lambda: self._is_free_of(names), GONE_SECONDS, self.explain)
 
+    def delete_all(self) -> None:
+        if models := self.api.items("tensorparallelmodels", self.namespace):
+            self.delete(*(model["metadata"]["name"] for model in models))
+
     def _is_free_of(self, names: tuple[str, ...]) -> bool:
         selector = f"lockstep.dev/model in ({','.join(names)})"
         if any(self.api.items(kind, self.namespace, selector) for kind in ("statefulsets", "pods")):
@@ -154,6 +158,7 @@ def place(plane: ControlPlane, operator: str) -> Iterator[Place]:
 def nodes(place: Place, tmp_path: Path) -> Iterator[FakeNodes]:
     with fake_nodes(place.api, tmp_path, kubeconfig=place.plane.kubeconfig) as nodes:
         yield nodes
+        place.delete_all()  # while somebody still ends the pods: what they hold in a queue, other tests need
 
 
 def _is_ready(url: str) -> bool:
