@@ -15,6 +15,7 @@ from lockstep_operator.types.names import ModelKey
 CHILDREN = {
     ("Secret", "chat-token"), ("ServiceAccount", "chat-ranks"), ("Service", "chat"),
     ("Service", "chat-0"), ("NetworkPolicy", "chat-0"), ("StatefulSet", "chat-0"),
+    ("PodDisruptionBudget", "chat"),
 }  # fmt: skip
 
 
@@ -58,6 +59,7 @@ async def test_the_operator_uses_just_the_verbs_that_it_is_granted() -> None:
     world.edit(key, replicas=1, dtype="float32")
     await world.settle(key)
     world.kube.change("Secret", "team", "chat-token", lambda secret: secret["data"].clear())
+    world.edit(key, disruption={"budget": "None"})
     await world.settle(key)
     verbs = {"apply": ("create", "patch"), "status": ("patch",), "find": ("list",)}
     used = {
