@@ -11,10 +11,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import kopf
 from aiohttp import web
@@ -22,13 +22,15 @@ from aiohttp import web
 from lockstep_operator import handlers, server
 from lockstep_operator import log as logs
 from lockstep_operator.cluster import served_schema
+from lockstep_operator.cluster.census import Census
 from lockstep_operator.cluster.client import ApiServer, KubeError, connect
-from lockstep_operator.cluster.election import Candidate, Election
+from lockstep_operator.cluster.election import Candidate
 from lockstep_operator.cluster.indexes import Indexes
 from lockstep_operator.cluster.namespaces import Namespaces
 from lockstep_operator.cluster.served_schema import ServedSchema
 from lockstep_operator.controller import Controller
 from lockstep_operator.groups.status_poller import StatusPoller
+from lockstep_operator.leadership import Leadership
 from lockstep_operator.live import site
 from lockstep_operator.live.board import Board
 from lockstep_operator.reconcile import ReconcileOutcome, Reconciler
@@ -41,7 +43,6 @@ from lockstep_runtime.protocol.status import GroupStatus
 log = logging.getLogger("lockstep_operator")
 
 SCHEMA_RETRY_SECONDS: Final = 2.0
-LOST_LEASE: Final = 3  # exit status
 
 
 def main() -> None:
@@ -58,22 +59,22 @@ async def run(settings: Settings, identity: str) -> None:
     """Until a signal ends it (kopf takes SIGTERM and SIGINT while it watches) or a part of it fails."""
     metrics, schema, watching = Metrics(), ServedSchema(), asyncio.Event()
     api_client = await connect()
-    election = None
+    leadership = None
     if settings.lease and settings.operator_namespace:
-        election = Election(ApiServer(api_client), Candidate(settings.operator_namespace, settings.lease, identity))
+        leadership = Leadership(Candidate(settings.operator_namespace, settings.lease, identity))
 
     def unready() -> str:
-        if election and not election.leads():
-            return election.problem
+        if leadership and not leadership.leads():
+            return leadership.problem
         return schema.problem if watching.is_set() else "models aren't watched yet"
 
     board = Board()
     http = await server.serve(server.application(metrics, unready), settings.port)
-    live = await _live_page(board, settings, election)
+    live = await _live_page(board, settings, leadership)
     _heed_signals()
     try:
-        async with _leading(election, metrics):
-            kube = ApiServer(api_client, election.leads) if election else ApiServer(api_client)
+        async with _leading(leadership, metrics):
+            kube = ApiServer(api_client, leadership.leads) if leadership else ApiServer(api_client)
             work = Work(settings, kube, schema, metrics, Namespaces(settings.namespaces, kube, metrics), board)
             while await _watch(work, watching):
                 log.info("other namespaces are to be watched")
@@ -84,14 +85,14 @@ async def run(settings: Settings, identity: str) -> None:
             await live.cleanup()
 
 
-async def _live_page(board: Board, settings: Settings, election: Election | None) -> web.AppRunner | None:
+async def _live_page(board: Board, settings: Settings, leadership: Leadership | None) -> web.AppRunner | None:
     """None: it is off, or can't be served, for which nothing else has to suffer."""
     if settings.live_page == "Off":
         return None
     local = settings.live_page == "Local"
 
     def elsewhere() -> str:
-        return "" if election is None or election.leads() else election.leader
+        return "" if leadership is None or leadership.leads() else leadership.leader
 
     try:
         return await site.serve(
@@ -103,27 +104,18 @@ async def _live_page(board: Board, settings: Settings, election: Election | None
 
 
 @asynccontextmanager
-async def _leading(election: Election | None, metrics: Metrics) -> AsyncIterator[None]:
+async def _leading(leadership: Leadership | None, metrics: Metrics) -> AsyncIterator[None]:
     """Begins when this process leads; when it can't any more, the process ends: nothing may be left that acts."""
-    metrics.leader.set(election is None)
-    if election is None:
+    metrics.leader.set(leadership is None)
+    if leadership is None:
         yield
         return
-    await election.won()
-    metrics.leader.set(1)
-    keeping = asyncio.create_task(_end_when_lost(election), name="lease")
     try:
+        await leadership.won()
+        metrics.leader.set(1)
         yield
     finally:
-        keeping.cancel()
-        await asyncio.wait({keeping})
-        await election.resign()
-
-
-async def _end_when_lost(election: Election) -> None:
-    log.error("this operator ends, since it has lost its Lease: %s", await election.lost())
-    logging.shutdown()
-    os._exit(LOST_LEASE)
+        await leadership.resign()
 
 
 def _heed_signals() -> None:
@@ -167,7 +159,20 @@ class Work:
                 return await reconciler.reconcile(key)
             return ReconcileOutcome(requeue_after=None)  # it is heard of again when its namespace is back
 
-        self.loops = asyncio.create_task(self._run(Controller(queue, reconcile, self.metrics)), name="loops")
+        def doubt(key: ModelKey) -> None:
+            reconciler.doubt(key)
+            queue.add(key)
+
+        controller = Controller(queue, reconcile, self.metrics)
+        census = Census(self.kube, indexes, self.namespaces.served)
+        self.loops = asyncio.create_task(
+            self._run(
+                controller.run(self.settings.concurrency),
+                served_schema.watch(self.kube, self.schema, self.metrics),
+                census.watch(doubt),
+            ),
+            name="loops",
+        )
         self.loops.add_done_callback(lambda _: self.ended.set())
         try:
             yield queue.add
@@ -182,13 +187,10 @@ class Work:
         self.metrics.heard(key, group, status)
         self.board.heard(key, group, status)
 
-    async def _run(self, controller: Controller) -> None:
+    async def _run(self, *endless: Coroutine[Any, Any, None]) -> None:
         """Until other namespaces can be served than could when this began."""
         async with asyncio.TaskGroup() as loops:
-            tasks = [
-                loops.create_task(controller.run(self.settings.concurrency)),
-                loops.create_task(served_schema.watch(self.kube, self.schema, self.metrics)),
-            ]
+            tasks = [loops.create_task(loop) for loop in endless]
             await self.namespaces.other_than(self.namespaces.served)
             for task in tasks:
                 task.cancel()

@@ -17,7 +17,6 @@ import kopf
 from lockstep_operator.cluster.client import RESOURCES
 from lockstep_operator.cluster.indexes import BUDGET, INDEXED, Indexes, entry, leaves
 from lockstep_operator.types.names import KIND, MODEL_LABEL, ModelKey, key_of_child
-from lockstep_operator.types.observed import Object
 
 Changed = Callable[[ModelKey], None]
 OF_ANYBODY: Final = (KIND, BUDGET)  # watched whatever their labels
@@ -55,7 +54,7 @@ def registry(
 
 
 def _indexer(kind: str) -> Callable[..., Any]:
-    async def index(body: Mapping[str, Any], **_: Any) -> Mapping[ModelKey, Object]:
+    async def index(body: Mapping[str, Any], **_: Any) -> Mapping[ModelKey, bytes]:
         return entry(kind, body)
 
     return index

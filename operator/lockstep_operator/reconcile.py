@@ -157,6 +157,11 @@ class Reconciler:
         self.forget(key)
         return ReconcileOutcome(requeue_after=None)
 
+    def doubt(self, key: ModelKey) -> None:
+        """Let the next pass read everything live."""
+        if known := self._known.get(key):
+            known.last.dirty = True
+
     def forget(self, key: ModelKey) -> None:
         self._groups.watch(key, {})
         self._metrics.forget(key)

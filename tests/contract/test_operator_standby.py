@@ -17,7 +17,7 @@ from tests.support.kube_fake import FakeKube, resource
 from tests.support.kube_http import serving_kube
 from tests.support.ports import free_port
 
-from lockstep_operator.__main__ import LOST_LEASE
+from lockstep_operator.leadership import LOST_LEASE
 from lockstep_operator.types.names import KIND
 
 SECONDS: Final = 30.0

@@ -47,7 +47,7 @@ async def test_a_pass_at_rest_asks_nothing() -> None:
     world = World()
     key = await at_rest(world, replicas=2)
     assert await asked(world, key) == {}
-    world.time += TOKEN_SECONDS - 1
+    world.time += TOKEN_SECONDS / 2
     assert await asked(world, key) == {}
 
 
@@ -110,7 +110,7 @@ class WorldOfItsOperator(World):
             watch.catch_up()
 
 
-async def test_two_hundred_models_in_one_namespace_ask_less_than_once_a_minute_each() -> None:
+async def test_two_hundred_models_in_one_namespace_ask_less_than_once_in_ten_minutes_each() -> None:
     """As the controller has them looked at: a minute after the last time, less up to a fifth."""
     world, count, minutes = WorldOfItsOperator(), 200, 20
     keys = [world.add(f"m{number}", replicas=0) for number in range(count)]
@@ -127,9 +127,9 @@ async def test_two_hundred_models_in_one_namespace_ask_less_than_once_a_minute_e
         if after < started + 60 * minutes:
             due.append((after, key))
     assert passes > count * minutes
-    assert {verb for verb, _ in requests} == {"get", "find"}, "nothing is written"
-    assert requests.total() / (count * minutes) <= 0.8
-    assert empty / passes > 0.7
+    assert {verb for verb, _ in requests} == {"get"}, "nothing is written, and no namespace listed"
+    assert requests.total() / (count * minutes) <= 0.1
+    assert empty / passes > 0.9
 
 
 # --- what the indexes don't know ---

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 from tests.support import kube_answers
 from tests.support.kube_answers import check_merged, check_quota, check_schema, check_status, check_uid, openapi_schema
 
-from lockstep_operator.cluster.client import KubeError
-from lockstep_operator.types.names import KIND, POD_INDEX_LABEL, REVISION_LABEL
+from lockstep_operator.cluster.client import UNLABELLED, KubeError
+from lockstep_operator.types.names import KIND, MODEL_LABEL, POD_INDEX_LABEL, REVISION_LABEL
 from lockstep_operator.types.observed import Object
 from lockstep_operator.types.timestamps import format_rfc3339
 
@@ -82,6 +82,14 @@ class FakeKube:
             uid = fields.split(",")[0].partition("=")[2]
             found = [item for item in found if item["involvedObject"]["uid"] == uid]
         return clone(found)
+
+    async def survey(self, kind: str, namespace: str) -> list[Object]:
+        found = []
+        for (k, ns, _), item in sorted((await self._seen("find", kind)).items()):
+            watched = kind in UNLABELLED or MODEL_LABEL in (item["metadata"].get("labels") or {})
+            if k == kind and watched and namespace in ("", ns):
+                found.append(clone(item["metadata"]))
+        return found
 
     async def create(self, kind: str, manifest: Mapping[str, Any]) -> Object:
         name = manifest["metadata"]["name"]

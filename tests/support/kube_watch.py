@@ -19,7 +19,7 @@ class KubeWatch:
 
     def __init__(self, kube: FakeKube) -> None:
         self._kube = kube
-        self._of: dict[str, dict[ModelKey, dict[Known, Object]]] = {kind: {} for kind in INDEXED}
+        self._of: dict[str, dict[ModelKey, dict[Known, bytes]]] = {kind: {} for kind in INDEXED}
         self._seen: dict[Known, Object] = {}
         self.indexes: Final = Indexes()
 

@@ -19,7 +19,7 @@ from kubernetes.aio.client.exceptions import ApiException
 from kubernetes.aio.dynamic import DynamicClient
 from kubernetes.aio.dynamic.resource import Resource
 
-from lockstep_operator.types.names import API_VERSION, FIELD_MANAGER, KIND, PLURAL, STATUS_MANAGER
+from lockstep_operator.types.names import API_VERSION, FIELD_MANAGER, KIND, MODEL_LABEL, PLURAL, STATUS_MANAGER
 from lockstep_operator.types.observed import Object
 
 REQUEST_SECONDS: Final = 30.0
@@ -27,6 +27,10 @@ MESSAGE_LIMIT: Final = 1000  # characters of what the API server says: it may qu
 _MALFORMED: Final = ("failed to create typed patch object", "failed to convert new object")
 _UNKNOWN_FIELD: Final = re.compile(r"(\.\S+?): field not declared in schema")
 _KEY: Final = re.compile(r"\[[^\]]*\]")  # of an item of a list
+
+UNLABELLED: Final = frozenset({KIND, "PodDisruptionBudget", "LimitRange"})  # watched whoever made them
+PAGE: Final = 500  # objects
+_METADATA_ALONE: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
 RESOURCES: Final[Mapping[str, tuple[str, str]]] = {
     KIND: (API_VERSION, PLURAL),
@@ -104,6 +108,10 @@ class Kube(Protocol):
 
     async def find(self, kind: str, namespace: str, *, labels: str = "", fields: str = "") -> list[Object]: ...
 
+    async def survey(self, kind: str, namespace: str) -> list[Object]:
+        """The metadata alone of what is watched of a kind; of all namespaces if none is named."""
+        ...
+
     async def create(self, kind: str, manifest: Mapping[str, Any]) -> Object: ...
 
     async def apply(self, kind: str, manifest: Mapping[str, Any]) -> Object:
@@ -152,6 +160,24 @@ class ApiServer:
         selectors = {"label_selector": labels or None, "field_selector": fields or None}
         items = (await self._ask("get", kind, namespace=namespace, **selectors)).get("items") or []
         return [{**item, "apiVersion": RESOURCES[kind][0], "kind": kind} for item in items]
+
+    async def survey(self, kind: str, namespace: str) -> list[Object]:
+        api_version, plural = RESOURCES[kind]
+        place = f"/namespaces/{namespace}" if namespace else ""
+        path = f"/{'apis' if '/' in api_version else 'api'}/{api_version}{place}/{plural}"
+        found: list[Object] = []
+        query: dict[str, Any] = {"label_selector": None if kind in UNLABELLED else MODEL_LABEL, "limit": PAGE}
+        while True:
+            headers = {"Accept": _METADATA_ALONE}
+            page = await self._answered(
+                lambda headers=headers: self._client.request(  # type: ignore[misc]
+                    "get", path, header_params=headers, query_params=[], **query, **_RAW
+                )
+            )
+            found += [item["metadata"] for item in page.get("items") or []]
+            query["_continue"] = (page.get("metadata") or {}).get("continue")
+            if not query["_continue"]:
+                return found
 
     async def create(self, kind: str, manifest: Mapping[str, Any]) -> Object:
         return await self._ask("create", kind, **_written(manifest), field_manager=FIELD_MANAGER)

@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
+import msgspec
+
 from lockstep_operator.cluster.client import RESOURCES
 from lockstep_operator.types.names import KIND, MODEL_LABEL, ModelKey
 from lockstep_operator.types.observed import Object, ObjectRef
@@ -23,15 +25,40 @@ NOBODYS: Final = ""  # the model of an object that has no label of one
 # Taints of autoscalers before they drain a node: Karpenter's and the Cluster Autoscaler's.
 LEAVING: Final = ("karpenter.sh/disrupted", "ToBeDeletedByClusterAutoscaler")
 
-Index = Mapping[ModelKey, Collection[Object]]  # kopf.Index is one
+Index = Mapping[ModelKey, Collection[bytes]]  # kopf.Index is one
 
 
-def entry(kind: str, body: Mapping[str, Any]) -> dict[ModelKey, Object]:
-    """What the index of this kind holds of an object: by its model, without the record of who set which field."""
+def entry(kind: str, body: Mapping[str, Any]) -> dict[ModelKey, bytes]:
+    """What the index of this kind holds of an object: by its model, without the record of who set which field.
+
+    As JSON, which is read anew in each pass: objects would take ten times the memory, for all models at all times.
+    """
     metadata = {name: value for name, value in body["metadata"].items() if name != "managedFields"}
-    model = metadata["name"] if kind == KIND else (metadata.get("labels") or {}).get(MODEL_LABEL, NOBODYS)
     document = {**body, "apiVersion": RESOURCES[kind][0], "kind": kind, "metadata": metadata}
-    return {ModelKey(metadata["namespace"], model): document}
+    return {key_of(kind, metadata): msgspec.json.encode(document)}
+
+
+def key_of(kind: str, metadata: Mapping[str, Any]) -> ModelKey:
+    """The model of an object that is watched; of NOBODYS name if it has no label of one."""
+    model = metadata["name"] if kind == KIND else (metadata.get("labels") or {}).get(MODEL_LABEL, NOBODYS)
+    return ModelKey(metadata["namespace"], model)
+
+
+class _Metadata(msgspec.Struct, rename="camel"):
+    uid: str
+    resource_version: str
+
+
+class _Versioned(msgspec.Struct):
+    metadata: _Metadata
+
+
+class _Place(msgspec.Struct, frozen=True, rename="camel"):
+    node_name: str = ""
+
+
+class _Placed(msgspec.Struct):
+    spec: _Place = _Place()
 
 
 def leaves(node: Mapping[str, Any]) -> bool:
@@ -65,7 +92,15 @@ class Indexes:
     def on_node(self, name: str) -> set[ModelKey]:
         """The models that have pods there."""
         pods = self._of.get("Pod", {})
-        return {key for key in pods if any((pod.get("spec") or {}).get("nodeName") == name for pod in pods[key])}
+        return {key for key in [*pods] if any(_node_of(pod) == name for pod in pods[key])}
+
+    def models(self) -> list[ModelKey]:
+        return [*self._of.get(KIND, {})]
+
+    def all_versions(self, kind: str) -> dict[ModelKey, frozenset[tuple[str, str]]]:
+        """UIDs and resource versions of all objects of a kind, by their model."""
+        index: Index = self._of.get(kind, {})
+        return {key: frozenset(map(_uid_and_version, index[key])) for key in [*index]}
 
     def model(self, key: ModelKey) -> Object | None:
         """The custom resource; the newest where one of the same name was made after it had been deleted."""
@@ -101,7 +136,16 @@ class Indexes:
 
     def _objects(self, kind: str, key: ModelKey) -> Iterator[Object]:
         index: Index = self._of.get(kind, {})
-        yield from index.get(key, ())
+        yield from map(msgspec.json.decode, index.get(key, ()))
+
+
+def _uid_and_version(document: bytes) -> tuple[str, str]:
+    metadata = msgspec.json.decode(document, type=_Versioned).metadata
+    return metadata.uid, metadata.resource_version
+
+
+def _node_of(pod: bytes) -> str:
+    return msgspec.json.decode(pod, type=_Placed).spec.node_name
 
 
 def _version(item: Object) -> int:

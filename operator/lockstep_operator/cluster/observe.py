@@ -16,11 +16,10 @@ from lockstep_operator.types.names import KIND, MODEL_LABEL, REPORTER, TOKEN_KEY
 from lockstep_operator.types.observed import Object, ObjectRef, Pod, expected_names, parse_pod
 from lockstep_operator.types.spec import Model
 
-# So old may a live look be at most. It finds what no watch tells: an event that was lost, an object of which kopf has
-# missed the end, a LimitRange, a label that was taken off.
-RESTING_SECONDS: Final = 1200.0
+# So old may a live look be at most, whatever the watches and the census (which finds what they miss) have told.
+RESTING_SECONDS: Final = 12 * 3600.0
 UNREADY_SECONDS: Final = 60.0
-TOKEN_SECONDS: Final = 300.0  # Secrets are read by name, never listed or watched
+TOKEN_SECONDS: Final = 1200.0  # Secrets are read by name, never listed or watched
 
 Children = Mapping[ObjectRef, Object]
 
