@@ -32,3 +32,7 @@ deploy: $(if $(CONTEXT),,images) ## install or upgrade the operator by Helm (CON
 demo: venv $(if $(CONTEXT),,images) ## the whole story on one machine: cluster, operator, a model, a chat, faults and their repair
 	@dev/deploy
 	@$(PY) -m dev.demo
+
+.PHONY: live-picture
+live-picture: venv .dev/bin/browser ## docs/live.png: the live page while a rank hangs
+	@$(PY) -m dev.live_picture

@@ -6,21 +6,29 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
+import httpx
 import pytest
 import pytest_asyncio
+import yaml
 from aiohttp import web
 from playwright.async_api import Browser
 from tests.support.browser import Watched, browsing, opened
+from tests.support.http import HTTP
+from tests.support.kube_fake import FakeKube, resource
+from tests.support.kube_http import serving_kube
 from tests.support.live_models import KEY, hang, report_of, status_of
+from tests.support.local_operator import LocalOperator
 from tests.support.ports import free_port
+from tests.support.wait import until
 
 from lockstep_operator.live.board import Board
 from lockstep_operator.live.session import PAGE_SIZE
 from lockstep_operator.live.site import BYTES_PER_SECOND, READERS, serve, site
-from lockstep_operator.types.names import ModelKey
+from lockstep_operator.types.names import KIND, ModelKey
 from lockstep_operator.types.observed import GroupReport
 from lockstep_runtime.protocol.status import GroupState
 
@@ -123,6 +131,35 @@ async def test_it_says_when_it_is_stale_and_comes_back_by_itself(browser: Browse
             await sees(watched, "other")
     finally:
         await watching.__aexit__(None, None, None)
+
+
+async def test_an_operator_serves_it_and_another_in_its_place_too(browser: Browser, tmp_path: Path) -> None:
+    kube = FakeKube(time.time)
+    kube.put(KIND, resource("chat", replicas=0))
+    settings = {"LOCKSTEP_RUNTIME_IMAGE": "runtime:1", "LOCKSTEP_OPERATOR_NAMESPACE": "lockstep-system"}
+    async with serving_kube(kube, tmp_path) as (_, kubeconfig):
+        server = yaml.safe_load(kubeconfig.read_text())["clusters"][0]["cluster"]["server"]
+        operator = LocalOperator(server, "team", settings, tmp_path / "operator")
+        await asyncio.to_thread(operator.start)
+        try:
+            await asyncio.to_thread(until, "the page", lambda: answers(operator.live_url), 60.0)
+            async with opened(browser, operator.live_url) as watched:
+                await watched.until("document.querySelectorAll('.model').length === 1", 60)
+                assert await watched.text(".model h3") == "chat"
+                await asyncio.to_thread(operator.kill)
+                await sees(watched, "not connected")
+                kube.put(KIND, resource("more", replicas=0))
+                await asyncio.to_thread(operator.start)
+                await watched.until("document.querySelectorAll('.model').length === 2", 60)
+        finally:
+            await asyncio.to_thread(operator.kill)
+
+
+def answers(url: str) -> bool:
+    try:
+        return HTTP.get(url).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 async def test_two_thousand_models_are_paged_filtered_and_bounded(browser: Browser) -> None:

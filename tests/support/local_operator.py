@@ -49,6 +49,11 @@ class LocalOperator:
         """Of /metrics, /healthz and /readyz."""
         return f"http://127.0.0.1:{self._environment['LOCKSTEP_PORT']}"
 
+    @property
+    def live_url(self) -> str:
+        """Of its live page."""
+        return f"http://127.0.0.1:{self._environment['LOCKSTEP_LIVE_PORT']}"
+
     def start(self) -> None:
         self._process = CONTEXT.Process(target=_live, args=(self._environment, str(self._log)))
         self._process.start()
