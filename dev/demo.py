@@ -114,7 +114,7 @@ def excerpt(description: str) -> str:
 
 def what_next() -> str:
     commands = {
-        f"{TOOL} -n lockstep-system port-forward deployment/lockstep 8081": "the live page, at http://localhost:8081",
+        f"{TOOL} -n lockstep-system port-forward pod/HOLDER 8081": "the live page; `get lease` names the holder",
         f"{TOOL} get pods --watch": "while you do one of these:",
         f"{TOOL} exec {MODEL}-0-0 -- lockstep inject sigkill --rank 1": "another fault; docs/recovery.md has them all",
         f"{TOOL} delete pod {MODEL}-0-1": "it comes back, and the status tells",
