@@ -158,7 +158,7 @@ def test_what_only_new_pods_can_mend_is_made_anew_with_them(living: Model) -> No
 
     deleted("statefulset", "-0")(living)
     deleted("secret", "-token")(living)
-    # The operator may not watch Secrets: it reads its own every five minutes, or when something of the model changes.
+    # The operator may not watch Secrets: it reads its own every twenty minutes, or when something of the model changes.
     living.kubectl("annotate", "tpm", "living", "e2e/nudge=1")
 
     until_rolled_out(living, before)

@@ -9,6 +9,7 @@ from tests.support.kube_fake import Killed, clone, is_ready, revision_of
 from tests.support.kube_world import World
 
 from lockstep_operator.cluster.client import RESOURCES, KubeError
+from lockstep_operator.cluster.observe import TOKEN_SECONDS
 from lockstep_operator.cluster.permissions import PERMISSIONS
 from lockstep_operator.types.names import ModelKey
 
@@ -87,6 +88,7 @@ async def test_a_deleted_child_comes_back(kind_name: tuple[str, str]) -> None:
     key = world.add()
     await world.settle(key)
     world.kube.remove(kind_name[0], "team", kind_name[1])
+    world.time += TOKEN_SECONDS  # Secrets are not watched
     await world.settle(key)
     assert children(world) == CHILDREN
     assert world.condition(key, "Ready")["status"] == "True"
@@ -101,6 +103,7 @@ async def test_a_lost_token_is_replaced_and_the_groups_with_it() -> None:
     await world.settle(key)
     before = {revision_of(pod) for pod in world.kube.of_kind("Pod")}
     world.kube.remove("Secret", "team", "chat-token")
+    world.time += TOKEN_SECONDS
     await world.settle(key)
     after = {revision_of(pod) for pod in world.kube.of_kind("Pod")}
     assert len(after) == 1
@@ -274,10 +277,12 @@ async def test_somebody_elses_token_is_sent_to_nobody() -> None:
     world.kube.remove("Secret", "team", "chat-token")
     foreign = {"metadata": {"name": "chat-token", "namespace": "team"}, "stringData": {"token": "theirs"}}
     world.kube.put("Secret", foreign)
+    world.time += TOKEN_SECONDS
     await world.settle(key)
     assert world.condition(key, "Stalled")["reason"] == "NameConflict"
     assert world.groups.watched[key] == {}, "nobody is asked with it"
     world.kube.remove("Secret", "team", "chat-token")
+    world.time += TOKEN_SECONDS
     await world.settle(key)
     again = world.groups.watched[key]
     assert sorted(again) == [0, 1]
@@ -382,6 +387,8 @@ async def test_random_orders_kills_and_a_second_operator_change_nothing_in_the_e
             random.choice(changes)()
         world.time += random.random()
     world.kube.before_write = world.kube.after_write = lambda verb, kind, name: None
+    await world.settle(key)
+    world.time += TOKEN_SECONDS  # a Secret may have been deleted, which nobody is told
     await world.settle(key)
     spec = world.kube.objects["TensorParallelModel", "team", "chat"]["spec"]
     assert world.serving(key, size=spec["tensorParallelSize"]) == spec["replicas"]
