@@ -48,6 +48,10 @@ lint: venv ## ruff, mypy, import-linter
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+.PHONY: krew
+krew: venv ## kubectl lockstep in krew's form, in build/krew (URI: where its archive will be found)
+	$(PY) -m dev.krew $(URI)
+
 .PHONY: picture
 picture: venv ## the packages and what they import, drawn into docs/architecture.md
 	$(PY) -m dev.import_graph

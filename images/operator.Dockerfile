@@ -10,6 +10,7 @@ RUN python3 -m venv /opt/installer \
     && /opt/installer/bin/pip install --quiet --no-cache-dir --require-hashes -r /tmp/installer.txt \
     && /opt/installer/bin/uv venv --quiet --python python3 /opt/lockstep
 COPY LICENSE README.md pyproject.toml /src/
+COPY docs/troubleshooting.md /src/docs/
 COPY operator /src/operator
 COPY runtime /src/runtime
 RUN cd /src && /opt/installer/bin/hatchling build -t wheel -d /dist \

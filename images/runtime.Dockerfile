@@ -12,6 +12,7 @@ RUN python3 -m venv /opt/installer \
     && /opt/installer/bin/pip install --quiet --no-cache-dir --require-hashes -r /tmp/installer.txt \
     && /opt/installer/bin/uv venv --quiet --python python3 /opt/lockstep
 COPY LICENSE README.md pyproject.toml /src/
+COPY docs/troubleshooting.md /src/docs/
 COPY operator /src/operator
 COPY runtime /src/runtime
 RUN cd /src && /opt/installer/bin/hatchling build -t wheel -d /dist \
@@ -42,6 +43,8 @@ RUN headers="$(python3 -c 'import sysconfig; print(sysconfig.get_path("include")
     && echo '#include <Python.h>' | gcc -E -I "$headers" - > /dev/null
 # The same virtual environment, with nothing in it but the project.
 COPY --from=code /opt/lockstep /opt/lockstep
+# A model of 3 MB, for `helm test` to break.
+COPY examples/tiny-chat /opt/lockstep/share/tiny-chat
 # The name spares libraries that ask for it a look into /etc/passwd, which knows no such user.
 ENV USER=lockstep
 # What NVIDIA's container toolkit mounts: the driver's libraries for computing, and nvidia-smi with NVML.

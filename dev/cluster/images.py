@@ -52,8 +52,9 @@ def inputs_digest(name: str) -> str:
 
 def inputs(name: str) -> list[Path]:
     single = [f"images/{name}.Dockerfile", f"requirements/{name}.txt", "images/installer.txt"]
-    single += ["pyproject.toml", "README.md", "LICENSE", ".dockerignore"]
-    trees = [path for tree in ("operator", "runtime") for path in (ROOT / tree).rglob("*")]
+    single += ["pyproject.toml", "README.md", "LICENSE", ".dockerignore", "docs/troubleshooting.md"]
+    models = ["examples/tiny-chat"] if name == "runtime" else []
+    trees = [path for tree in ("operator", "runtime", *models) for path in (ROOT / tree).rglob("*")]
     return [ROOT / path for path in single] + [path for path in trees if path.is_file() and path.suffix != ".pyc"]
 
 

@@ -27,6 +27,7 @@ from lockstep_operator.cluster.client import ApiServer, KubeError, connect
 from lockstep_operator.cluster.election import Candidate
 from lockstep_operator.cluster.indexes import Indexes
 from lockstep_operator.cluster.namespaces import Namespaces
+from lockstep_operator.cluster.node_conditions import NodeConditions
 from lockstep_operator.cluster.served_schema import ServedSchema
 from lockstep_operator.controller import Controller
 from lockstep_operator.groups.status_poller import StatusPoller
@@ -165,11 +166,13 @@ class Work:
 
         controller = Controller(queue, reconcile, self.metrics)
         census = Census(self.kube, indexes, self.namespaces.served)
+        nodes = NodeConditions(self.kube, reconciler.suspicion, time.time)
         self.loops = asyncio.create_task(
             self._run(
                 controller.run(self.settings.concurrency),
                 served_schema.watch(self.kube, self.schema, self.metrics),
                 census.watch(doubt),
+                *([nodes.watch()] if self.settings.node_conditions else []),
             ),
             name="loops",
         )

@@ -21,6 +21,7 @@ from lockstep_operator.cluster.observe import Indexed, LastLook, Live, Source, l
 from lockstep_operator.cluster.obstacles import find_obstacle
 from lockstep_operator.cluster.served_schema import ServedSchema
 from lockstep_operator.cluster.status_writer import StatusWriter
+from lockstep_operator.decisions import node_suspicion
 from lockstep_operator.decisions.planner import Decision, decide
 from lockstep_operator.groups.group import groups_of
 from lockstep_operator.groups.pod_issues import needs_events
@@ -32,7 +33,7 @@ from lockstep_operator.reporting.significance import worth_writing
 from lockstep_operator.reporting.transition import transition
 from lockstep_operator.settings import Settings
 from lockstep_operator.types import spec
-from lockstep_operator.types.model_status import ModelStatus, parse
+from lockstep_operator.types.model_status import ModelStatus, NodeFaults, parse
 from lockstep_operator.types.names import ModelKey, token_name
 from lockstep_operator.types.observed import GroupReport, Object, ObjectRef, Observed, wanted_groups
 from lockstep_operator.types.reasons import ConditionType, Reason
@@ -94,6 +95,7 @@ class Reconciler:
         self._indexes = indexes or Indexes()
         self._board = board or Board()
         self._known: dict[ModelKey, _Known] = {}
+        self._blamed: dict[ModelKey, tuple[NodeFaults, ...]] = {}  # as the models' status has it
 
     async def reconcile(self, key: ModelKey) -> ReconcileOutcome:
         """One pass, at the end of which the status is written whatever failed in it. Raises KubeError when the API
@@ -167,6 +169,17 @@ class Reconciler:
         self._metrics.forget(key)
         self._board.forget(key)
         self._known.pop(key, None)
+        self._blamed.pop(key, None)
+
+    def suspicion(self) -> dict[str, int]:
+        """Faults that all models hold against nodes just now, by node."""
+        return node_suspicion.shared(self._blamed.values(), self._now())
+
+    def _hold_against_nodes(self, key: ModelKey, status: ModelStatus) -> None:
+        if status.node_faults:
+            self._blamed[key] = status.node_faults
+        else:
+            self._blamed.pop(key, None)
 
     def forget_others(self, serves: Callable[[str], bool]) -> None:
         """Of models in namespaces that are no longer served."""
@@ -191,6 +204,7 @@ class Reconciler:
             failing=frozenset(known.failures.of),
             limits=limits,
             leaving_nodes=self._indexes.leaving_nodes,
+            suspicion=self.suspicion(),
         )
         seen = groups_of(model, observed)
         leaders = {group.index: group.leader.uid for group in seen if group.leader}
@@ -212,7 +226,7 @@ class Reconciler:
         obstacle = find_obstacle(model, decision, failures, observed.status, now)
         change = transition(model, decision, observed.status, obstacle, applied.effective, now)
         built = self._schema.fitting(document.document(change.after))
-        drafts = events.event_drafts(change)
+        drafts = [draft for draft in events.event_drafts(change) if not (draft.node and self._settings.namespaces)]
         news = known.unwritten is not None or worth_writing(_last_document(resource, known), built)
         if not source.live and (drafts or news):
             return None
@@ -222,6 +236,8 @@ class Reconciler:
         if news:
             known.unwritten = None if await self._writer.write(resource, built) else built
         failing = obstacle is not None or known.unwritten is not None
+        self._hold_against_nodes(model.key, change.after)
+        self._metrics.node_faults(change.node_faults)
         self._metrics.model(model.key, change.after)
         self._board.model(model.key, change.after, observed.reports)
         self._metrics.repaired(model.key, change.repairs)

@@ -53,6 +53,7 @@ class Settings:
     live_port: int = 8081
     concurrency: int = 8
     resync_seconds: float = 60.0
+    node_conditions: bool = False  # suspect nodes get the condition LockstepSuspect
     log_level: str = "info"
     log_format: str = "text"
     tracing_endpoint: str | None = None  # of the collector that the rank pods send traces to
@@ -150,6 +151,7 @@ _CONTEXT: Final = {"auto_envvar_prefix": "LOCKSTEP", "show_default": True}
 @_option("--live-port", default=8081, type=_COUNT, help="Of the live page.")
 @_option("--concurrency", default=8, type=_COUNT, help="Models reconciled at the same time.")
 @_option("--resync-seconds", default=60.0, type=click.FloatRange(min=0, min_open=True), help="Between two passes.")
+@_option("--node-conditions", is_flag=True, help="Give suspect nodes the condition LockstepSuspect.")
 @_option("--log-level", default="info", type=click.Choice(LOG_LEVELS), help="Least severe level to log.")
 @_option("--log-format", default="text", type=click.Choice(LOG_FORMATS), help="The rank pods' logs', too.")
 @_option("--tracing-endpoint", help="Where rank pods send traces: http(s)://host:4318, OTLP over HTTP.")

@@ -14,11 +14,12 @@ from tests.support.chart import of_kind, one, render
 from tests.support.engine_stats import IDLE
 from tests.support.kube_world import well
 
+from lockstep_operator.decisions.node_suspicion import NodeFault
 from lockstep_operator.decisions.pod_template import pod_template
 from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.reporting.recovery_log import Repair
 from lockstep_operator.settings import Settings
-from lockstep_operator.types.model_status import Condition, ModelStatus
+from lockstep_operator.types.model_status import Condition, ModelStatus, Savings
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport
 from lockstep_operator.types.spec import parse
@@ -47,7 +48,8 @@ def series() -> dict[str, set[str]]:
     """Every series that Prometheus has of operator and engine, with the labels that it can be asked for."""
     operator = Metrics(lambda: 5.0)
     ready = Condition(type="Ready", status="True", reason="Ready", message="", last_transition_time=5.0)
-    operator.model(KEY, ModelStatus(conditions=(ready,)))
+    operator.model(KEY, ModelStatus(conditions=(ready,), savings=Savings(faults=1)))
+    operator.node_faults([NodeFault(node="node-1", fault="Hang", key="", sentence="", at=1.0)])
     operator.reconciles.labels("wrote").inc()
     operator.reconciled(KEY, failed=True)
     operator.namespace("team", served=False)

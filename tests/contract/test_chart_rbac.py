@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tests.support.chart import NAMESPACE, Manifest, of_kind, one, render
 
-from lockstep_operator.cluster.permissions import LEASE_PERMISSION, PERMISSIONS, Permission
+from lockstep_operator.cluster.permissions import LEASE_PERMISSION, NODE_PERMISSIONS, PERMISSIONS, Permission
 
 ROLES = ("Role", "ClusterRole")
 Grants = set[tuple[str, str, str]]  # API group, resource, verb
@@ -60,6 +60,18 @@ def test_the_lease_is_the_operators_own_in_its_own_namespace(values: dict[str, A
     (binding,) = [found for found in of_kind(manifests, "RoleBinding") if found["metadata"]["namespace"] == NAMESPACE]
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "lockstep", "namespace": NAMESPACE}]
+
+
+@pytest.mark.parametrize("namespaces", [[], ["a", "b"]])
+def test_nodes_conditions_need_two_verbs_of_the_cluster_more(namespaces: list[str]) -> None:
+    plain = {role["metadata"]["name"] for role in roles({"watchNamespaces": namespaces})}
+    more = [
+        role
+        for role in roles({"watchNamespaces": namespaces, "nodeConditions": True})
+        if role["metadata"]["name"] not in plain
+    ]
+    assert [role["kind"] for role in more] == ["ClusterRole"]
+    assert granted(more[0]) == used(*NODE_PERMISSIONS)
 
 
 @pytest.mark.parametrize("values", [{}, {"watchNamespaces": ["a", "b"]}])

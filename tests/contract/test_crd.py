@@ -15,7 +15,14 @@ from tests.support.kube_world import World, well
 
 from lockstep_operator.cluster.served_schema import WRITTEN
 from lockstep_operator.types.documents import write
-from lockstep_operator.types.model_status import PinnedModel, ProcessFailure, SurgeGroup, SurgeReason, Waiting
+from lockstep_operator.types.model_status import (
+    NodeFaults,
+    PinnedModel,
+    ProcessFailure,
+    SurgeGroup,
+    SurgeReason,
+    Waiting,
+)
 from lockstep_operator.types.names import GROUP, KIND, PLURAL, VERSION
 from lockstep_operator.types.observed import GroupReport
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung, to_status
@@ -101,9 +108,10 @@ async def test_the_schema_keeps_every_field_of_the_status_that_the_operator_writ
     waits = write(Waiting("Unschedulable", world.time, "new"))
     complains = write(ProcessFailure("OutOfMemory", "pod chat-0-1 was killed", world.time))
     pin = write(PinnedModel(source="corp", repo="a/b", revision="v1", resolve_revision_at=world.time, commit="c" * 40))
-    status["model"] = pin
+    held = write(NodeFaults(name="node-1", faults=2, fault="Desync", time=world.time))
+    status |= {"model": pin, "nodeFaults": [held]}
     status["surge"] = [write(SurgeGroup(group=2, reason=SurgeReason.ROLLOUT))]
-    more = {"recovery": to_status(everything), "waiting": waits, "podProblem": complains}
+    more = {"recovery": to_status(everything), "waiting": waits, "podProblem": complains, "startSeconds": 3.0}
     status["groups"] = [status["groups"][0] | more]
     assert status["lastFault"]["rung"] == "Rebuild"
     assert status["lastRecovery"].pop("phases") == {"detect": 0.5}  # whose names are free

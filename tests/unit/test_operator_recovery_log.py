@@ -56,7 +56,7 @@ def told(seen: Transition) -> list[str]:
 
 def of_model(seen: Transition) -> list[EventDraft]:
     """What is told of the model itself."""
-    return [item for item in event_drafts(seen) if item.pod is None]
+    return [item for item in event_drafts(seen) if item.pod is None and not item.node]
 
 
 def test_what_happened_meanwhile_is_told_once() -> None:

@@ -14,12 +14,13 @@ from typing import ClassVar, Final
 import msgspec
 import pytest
 
+from lockstep_runtime import redaction
 from lockstep_runtime.cli import main
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.host import discovery
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupStatus, RankStatus
 from lockstep_runtime.protocol.tokens import Purpose, purpose_token
-from lockstep_runtime.report import group, log_lines, machine, redaction
+from lockstep_runtime.report import group, known_secrets, log_lines, machine
 from lockstep_runtime.report.group import GroupFacts
 from lockstep_runtime.report.report import MAX_SECTION, write
 
@@ -125,7 +126,7 @@ def test_no_secret_is_in_it_wherever_one_stood(environment: dict[str, str]) -> N
         problems=(planted,),
     )
     log = [f"2026-11-30T09:49:06.991Z error engine: {planted}\n", "x error " + "." * 985 + API_KEY]
-    text = write(facts, environment, redaction.redactor(redaction.known(environment)), log=log, now=AT)
+    text = write(facts, environment, redaction.redactor(known_secrets.known(environment)), log=log, now=AT)
     assert text.count(redaction.MASK) > 30
     assert [one for one in SECRETS if one in text] == []
     assert "client-k" not in text
@@ -135,7 +136,7 @@ def test_no_secret_is_in_it_wherever_one_stood(environment: dict[str, str]) -> N
 
 
 def test_what_is_no_secret_is_left(environment: dict[str, str]) -> None:
-    redact = redaction.redactor(redaction.known(environment))
+    redact = redaction.redactor(known_secrets.known(environment))
     for text in ("a bearer token is needed", "max_batch_tokens: 2048", "12 xyzzy tokens", "firstToken 0.3 s"):
         assert redact(text) == text
 

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 import aiohttp
@@ -216,8 +217,20 @@ class ApiServer:
                 raise
 
     async def served_schema(self) -> Mapping[str, Any]:
-        document = await self._answered(lambda: self._client.request("get", f"/openapi/v3/apis/{API_VERSION}", **_RAW))
+        document = await self.request("get", f"/openapi/v3/apis/{API_VERSION}")
         return dict((document.get("components") or {}).get("schemas") or {})
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] = MappingProxyType({}),
+        body: Object | None = None,
+        content: str = "application/json",
+    ) -> Object:
+        """What the methods above have no words for. `content` is the body's type."""
+        asked = {"query_params": [*query.items()], "body": body, "content_type": content}
+        return await self._answered(lambda: self._client.request(method, path, **asked, **_RAW))
 
     async def _ask(self, verb: str, kind: str, **asked: Any) -> Object:
         return await self._ask_of(verb, self._of[kind], **asked)

@@ -43,3 +43,7 @@ PERMISSIONS: Final = (
 LEASE_PERMISSION: Final = Permission(
     "coordination.k8s.io", "leases", ("get", "create", "update"), "which of two operators works"
 )
+NODE_PERMISSIONS: Final = (  # with --node-conditions alone
+    Permission("", "nodes", ("list",), "which are suspect, when an operator starts"),
+    Permission("", "nodes/status", ("patch",), "the condition LockstepSuspect"),
+)

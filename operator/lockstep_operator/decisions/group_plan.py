@@ -71,6 +71,7 @@ class GroupPlanner:
             state=facts.last.recovery,
             recovering_since=recovering_since(facts.last.waiting),
             report=facts.report,
+            suspicion=self.observed.suspicion,
             issue=facts.issue,
             moving=f"group {group.index} is being replaced by revision {group.revision} anyway" if moving else "",
         )

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from msgspec.structs import replace
@@ -45,6 +45,7 @@ class RecoveryInput:
     report: GroupReport | None = None  # to this operator, never what the status remembers
     issue: PodIssue | None = None
     moving: str = ""  # why its pods are being replaced anyway
+    suspicion: Mapping[str, int] = field(default_factory=dict)  # faults that all models hold against nodes
     recovering_since: float | None = None  # that it tries to serve again, as the status remembers it
 
     @property
@@ -89,7 +90,15 @@ def decide(policy: RecoverySpec, known: RecoveryInput, now: float) -> RecoveryDe
     if fault is None:
         return RecoveryDecision(state=state, reason=_under_way(known, state))
     incarnation = known.status.incarnation if known.status else ""
-    step = RecoveryStep(policy=policy, group=known.group, fault=fault, state=state, incarnation=incarnation, now=now)
+    step = RecoveryStep(
+        policy=policy,
+        group=known.group,
+        fault=fault,
+        state=state,
+        incarnation=incarnation,
+        now=now,
+        suspicion=known.suspicion,
+    )
     if wait := _wait(step, known):
         return wait
     return _dry_run(step) if policy.observe else _next_step(step, known.seed)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from msgspec.structs import replace
 
 from lockstep_operator.backoff import exponential
 from lockstep_operator.decisions.fault_detection import DetectedFault
+from lockstep_operator.decisions.node_suspicion import FAILING_FAULTS, suspects
 from lockstep_operator.groups.group import Group
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung
 from lockstep_operator.types.spec_blocks import RecoverySpec
 from lockstep_operator.types.timestamps import format_rfc3339
 
+AVOIDED_NODES: Final = 8  # at a time, the suspect's first
 SUSPECTED_NODES: Final = 16  # so many are remembered, the newest: nodes come and go
-FAILING_FAULTS: Final = 2  # so many faults make a node one that keeps failing
 LADDERS: Final = {
     "Ladder": (Rung.RECYCLE_POD, Rung.RECYCLE_GROUP, Rung.MOVE_AWAY),
     "RecyclePods": (Rung.RECYCLE_GROUP, Rung.MOVE_AWAY),
@@ -34,6 +36,7 @@ class RecoveryStep:
     state: RecoveryState
     incarnation: str  # of its leader's supervisor
     now: float
+    suspicion: Mapping[str, int] = field(default_factory=dict)  # faults that all models hold against nodes
 
     @property
     def node(self) -> str:
@@ -61,7 +64,8 @@ class RecoveryStep:
             case Rung.RECYCLE_POD:
                 return self.fault.pod is not None and len(self.group.pods) > 1
             case Rung.MOVE_AWAY:
-                faults = self.state.node_fault_counts.get(self.node, 0) + 1
+                held = max(self.state.node_fault_counts.get(self.node, 0), self.suspicion.get(self.node, 0))
+                faults = held + 1
                 return bool(self.node) and faults >= FAILING_FAULTS and self.node not in self.state.avoided
             case _:
                 return True
@@ -77,8 +81,13 @@ class RecoveryStep:
             failures=failures,
             next_try=self.now + _delay(self.policy, failures, seed),
             node_fault_counts=self._blamed(),
-            avoided={**avoided, self.node: self.now + self.policy.window} if taken is Rung.MOVE_AWAY else avoided,
+            avoided={**avoided, **self._moved_from()} if taken is Rung.MOVE_AWAY else avoided,
         )
+
+    def _moved_from(self) -> dict[str, float]:
+        """The node, and others that keep failing, whoever says so: until when they are avoided."""
+        nodes = [self.node, *(node for node in suspects(self.suspicion) if node != self.node)]
+        return dict.fromkeys(nodes[:AVOIDED_NODES], self.now + self.policy.window)
 
     def _blamed(self) -> dict[str, int]:
         counts = dict(self.state.node_fault_counts)
@@ -115,7 +124,9 @@ class RecoveryStep:
                 return "all its pods are replaced"
             case Rung.MOVE_AWAY:
                 until = format_rfc3339(self.now + self.policy.window)
-                where = f"node {self.node}, which keeps failing, until {until}"
+                others = [node for node in self._moved_from() if node != self.node]
+                more = f" and from {', '.join(others)}, where ranks of other groups failed" if others else ""
+                where = f"node {self.node}, which keeps failing,{more} until {until}"
                 return f"all its pods are replaced and kept away from {where}"
 
     def why_not_yet(self) -> str:

@@ -12,7 +12,7 @@ from lockstep_operator.types.model_status import ModelStatus, render, render_con
 from lockstep_operator.types.reasons import Reason
 
 SIZE_LIMIT: Final = 200 * 1024  # bytes, before details are left out
-_COUNTERS: Final = ("incarnation", "recoveries", "lastFaultID", "lastRepairID")
+_COUNTERS: Final = ("incarnation", "recoveries", "lastFaultID", "lastRepairID", "startSeconds")
 _DETAILS: Final = frozenset({"ranks", "leader", *VOLATILE})
 _ESSENTIAL: Final = (
     "observedGeneration",
@@ -24,6 +24,8 @@ _ESSENTIAL: Final = (
     "model",
     "surge",
     "recoveries",
+    "savings",
+    "nodeFaults",
 )
 
 

@@ -20,7 +20,7 @@ NOTE_LIMIT: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class EventDraft:
-    """`key` is unique among the Events of the model. It is about the model, or about `pod`.
+    """`key` is unique among the Events of the model. It is about the model, about `pod` or about `node`.
 
     `at`: when it was, in unix seconds, if that is known. `order` sorts what falls into the same second, as faults and
     their repairs do: it is a part of the name, so it must be the same in every pass.
@@ -33,6 +33,7 @@ class EventDraft:
     at: float | None = None
     order: str = ""
     pod: Pod | None = None
+    node: str = ""
 
 
 def event_drafts(change: Transition) -> list[EventDraft]:
@@ -48,6 +49,7 @@ def event_drafts(change: Transition) -> list[EventDraft]:
         *_repairs(change),
         *_drift_repairs(change),
         *_lost_pods(change),
+        *_node_faults(change),
     ]
 
 
@@ -58,11 +60,14 @@ def manifest(key: ModelKey, uid: str, draft: EventDraft, now: float) -> dict[str
     at = min(draft.at or now, now)
     model = {"apiVersion": API_VERSION, "kind": KIND, "name": key.name, "uid": uid}
     pod = draft.pod and {"apiVersion": "v1", "kind": "Pod", "name": draft.pod.name, "uid": draft.pod.uid}
-    about = pod or model
+    # As the kubelet writes about its node: `kubectl describe node` looks for the name as its UID.
+    node = draft.node and {"apiVersion": "v1", "kind": "Node", "name": draft.node, "uid": draft.node}
+    about = node or pod or model
+    namespace = "default" if node else key.namespace  # where those of what has no namespace belong
     return {
         "apiVersion": "v1",
         "kind": "Event",
-        "metadata": {"name": f"{about['name']}.{draft.order}{digest}", "namespace": key.namespace},
+        "metadata": {"name": f"{about['name']}.{draft.order}{digest}", "namespace": namespace},
         "eventTime": format_micro(at),
         "firstTimestamp": format_rfc3339(at),
         "lastTimestamp": format_rfc3339(at),
@@ -72,9 +77,9 @@ def manifest(key: ModelKey, uid: str, draft: EventDraft, now: float) -> dict[str
         "reportingInstance": "lockstep-operator",
         "action": "Reconcile",
         "reason": str(draft.reason),
-        "message": draft.note[:NOTE_LIMIT],
+        "message": (f"{key}: {draft.note}" if node else draft.note)[:NOTE_LIMIT],
         "type": "Warning" if draft.warning else "Normal",
-        "involvedObject": {"namespace": key.namespace, **about},
+        "involvedObject": about if node else {"namespace": namespace, **about},
     }
 
 
@@ -175,6 +180,11 @@ def _lost_pods(change: Transition) -> Iterator[EventDraft]:
     for action in change.actions:
         if isinstance(action, Delete) and action.grace == 0:
             yield EventDraft(f"lost/{action.uid}", EventReason.POD_LOST, action.reason, warning=True)
+
+
+def _node_faults(change: Transition) -> Iterator[EventDraft]:
+    for one in change.node_faults:
+        yield EventDraft(one.key, one.fault, one.sentence, warning=True, at=one.at, node=one.node)
 
 
 def _drift_repairs(change: Transition) -> Iterator[EventDraft]:

@@ -11,8 +11,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from lockstep_operator.decisions.node_suspicion import NodeFault
 from lockstep_operator.reporting.recovery_log import Repair
-from lockstep_operator.types.model_status import ModelStatus
+from lockstep_operator.types.model_status import ModelStatus, Savings
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport
 from lockstep_operator.types.reasons import ConditionType
@@ -20,6 +21,14 @@ from lockstep_runtime.protocol.status import GroupStatus
 
 STATES = ("Ready", "Progressing", "Stalled")
 CONDITIONS = (ConditionType.READY, ConditionType.AVAILABLE, ConditionType.POISONED, ConditionType.STALLED)
+NAMED_NODES = 1000  # faults of more than that are counted together
+NODES_TEXT = "Faults of ranks that ran on the node, whatever model they were of"
+SAVED = (
+    ("healed_faults", "Faults that groups repaired by themselves, since the model was made"),
+    ("kept_requests", "Requests that went on after such a fault"),
+    ("paused_seconds", "Seconds that these repairs took"),
+    ("avoided_restart_seconds", "What starting the group had taken last, once for each such fault where it is known"),
+)
 PHASE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
@@ -69,6 +78,9 @@ class Metrics:
             ["phase"],
             buckets=PHASE_BUCKETS,
         )
+        self._nodes = counter("lockstep_node_faults", NODES_TEXT, ["node", "fault"])
+        self._named: set[str] = set()
+        self._saved = {name: gauge(f"lockstep_operator_{name}", text, ["namespace", "model"]) for name, text in SAVED}
         self._conditions = gauge(
             "lockstep_operator_condition",
             "1 where the model's condition is True, else 0",
@@ -95,6 +107,7 @@ class Metrics:
         self.registry.register(self._steps)
         self._counted: dict[ModelKey, set[tuple[str, str]]] = {}
         self._reconciled: set[ModelKey] = set()
+        self._receipts: set[ModelKey] = set()
         self._known: dict[ModelKey, tuple[str, int, int]] = {}
         self._publish()
 
@@ -103,7 +116,23 @@ class Metrics:
         self._known[key] = (state, status.replicas, status.ready_replicas)
         for condition in CONDITIONS:
             self._conditions.labels(key.namespace, key.name, condition).set(status.is_true(condition))
+        self._save(key, status.savings)
         self._publish()
+
+    def _save(self, key: ModelKey, saved: Savings | None) -> None:
+        if saved is None:
+            return
+        values = (saved.faults, saved.requests, saved.paused_seconds, saved.restart_seconds)
+        for (name, _), value in zip(SAVED, values, strict=True):
+            self._saved[name].labels(key.namespace, key.name).set(value)
+        self._receipts.add(key)
+
+    def node_faults(self, faults: Iterable[NodeFault]) -> None:
+        """Each once: those that the status just written is the first to hold."""
+        for one in faults:
+            known = one.node in self._named or len(self._named) < NAMED_NODES
+            self._named |= {one.node} if known else set()
+            self._nodes.labels(one.node if known else "others", one.fault).inc()
 
     def namespace(self, name: str, *, served: bool) -> None:
         self._namespaces.labels(name).set(served)
@@ -138,6 +167,10 @@ class Metrics:
         if key in self._reconciled:
             self._reconciled.remove(key)
             self._failing.remove(key.namespace, key.name)
+        if key in self._receipts:
+            self._receipts.remove(key)
+            for one in self._saved.values():
+                one.remove(key.namespace, key.name)
         for fault, rung in self._counted.pop(key, set()):
             self._recoveries.remove(key.namespace, key.name, fault, rung)
         self._steps.at.pop(key, None)

@@ -13,6 +13,7 @@ from lockstep_operator.reporting import recovery_log
 from lockstep_operator.reporting.assessment import GroupAssessment
 from lockstep_operator.reporting.conditions import Conditions, dated
 from lockstep_operator.reporting.recovery_log import Repair
+from lockstep_operator.reporting.savings import start_seconds
 from lockstep_operator.types.model_status import GroupSummary, LastFault, ModelStatus, RankSummary, StepLatency
 from lockstep_operator.types.names import MODEL_LABEL, POD_INDEX_LABEL
 from lockstep_operator.types.spec import Model
@@ -65,6 +66,7 @@ def _group(one: GroupAssessment, model: Model, now: float) -> GroupSummary:
     group, last, status = one.group, one.facts.last, one.status
     unknown = "Unknown" if one.facts.view.unreachable_reason else "Starting"
     summary = GroupSummary(
+        start_seconds=start_seconds(one),
         group=group.index,
         ready=group.ready,
         state=str(status.state) if status else unknown,

@@ -103,7 +103,27 @@ class GroupSummary(Part, frozen=True, kw_only=True):
     step_latency: StepLatency | None = None
     last_step_time: float | None = None
     ready_ranks: int | None = None
+    start_seconds: float | None = None
     ranks: tuple[RankSummary, ...] | None = None
+
+
+class Savings(Part, frozen=True, kw_only=True):
+    """What groups repaired by themselves since the model was made. It only rises."""
+
+    faults: int = 0
+    requests: int = 0  # that went on
+    paused_seconds: float = 0.0
+    restart_seconds: float = 0.0  # that starting the group had taken, once for each of `restarts_measured` faults
+    restarts_measured: int = 0
+
+
+class NodeFaults(Part, frozen=True, kw_only=True):
+    """What is held against a node. `fault` and `time` are the newest one's."""
+
+    name: str
+    faults: int
+    fault: str
+    time: float
 
 
 class PinnedModel(Part, frozen=True, kw_only=True):
@@ -145,6 +165,8 @@ class ModelStatus(Part, frozen=True, kw_only=True):
     recoveries: int = 0
     last_fault: LastFault | None = None
     last_recovery: LastRecovery | None = None
+    savings: Savings | None = None
+    node_faults: tuple[NodeFaults, ...] | None = None
     groups: tuple[GroupSummary, ...] = ()
 
     def condition(self, kind: str) -> Condition | None:

@@ -97,6 +97,7 @@ class Observed:
     failing: frozenset[ObjectRef] = frozenset()  # writes that the API server did not take lately
     limits: Limits = field(default_factory=Limits)  # of the namespace
     leaving_nodes: frozenset[str] = frozenset()  # cordoned ones
+    suspicion: Mapping[str, int] = field(default_factory=dict)  # faults that all models hold against nodes
 
     def child(self, kind: str, name: str) -> Object | None:
         return self.children.get((kind, name))

@@ -15,7 +15,8 @@ from lockstep_runtime.config import TOKEN_VARIABLE
 from lockstep_runtime.host import discovery
 from lockstep_runtime.host.addresses import join, loopback
 from lockstep_runtime.protocol.status import STATUS_PORT
-from lockstep_runtime.report import group, log_lines, redaction
+from lockstep_runtime.redaction import redactor
+from lockstep_runtime.report import group, known_secrets, log_lines
 from lockstep_runtime.report.group import GroupFacts
 from lockstep_runtime.report.report import write
 
@@ -54,7 +55,7 @@ def report(environment: Mapping[str, str], *, url: str | None = None, log: Itera
     url, problem = (url, "") if url else discovery.choose(serving, in_pod)
     token = environment.get(TOKEN_VARIABLE) or discovery.token_of(url, serving)
     facts = GroupFacts(problems=(problem,)) if problem else group.ask(url, token)
-    redact = redaction.redactor(redaction.known(environment) | {one.token for one in serving if one.token})
+    redact = redactor(known_secrets.known(environment) | {one.token for one in serving if one.token})
     return write(facts, environment, redact, log=log, now=time.time())
 
 

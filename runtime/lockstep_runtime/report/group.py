@@ -14,7 +14,7 @@ import msgspec
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.protocol.status import FaultRecord, GroupStatus
 from lockstep_runtime.protocol.tokens import Purpose, purpose_token
-from lockstep_runtime.report.redaction import Redact
+from lockstep_runtime.redaction import Redact
 
 MAX_ANSWER_BYTES: Final = 4 << 20
 SECONDS: Final = 10.0  # for each answer

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Final, TextIO
 
-from lockstep_runtime.report.redaction import Redact
+from lockstep_runtime.redaction import Redact
 
 MAX_LINES: Final = 300
 MAX_CHARACTERS: Final = 1000  # of a line

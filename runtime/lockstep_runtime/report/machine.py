@@ -14,7 +14,7 @@ from typing import Final
 
 import lockstep_runtime
 from lockstep_runtime.host import cgroup
-from lockstep_runtime.report.redaction import Redact, is_secret_name
+from lockstep_runtime.redaction import Redact, is_secret_name
 
 ROOT: Final = Path("/")
 _LIBRARIES: Final = ("torch", "numpy", "msgspec", "tokenizers", "safetensors", "huggingface_hub", "fastapi",

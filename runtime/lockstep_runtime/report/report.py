@@ -8,9 +8,9 @@ from typing import Final
 
 import msgspec
 
+from lockstep_runtime.redaction import Redact
 from lockstep_runtime.report import group, log_lines, machine
 from lockstep_runtime.report.group import GroupFacts
-from lockstep_runtime.report.redaction import Redact
 
 MAX_SECTION: Final = 64 << 10  # characters
 _CUT: Final = "\n[the rest is left out: the section is longer than {} characters]"

@@ -1,0 +1,1 @@
+"""`kubectl lockstep`: what people ask of their models, and do to them, from where kubectl works."""
