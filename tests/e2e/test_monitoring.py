@@ -118,13 +118,14 @@ def lacking(server: Prometheus, well: Model, faulty: Model) -> list[str]:
         if (FAULTS not in expression or model is faulty) and not of(server, expression, model)
     ]
     for name, expression in alerts().items():
+        series = server.ask(expression)
+        wanted = [faulty] if FAULTS in expression else [well, faulty]
+        about = {(one["metric"].get("namespace"), one["metric"]["model"]) for one in series if "model" in one["metric"]}
         if ABSENT in expression:
-            found += [f"{name} fires, while the operator is scraped"] if server.ask(expression) else []
-        elif "model" not in expression and "condition" not in expression:
-            found += [] if numbers(server.ask(expression)) else [f"{name}: {expression}"]
-        else:
-            wanted = {faulty} if FAULTS in expression else {well, faulty}
-            about = {(one["metric"].get("namespace"), one["metric"].get("model")) for one in server.ask(expression)}
+            found += [f"{name} fires, while the operator is scraped"] if series else []
+        elif not numbers(series):
+            found.append(f"{name}: {expression}")
+        elif about:  # else it is about the operator
             found += [f"{model.namespace}: {name}" for model in wanted if (model.namespace, model.name) not in about]
     return found
 

@@ -15,10 +15,13 @@ PAUSE_SECONDS = 0.2  # between an answer and the next question: the pods that st
 
 
 class Load:
-    """So many clients at once; the even ones keep their connection, the odd ones open a new one for every request."""
+    """So many clients at once; the even ones keep their connection, the odd ones open a new one for every request.
 
-    def __init__(self, model: Model, clients: int = 4) -> None:
-        self._model, self._served = model, model.served()
+    `pause` is in seconds, from an answer to the next question.
+    """
+
+    def __init__(self, model: Model, clients: int = 4, pause: float = PAUSE_SECONDS) -> None:
+        self._model, self._served, self._pause = model, model.served(), pause
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._threads = [threading.Thread(target=self._ask_on, args=(number,)) for number in range(clients)]
@@ -45,7 +48,7 @@ class Load:
                 client = self._model.client()
             asked += 1
             self._ask(client, stream=asked % 2 == 0, number=number)
-            self._stop.wait(PAUSE_SECONDS)
+            self._stop.wait(self._pause)
         client.close()
 
     def _ask(self, client: OpenAI, *, stream: bool, number: int) -> None:
