@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from tests.support.operator_models import NOW, group, model, pod
 
@@ -62,7 +63,9 @@ def test_nodes_that_are_to_be_emptied(spec: dict[str, Any], to_be_emptied: bool)
 
 def test_a_cordon_is_news_once_and_for_models_with_pods_there() -> None:
     indexes, chat, code = Indexes(), ModelKey("team", "chat"), ModelKey("team", "code")
-    indexes.bind({"Pod": {chat: [{"spec": {"nodeName": "a"}}, {"spec": {}}], code: [{"spec": {"nodeName": "b"}}]}})
+    placed: dict[ModelKey, list[dict[str, Any]]] = {chat: [{"nodeName": "a"}, {}], code: [{"nodeName": "b"}]}
+    pods = {key: [msgspec.json.encode({"spec": spec}) for spec in specs] for key, specs in placed.items()}
+    indexes.bind({"Pod": pods})
     assert [indexes.heard_of_node("a", leaves=it) for it in (False, True, True)] == [False, True, False]
     assert (indexes.leaving_nodes, indexes.on_node("a")) == (frozenset({"a"}), {chat})
     assert indexes.heard_of_node("a", leaves=False)
