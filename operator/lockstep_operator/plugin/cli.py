@@ -9,7 +9,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -277,6 +277,7 @@ def gameday(model: str | None, filename: str | None, tokens: int, timeout: float
         mark = secrets.token_hex(2)
         live = await session.model(model) if model else _models(filename or "")[0]
         here = {**live, "metadata": {"namespace": session.namespace, **live["metadata"]}}
+        session = replace(session, namespace=here["metadata"]["namespace"])
         well = await run_gameday(session, shadow.shadow(here, mark), click.echo, tokens=tokens, seconds=timeout)
         click.echo("passed" if well else "FAILED")
         return well

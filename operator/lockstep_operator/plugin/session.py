@@ -58,7 +58,7 @@ class Session:
             async with _deadline(seconds, pod), await asked as socket:
                 return await _output(socket, f"{command[0]} in pod {pod}")
         except aiohttp.WSServerHandshakeError as error:
-            words = {403: "may not `create` pods/exec there", 404: "there is no such pod"}
+            words = {403: "you may not exec into pods there (get and create of pods/exec)", 404: "there is no such pod"}
             why = words.get(error.status, f"the API server answers {error.status}: {error.message}")
             raise PluginError(f"can't run {command[0]} in pod {self.namespace}/{pod}: {why}") from error
         except (aiohttp.ClientError, OSError) as error:
