@@ -133,6 +133,7 @@ def operator(plane: ControlPlane) -> Iterator[str]:
         "LOCKSTEP_RUNTIME_IMAGE": "nowhere/none:1",
         "LOCKSTEP_RESYNC_SECONDS": str(RESYNC_SECONDS),
         "LOCKSTEP_PORT": str(port),
+        "LOCKSTEP_WATCH_NODES": "true",
     }
     url = f"http://127.0.0.1:{port}"
     with plane.running("operator", sys.executable, "-m", "lockstep_operator", **variables) as process:
