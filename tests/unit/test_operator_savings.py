@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.kube_fake import Killed
 from tests.support.kube_world import World, well
 from tests.support.operator_models import NOW, group, model, pass_of
 
@@ -125,3 +127,31 @@ async def test_operators_that_come_and_go_count_nothing_twice() -> None:
     world.operators = [world.operator()]
     await world.settle(key)
     assert world.status(key)["savings"] == saved
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before it", "after it"])
+@pytest.mark.parametrize("number", range(1, 7))
+async def test_an_operator_that_is_killed_at_any_write_leaves_each_repair_counted_once(
+    number: int, after: bool
+) -> None:
+    world = World()
+    key = world.add()
+    await world.settle(key)
+    record = fault(1, at=world.time, fault=Fault.DESYNC)
+    report = msgspec.structs.replace(well(key, 0, "inc", "rev"), faults=[record], recoveries=1)
+    world.groups.said[key, 0] = GroupReport(status=report)
+    left = [number]
+
+    def die(verb: str, kind: str, name: str) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+
+    if after:
+        world.kube.after_write = die
+    else:
+        world.kube.before_write = die
+    await world.settle(key)
+    assert world.status(key)["savings"]["faults"] == 1
+    assert [one["faults"] for one in world.status(key)["nodeFaults"]] == [1]
+    assert [reason for reason, _ in world.events("Node")] == ["Desync"]
