@@ -9,10 +9,11 @@ from __future__ import annotations
 import base64
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import yaml
@@ -79,20 +80,20 @@ class ControlPlane:
 
 
 @contextmanager
-def control_plane(folder: Path) -> Iterator[ControlPlane]:
-    """Once it serves, and its controllers and its scheduler run."""
+def control_plane(folder: Path, more: Mapping[str, Sequence[str]] = MappingProxyType({})) -> Iterator[ControlPlane]:
+    """Once it serves, and its controllers and its scheduler run. `more` are further options, by program."""
     plane = ControlPlane(folder, f"https://127.0.0.1:{free_port()}")
     _write_credentials(plane)
     store = f"http://127.0.0.1:{free_port()}"
     with ExitStack() as stack:
         for name, options in {"etcd": _etcd(plane, store), "kube-apiserver": _api_server(plane, store)}.items():
-            stack.enter_context(plane.running(name, str(KUBERNETES), name, *options))
+            stack.enter_context(plane.running(name, str(KUBERNETES), name, *options, *more.get(name, ())))
         until("the API server", lambda: _is_up(plane), UP_SECONDS, lambda: plane.log("kube-apiserver"))
         for name, options in {
             "kube-controller-manager": _controllers(plane),
             "kube-scheduler": _scheduler(plane),
         }.items():
-            stack.enter_context(plane.running(name, str(KUBERNETES), name, *options))
+            stack.enter_context(plane.running(name, str(KUBERNETES), name, *options, *more.get(name, ())))
         yield plane
 
 

@@ -99,9 +99,10 @@ class FakeNodes:
 
 @contextmanager
 def fake_nodes(
-    api: ClusterApi, folder: Path, pod_cidr: str = POD_CIDR, kubeconfig: Path = kubectl.KUBECONFIG
+    api: ClusterApi, folder: Path, pod_cidr: str = POD_CIDR, kubeconfig: Path = kubectl.KUBECONFIG, *, tidy: bool = True
 ) -> Iterator[FakeNodes]:
-    """A kwok for as long as the context; `folder` keeps its log. At the end nodes and their pods are gone.
+    """A kwok for as long as the context; `folder` keeps its log. At the end nodes and their pods are gone, unless the
+    whole cluster goes with them (`tidy` is false).
 
     `api` and `kubeconfig` are of the same cluster.
     """
@@ -116,7 +117,7 @@ def fake_nodes(
             yield nodes
         finally:
             try:
-                if nodes.names:
+                if nodes.names and tidy:
                     nodes.remove_all()
             finally:
                 process.terminate()
