@@ -16,11 +16,10 @@ import kopf
 
 from lockstep_operator.cluster.client import RESOURCES
 from lockstep_operator.cluster.indexes import BUDGET, INDEXED, Indexes, entry, leaves
-from lockstep_operator.types.names import KIND, MODEL_LABEL, ModelKey, key_of_child
+from lockstep_operator.types.names import KIND, ModelKey, key_of_child, label_of
 
 Changed = Callable[[ModelKey], None]
 OF_ANYBODY: Final = (KIND, BUDGET)  # watched whatever their labels
-LABELLED: Final = {MODEL_LABEL: kopf.PRESENT}
 
 
 def registry(
@@ -44,7 +43,7 @@ def registry(
     kopf.on.cleanup(registry=handlers)(stop)
     kopf.on.login(registry=handlers)(_login)
     for kind in INDEXED:
-        labels = None if kind in OF_ANYBODY else LABELLED
+        labels = None if kind in OF_ANYBODY else {label_of(kind): kopf.PRESENT}
         kopf.index(*_resource(kind), labels=labels, registry=handlers, id=kind)(_indexer(kind))
         changed: Callable[..., Any] = _CHANGED.get(kind, _child_changed)
         kopf.on.event(*_resource(kind), labels=labels, registry=handlers, id=kind)(changed)
@@ -113,6 +112,6 @@ def kopf_settings() -> kopf.OperatorSettings:
     settings.scanning.disabled = True  # needs no rights to look at namespaces and CRDs
     for kind in INDEXED:
         if kind not in OF_ANYBODY:
-            settings.watching.label_selectors[_resource(kind)] = MODEL_LABEL  # the API server filters
+            settings.watching.label_selectors[_resource(kind)] = label_of(kind)  # the API server filters
     logging.getLogger("kopf").setLevel(logging.WARNING)  # it tells of every event that it hands on
     return settings

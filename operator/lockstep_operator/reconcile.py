@@ -21,6 +21,7 @@ from lockstep_operator.cluster.observe import Indexed, LastLook, Live, Source, l
 from lockstep_operator.cluster.obstacles import find_obstacle
 from lockstep_operator.cluster.served_schema import ServedSchema
 from lockstep_operator.cluster.status_writer import StatusWriter
+from lockstep_operator.cluster.turns import Turns
 from lockstep_operator.decisions import node_suspicion
 from lockstep_operator.decisions.planner import Decision, decide
 from lockstep_operator.groups.group import groups_of
@@ -94,6 +95,7 @@ class Reconciler:
         self._writer = StatusWriter(kube, self._schema, metrics)
         self._indexes = indexes or Indexes()
         self._board = board or Board()
+        self._turns = Turns(settings.update_concurrency, self._indexes)
         self._known: dict[ModelKey, _Known] = {}
         self._blamed: dict[ModelKey, tuple[NodeFaults, ...]] = {}  # as the models' status has it
 
@@ -165,6 +167,7 @@ class Reconciler:
             known.last.dirty = True
 
     def forget(self, key: ModelKey) -> None:
+        self._turns.give_back(key)
         self._groups.watch(key, {})
         self._metrics.forget(key)
         self._board.forget(key)
@@ -205,6 +208,7 @@ class Reconciler:
             limits=limits,
             leaving_nodes=self._indexes.leaving_nodes,
             suspicion=self.suspicion(),
+            may_update=model.auto_update and status.runtime.outdated and self._turns.take(model.key),
         )
         seen = groups_of(model, observed)
         leaders = {group.index: group.leader.uid for group in seen if group.leader}
@@ -223,6 +227,8 @@ class Reconciler:
         known: _Known,
     ) -> ReconcileOutcome | None:
         now, failures = self._now(), known.failures
+        if not decision.runtime.updating:
+            self._turns.give_back(model.key)
         obstacle = find_obstacle(model, decision, failures, observed.status, now)
         change = transition(model, decision, observed.status, obstacle, applied.effective, now)
         built = self._schema.fitting(document.document(change.after))
@@ -249,9 +255,9 @@ class Reconciler:
         requeue_after = min(
             seconds for seconds in (settled, failures.due, decision.requeue_after) if seconds is not None
         )
-        # What is written now, the next pass acts on: a step of recovery, the commit that all groups load, surge groups.
+        # What is written now, the next pass acts on: a step of recovery, the commit that all groups load, what follows.
         before, after = change.before, change.after
-        remembered = news and (after.model, after.surge) != (before.model, before.surge)
+        remembered = news and (after.model, after.surge, after.runtime) != (before.model, before.surge, before.runtime)
         planned = remembered or decision.requeue_after == 0.0
         return ReconcileOutcome(requeue_after=0.0 if planned else requeue_after, wrote=planned, failing=failing)
 

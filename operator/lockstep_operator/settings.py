@@ -52,6 +52,7 @@ class Settings:
     live_page: str = "Local"  # whom it is served to
     live_port: int = 8081
     concurrency: int = 8
+    update_concurrency: int = 1  # models whose runtime is updated by itself at the same time
     resync_seconds: float = 60.0
     node_conditions: bool = False  # suspect nodes get the condition LockstepSuspect
     log_level: str = "info"
@@ -150,6 +151,7 @@ _CONTEXT: Final = {"auto_envvar_prefix": "LOCKSTEP", "show_default": True}
 @_option("--live-page", default="Local", type=click.Choice(LIVE_PAGES), help="Served to whom.")
 @_option("--live-port", default=8081, type=_COUNT, help="Of the live page.")
 @_option("--concurrency", default=8, type=_COUNT, help="Models reconciled at the same time.")
+@_option("--update-concurrency", default=1, type=_COUNT, help="Models with runtime.update Auto updated at a time.")
 @_option("--resync-seconds", default=60.0, type=click.FloatRange(min=0, min_open=True), help="Between two passes.")
 @_option("--node-conditions", is_flag=True, help="Give suspect nodes the condition LockstepSuspect.")
 @_option("--log-level", default="info", type=click.Choice(LOG_LEVELS), help="Least severe level to log.")

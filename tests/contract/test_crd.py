@@ -19,6 +19,7 @@ from lockstep_operator.types.model_status import (
     NodeFaults,
     PinnedModel,
     ProcessFailure,
+    Rollback,
     SurgeGroup,
     SurgeReason,
     Waiting,
@@ -110,6 +111,7 @@ async def test_the_schema_keeps_every_field_of_the_status_that_the_operator_writ
     pin = write(PinnedModel(source="corp", repo="a/b", revision="v1", resolve_revision_at=world.time, commit="c" * 40))
     held = write(NodeFaults(name="node-1", faults=2, fault="Desync", time=world.time))
     status |= {"model": pin, "nodeFaults": [held]}
+    status["rollback"] = write(Rollback(revision="0123456789", shape="0123456789abcdef"))
     status["surge"] = [write(SurgeGroup(group=2, reason=SurgeReason.ROLLOUT))]
     more = {"recovery": to_status(everything), "waiting": waits, "podProblem": complains, "startSeconds": 3.0}
     status["groups"] = [status["groups"][0] | more]

@@ -88,7 +88,7 @@ async def until(what: str, look: Callable[[], bool]) -> None:
 
 
 def children(kube: FakeKube) -> set[tuple[str, str]]:
-    return {(kind, name) for kind, _, name in kube.objects if kind not in (KIND, "Event")}
+    return {(kind, name) for kind, _, name in kube.objects if kind not in (KIND, "Event", "ControllerRevision")}
 
 
 def is_ready(kube: FakeKube, name: str = "chat") -> bool:

@@ -13,7 +13,7 @@ from tests.support.command_line import configuration
 from tests.support.pod_security import violations
 
 from lockstep_operator.decisions import manifests
-from lockstep_operator.decisions.pod_template import pod_template
+from lockstep_operator.decisions.pod_template import pod_template, rendered
 from lockstep_operator.settings import ModelSource, Settings
 from lockstep_operator.types.durations import duration
 from lockstep_operator.types.spec import parse
@@ -153,7 +153,9 @@ def test_the_hub_of_the_installation_arrives_and_its_token_is_a_file() -> None:
 def test_a_commit_that_is_pinned_is_no_part_of_the_revision() -> None:
     metadata = {"name": "chat", "namespace": "team", "uid": "u-1"}
     model = parse({"metadata": metadata, "spec": {"model": HUB, "tensorParallelSize": 1}})
-    plain, pinned = (manifests.stateful_set(model, 0, "abc", SETTINGS, commit=commit) for commit in ("", "c" * 40))
+    plain, pinned = (
+        manifests.stateful_set(model, 0, "abc", rendered(model, SETTINGS), commit=commit) for commit in ("", "c" * 40)
+    )
     args = [one["spec"]["template"]["spec"]["containers"][0].pop("args") for one in (plain, pinned)]
     assert set(args[1]) - set(args[0]) == {f"--commit={'c' * 40}"}
     assert plain["spec"] == pinned["spec"]

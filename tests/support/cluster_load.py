@@ -27,6 +27,7 @@ class Load:
         self._threads = [threading.Thread(target=self._ask_on, args=(number,)) for number in range(clients)]
         self.answered = 0
         self.failures: list[str] = []
+        self.texts: set[str] = set()  # all are asked the same
 
     def __enter__(self) -> Self:
         for thread in self._threads:
@@ -64,6 +65,7 @@ class Load:
         else:
             with self._lock:
                 self.answered += bool(answer)
+                self.texts.add(answer)
 
 
 class IncompleteError(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -62,7 +63,7 @@ def well(key: ModelKey, group: int, incarnation: str, revision: str, size: int =
 
 class World:
     def __init__(self, operators: int = 1, random: Random | None = None, settings: Settings = SETTINGS) -> None:
-        self.settings = settings
+        self.settings = settings  # of operators that start from now on
         self.time = START
         self.random = random or Random(0)
         self.kube = FakeKube(lambda: self.time)
@@ -76,6 +77,19 @@ class World:
 
     def edit(self, key: ModelKey, **spec: Any) -> None:
         self.kube.change("TensorParallelModel", key.namespace, key.name, lambda live: live["spec"].update(spec))
+
+    def annotate(self, key: ModelKey, name: str, value: str | None) -> None:
+        def edit(live: Object) -> None:
+            annotations = live["metadata"].get("annotations") or {}
+            rest = {known: text for known, text in annotations.items() if known != name}
+            live["metadata"]["annotations"] = rest | ({} if value is None else {name: value})
+
+        self.kube.change("TensorParallelModel", key.namespace, key.name, edit)
+
+    def upgrade(self, **settings: Any) -> None:
+        """Operators of another version, or with other settings, in place of those that there are."""
+        self.settings = replace(self.settings, **settings)
+        self.operators = [self.operator() for _ in self.operators]
 
     def status(self, key: ModelKey) -> Mapping[str, Any]:
         status: Mapping[str, Any] = (

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lockstep_operator.decisions import manifests
 from lockstep_operator.decisions.planner import Decision
+from lockstep_operator.decisions.pod_template import rendered
 from lockstep_operator.decisions.rollout import plan
 from lockstep_operator.groups.facts import facts_of
 from lockstep_operator.groups.group import Group
@@ -29,6 +31,11 @@ def model(**fields: Any) -> Model:
         "served_name": "chat", "tensor_parallel_size": 2,
     }  # fmt: skip
     return Model(**(defaults | fields))
+
+
+def revision_of(made: Model, token: str, settings: Settings = SETTINGS) -> str:
+    """Of the pods of a model for which nothing is kept yet."""
+    return manifests.revision(made, token, rendered(made, settings))
 
 
 def pod(group: int = 0, index: int = 0, revision: str = "new", *, ready: bool = True, **fields: Any) -> Pod:
@@ -65,7 +72,11 @@ def pass_of(
 ) -> Transition:
     """What one pass makes of the status; `fields` are of its decision."""
     facts = tuple(facts_of(one, observed, made, now) for one in groups)
-    defaults: dict[str, Any] = {"revision": "new", "groups": facts, "rollout": plan(groups, "new", 1)}
+    defaults: dict[str, Any] = {
+        "revision": "new",
+        "groups": facts,
+        "rollout": plan(groups, fields.get("revision", "new"), 1),
+    }
     return transition(made, Decision(**(defaults | fields)), observed.status, obstacle, (), now)
 
 

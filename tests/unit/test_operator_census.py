@@ -23,7 +23,7 @@ async def test_nothing_is_doubted_when_the_indexes_are_right_and_it_costs_a_list
     world, _, census, *_ = await world_of_two()
     before = world.kube.requests.total()
     assert await census.take() == set()
-    assert world.kube.requests.total() - before == 8
+    assert world.kube.requests.total() - before == 9
 
 
 @pytest.mark.parametrize(

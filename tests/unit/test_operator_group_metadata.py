@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 from tests.support.kube_fake import resource
-from tests.support.operator_models import NOW, SETTINGS, model, pod
+from tests.support.operator_models import NOW, SETTINGS, model, pod, revision_of
 
 from lockstep_operator.decisions import manifests
 from lockstep_operator.decisions.actions import Action, Apply, Delete
 from lockstep_operator.decisions.planner import decide
+from lockstep_operator.decisions.pod_template import rendered
 from lockstep_operator.types.model_status import GroupSummary, ModelStatus
 from lockstep_operator.types.observed import Observed, Pod
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung
@@ -23,7 +24,7 @@ TOKEN = "t"
 
 
 def metadata(made: Model, group: int = 0) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = manifests.stateful_set(made, group, "abc", SETTINGS)["metadata"]
+    found: Mapping[str, Any] = manifests.stateful_set(made, group, "abc", rendered(made, SETTINGS))["metadata"]
     return found
 
 
@@ -36,11 +37,11 @@ def moved_to(**selector: str) -> Mapping[str, Any]:
 
 
 def actions(before: Model, after: Model, *pods: Pod, status: ModelStatus | None = None) -> tuple[Action, ...]:
-    """What is done about `after`, where everything is as `before` asks."""
-    revision = manifests.revision(before, TOKEN, SETTINGS)
+    """What is done about `after`, beside keeping what pods are made from, where everything is as `before` asks."""
+    revision = revision_of(before, TOKEN)
     every = [
         manifests.token_secret(before, TOKEN), *manifests.shared(before), *manifests.of_group(before, 0, SETTINGS),
-        manifests.stateful_set(before, 0, revision, SETTINGS), manifests.disruption_budget(before, 1),
+        manifests.stateful_set(before, 0, revision, rendered(before, SETTINGS)), manifests.disruption_budget(before, 1),
     ]  # fmt: skip
     extra = {"uid": "uid-0", "resourceVersion": "7", "generation": 1, "creationTimestamp": "2027-01-15T07:00:00Z"}
     children = {
@@ -52,7 +53,8 @@ def actions(before: Model, after: Model, *pods: Pod, status: ModelStatus | None 
     observed = Observed(
         status=status or ModelStatus(), resource_version="1", token=TOKEN, children=children, pods=known
     )
-    return decide(after, observed, NOW, SETTINGS).actions
+    decided = decide(after, observed, NOW, SETTINGS).actions
+    return tuple(action for action in decided if action.target[0] != "ControllerRevision")
 
 
 def test_labels_and_annotations_are_the_groups_own() -> None:
@@ -137,7 +139,7 @@ def test_an_admitted_group_that_serves_is_left_as_it_was_admitted() -> None:
 
 
 def test_one_that_recovery_moves_is_admitted_anew() -> None:
-    revision = manifests.revision(queued(), TOKEN, SETTINGS)
+    revision = revision_of(queued(), TOKEN)
     broken = tuple(pod(0, index, revision, ready=False) for index in range(2))
     status = avoiding("n1", pods=("uid-0-0", "uid-0-1"))
     (action,) = actions(queued(), queued(), *broken, status=status)

@@ -9,10 +9,10 @@ import pytest
 import yaml
 from tests.support.chart import CRD_SOURCE
 from tests.support.kube_fake import resource
-from tests.support.operator_models import SETTINGS, model
+from tests.support.operator_models import SETTINGS, model, revision_of
 
 from lockstep_operator.decisions import manifests
-from lockstep_operator.decisions.pod_template import pod_template
+from lockstep_operator.decisions.pod_template import pod_template, rendered
 from lockstep_operator.types.model_source import Claim, EmptyDir, HuggingFace, Image
 from lockstep_operator.types.names import ModelKey, key_of_child
 from lockstep_operator.types.spec import Model, parse
@@ -290,8 +290,8 @@ def test_who_may_use_the_api_is_parsed_and_replaces_no_pod() -> None:
     live = resource(network={"policy": "Managed", "from": [OFFICE]})
     live["metadata"] |= {"uid": "u"}
     assert parse(live).network == Network("Managed", (OFFICE,))
-    revision = manifests.revision(model(), "token", SETTINGS)
-    assert manifests.revision(model(network=Network("None")), "token", SETTINGS) == revision
+    revision = revision_of(model(), "token")
+    assert revision_of(model(network=Network("None")), "token") == revision
 
 
 def test_the_api_keys_are_a_file_which_changes_with_the_secret() -> None:
@@ -348,7 +348,7 @@ def test_everything_is_owned_by_the_model_and_says_to_whom_it_belongs() -> None:
     made = model()
     every = [
         *manifests.shared(made), *manifests.of_group(made, 0, SETTINGS), manifests.token_secret(made, "t"),
-        manifests.stateful_set(made, 0, "abc", SETTINGS),
+        manifests.stateful_set(made, 0, "abc", rendered(made, SETTINGS)),
     ]  # fmt: skip
     for manifest in every:
         owner = manifest["metadata"]["ownerReferences"][0]
@@ -365,7 +365,7 @@ def test_the_longest_names_that_the_crd_admits_fit() -> None:
     most_groups, most_pods = SPEC["replicas"]["maximum"], SPEC["tensorParallelSize"]["maximum"]
     made = model(key=ModelKey("n" * 63, "m" * 40), replicas=most_groups, tensor_parallel_size=most_pods)
     group = most_groups - 1
-    workload = manifests.stateful_set(made, group, "0123456789", SETTINGS)
+    workload = manifests.stateful_set(made, group, "0123456789", rendered(made, SETTINGS))
     every = [
         *manifests.shared(made),
         *manifests.of_group(made, group, SETTINGS),
@@ -396,14 +396,14 @@ def test_the_longest_names_that_the_crd_admits_fit() -> None:
     ],
 )  # fmt: skip
 def test_what_shapes_pods_makes_a_new_revision(change: dict[str, Any]) -> None:
-    assert manifests.revision(model(**change), "token", SETTINGS) != manifests.revision(model(), "token", SETTINGS)
+    assert revision_of(model(**change), "token") != revision_of(model(), "token")
 
 
 def test_a_new_token_or_image_makes_a_new_revision_and_a_new_size_does_not() -> None:
-    revision = manifests.revision(model(), "token", SETTINGS)
-    assert manifests.revision(model(), "other", SETTINGS) != revision
-    assert manifests.revision(model(), "token", replace(SETTINGS, runtime_image="runtime:2")) != revision
+    revision = revision_of(model(), "token")
+    assert revision_of(model(), "other") != revision
+    assert revision_of(model(), "token", replace(SETTINGS, runtime_image="runtime:2")) != revision
     other = model(replicas=5, rollout=Rollout(max_surge=2), generation=9)
-    assert manifests.revision(other, "token", SETTINGS) == revision
+    assert revision_of(other, "token") == revision
     patient = RecoverySpec(observe=True, attempts=9, window=1.0, initial=1.0, most=2.0)
-    assert manifests.revision(model(recovery=patient), "token", SETTINGS) == revision, "only the operator reads these"
+    assert revision_of(model(recovery=patient), "token") == revision, "only the operator reads these"

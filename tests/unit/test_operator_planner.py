@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.support.operator_models import NOW, SETTINGS, model, pod
+from tests.support.operator_models import NOW, SETTINGS, model, pod, revision_of
 
 from lockstep_operator.cluster.observe import token_of
 from lockstep_operator.decisions import manifests
 from lockstep_operator.decisions.actions import Apply, CreateToken, Delete
+from lockstep_operator.decisions.manifests import Kept
 from lockstep_operator.decisions.planner import Decision, decide
-from lockstep_operator.decisions.pod_template import pod_template
+from lockstep_operator.decisions.pod_template import pod_template, rendered
 from lockstep_operator.reconcile import targets
 from lockstep_operator.types.model_status import GroupSummary, ModelStatus
 from lockstep_operator.types.names import API_VERSION, KIND
@@ -22,7 +23,7 @@ from lockstep_operator.types.spec_blocks import Network, Ports, RecoverySpec
 
 Child = dict[str, Any]
 TOKEN = "t"
-REVISION = manifests.revision(model(), TOKEN, SETTINGS)
+REVISION = revision_of(model(), TOKEN)
 
 
 def live(manifest: Child, **metadata: Any) -> Child:
@@ -32,12 +33,16 @@ def live(manifest: Child, **metadata: Any) -> Child:
 
 
 def everything(made: Model, revision: str | None = None, *, groups: int | None = None) -> dict[tuple[str, str], Child]:
-    found = manifests.revision(made, TOKEN, SETTINGS) if revision is None else revision
+    found = revision_of(made, TOKEN) if revision is None else revision
     count = made.replicas if groups is None else groups
     budget = manifests.disruption_budget(made, max(0, made.replicas * made.pods_per_group - 1))
-    every = [manifests.token_secret(made, TOKEN), *manifests.shared(made), budget]
+    kept = Kept(revision=found, number=1, shape="", requested=None, rendering=rendered(made, SETTINGS))
+    every = [manifests.token_secret(made, TOKEN), *manifests.shared(made), budget, manifests.template(made, kept)]
     for index in range(count):
-        every += [*manifests.of_group(made, index, SETTINGS), manifests.stateful_set(made, index, found, SETTINGS)]
+        every += [
+            *manifests.of_group(made, index, SETTINGS),
+            manifests.stateful_set(made, index, found, rendered(made, SETTINGS)),
+        ]
     return {(item["kind"], item["metadata"]["name"]): live(item) for item in every}
 
 
@@ -114,7 +119,9 @@ def test_what_the_server_rewrites_is_left_alone() -> None:
 def test_a_changed_spec_first_changes_the_statefulset_whose_turn_it_is() -> None:
     made = model(replicas=2)
     decision = decided(made, everything(made, "old"), pods(made, "old"))
-    assert reasons(decision) == [f"group 1 gets revision {REVISION}: it is next"]
+    kept = f"ControllerRevision chat-{REVISION} is missing"
+    assert reasons(decision) == [kept, f"group 1 gets revision {REVISION}: it is next"]
+    assert decision.actions[1].needs == (decision.actions[0].target,), "no pod is made from what isn't kept"
 
 
 def test_then_its_pods_go_once_the_controller_has_seen_the_new_template() -> None:
@@ -258,7 +265,7 @@ def test_moving_away_first_changes_where_the_successors_may_run() -> None:
     assert isinstance(action, Apply)
     assert (action.kind, action.repairs) == ("StatefulSet", ""), "our own wish, and no drift"
     children = everything(made)
-    away = live(manifests.stateful_set(made, 0, REVISION, SETTINGS, ["n1"]))
+    away = live(manifests.stateful_set(made, 0, REVISION, rendered(made, SETTINGS), ["n1"]))
     children["StatefulSet", "chat-0"] = away
     assert reasons(decided(made, children, UNREADY, status=status)) == ["because of Hang"]
     unseen = {**children, ("StatefulSet", "chat-0"): away | {"status": {"observedGeneration": 0}}}

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.operator_models import SETTINGS, model
+from tests.support.operator_models import SETTINGS, model, revision_of
 
 from lockstep_operator.decisions import manifests
+from lockstep_operator.decisions.pod_template import rendered
 from lockstep_operator.decisions.requests import fitted
 from lockstep_operator.types.limits import Limits, limits_of
 from lockstep_operator.types.template_check import flaw
@@ -62,8 +63,10 @@ def test_any_template_has_a_flaw_that_is_named_or_becomes_a_manifest(template: d
         return
     made = model(template=template, restarted_at=1.0)
     limits = Limits(most={"memory": "256Mi"}, default={"cpu": "100m"}, least={"cpu": "10m"})
-    revision = manifests.revision(made, "t", SETTINGS)
-    spec = manifests.stateful_set(made, 0, revision, SETTINGS, ["bad-node"], limits)["spec"]["template"]["spec"]
+    revision = revision_of(made, "t")
+    spec = manifests.stateful_set(made, 0, revision, rendered(made, SETTINGS), ["bad-node"], limits)["spec"][
+        "template"
+    ]["spec"]
     assert "lockstep" in [container["name"] for container in spec["containers"]]
     assert "bad-node" in str(spec["affinity"])
 

@@ -20,7 +20,7 @@ from kubernetes.aio.client.exceptions import ApiException
 from kubernetes.aio.dynamic import DynamicClient
 from kubernetes.aio.dynamic.resource import Resource
 
-from lockstep_operator.types.names import API_VERSION, FIELD_MANAGER, KIND, MODEL_LABEL, PLURAL, STATUS_MANAGER
+from lockstep_operator.types.names import API_VERSION, FIELD_MANAGER, KIND, PLURAL, STATUS_MANAGER, label_of
 from lockstep_operator.types.observed import Object
 
 REQUEST_SECONDS: Final = 30.0
@@ -36,6 +36,7 @@ _METADATA_ALONE: Final = "application/json;as=PartialObjectMetadataList;g=meta.k
 RESOURCES: Final[Mapping[str, tuple[str, str]]] = {
     KIND: (API_VERSION, PLURAL),
     "StatefulSet": ("apps/v1", "statefulsets"),
+    "ControllerRevision": ("apps/v1", "controllerrevisions"),
     "Service": ("v1", "services"),
     "Secret": ("v1", "secrets"),
     "ServiceAccount": ("v1", "serviceaccounts"),
@@ -167,7 +168,7 @@ class ApiServer:
         place = f"/namespaces/{namespace}" if namespace else ""
         path = f"/{'apis' if '/' in api_version else 'api'}/{api_version}{place}/{plural}"
         found: list[Object] = []
-        query: dict[str, Any] = {"label_selector": None if kind in UNLABELLED else MODEL_LABEL, "limit": PAGE}
+        query: dict[str, Any] = {"label_selector": None if kind in UNLABELLED else label_of(kind), "limit": PAGE}
         while True:
             headers = {"Accept": _METADATA_ALONE}
             page = await self._answered(

@@ -13,10 +13,10 @@ from typing import Any, Final
 import msgspec
 
 from lockstep_operator.cluster.client import RESOURCES
-from lockstep_operator.types.names import KIND, MODEL_LABEL, ModelKey
+from lockstep_operator.types.names import KIND, ModelKey, label_of
 from lockstep_operator.types.observed import Object, ObjectRef
 
-LABELLED_KINDS: Final = ("StatefulSet", "Service", "ServiceAccount", "NetworkPolicy")
+LABELLED_KINDS: Final = ("StatefulSet", "ControllerRevision", "Service", "ServiceAccount", "NetworkPolicy")
 BUDGET: Final = "PodDisruptionBudget"  # of others, too: two that select one pod are one too many
 CHILD_KINDS: Final = (*LABELLED_KINDS, BUDGET)
 INDEXED: Final = (KIND, "Pod", *CHILD_KINDS)
@@ -40,7 +40,7 @@ def entry(kind: str, body: Mapping[str, Any]) -> dict[ModelKey, bytes]:
 
 def key_of(kind: str, metadata: Mapping[str, Any]) -> ModelKey:
     """The model of an object that is watched; of NOBODYS name if it has no label of one."""
-    model = metadata["name"] if kind == KIND else (metadata.get("labels") or {}).get(MODEL_LABEL, NOBODYS)
+    model = metadata["name"] if kind == KIND else (metadata.get("labels") or {}).get(label_of(kind), NOBODYS)
     return ModelKey(metadata["namespace"], model)
 
 

@@ -12,7 +12,16 @@ from typing import Any, ClassVar, Final, Protocol
 from lockstep_operator.cluster.client import Kube, KubeError
 from lockstep_operator.cluster.indexes import BUDGET, CHILD_KINDS, LABELLED_KINDS, Indexes
 from lockstep_operator.types.limits import Limits, limits_of
-from lockstep_operator.types.names import KIND, MODEL_LABEL, REPORTER, TOKEN_KEY, ModelKey, selector, token_name
+from lockstep_operator.types.names import (
+    KIND,
+    MODEL_LABEL,
+    REPORTER,
+    TOKEN_KEY,
+    ModelKey,
+    label_of,
+    selector,
+    token_name,
+)
 from lockstep_operator.types.observed import Object, ObjectRef, Pod, expected_names, parse_pod
 from lockstep_operator.types.spec import Model
 
@@ -75,7 +84,10 @@ class Live:
 
     async def children(self, model: Model, groups: Collection[int]) -> Children:
         lists = await asyncio.gather(
-            *(self.kube.find(kind, model.namespace, labels=selector(model.name)) for kind in LABELLED_KINDS),
+            *(
+                self.kube.find(kind, model.namespace, labels=f"{label_of(kind)}={model.name}")
+                for kind in LABELLED_KINDS
+            ),
             self.kube.find(BUDGET, model.namespace),
         )
         found = {

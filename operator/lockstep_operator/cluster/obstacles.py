@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Final
 
 from lockstep_operator.cluster.failures import Failures
+from lockstep_operator.decisions.pinning import Pinned
 from lockstep_operator.decisions.planner import Decision
 from lockstep_operator.groups.group import Group
 from lockstep_operator.reporting.conditions import Obstacle
 from lockstep_operator.types.model_source import Image
 from lockstep_operator.types.model_status import ModelStatus
+from lockstep_operator.types.names import ROLLBACK_ANNOTATION
 from lockstep_operator.types.reasons import Reason
 from lockstep_operator.types.spec import Model
 from lockstep_operator.types.timestamps import format_rfc3339
@@ -26,6 +28,8 @@ def find_obstacle(
     """None if nothing does. `before` is the status as last written."""
     if model.flaw:
         return Obstacle(Reason.INVALID_SPEC, model.flaw, stalled=True)
+    if decision.pinned and decision.pinned.lost:
+        return Obstacle(Reason.INVALID_SPEC, _unkept(decision.pinned), stalled=True)
     if decision.bugs:
         return Obstacle(Reason.OPERATOR_ERROR, "; ".join(bug.sentence for bug in decision.bugs[:3]), stalled=True)
     if failures.refused:
@@ -39,6 +43,13 @@ def find_obstacle(
         return Obstacle(Reason.RETRYING, retrying.sentence, stalled=False)
     text = f"{retrying.sentence}; nothing has moved since {format_rfc3339(retrying.since)}"
     return Obstacle(Reason.PROGRESS_DEADLINE_EXCEEDED, text, stalled=True)
+
+
+def _unkept(pinned: Pinned) -> str:
+    kept = ", ".join(sorted(pinned.history.keys() - {pinned.current.revision})) or "none"
+    return (
+        f"annotation {ROLLBACK_ANNOTATION} names revision {pinned.lost[:80]}, which isn't kept; older ones are: {kept}"
+    )
 
 
 def _lost_its_image(model: Model, group: Group, revision: str) -> bool:

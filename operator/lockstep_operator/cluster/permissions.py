@@ -21,6 +21,9 @@ PERMISSIONS: Final = (
     Permission("lockstep.dev", "tensorparallelmodels/status", ("patch",), "what is so"),
     # A server-side apply that creates needs both verbs.
     Permission("apps", "statefulsets", ("get", "list", "watch", "create", "patch", "delete"), "one per group"),
+    Permission(
+        "apps", "controllerrevisions", ("get", "list", "watch", "create", "patch", "delete"), "what pods are made from"
+    ),
     Permission("", "services", ("get", "list", "watch", "create", "patch", "delete"), "one to serve, one per group"),
     Permission("", "serviceaccounts", ("get", "list", "watch", "create", "patch"), "one without credentials"),
     Permission(

@@ -15,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lockstep_operator.groups.facts import GroupFacts
+from lockstep_operator.groups.group import Group
 from lockstep_operator.types.model_source import HuggingFace
 from lockstep_operator.types.model_status import PinnedModel
 from lockstep_operator.types.spec import Model
 
 DEFAULT_REVISION = "main"
+_COMMIT = "--commit="
 
 
 def pinned(model: Model, known: PinnedModel | None) -> str:
@@ -44,10 +46,17 @@ def astray(revision: str, groups: Iterable[GroupFacts], commit: str) -> dict[int
     return {index: other for index, other in said.items() if other not in ("", commit)}
 
 
+def given_commit(group: Group) -> str:
+    """That the group's template names; empty: none."""
+    template = ((group.workload or {}).get("spec") or {}).get("template") or {}
+    arguments = [word for one in (template.get("spec") or {}).get("containers") or [] for word in one.get("args") or []]
+    return next((word.removeprefix(_COMMIT) for word in arguments if word.startswith(_COMMIT)), "")
+
+
 def _was_given(facts: GroupFacts, commit: str) -> bool:
     leader = facts.group.leader
     containers = ((leader.raw.get("spec") or {}).get("containers") or []) if leader else []
-    return any(f"--commit={commit}" in (one.get("args") or []) for one in containers)
+    return any(f"{_COMMIT}{commit}" in (one.get("args") or []) for one in containers)
 
 
 def _said(facts: GroupFacts, revision: str) -> str:

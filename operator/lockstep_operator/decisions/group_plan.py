@@ -8,9 +8,11 @@ from typing import Any, Final
 
 from lockstep_operator.decisions import manifests, recovery_policy
 from lockstep_operator.decisions.actions import Action, Apply, Delete
+from lockstep_operator.decisions.commit_pin import given_commit
 from lockstep_operator.decisions.drift import differences
 from lockstep_operator.decisions.group_metadata import readmitted
 from lockstep_operator.decisions.guard import Guard
+from lockstep_operator.decisions.manifests import Kept
 from lockstep_operator.decisions.recovery_policy import RecoveryDecision, RecoveryInput
 from lockstep_operator.decisions.rollout import RolloutDecision, RolloutStep
 from lockstep_operator.decisions.upkeep import repaired, unwanted
@@ -19,7 +21,7 @@ from lockstep_operator.groups.group import Group
 from lockstep_operator.groups.waiting import recovering_since
 from lockstep_operator.settings import Settings
 from lockstep_operator.types.names import group_name
-from lockstep_operator.types.observed import Observed
+from lockstep_operator.types.observed import ObjectRef, Observed
 from lockstep_operator.types.spec import Model
 
 RECYCLE_GRACE_SECONDS: Final = 5  # a group that can't serve has nothing to finish
@@ -43,6 +45,8 @@ class GroupPlanner:
     model: Model
     observed: Observed
     revision: str
+    templates: Mapping[str, Kept]  # by revision
+    needs: tuple[ObjectRef, ...]  # what must be written before any pod is made
     settings: Settings
     now: float
     guard: Guard
@@ -84,13 +88,17 @@ class GroupPlanner:
         yield from beside
         if not manifests.has_network_policy(model, self.settings):
             yield from unwanted(model, observed, "NetworkPolicy", group.index, "is no longer asked for")
-        if group.deleting or rollout.step in (RolloutStep.WAIT, RolloutStep.LEAVE):
+        kept, stays = self.templates.get(rollout.revision), rollout.step in (RolloutStep.WAIT, RolloutStep.HOLD)
+        if group.deleting or kept is None or rollout.step is RolloutStep.LEAVE:
             return
-        avoid = sorted(facts.last.recovery.avoided)
+        avoid, commit = sorted(facts.last.recovery.avoided), given_commit(group) if stays else self.commit
         wanted = manifests.stateful_set(
-            model, group.index, self.revision, self.settings, avoid, observed.limits, self.commit
+            model, group.index, kept.revision, kept.rendering, avoid, observed.limits, commit
         )
-        yield from self._stateful_set(group, rollout, wanted, beside, replaced=replaced)
+        if not stays:
+            yield from self._stateful_set(group, rollout, wanted, beside, replaced=replaced)
+        elif not _fixed_differences(wanted, group.workload or {}) and not readmitted(wanted, group.workload or {}):
+            yield from repaired(observed, [wanted])
 
     def _stateful_set(
         self,
@@ -113,14 +121,14 @@ class GroupPlanner:
                 )
             return
         if rollout.step is RolloutStep.REPLACE and group.revision != self.revision:
-            yield Apply("StatefulSet", wanted, rollout.reason, uid=group.uid)
+            yield Apply("StatefulSet", wanted, rollout.reason, uid=group.uid, needs=self.needs)
             return
         # No pod before the wall around it.
-        needs = tuple(action.target for action in beside if not group.exists)
+        needs = (*self.needs, *(action.target for action in beside if not group.exists))
         first = [*repaired(self.observed, [wanted], needs)]
         yield from first
         if group.settled and all(self.observed.fails(action.target) for action in first):
-            yield from _outdated(group, self.revision)
+            yield from _outdated(group, rollout.revision)
             if rollout.step is RolloutStep.REPLACE and not first:  # its template has the right commit by now
                 yield from _astray(group, rollout.reason)
 

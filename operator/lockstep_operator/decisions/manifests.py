@@ -5,24 +5,40 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from lockstep_operator.decisions import group_metadata, mesh
-from lockstep_operator.decisions.pod_template import group_labels, model_labels, pod_template
+from lockstep_operator.decisions.pod_template import Rendering, group_labels, model_labels, placed
 from lockstep_operator.settings import Settings
 from lockstep_operator.types import names
 from lockstep_operator.types.limits import Limits
 from lockstep_operator.types.spec import Model
+from lockstep_operator.types.timestamps import format_rfc3339
 from lockstep_runtime.protocol.status import API_PORT
 
 Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A rendering that a ControllerRevision keeps. `shape`: hash of what the spec said of its pods; `requested`: unix
+    seconds of the last request to update the runtime that was followed."""
+
+    revision: str
+    number: int  # the newest of a model has the highest
+    shape: str
+    requested: float | None
+    rendering: Rendering
+
+
 IP_FAMILIES: Final = "PreferDualStack"  # both where the cluster has both, else its only one
 
 
-def revision(model: Model, token: str, settings: Settings) -> str:
+def revision(model: Model, token: str, rendering: Rendering) -> str:
     """Hash of all that shapes a pod, the token and its queue included: pods of another revision must be replaced."""
-    template, queue = pod_template(model, 0, "", settings), group_metadata.admission(model)
-    parts = {"template": template, "token": hashlib.sha256(token.encode()).hexdigest()}
+    queue = group_metadata.admission(model)
+    parts = {"rendering": rendering, "token": hashlib.sha256(token.encode()).hexdigest()}
     return _hash({**parts, "queue": queue} if queue else parts)
 
 
@@ -129,27 +145,26 @@ def stateful_set(
     model: Model,
     group: int,
     revision: str,
-    settings: Settings,
+    rendering: Rendering,
     avoid: Collection[str] = (),
     limits: Limits = Limits(),  # noqa: B008 - frozen
     commit: str = "",
 ) -> Manifest:
     """One group, kept away from the nodes in `avoid`. OnDelete: the operator decides when its pods are replaced.
 
-    `limits` are the namespace's, `commit` is what the hub's model is pinned to. They are not part of the revision:
-    running pods are left alone when they change.
+    See `placed` for what else the pods depend on.
     """
     name = names.group_name(model.name, group)
     spec: dict[str, Any] = {
         "serviceName": name,
-        "replicas": model.pods_per_group,
+        "replicas": rendering["pods"],
         "podManagementPolicy": "Parallel",
         "updateStrategy": {"type": "OnDelete"},
         "minReadySeconds": 0,
         "ordinals": {"start": 0},
         "persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Retain", "whenScaled": "Retain"},
         "selector": {"matchLabels": {names.MODEL_LABEL: model.name, names.GROUP_LABEL: str(group)}},
-        "template": pod_template(model, group, revision, settings, avoid, limits, commit),
+        "template": placed(rendering, group, revision, avoid, limits, commit),
     }
     workload = _object("apps/v1", "StatefulSet", name, model, group)
     own = {**workload["metadata"]["labels"], names.REVISION_LABEL: revision}
@@ -158,6 +173,15 @@ def stateful_set(
     admitted = {names.ADMITTED_ANNOTATION: _hash(room)} if room else {}
     workload["metadata"]["annotations"] = {**group_metadata.workload_annotations(model, group), **admitted}
     return _sealed({**workload, "spec": spec})
+
+
+def template(model: Model, kept: Kept) -> Manifest:
+    """What pods of a revision are made from, kept for as long as it may be needed."""
+    base = _object("apps/v1", "ControllerRevision", names.template_name(model.name, kept.revision), model)
+    labels = {**base["metadata"]["labels"], names.TEMPLATE_LABEL: model.name, names.REVISION_LABEL: kept.revision}
+    asked = {} if kept.requested is None else {names.UPDATE_ANNOTATION: format_rfc3339(kept.requested)}
+    metadata = {**base["metadata"], "labels": labels, "annotations": {names.SHAPE_ANNOTATION: kept.shape, **asked}}
+    return {**base, "metadata": metadata, "data": kept.rendering, "revision": kept.number}
 
 
 def shared(model: Model) -> list[Manifest]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lockstep_operator.decisions import commit_pin, disruption, evacuation, manifests, rollout, surge, upkeep
-from lockstep_operator.decisions.actions import Action, Delete
+from lockstep_operator.decisions import commit_pin, disruption, evacuation, manifests, pinning, rollout, surge, upkeep
+from lockstep_operator.decisions.actions import Action, Apply, Delete
 from lockstep_operator.decisions.disruption import Disruption
 from lockstep_operator.decisions.evacuation import Evacuation
 from lockstep_operator.decisions.group_plan import GroupPlanner
 from lockstep_operator.decisions.guard import Bug, Guard
 from lockstep_operator.decisions.name_conflicts import NameConflicts
+from lockstep_operator.decisions.pinning import Pinned
 from lockstep_operator.decisions.recovery_policy import RecoveryDecision
 from lockstep_operator.decisions.restart import with_restart
 from lockstep_operator.decisions.rollout import RolloutDecision, RolloutStep
@@ -21,13 +22,14 @@ from lockstep_operator.groups.pod_issues import should_force_delete
 from lockstep_operator.groups.waiting import unplaced
 from lockstep_operator.settings import Settings
 from lockstep_operator.types.model_source import HuggingFace
-from lockstep_operator.types.model_status import PinnedModel, SurgeGroup
+from lockstep_operator.types.model_status import PinnedModel, Rollback, Runtime, SurgeGroup
 from lockstep_operator.types.observed import ObjectRef, Observed
 from lockstep_operator.types.spec import Model
 
 NO_CONFLICTS = NameConflicts()
 NO_DISRUPTION = Disruption()
 NO_EVACUATION = Evacuation()
+NO_RUNTIME = Runtime()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,9 @@ class Decision:
     surge: tuple[SurgeGroup, ...] = ()  # groups beyond replicas, as the status is to have them
     disruption: Disruption = NO_DISRUPTION
     evacuation: Evacuation = NO_EVACUATION
+    pinned: Pinned | None = None  # what pods are made from; None while nobody knows
+    runtime: Runtime = NO_RUNTIME
+    rollback: Rollback | None = None  # that was asked for, as the status is to have it
     pin: PinnedModel | None = None  # what the hub's model is resolved to, as the status is to have it
 
     @property
@@ -59,16 +64,20 @@ def decide(model: Model, observed: Observed, now: float, settings: Settings) -> 
     excess = excess_groups(model, observed)
     own = [one for one in facts if one.group.index not in conflicts.groups]
     model = with_restart(model, (one.group for one in own))
-    revision = ""
-    if not conflicts.whole:
-        revision = guard("the pods' template", lambda: _revision(model, observed, settings), "")
+    pinned = None if conflicts.whole else guard("the pods' template", lambda: _pinned(model, observed, settings), None)
+    revision = pinned.current.revision if pinned else ""
     commit = commit_pin.pinned(model, observed.status.model)
     astray = commit_pin.astray(revision, own, commit)
-    steps = _rollout(model, own, revision, astray)
+    held = _held(model, own, pinned) if pinned else {}
+    steps = _rollout(model, own, revision, astray, held)
+    everybody = (*(one.group for one in facts), *excess)
+    kept: list[Action] = guard("revisions", lambda: _revisions(model, observed, pinned, everybody), [])
     planner = GroupPlanner(
         model=model,
         observed=observed,
         revision=revision,
+        templates=pinned.history if pinned else {},
+        needs=tuple(action.target for action in kept if isinstance(action, Apply)),
         settings=settings,
         now=now,
         guard=guard,
@@ -79,6 +88,7 @@ def decide(model: Model, observed: Observed, now: float, settings: Settings) -> 
     actions += guard("lost pods", lambda: [*_lost_pods(model, observed, now)], [])
     if not conflicts.whole:
         actions += guard("what all groups share", lambda: _shared(model, observed), [])
+    actions += kept
     actions += [action for plan in plans for action in plan.upkeep]
     groups = [one.group for one in facts]
     moving = guard(
@@ -89,7 +99,11 @@ def decide(model: Model, observed: Observed, now: float, settings: Settings) -> 
     if not conflicts.whole:
         actions += guard("groups beyond replicas", lambda: [*upkeep.scale_down(model, observed, excess)], [])
     before = observed.status.surge
-    kept = guard("surge groups", lambda: _surge(model, own, revision, astray, moving, before, excess), before)
+    surging = guard(
+        "surge groups", lambda: _surge(model, own, revision, {*astray}, moving, before, excess, held), before
+    )
+    was = observed.status.runtime
+    runtime = guard("the runtime", lambda: _runtime(model, pinned, own, held, observed), was)
     paused = model.intervention.paused
     return Decision(
         actions=() if paused else tuple(_once(actions)),
@@ -102,7 +116,10 @@ def decide(model: Model, observed: Observed, now: float, settings: Settings) -> 
         disruption=budget,
         evacuation=moving,
         bugs=tuple(guard.bugs),
-        surge=before if paused else kept,
+        surge=before if paused else surging,
+        pinned=pinned,
+        runtime=was if paused else runtime,
+        rollback=pinning.rollback(model, observed.status.rollback),
         pin=commit_pin.pin(model, revision, own, observed.status.model),
     )
 
@@ -113,7 +130,7 @@ def _facts(group: Group, observed: Observed, model: Model, now: float, guard: Gu
 
 
 def _rollout(
-    model: Model, own: Sequence[GroupFacts], revision: str, astray: Mapping[int, str]
+    model: Model, own: Sequence[GroupFacts], revision: str, astray: Mapping[int, str], held: Mapping[int, str]
 ) -> tuple[RolloutDecision, ...]:
     """While nobody knows what pods are to be, those that there are stay, and are healed."""
     groups = [one.group for one in own]
@@ -124,7 +141,8 @@ def _rollout(
     beyond = [one.index for one in groups if one.index >= model.replicas]
     fenced = model.intervention.fenced
     free = [one for one in groups if one.index not in fenced]
-    found = rollout.plan(free, revision, model.rollout.max_unavailable, _unplaced(own, revision), astray, beyond)
+    most, without = model.rollout.max_unavailable, _unplaced(own, revision)
+    found = rollout.plan(free, revision, most, without, astray, beyond, held)
     left = [RolloutDecision(index, RolloutStep.LEAVE, f"group {index} is fenced") for index in fenced]
     by_group = {one.group: one for one in (*found, *left)}
     return tuple(by_group[one.index] for one in groups)
@@ -142,12 +160,13 @@ def _surge(
     moving: Evacuation,
     known: Sequence[SurgeGroup],
     excess: Sequence[Group],
+    held: Collection[int],
 ) -> tuple[SurgeGroup, ...]:
     """Those that there are stay, while nobody knows what pods are to be."""
     if not revision:
         return tuple(known)
     groups = [one.group for one in own]
-    left = {*_unplaced(own, revision), *model.intervention.fenced}
+    left = {*held, *_unplaced(own, revision), *model.intervention.fenced}
     asked = [one for one in groups if one.index < model.replicas and one.index not in left]
     needs = [surge.of_rollout(model.rollout.max_surge, asked, revision, astray), moving.need]
     ready = {one.index for one in groups if one.ready}
@@ -163,11 +182,37 @@ def _once(actions: Iterable[Action]) -> Iterator[Action]:
             yield action
 
 
-def _revision(model: Model, observed: Observed, settings: Settings) -> str:
-    """Empty while there is no token, or when the spec asks for what no pod can be."""
+def _pinned(model: Model, observed: Observed, settings: Settings) -> Pinned | None:
+    """None while there is no token, or when the spec asks for what no pod can be."""
     if observed.token is None or model.flaw:
-        return ""
-    return manifests.revision(model, observed.token, settings)
+        return None
+    return pinning.pin(model, observed.token, observed, settings)
+
+
+def _revisions(model: Model, observed: Observed, pinned: Pinned | None, groups: Sequence[Group]) -> list[Action]:
+    return [*pinning.upkeep(model, observed, pinned, groups)] if pinned else []
+
+
+def _held(model: Model, own: Sequence[GroupFacts], pinned: Pinned) -> dict[int, str]:
+    """The revisions of groups below the partition that are to have another than the newest: the one that they have, or
+    had; and those that are new get the others'."""
+    below = [one for one in own if one.group.index < min(model.rollout.partition, model.replicas)]
+    kept = {one.group.index: one.group.revision or one.last.revision for one in below}
+    known = [revision for revision in kept.values() if revision in pinned.history]
+    older = next((revision for revision in known if revision != pinned.current.revision), pinned.current.revision)
+    found = {
+        one.group.index: kept[one.group.index] if one.group.exists or kept[one.group.index] in known else older
+        for one in below
+    }
+    return {index: revision for index, revision in found.items() if revision != pinned.current.revision}
+
+
+def _runtime(
+    model: Model, pinned: Pinned | None, own: Sequence[GroupFacts], held: Collection[int], observed: Observed
+) -> Runtime:
+    if pinned is None:
+        return observed.status.runtime
+    return pinning.runtime(model, pinned, [one.group for one in own if one.group.index not in held], observed)
 
 
 def _shared(model: Model, observed: Observed) -> list[Action]:

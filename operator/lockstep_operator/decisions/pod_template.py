@@ -3,6 +3,7 @@ its identity."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping
 from typing import Any, Final
@@ -27,6 +28,73 @@ EVICTION_SECONDS: Final = 30
 _NODE_TAINTS: Final = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 
 
+# What differs between groups, in a template that is kept for all of them.
+GROUP: Final = "<lockstep.dev/group>"
+REVISION: Final = "<lockstep.dev/revision>"
+
+Rendering = Mapping[str, Any]  # JSON, as a ControllerRevision keeps it
+
+
+def rendered(model: Model, settings: Settings) -> dict[str, Any]:
+    """What the pods of a model are made from: ours, with the user's template laid over it and then our labels, which
+    selectors rely on; and what must be known to place them. Where they run is no part of it (see `placed`).
+
+    The model's template must have no flaw (see `template_check`).
+    """
+    ours: dict[str, Any] = {"metadata": {"labels": {}}, "spec": pod_spec(model, GROUP, REVISION, settings)}
+    merged = _with_tolerations(merge(ours, model.template))
+    own = {**names.ENGINE_LABELS, **model_labels(model), names.GROUP_LABEL: GROUP, names.REVISION_LABEL: REVISION}
+    merged["metadata"] = {
+        **merged["metadata"],
+        "labels": {**merged["metadata"].get("labels", {}), **own},
+        "annotations": {**mesh.pod_annotations(model), **(merged["metadata"].get("annotations") or {})},
+    }
+    made = {
+        "pods": model.pods_per_group,
+        "ranksPerPod": model.ranks_per_pod,
+        "guessed": _guessed(model),
+        **({"threads": THREADS_PER_GPU_RANK} if model.on_gpus else {}),
+        "takesCommit": isinstance(model.source, HuggingFace) and _arguments(merged) == _arguments(ours),
+        "template": merged,
+    }
+    return with_requests(json.loads(json.dumps(made, default=str)), model)
+
+
+def with_requests(rendering: Rendering, model: Model) -> dict[str, Any]:
+    """With the requests that the pods follow: they are replaced when one is new."""
+    resolve_at = model.source.resolve_at if isinstance(model.source, HuggingFace) else None
+    times = {names.RESTARTED_ANNOTATION: model.restarted_at, names.RESOLVE_ANNOTATION: resolve_at}
+    template = rendering["template"]
+    given = template["metadata"].get("annotations") or {}
+    requests = {name: format_rfc3339(time) for name, time in times.items() if time is not None}
+    annotations = {name: value for name, value in given.items() if name not in times} | requests
+    metadata = {name: value for name, value in template["metadata"].items() if name != "annotations"}
+    if annotations:
+        metadata["annotations"] = annotations
+    return {**rendering, "template": {**template, "metadata": metadata}}
+
+
+def placed(
+    rendering: Rendering,
+    group: int,
+    revision: str,
+    avoid: Collection[str] = (),
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+    commit: str = "",
+) -> dict[str, Any]:
+    """The PodTemplateSpec of a group. `avoid` names nodes that the pods are kept away from, `limits` are the
+    namespace's, `commit` is what the hub's model is pinned to: running pods are left alone when they change."""
+    template = _filled(rendering["template"], {GROUP: str(group), REVISION: revision})
+    told = [f"--commit={commit}"] if commit and rendering["takesCommit"] else []
+    spec = template["spec"]
+    containers = [
+        _threaded(_fitted(_told(one, told), rendering, limits), rendering) if one["name"] == names.CONTAINER else one
+        for one in spec["containers"]
+    ]
+    affinity = {"affinity": _away_from(avoid, spec.get("affinity") or {})} if avoid else {}
+    return {**template, "spec": {**spec, "containers": containers, **affinity}}
+
+
 def pod_template(
     model: Model,
     group: int,
@@ -36,37 +104,39 @@ def pod_template(
     limits: Limits = Limits(),  # noqa: B008 - frozen
     commit: str = "",
 ) -> dict[str, Any]:
-    """A PodTemplateSpec: ours, with the user's laid over it and then our labels, which selectors rely on.
-
-    `avoid` names nodes that the pods are kept away from, `limits` are the namespace's, `commit` is what the hub's model
-    is pinned to. The model's template must have no flaw (see `template_check`).
-    """
-    ours: dict[str, Any] = {"metadata": {"labels": {}}, "spec": pod_spec(model, group, revision, settings, commit)}
-    merged = _with_tolerations(_with_containers(merge(ours, model.template), model, limits))
-    own = {**names.ENGINE_LABELS, **group_labels(model, group), names.REVISION_LABEL: revision}
-    labels = {**merged["metadata"].get("labels", {}), **own}
-    merged["metadata"] = {**merged["metadata"], "labels": labels}
-    given = merged["metadata"].get("annotations") or {}
-    if annotations := {**mesh.pod_annotations(model), **given, **_requests(model)}:
-        merged["metadata"]["annotations"] = annotations
-    if avoid:
-        merged["spec"] = {**merged["spec"], "affinity": _away_from(avoid, merged["spec"].get("affinity") or {})}
-    return merged
+    """As it is when it is rendered now."""
+    return placed(rendered(model, settings), group, revision, avoid, limits, commit)
 
 
-def _requests(model: Model) -> dict[str, str]:
-    """That the pods follow: they are replaced when one is new."""
-    resolve_at = model.source.resolve_at if isinstance(model.source, HuggingFace) else None
-    times = {names.RESTARTED_ANNOTATION: model.restarted_at, names.RESOLVE_ANNOTATION: resolve_at}
-    return {name: format_rfc3339(time) for name, time in times.items() if time is not None}
+def _filled(value: Any, parts: Mapping[str, str]) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _filled(item, parts) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_filled(item, parts) for item in value]
+    if isinstance(value, str):
+        for placeholder, text in parts.items():
+            value = value.replace(placeholder, text)
+    return value
 
 
-def _with_containers(template: dict[str, Any], model: Model, limits: Limits) -> dict[str, Any]:
-    containers = [
-        _threaded(_fitted(one, model, limits), model) if one["name"] == names.CONTAINER else one
-        for one in template["spec"]["containers"]
-    ]
-    return {**template, "spec": {**template["spec"], "containers": containers}}
+def _own_container(template: Mapping[str, Any]) -> Mapping[str, Any]:
+    containers = (template.get("spec") or {}).get("containers") or []
+    return next((one for one in containers if one["name"] == names.CONTAINER), {})
+
+
+def _arguments(template: Mapping[str, Any]) -> object:
+    container = _own_container(template)
+    return container.get("command"), container.get("args")
+
+
+def _guessed(model: Model) -> list[str]:
+    """Requests of ours: the user's template has none."""
+    asked = (_own_container(model.template).get("resources") or {}).get("requests") or {}
+    return [name for name in ("cpu", "memory") if name not in asked]
+
+
+def _told(container: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
+    return {**container, "args": [*container["args"], *arguments]} if arguments else container
 
 
 def _with_tolerations(template: dict[str, Any]) -> dict[str, Any]:
@@ -85,24 +155,20 @@ def _tolerates(toleration: Mapping[str, Any], taint: str) -> bool:
     return toleration.get("key") in (None, "", taint) and toleration.get("effect") in (None, "", "NoExecute")
 
 
-def _fitted(container: dict[str, Any], model: Model, limits: Limits) -> dict[str, Any]:
+def _fitted(container: dict[str, Any], rendering: Rendering, limits: Limits) -> dict[str, Any]:
     """With requests of ours that neither the user's limits nor the namespace's refuse."""
-    written = (model.template.get("spec") or {}).get("containers") or []
-    own: Mapping[str, Any] = next((one for one in written if one["name"] == names.CONTAINER), {})
-    asked = ((own.get("resources") or {}).get("requests")) or {}
-    ours = [name for name in ("cpu", "memory") if name not in asked]
-    resources = fitted(container.get("resources") or {}, ours, limits)
+    resources = fitted(container.get("resources") or {}, rendering["guessed"], limits)
     return {**container, "resources": resources} if resources else container
 
 
-def _threaded(container: dict[str, Any], model: Model) -> dict[str, Any]:
+def _threaded(container: dict[str, Any], rendering: Rendering) -> dict[str, Any]:
     """Each rank on CPUs computes with as many threads as it asks for CPUs: a pod sees all cores of its node, and ranks
     that take them all wait for each other's threads. One on a GPU needs few."""
     environment = container.get("env") or []
     asked = quantity(((container.get("resources") or {}).get("requests") or {}).get("cpu", ""))
     if asked is None or any(entry.get("name") == THREADS for entry in environment):
         return container
-    threads = THREADS_PER_GPU_RANK if model.on_gpus else max(1, math.ceil(asked / model.ranks_per_pod))
+    threads = rendering.get("threads") or max(1, math.ceil(asked / rendering["ranksPerPod"]))
     return {**container, "env": [*environment, {"name": THREADS, "value": str(threads)}]}
 
 

@@ -29,8 +29,7 @@ HUB_TOKEN_MOUNT: Final = "/etc/lockstep/hub-token"  # noqa: S105 - a folder
 HUB_TOKEN_FILE: Final = "token"  # noqa: S105 - a file
 
 
-def pod_spec(model: Model, group: int, revision: str, settings: Settings, commit: str = "") -> dict[str, Any]:
-    """`commit`: what the revision of a hub's model was resolved to; empty: the pods find out."""
+def pod_spec(model: Model, group: str, revision: str, settings: Settings) -> dict[str, Any]:
     security: dict[str, Any] = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
     cached_on_a_claim = isinstance(model.source, HuggingFace) and isinstance(model.cache, Claim)
     if cached_on_a_claim and settings.fs_group is not None:
@@ -46,17 +45,17 @@ def pod_spec(model: Model, group: int, revision: str, settings: Settings, commit
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": TERMINATION_SECONDS,
         "securityContext": security,
-        "containers": [_container(model, group, revision, settings, commit)],
+        "containers": [_container(model, group, revision, settings)],
         "volumes": _volumes(model),
     }
 
 
-def _container(model: Model, group: int, revision: str, settings: Settings, commit: str) -> dict[str, Any]:
+def _container(model: Model, group: str, revision: str, settings: Settings) -> dict[str, Any]:
     return {
         "name": names.CONTAINER,
         "image": settings.runtime_image,
         "imagePullPolicy": settings.pull_policy,
-        "args": _arguments(model, commit),
+        "args": _arguments(model),
         "env": _environment(model, group, revision, settings),
         "ports": [
             {"name": "api", "containerPort": model.ports.api, "protocol": "TCP"},
@@ -86,7 +85,7 @@ def _probe(path: str, *, period: int, failures: int) -> dict[str, Any]:
     }
 
 
-def _arguments(model: Model, commit: str) -> list[str]:
+def _arguments(model: Model) -> list[str]:
     seconds = float(_grace(model))
     lame_duck = min(LAME_DUCK_SECONDS, seconds / 4)
     options: list[tuple[str, object]] = [
@@ -116,7 +115,7 @@ def _arguments(model: Model, commit: str) -> list[str]:
         ("port", model.ports.api if model.ports.api != API_PORT else None),
         ("bus-port", model.ports.bus),
         ("status-port", model.ports.status),
-        *_source_options(model, commit),
+        *_source_options(model),
     ]
     switches = ["--no-prefix-caching"] if model.engine.prefix_caching is False else []
     given = [f"--{name}={value}" for name, value in options if value is not None]
@@ -142,7 +141,7 @@ def _location(model: Model) -> str:
             return MODEL_MOUNT
 
 
-def _source_options(model: Model, commit: str) -> list[tuple[str, object]]:
+def _source_options(model: Model) -> list[tuple[str, object]]:
     hub = model.source
     if not isinstance(hub, HuggingFace):
         return []
@@ -152,17 +151,16 @@ def _source_options(model: Model, commit: str) -> list[tuple[str, object]]:
     return [
         ("source", source),
         ("revision", hub.revision),
-        ("commit", commit or None),
         ("download-dir", CACHE_MOUNT),
     ]
 
 
-def _environment(model: Model, group: int, revision: str, settings: Settings) -> list[dict[str, Any]]:
+def _environment(model: Model, group: str, revision: str, settings: Settings) -> list[dict[str, Any]]:
     name = names.group_name(model.name, group)
     plain = {
         "HOME": "/tmp",  # noqa: S108 - the pod's own scratch volume
         "LOCKSTEP_MODEL_NAME": model.name,
-        "LOCKSTEP_GROUP": str(group),
+        "LOCKSTEP_GROUP": group,
         "LOCKSTEP_SPEC_REVISION": revision,
         "LOCKSTEP_LEADER": f"{name}-0.{name}.{model.namespace}.svc",
         **({"LOCKSTEP_API_KEY_FILE": f"{API_KEY_MOUNT}/{API_KEY_FILE}"} if model.api_key else {}),

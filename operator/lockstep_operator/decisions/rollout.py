@@ -19,6 +19,7 @@ from lockstep_operator.groups.group import Group
 class RolloutStep(enum.StrEnum):
     CREATE = "Create"
     KEEP = "Keep"  # of the revision already
+    HOLD = "Hold"  # of another one, as the partition asks
     REPLACE = "Replace"
     WAIT = "Wait"
     LEAVE = "Leave"  # it is fenced
@@ -31,6 +32,7 @@ class RolloutDecision:
     group: int
     step: RolloutStep
     reason: str
+    revision: str = ""  # that the group has until its next turn
 
 
 def plan(
@@ -40,17 +42,21 @@ def plan(
     unplaced: Collection[int] = (),
     astray: Mapping[int, str] = MappingProxyType({}),
     surge: Collection[int] = (),
+    held: Mapping[int, str] = MappingProxyType({}),
 ) -> tuple[RolloutDecision, ...]:
     """One decision per group, in the order of `groups`. `unplaced` ones were unschedulable already before this
     revision: they get it first, and nobody waits for them, or a change would never reach the groups that serve.
     `astray`: groups of this revision that load another commit than the model is pinned to, with that commit. `surge`
-    groups are beyond those that the spec asks for: each that is Ready stands in for one of those."""
-    outdated = [group for group in groups if group.exists and (group.revision != revision or group.index in astray)]
+    groups are beyond those that the spec asks for: each that is Ready stands in for one of those. `held` ones keep, or
+    get, the revision that is named here."""
+    asked = [group for group in groups if group.index not in held]
+    outdated = [group for group in asked if group.exists and (group.revision != revision or group.index in astray)]
+    late = {group.index for group in outdated}
     moving = [
         group
         for group in groups
         if group.index not in {*unplaced, *astray, *surge}
-        and (not group.exists or (group.revision == revision and not group.ready_at(revision)))
+        and (not group.exists or (group.index not in late and not group.ready_at(group.revision)))
     ]
     standing_in = [group for group in groups if group.index in surge and group.ready_at(group.revision)]
     down, most = len(moving), max_unavailable + len(standing_in)
@@ -61,7 +67,7 @@ def plan(
             break
         down += missed
         taken[group.index] = _turn(group, revision, astray)
-    return tuple(_decision(group, revision, taken, groups) for group in groups)
+    return tuple(_decision(group, held.get(group.index, revision), revision, taken, groups) for group in groups)
 
 
 def _turn(group: Group, revision: str, astray: Mapping[int, str]) -> str:
@@ -72,17 +78,20 @@ def _turn(group: Group, revision: str, astray: Mapping[int, str]) -> str:
     return f"group {group.index} gets revision {revision}: it is next"
 
 
-def _decision(group: Group, revision: str, taken: dict[int, str], groups: Sequence[Group]) -> RolloutDecision:
+def _decision(group: Group, own: str, revision: str, taken: dict[int, str], groups: Sequence[Group]) -> RolloutDecision:
+    """`own` is the revision that the group is to have, `revision` the newest."""
+    name = f"group {group.index}"
     if not group.exists:
-        return RolloutDecision(group.index, RolloutStep.CREATE, f"group {group.index} doesn't exist yet")
+        return RolloutDecision(group.index, RolloutStep.CREATE, f"{name} doesn't exist yet", own)
+    if own != revision:
+        return RolloutDecision(group.index, RolloutStep.HOLD, f"{name} is below the partition", own)
     if group.revision == revision and group.index not in taken:
-        return RolloutDecision(group.index, RolloutStep.KEEP, f"group {group.index} has revision {revision}")
+        return RolloutDecision(group.index, RolloutStep.KEEP, f"{name} has revision {revision}", revision)
     if group.index in taken:
-        return RolloutDecision(group.index, RolloutStep.REPLACE, taken[group.index])
+        return RolloutDecision(group.index, RolloutStep.REPLACE, taken[group.index], revision)
     blocking = _listed([other.index for other in groups if not other.ready or other.index in taken])
-    return RolloutDecision(
-        group.index, RolloutStep.WAIT, f"group {group.index} keeps revision {group.revision} until {blocking} Ready"
-    )
+    reason = f"{name} keeps revision {group.revision} until {blocking} Ready"
+    return RolloutDecision(group.index, RolloutStep.WAIT, reason, group.revision)
 
 
 def _listed(indices: Sequence[int]) -> str:

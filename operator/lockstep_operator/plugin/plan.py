@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lockstep_operator.decisions import manifests, rollout, surge
-from lockstep_operator.decisions.pod_template import pod_template
+from lockstep_operator.decisions.pod_template import pod_template, rendered
 from lockstep_operator.decisions.rollout import RolloutStep
 from lockstep_operator.groups.group import Group, groups_of
 from lockstep_operator.settings import HUGGING_FACE, ModelSource, Settings
@@ -131,7 +131,7 @@ def _image(objects: Sequence[Object]) -> str:
 
 def _revision(model: Model) -> str:
     """Empty when its pods stay as they are, because nobody knows what they are to be."""
-    return "" if model.flaw else manifests.revision(model, "", _ANY)
+    return "" if model.flaw else manifests.revision(model, "", rendered(model, _ANY))
 
 
 def _changes(live: Object, wanted: Object) -> Iterator[Change]:

@@ -12,7 +12,7 @@ from lockstep_operator.groups import group_view
 from lockstep_operator.reporting.assessment import GroupAssessment
 from lockstep_operator.reporting.blockers import Blocker, load_failure
 from lockstep_operator.types.model_status import Condition, ModelStatus
-from lockstep_operator.types.names import FENCED_ANNOTATION, PAUSED_ANNOTATION
+from lockstep_operator.types.names import FENCED_ANNOTATION, PAUSED_ANNOTATION, ROLLBACK_ANNOTATION
 from lockstep_operator.types.reasons import ConditionType, Reason
 from lockstep_operator.types.spec import Model
 from lockstep_runtime.protocol.status import GroupState
@@ -101,14 +101,26 @@ def _ready(
         return ConditionValue("False", Reason.SCALING_DOWN, f"group {listed} finishes its requests and is removed")
     if model.replicas == 0:
         return ConditionValue("True", Reason.SCALED_TO_ZERO, "replicas is 0: nothing is served, as asked")
-    behind = [one for one in groups if not (one.serves and one.group.ready_at(decision.revision))]
+    due = {turn.group: turn.revision or decision.revision for turn in decision.rollout}
+    behind = [one for one in groups if not (one.serves and one.group.ready_at(due.get(one.group.index, "")))]
     if not behind:
-        text = f"{_groups(len(groups))} of {model.tensor_parallel_size} ranks serve"
-        return ConditionValue("True", Reason.READY, text)
+        return _all_serve(decision, f"{_groups(len(groups))} of {model.tensor_parallel_size} ranks serve")
     found = _not_ready(decision, _worst(model, behind, before))
     if model.intervention.paused and not found.stalled:
         return ConditionValue("False", Reason.PAUSED, f"{found.message}; {_PAUSED}")
     return found
+
+
+def _all_serve(decision: Decision, text: str) -> ConditionValue:
+    """As the spec asks, or as whoever rolls out asks beside it."""
+    held = sum(turn.step is RolloutStep.HOLD for turn in decision.rollout)
+    if held:
+        text += f": {_groups(held)} below rollout.partition keep an older revision than {decision.revision}"
+        return ConditionValue("True", Reason.CANARY, f"{text}; lower it to go on, or take the change back")
+    if decision.pinned and decision.pinned.rolled_back:
+        text += f" with revision {decision.revision}, as the annotation {ROLLBACK_ANNOTATION} asks, and not as the spec"
+        return ConditionValue("True", Reason.ROLLED_BACK, f"{text} does; change the spec, or remove the annotation")
+    return ConditionValue("True", Reason.READY, text)
 
 
 def _leaving(model: Model, decision: Decision) -> list[int]:

@@ -23,6 +23,8 @@ _ESSENTIAL: Final = (
     "revision",
     "model",
     "surge",
+    "runtime",
+    "rollback",
     "recoveries",
     "savings",
     "nodeFaults",

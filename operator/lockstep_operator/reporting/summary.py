@@ -46,6 +46,8 @@ def summarize(
         url=f"http://{model.name}.{model.namespace}.svc:{API_PORT}",
         ready_groups=f"{sum(one.accepts for one in groups)}/{len(groups)}",
         surge=decision.surge,
+        runtime=decision.runtime,
+        rollback=decision.rollback,
         ranks=f"{_ready_ranks(groups)}/{model.tensor_parallel_size * len(groups)}",
         step_latency=_slowest(reported),
         recoveries=_recoveries(before, groups, by_operator),

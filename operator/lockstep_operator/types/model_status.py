@@ -148,6 +148,21 @@ class SurgeGroup(Part, frozen=True, kw_only=True):
     reason: SurgeReason
 
 
+class Runtime(Part, frozen=True, kw_only=True):
+    """Which runtime the pods have, or get. `updating`: it is this model's turn to be updated by itself."""
+
+    image: str = ""
+    outdated: bool = False
+    updating: bool = False
+
+
+class Rollback(Part, frozen=True, kw_only=True):
+    """What was asked for, and when it ends: as soon as the spec has another shape."""
+
+    revision: str
+    shape: str
+
+
 class ModelStatus(Part, frozen=True, kw_only=True):
     observed_generation: int | None = None
     conditions: tuple[Condition, ...] = ()
@@ -160,6 +175,8 @@ class ModelStatus(Part, frozen=True, kw_only=True):
     model: PinnedModel | None = None
     ready_groups: str = ""
     surge: tuple[SurgeGroup, ...] = ()
+    runtime: Runtime = Runtime()
+    rollback: Rollback | None = None
     ranks: str = ""
     step_latency: StepLatency | None = None
     recoveries: int = 0

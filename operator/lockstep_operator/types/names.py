@@ -22,6 +22,8 @@ REVISION_LABEL: Final = "lockstep.dev/revision"
 INSTANCE_LABEL: Final = "app.kubernetes.io/instance"
 POD_INDEX_LABEL: Final = "apps.kubernetes.io/pod-index"  # set by the StatefulSet controller, Kubernetes 1.28 and later
 APPLIED_ANNOTATION: Final = "lockstep.dev/applied"  # hash of what was applied: it shows when a field was removed
+TEMPLATE_LABEL: Final = "lockstep.dev/template"  # of a ControllerRevision that keeps what a model's pods are made from
+SHAPE_ANNOTATION: Final = "lockstep.dev/shape"  # hash of what the spec said of its pods then
 ADMITTED_ANNOTATION: Final = "lockstep.dev/admitted"  # hash of what a queue admitted: it can't be changed in place
 
 RESTARTED_ANNOTATION: Final = "lockstep.dev/restartedAt"  # of a model or a pod: restarts the groups in turn
@@ -29,6 +31,8 @@ RESOLVE_ANNOTATION: Final = "lockstep.dev/resolveRevisionAt"  # the same: also a
 PAUSED_ANNOTATION: Final = "lockstep.dev/paused"  # of a model: nothing is done about it but reports
 EVACUATE_ANNOTATION: Final = "lockstep.dev/evacuate"  # of a pod: it leaves its node, when another group stands in
 FENCED_ANNOTATION: Final = "lockstep.dev/fenced-groups"  # of a model: groups that are left alone and take no requests
+UPDATE_ANNOTATION: Final = "lockstep.dev/update-runtime"  # of a model: pods as the operator renders them today
+ROLLBACK_ANNOTATION: Final = "lockstep.dev/rollback-to"  # of a model: a revision whose pods it is to have again
 KUBECTL_RESTARTED: Final = "kubectl.kubernetes.io/restartedAt"  # by `kubectl rollout restart` of a StatefulSet
 
 # Of others, which a model's StatefulSets need to be understood by them.
@@ -68,9 +72,14 @@ class ModelKey:
         return f"{self.namespace}/{self.name}"
 
 
-def group_name(model: str, group: int) -> str:
+def group_name(model: str, group: int | str) -> str:
     """Of the group's StatefulSet, headless Service and NetworkPolicy."""
     return f"{model}-{group}"
+
+
+def template_name(model: str, revision: str) -> str:
+    """Of the ControllerRevision that keeps what pods of this revision are made from."""
+    return f"{model}-{revision}"
 
 
 def token_name(model: str) -> str:
@@ -84,6 +93,12 @@ def account_name(model: str) -> str:
 def selector(model: str) -> str:
     """Label selector of everything that belongs to the model."""
     return f"{MODEL_LABEL}={model}"
+
+
+def label_of(kind: str) -> str:
+    """That objects of a model have, with its name as value. StatefulSets make ControllerRevisions, too, which have the
+    labels of their pods."""
+    return TEMPLATE_LABEL if kind == "ControllerRevision" else MODEL_LABEL
 
 
 def key_of_child(child: Mapping[str, Any]) -> ModelKey | None:

@@ -98,6 +98,7 @@ class Observed:
     limits: Limits = field(default_factory=Limits)  # of the namespace
     leaving_nodes: frozenset[str] = frozenset()  # cordoned ones
     suspicion: Mapping[str, int] = field(default_factory=dict)  # faults that all models hold against nodes
+    may_update: bool = False  # whether it is this model's turn, among all, to have its runtime updated
 
     def child(self, kind: str, name: str) -> Object | None:
         return self.children.get((kind, name))

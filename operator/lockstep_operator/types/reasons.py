@@ -25,6 +25,8 @@ class Reason(enum.StrEnum):
     # all is well
     READY = "Ready"
     SERVING = "Serving"
+    CANARY = "Canary"
+    ROLLED_BACK = "RolledBack"
     LOADED = "Loaded"
     JOINED = "Joined"
     NOT_POISONED = "NotPoisoned"

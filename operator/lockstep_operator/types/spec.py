@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -15,6 +17,8 @@ from lockstep_operator.types.names import (
     QUEUE_PRIORITY_LABEL,
     RESOLVE_ANNOTATION,
     RESTARTED_ANNOTATION,
+    ROLLBACK_ANNOTATION,
+    UPDATE_ANNOTATION,
     ModelKey,
 )
 from lockstep_operator.types.spec_blocks import (
@@ -41,6 +45,15 @@ from lockstep_operator.types.spec_values import SecretKey, SpecError, seconds, s
 from lockstep_operator.types.timestamps import parse_rfc3339
 
 DEFAULT_PROGRESS: Final = 600.0
+DEFAULT_HISTORY: Final = 3
+# What doesn't shape pods. What is not named here moves the runtime when it changes.
+_SHAPELESS: Final = frozenset(
+    {"replicas", "rollout", "progressDeadline", "runtime", "revisionHistoryLimit", "groupMetadata", "disruption"}
+)
+_SHAPELESS_PARTS: Final = {
+    "recovery": frozenset({"mode", "budget", "backoff"}),
+    "network": frozenset({"policy", "from"}),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +86,11 @@ class Model:
     template: Mapping[str, Any] = field(default_factory=dict)
     flaw: str = ""  # what is wrong with the pods' template, as a sentence: existing pods stay, and are repaired
     progress_deadline: float = DEFAULT_PROGRESS  # seconds
+    shape: str = ""  # hash of what the spec says of its pods
+    auto_update: bool = False  # of the runtime
+    history_limit: int = DEFAULT_HISTORY  # renderings that nothing uses any more
+    update_requested: float | None = None  # unix seconds of the last request to update the runtime
+    rollback_to: str = ""  # revision
     restarted_at: float | None = None  # unix seconds of the last request to restart the groups one by one
 
     @property
@@ -115,6 +133,7 @@ def parse(resource: Mapping[str, Any], sources: Sequence[ModelSource] = ()) -> M
     annotations = metadata.get("annotations") or {}
     restarted_at, flaw = _requested(annotations, RESTARTED_ANNOTATION)
     resolve_at, other_flaw = _requested(annotations, RESOLVE_ANNOTATION)
+    update_requested, third_flaw = _requested(annotations, UPDATE_ANNOTATION)
     source, default_cache, unknown = parse_source(model, sources, resolve_at)
     template = spec.get("template") or {}
     accelerator, backend = (spec.get("accelerator") or {}).get("resourceName"), spec.get("backend", "auto")
@@ -147,14 +166,30 @@ def parse(resource: Mapping[str, Any], sources: Sequence[ModelSource] = ()) -> M
         group_metadata=parse_group_metadata(spec.get("groupMetadata") or {}, _inherited(metadata.get("labels") or {})),
         rollout=parse_rollout(spec.get("rollout") or {}, spec.get("replicas", 1)),
         template=template,
-        flaw=template_flaw or flaw or other_flaw or unknown or intervention.flaw,
+        flaw=template_flaw or flaw or other_flaw or third_flaw or unknown or intervention.flaw,
         progress_deadline=seconds(spec, "progressDeadline") or DEFAULT_PROGRESS,
+        shape=shape(spec),
+        auto_update=(spec.get("runtime") or {}).get("update") == "Auto",
+        history_limit=spec.get("revisionHistoryLimit", DEFAULT_HISTORY),
+        update_requested=update_requested,
+        rollback_to=annotations.get(ROLLBACK_ANNOTATION, ""),
         restarted_at=restarted_at,
     )
 
 
 def _inherited(labels: Mapping[str, str]) -> dict[str, str]:
     return {name: labels[name] for name in (QUEUE_LABEL, QUEUE_PRIORITY_LABEL) if labels.get(name)}
+
+
+def shape(spec: Mapping[str, Any]) -> str:
+    """Hash of what a spec says of its pods. It is of the document, not of what this version makes of it: another
+    version finds the same."""
+    said = {name: value for name, value in spec.items() if name not in _SHAPELESS}
+    for name, shapeless in _SHAPELESS_PARTS.items():
+        if name in said:
+            said[name] = {part: value for part, value in said[name].items() if part not in shapeless}
+    text = json.dumps({name: value for name, value in said.items() if value != {}}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _requested(annotations: Mapping[str, str], name: str) -> tuple[float | None, str]:

@@ -90,6 +90,7 @@ class Rollout:
 
     max_unavailable: int = 1
     max_surge: int = 0
+    partition: int = 0  # groups below it keep their revision
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,8 @@ def parse_rollout(rollout: Mapping[str, Any], replicas: int) -> Rollout:
     where that leaves neither, one group may be."""
     surge = _share(rollout.get("maxSurge", 0), replicas, up=True)
     unavailable = _share(rollout.get("maxUnavailable", 1), replicas, up=False)
-    return Rollout(max_unavailable=unavailable if surge else max(1, unavailable), max_surge=surge)
+    most = unavailable if surge else max(1, unavailable)
+    return Rollout(max_unavailable=most, max_surge=surge, partition=rollout.get("partition", 0))
 
 
 def _share(value: int | str, replicas: int, *, up: bool) -> int:
