@@ -336,6 +336,40 @@ async def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
         assert live.engine.status().state is GroupState.DRAINING
 
 
+async def test_a_client_whose_stream_outlives_the_lame_duck_time_may_ask_once_more() -> None:
+    async with live_engine(grace_seconds=30.0, lame_duck_seconds=0.05) as live:
+        running = asyncio.create_task(live.generate((1, 2), 100))
+        await live.until(lambda: live.engine.stats().requests_running == 1, "it runs")
+        draining = asyncio.create_task(live.engine.drain())
+        await live.until(lambda: not live.engine.readiness().ready, "it is unready")
+        assert await running == continuation((1, 2), 100)
+        assert await live.generate((3,), 5) == continuation((3,), 5)
+        await draining
+        with pytest.raises(EngineBusyError, match="shutting down"):
+            await live.generate((1,), 1)
+
+
+async def test_a_drain_takes_no_requests_in_the_second_half_of_its_grace() -> None:
+    async with live_engine(grace_seconds=2.0, lame_duck_seconds=0.05) as live:
+        live.ranks[1].misdeed = lambda rank, step: None
+        running = asyncio.create_task(live.generate((1, 2), 100))
+        await live.until(lambda: live.engine.stats().requests_running == 1, "it runs")
+        draining = asyncio.create_task(live.engine.drain())
+        asked: list[asyncio.Task[object]] = []
+
+        async def refused() -> bool:
+            asked.append(asyncio.create_task(live.generate((1,), 1)))
+            await asyncio.sleep(0.05)
+            return asked[-1].done() and isinstance(asked[-1].exception(), EngineBusyError)
+
+        while not await refused():
+            assert not draining.done()
+        await draining
+        for one in (running, *asked):
+            with pytest.raises((GenerationFailedError, EngineBusyError), match="shutting down"):
+                await one
+
+
 async def test_what_outlasts_the_grace_fails_with_a_reason() -> None:
     async with live_engine(grace_seconds=0.05) as live:
         live.ranks[1].misdeed = lambda rank, step: None

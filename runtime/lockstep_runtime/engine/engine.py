@@ -7,6 +7,7 @@ event loop, so nothing here needs a lock.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import Final
@@ -40,6 +41,7 @@ from lockstep_runtime.recovery.rank_rpc import GroupFaultError, StepRefusedError
 logger = logging.getLogger(__name__)
 
 MOST_IMAGE_BYTES: Final = 512 * 1024 * 1024  # of pixels; then requests with images are turned away
+LAST_REQUEST_SECONDS: Final = 1.0  # of a drain, without a request
 REFUSALS_IN_A_ROW: Final = 6  # steps that no rank could begin: then it is not the requests
 
 
@@ -203,7 +205,8 @@ class Engine:
             tasks.create_task(self._serve_on())
 
     async def drain(self) -> None:
-        """Be unready at once, take new requests through the lame-duck time, and return when the running ones are done.
+        """Be unready at once, take new requests through the lame-duck time and the last ones of open connections, and
+        return when the running ones are done.
 
         What is not done when the grace is over is failed.
         """
@@ -212,12 +215,26 @@ class Engine:
         if poison := self.group.coordinator.poison:
             self._fail_all(f"the server is shutting down and can't finish the request: {poison}")
         await asyncio.sleep(self._config.lame_duck_seconds)
-        self._refusing = True
         try:
             async with asyncio.timeout(self._config.grace_seconds):
+                await self._last_requests()
+                self._refusing = True
                 await self._idle.wait()
         except TimeoutError:
             self._fail_all("the server is shutting down and the request was not done within the grace")
+
+    async def _last_requests(self) -> None:
+        """Until none has come for a second, or half of the grace is over. A client whose stream began before keeps its
+        connection and asks once more by it; that answer says that the connection closes."""
+        if not self._config.lame_duck_seconds:  # there is nobody else to ask
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.grace_seconds / 2):
+                asked = -1
+                while asked != self._sequences:
+                    await self._idle.wait()
+                    asked = self._sequences
+                    await asyncio.sleep(LAST_REQUEST_SECONDS)
 
     def _fail_all(self, message: str) -> None:
         for sequence_id in list(self._streams):
