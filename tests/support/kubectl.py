@@ -23,11 +23,17 @@ class KubectlError(AssertionError):
     """kubectl refused; the text is its own. An assertion error, so that a test that did not expect it fails by it."""
 
 
+def command(*arguments: str) -> list[str]:
+    """The words that run kubectl against the embedded cluster."""
+    program = str(OWN_KUBECTL) if OWN_KUBECTL.exists() else "kubectl"
+    return [program, f"--kubeconfig={KUBECONFIG}", *arguments]
+
+
 def attempt(*arguments: str, stdin: str | None = None, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     """Run kubectl against the embedded cluster and hand back whatever it said."""
-    program = str(OWN_KUBECTL) if OWN_KUBECTL.exists() else "kubectl"
-    command = [program, f"--kubeconfig={KUBECONFIG}", *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        command(*arguments), input=stdin, capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 def kubectl(*arguments: str, stdin: str | None = None, timeout: float = 60) -> str:
