@@ -104,7 +104,7 @@ class FaultLog:
         """A phase of the repair is over. A new attempt begins with `abort`: what an earlier one took is forgotten."""
         for record in self._records:
             if record.id in self._open:
-                kept = {"detect": record.phases["detect"]} if name == "abort" else record.phases
+                kept = {one: record.phases[one] for one in record.phases if one == "detect" or name != "abort"}
                 self._replace(msgspec.structs.replace(record, phases={**kept, name: round(seconds, 4)}))
 
     def repaired(self, phases: dict[str, float], *, at: float, resumed: int, respawned: bool = True) -> None:
