@@ -31,7 +31,7 @@ Index = Mapping[ModelKey, Collection[bytes]]  # kopf.Index is one
 def entry(kind: str, body: Mapping[str, Any]) -> dict[ModelKey, bytes]:
     """What the index of this kind holds of an object: by its model, without the record of who set which field.
 
-    As JSON, which is read anew in each pass: objects would take ten times the memory, for all models at all times.
+    As JSON, which is read anew in each pass: objects would take six times the memory, for all models at all times.
     """
     metadata = {name: value for name, value in body["metadata"].items() if name != "managedFields"}
     document = {**body, "apiVersion": RESOURCES[kind][0], "kind": kind, "metadata": metadata}
