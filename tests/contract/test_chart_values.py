@@ -245,7 +245,9 @@ def test_the_network_policy_is_made_only_when_asked_for() -> None:
     assert not of_kind(render(), "NetworkPolicy")
     peer = {"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}
     rule = one(render({"networkPolicy": {"enabled": True, "from": [peer]}}), "NetworkPolicy")["spec"]["ingress"][0]
-    own = {"podSelector": {"matchLabels": {"app.kubernetes.io/instance": "lockstep"}}}
+    no_model = {"key": "lockstep.dev/model", "operator": "DoesNotExist"}
+    labels = {"app.kubernetes.io/instance": "lockstep"}
+    own = {"podSelector": {"matchLabels": labels, "matchExpressions": [no_model]}}
     assert rule["from"] == [own, peer]
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lockstep_operator.decisions import commit_pin, disruption, evacuation, manifests, pinning, rollout, surge, upkeep
 from lockstep_operator.decisions.actions import Action, Apply, Delete
 from lockstep_operator.decisions.disruption import Disruption
 from lockstep_operator.decisions.evacuation import Evacuation
-from lockstep_operator.decisions.group_plan import GroupPlanner
+from lockstep_operator.decisions.group_plan import GroupPlan, GroupPlanner
 from lockstep_operator.decisions.guard import Bug, Guard
 from lockstep_operator.decisions.name_conflicts import NameConflicts
 from lockstep_operator.decisions.pinning import Pinned
@@ -30,6 +30,7 @@ NO_CONFLICTS = NameConflicts()
 NO_DISRUPTION = Disruption()
 NO_EVACUATION = Evacuation()
 NO_RUNTIME = Runtime()
+NOTHING: Sequence[Action] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,69 +60,131 @@ class Decision:
 
 def decide(model: Model, observed: Observed, now: float, settings: Settings) -> Decision:
     """Recovery first, then lost pods, then all else. `now` is unix seconds."""
+    known = _known(model, observed, now, settings)
+    model, guard = known.model, known.guard
+    groups = [one.group for one in known.facts]
+    kept = guard("revisions", known.revisions, NOTHING)
+    plans = _plans(known, kept)
+    moving = guard(
+        "evacuations",
+        lambda: evacuation.decide(model, observed, groups, known.conflicts.groups, now),
+        NO_EVACUATION,
+    )
+    budget = guard("evictions", lambda: disruption.decide(model, observed, groups, moving, settings), NO_DISRUPTION)
+    surging = guard("surge groups", lambda: _surge(known, moving), observed.status.surge)
+    runtime = guard("the runtime", lambda: _runtime(known), observed.status.runtime)
+    actions = tuple(_once(_actions(known, plans, kept, (*budget.actions, *moving.moves))))
+    paused = model.intervention.paused
+    return Decision(
+        actions=() if paused else actions,
+        revision=known.revision,
+        groups=known.facts,
+        rollout=known.steps if known.revision else (),
+        excess=known.excess,
+        conflicts=known.conflicts,
+        recoveries={plan.group: plan.recovery for plan in plans if plan.recovery and not paused},
+        disruption=budget,
+        evacuation=moving,
+        bugs=tuple(guard.bugs),
+        surge=observed.status.surge if paused else surging,
+        pinned=known.pinned,
+        runtime=observed.status.runtime if paused else runtime,
+        rollback=pinning.rollback(model, observed.status.rollback),
+        pin=commit_pin.pin(model, known.revision, known.own, observed.status.model),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    """What every part of the decision goes by. `own`: groups whose names are not another model's."""
+
+    model: Model
+    observed: Observed
+    settings: Settings
+    now: float
+    guard: Guard
+    conflicts: NameConflicts
+    facts: tuple[GroupFacts, ...]
+    own: tuple[GroupFacts, ...]
+    excess: tuple[Group, ...]
+    pinned: Pinned | None
+    commit: str
+    astray: Mapping[int, str]
+    held: Mapping[int, str]
+    steps: tuple[RolloutDecision, ...]
+
+    @property
+    def revision(self) -> str:
+        return self.pinned.current.revision if self.pinned else ""
+
+    def revisions(self) -> Sequence[Action]:
+        """What is done about the templates that are kept."""
+        if self.pinned is None:
+            return NOTHING
+        everybody = (*(one.group for one in self.facts), *self.excess)
+        return [*pinning.upkeep(self.model, self.observed, self.pinned, everybody)]
+
+
+def _known(model: Model, observed: Observed, now: float, settings: Settings) -> _Known:
     guard, conflicts = Guard(), NameConflicts.of(model, observed)
     facts = tuple(_facts(group, observed, model, now, guard) for group in groups_of(model, observed))
-    excess = excess_groups(model, observed)
-    own = [one for one in facts if one.group.index not in conflicts.groups]
+    own = tuple(one for one in facts if one.group.index not in conflicts.groups)
     model = with_restart(model, (one.group for one in own))
     pinned = None if conflicts.whole else guard("the pods' template", lambda: _pinned(model, observed, settings), None)
     revision = pinned.current.revision if pinned else ""
     commit = commit_pin.pinned(model, observed.status.model)
     astray = commit_pin.astray(revision, own, commit)
     held = _held(model, own, pinned) if pinned else {}
-    steps = _rollout(model, own, revision, astray, held)
-    everybody = (*(one.group for one in facts), *excess)
-    kept: list[Action] = guard("revisions", lambda: _revisions(model, observed, pinned, everybody), [])
-    planner = GroupPlanner(
+    return _Known(
         model=model,
         observed=observed,
-        revision=revision,
-        templates=pinned.history if pinned else {},
-        needs=tuple(action.target for action in kept if isinstance(action, Apply)),
         settings=settings,
         now=now,
         guard=guard,
-        commit="" if isinstance(model.source, HuggingFace) and model.source.is_fixed else commit,
-    )
-    plans = [planner.plan(one, step) for one, step in zip(own, steps, strict=True)]
-    actions: list[Action] = [action for plan in plans for action in plan.urgent]
-    actions += guard("lost pods", lambda: [*_lost_pods(model, observed, now)], [])
-    if not conflicts.whole:
-        actions += guard("what all groups share", lambda: _shared(model, observed), [])
-    actions += kept
-    actions += [action for plan in plans for action in plan.upkeep]
-    groups = [one.group for one in facts]
-    moving = guard(
-        "evacuations", lambda: evacuation.decide(model, observed, groups, conflicts.groups, now), NO_EVACUATION
-    )
-    budget = guard("evictions", lambda: disruption.decide(model, observed, groups, moving, settings), NO_DISRUPTION)
-    actions += (*budget.actions, *moving.moves) if not conflicts.whole else ()
-    if not conflicts.whole:
-        actions += guard("groups beyond replicas", lambda: [*upkeep.scale_down(model, observed, excess)], [])
-    before = observed.status.surge
-    surging = guard(
-        "surge groups", lambda: _surge(model, own, revision, {*astray}, moving, before, excess, held), before
-    )
-    was = observed.status.runtime
-    runtime = guard("the runtime", lambda: _runtime(model, pinned, own, held, observed), was)
-    paused = model.intervention.paused
-    return Decision(
-        actions=() if paused else tuple(_once(actions)),
-        revision=revision,
-        groups=facts,
-        rollout=steps if revision else (),
-        excess=excess,
         conflicts=conflicts,
-        recoveries={plan.group: plan.recovery for plan in plans if plan.recovery and not paused},
-        disruption=budget,
-        evacuation=moving,
-        bugs=tuple(guard.bugs),
-        surge=before if paused else surging,
+        facts=facts,
+        own=own,
+        excess=excess_groups(model, observed),
         pinned=pinned,
-        runtime=was if paused else runtime,
-        rollback=pinning.rollback(model, observed.status.rollback),
-        pin=commit_pin.pin(model, revision, own, observed.status.model),
+        commit=commit,
+        astray=astray,
+        held=held,
+        steps=_rollout(model, own, revision, astray, held),
     )
+
+
+def _plans(known: _Known, kept: Sequence[Action]) -> list[GroupPlan]:
+    source = known.model.source
+    planner = GroupPlanner(
+        model=known.model,
+        observed=known.observed,
+        revision=known.revision,
+        templates=known.pinned.history if known.pinned else {},
+        needs=tuple(action.target for action in kept if isinstance(action, Apply)),
+        settings=known.settings,
+        now=known.now,
+        guard=known.guard,
+        commit="" if isinstance(source, HuggingFace) and source.is_fixed else known.commit,
+    )
+    return [planner.plan(one, step) for one, step in zip(known.own, known.steps, strict=True)]
+
+
+def _actions(
+    known: _Known, plans: Sequence[GroupPlan], kept: Sequence[Action], moves: Sequence[Action]
+) -> Iterator[Action]:
+    """In the order of how pressing they are. `kept` are about templates, `moves` about evictions."""
+    model, observed, guard = known.model, known.observed, known.guard
+    for plan in plans:
+        yield from plan.urgent
+    yield from guard("lost pods", lambda: [*_lost_pods(model, observed, known.now)], NOTHING)
+    if not known.conflicts.whole:
+        yield from guard("what all groups share", lambda: _shared(model, observed), NOTHING)
+    yield from kept
+    for plan in plans:
+        yield from plan.upkeep
+    if not known.conflicts.whole:
+        yield from moves
+        yield from guard("groups beyond replicas", lambda: [*upkeep.scale_down(model, observed, known.excess)], NOTHING)
 
 
 def _facts(group: Group, observed: Observed, model: Model, now: float, guard: Guard) -> GroupFacts:
@@ -152,25 +215,17 @@ def _unplaced(own: Sequence[GroupFacts], revision: str) -> set[int]:
     return {one.group.index for one in own if unplaced(one.last.waiting, revision)}
 
 
-def _surge(
-    model: Model,
-    own: Sequence[GroupFacts],
-    revision: str,
-    astray: Collection[int],
-    moving: Evacuation,
-    known: Sequence[SurgeGroup],
-    excess: Sequence[Group],
-    held: Collection[int],
-) -> tuple[SurgeGroup, ...]:
+def _surge(known: _Known, moving: Evacuation) -> tuple[SurgeGroup, ...]:
     """Those that there are stay, while nobody knows what pods are to be."""
+    model, before, revision = known.model, known.observed.status.surge, known.revision
     if not revision:
-        return tuple(known)
-    groups = [one.group for one in own]
-    left = {*held, *_unplaced(own, revision), *model.intervention.fenced}
+        return before
+    groups = [one.group for one in known.own]
+    left = {*known.held, *_unplaced(known.own, revision), *model.intervention.fenced}
     asked = [one for one in groups if one.index < model.replicas and one.index not in left]
-    needs = [surge.of_rollout(model.rollout.max_surge, asked, revision, astray), moving.need]
+    needs = [surge.of_rollout(model.rollout.max_surge, asked, revision, known.astray), moving.need]
     ready = {one.index for one in groups if one.ready}
-    return surge.plan(model.replicas, known, needs, ready, {one.index for one in excess})
+    return surge.plan(model.replicas, before, needs, ready, {one.index for one in known.excess})
 
 
 def _once(actions: Iterable[Action]) -> Iterator[Action]:
@@ -189,10 +244,6 @@ def _pinned(model: Model, observed: Observed, settings: Settings) -> Pinned | No
     return pinning.pin(model, observed.token, observed, settings)
 
 
-def _revisions(model: Model, observed: Observed, pinned: Pinned | None, groups: Sequence[Group]) -> list[Action]:
-    return [*pinning.upkeep(model, observed, pinned, groups)] if pinned else []
-
-
 def _held(model: Model, own: Sequence[GroupFacts], pinned: Pinned) -> dict[int, str]:
     """The revisions of groups below the partition that are to have another than the newest: the one that they have, or
     had; and those that are new get the others'."""
@@ -207,12 +258,11 @@ def _held(model: Model, own: Sequence[GroupFacts], pinned: Pinned) -> dict[int, 
     return {index: revision for index, revision in found.items() if revision != pinned.current.revision}
 
 
-def _runtime(
-    model: Model, pinned: Pinned | None, own: Sequence[GroupFacts], held: Collection[int], observed: Observed
-) -> Runtime:
-    if pinned is None:
-        return observed.status.runtime
-    return pinning.runtime(model, pinned, [one.group for one in own if one.group.index not in held], observed)
+def _runtime(known: _Known) -> Runtime:
+    if known.pinned is None:
+        return known.observed.status.runtime
+    groups = [one.group for one in known.own if one.group.index not in known.held]
+    return pinning.runtime(known.model, known.pinned, groups, known.observed)
 
 
 def _shared(model: Model, observed: Observed) -> list[Action]:
