@@ -167,8 +167,8 @@ def little_shared_memory(megabytes: float) -> tuple[str, ...]:
     ("megabytes", "words", "cached"),
     [
         (2, "/dev/shm has no room for the exchange of 2 ranks: it takes 4.0 MiB, and 2 MiB are left", 0),
-        (6, "8.0 MiB are kept for the ranks' exchange, and 6 MiB are left", 0),
-        (10, "8.0 MiB are kept for the ranks' exchange, and 10 MiB are left", 0),
+        (6, "12.0 MiB are kept for the ranks' exchange, and 6 MiB are left", 0),
+        (14, "12.0 MiB are kept for the ranks' exchange, and 14 MiB are left", 0),
         (64, "the weight cache takes", 2),
     ],
 )
