@@ -57,7 +57,7 @@ class Place:
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True,
             text=True, check=True,
         ).stdout  # fmt: skip
-        needed = ("operator/", "runtime/", "charts/", "requirements/", "dev/")
+        needed = ("operator/", "runtime/", "charts/", "requirements/", "dev/", "docs/troubleshooting.md")
         for name in filter(None, listed.split("\0")):
             if (name.startswith(needed) or "/" not in name) and (ROOT / name).is_file():
                 (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
