@@ -31,6 +31,7 @@ VALUES: Final[dict[str, Any]] = {
 CHART: Final = render(VALUES)
 FAULTS: Final = "lockstep_operator_recoveries_total"  # of models that had one
 ABSENT: Final = "absent("
+SAVINGS: Final = ("_healed_faults", "_kept_requests", "_paused_seconds", "_avoided_restart_seconds")
 # Only an operator with `watchNamespaces` has it: see test_namespaces.py.
 ELSEWHERE: Final = "lockstep_operator_namespace_served"
 
@@ -115,11 +116,11 @@ def lacking(server: Prometheus, well: Model, faulty: Model) -> list[str]:
         f"{model.namespace}: {name}: {filled(expression, model)}"
         for model in (well, faulty)
         for name, expression in panels().items()
-        if (FAULTS not in expression or model is faulty) and not of(server, expression, model)
+        if (model is faulty or not counts_faults(expression)) and not of(server, expression, model)
     ]
     for name, expression in alerts().items():
         series = server.ask(expression)
-        wanted = [faulty] if FAULTS in expression else [well, faulty]
+        wanted = [faulty] if counts_faults(expression) else [well, faulty]
         about = {(one["metric"].get("namespace"), one["metric"]["model"]) for one in series if "model" in one["metric"]}
         if ABSENT in expression:
             found += [f"{name} fires, while the operator is scraped"] if series else []
@@ -128,6 +129,11 @@ def lacking(server: Prometheus, well: Model, faulty: Model) -> list[str]:
         elif about:  # else it is about the operator
             found += [f"{model.namespace}: {name}" for model in wanted if (model.namespace, model.name) not in about]
     return found
+
+
+def counts_faults(expression: str) -> bool:
+    """Whether it has no series before the first: of the group's own count, or of what healing was worth."""
+    return any(name in expression for name in (FAULTS, *SAVINGS))
 
 
 def of(server: Prometheus, expression: str, model: Model) -> list[float]:
