@@ -44,10 +44,11 @@ class Served:
     def grant(self, namespace: str) -> None:
         """What the chart makes for a watched namespace."""
         for made in render({"watchNamespaces": [namespace]}):
+            if made["kind"] not in ("Role", "RoleBinding") or made["metadata"]["namespace"] != namespace:
+                continue  # the operator's own, for its Lease, is the deployed one's
             if made["kind"] == "RoleBinding":
                 made["subjects"] = [{"kind": "User", "name": self._user, "apiGroup": "rbac.authorization.k8s.io"}]
-            if made["kind"] in ("Role", "RoleBinding"):
-                kubectl.apply(made)
+            kubectl.apply(made)
 
     def model(self, namespace: str) -> Model:
         """It asks for no pods: what it is told must be understood, nothing more."""
