@@ -10,7 +10,7 @@ from typing import Final
 
 import pytest
 from tests.support.architectures import write_random, write_words
-from tests.support.chaos import STREAM_SECONDS, Arena, Cell, survive
+from tests.support.chaos import STREAM_SECONDS, Arena, Cell, as_parameters, survive
 from tests.support.serve import Served
 from tests.support.stream import Stream
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
@@ -58,14 +58,6 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
     arena.close()
 
 
-@pytest.mark.parametrize(
-    "cell",
-    [
-        pytest.param(
-            cell, id=cell.name, marks=[pytest.mark.third] if (cell.kind, cell.phase, cell.rank) in THIRD else []
-        )
-        for cell in CELLS
-    ],
-)
+@pytest.mark.parametrize("cell", as_parameters(CELLS, lambda cell: (cell.kind, cell.phase, cell.rank) in THIRD))
 def test_requests_in_flight_outlive(cell: Cell, hybrid: Arena) -> None:
     survive(hybrid, cell)

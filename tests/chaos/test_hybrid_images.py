@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import pytest
-from tests.support.chaos import STREAM_SECONDS, Arena, Cell, survive
+from tests.support.chaos import STREAM_SECONDS, Arena, Cell, as_parameters, survive
 from tests.support.serve import Served
 from tests.support.stream import ChatStream, Stream
 from tests.support.vision import data_uri, encoded, picture
@@ -68,14 +68,6 @@ def eyes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
     arena.close()
 
 
-@pytest.mark.parametrize(
-    "cell",
-    [
-        pytest.param(
-            cell, id=cell.name, marks=[pytest.mark.third] if (cell.kind, cell.phase, cell.rank) in THIRD else []
-        )
-        for cell in CELLS
-    ],
-)
+@pytest.mark.parametrize("cell", as_parameters(CELLS, lambda cell: (cell.kind, cell.phase, cell.rank) in THIRD))
 def test_an_image_and_a_tool_call_outlive(cell: Cell, eyes: Arena) -> None:
     survive(eyes, cell)

@@ -8,15 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from tests.support.chaos import Arena, Cell, cells, is_in_third, survive
+from tests.support.chaos import Arena, Cell, as_parameters, cells, is_in_third, survive
 
 
-@pytest.mark.parametrize(
-    "cell",
-    [
-        pytest.param(cell, id=cell.name, marks=[pytest.mark.third] if is_in_third(cell) else [])
-        for cell in sorted(cells(), key=lambda cell: cell.size)
-    ],
-)
+@pytest.mark.parametrize("cell", as_parameters(sorted(cells(), key=lambda cell: cell.size), is_in_third))
 def test_requests_in_flight_outlive(cell: Cell, arena: Callable[[int], Arena]) -> None:
     survive(arena(cell.size), cell)

@@ -7,8 +7,8 @@ from random import Random
 
 import pytest
 from tests.support.kube_evictions import evict, incomplete
-from tests.support.kube_fake import Killed, is_ready
-from tests.support.kube_world import SETTINGS, World
+from tests.support.kube_fake import is_ready
+from tests.support.kube_world import SETTINGS, KilledAtWrite, World
 
 from lockstep_operator.cluster.client import KubeError
 from lockstep_operator.decisions.disruption import BUDGET
@@ -176,21 +176,11 @@ async def test_an_operator_that_is_killed_at_any_write_moves_it_all_the_same() -
         for number in range(0, 60, 3):
             world = made(number)
             key = await on_one_node(world)
-            countdown = [number]
-
-            def die(verb: str, kind: str, name: str, countdown: list[int] = countdown) -> None:
-                countdown[0] -= 1
-                if countdown[0] == -1:
-                    raise Killed
-
-            if when == "before":
-                world.kube.before_write = die
-            else:
-                world.kube.after_write = die
+            killed = KilledAtWrite(world.kube, when, number)
             world.kube.cordoned = {"a"}
             assert await moves(world, key) == (1, 2), (when, number)
             assert nodes(world) == {"b"}
-            if countdown[0] >= 0:
+            if not killed.happened:
                 break  # there are no more writes
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from tests.sim.test_operator_convergence import quiet
-from tests.support.kube_fake import Killed, revision_of
-from tests.support.kube_world import World
+from tests.support.kube_fake import revision_of
+from tests.support.kube_world import KilledAtWrite, World
 
 from lockstep_operator.types.names import ROLLBACK_ANNOTATION, UPDATE_ANNOTATION, ModelKey
 from lockstep_operator.types.timestamps import format_rfc3339
@@ -156,24 +156,15 @@ async def test_an_operator_that_is_killed_at_any_write_of_an_update_replaces_eac
     for number in range(80):
         world = World(random=Random(number))
         (key,) = await served(world, "chat")
-        before, countdown, images = pods(world, key), [number], iter(["runtime:3", "runtime:4"])
-
-        def die(verb: str, kind: str, name: str, countdown: list[int] = countdown) -> None:
-            countdown[0] -= 1
-            if countdown[0] == -1:
-                raise Killed
-
+        before, images = pods(world, key), iter(["runtime:3", "runtime:4"])
         world.upgrade(runtime_image="runtime:2")
         ask_for_update(world, key)
-        if number % 2:
-            world.kube.before_write = die
-        else:
-            world.kube.after_write = die
+        killed = KilledAtWrite(world.kube, "before" if number % 2 else "after", number)
         uids: set[str] = set()
         for _ in range(60):
-            alive = countdown[0]
+            alive = not killed.happened
             await world.reconcile(key)
-            if alive >= 0 > countdown[0] and "runtime:2" in str(world.kube.of_kind("ControllerRevision")):
+            if alive and killed.happened and "runtime:2" in str(world.kube.of_kind("ControllerRevision")):
                 world.upgrade(runtime_image=next(images))  # the next operator is of another version still
             uids |= pods(world, key).keys()
             if steps := world.kube.steps(world.broken):
@@ -183,7 +174,7 @@ async def test_an_operator_that_is_killed_at_any_write_of_an_update_replaces_eac
         uids |= pods(world, key).keys()
         assert len(uids - before.keys()) == 2, number
         assert len(set(pods(world, key).values())) == 1
-        if countdown[0] >= 0:
+        if not killed.happened:
             return
     raise AssertionError("an update of one group has fewer writes than that")
 

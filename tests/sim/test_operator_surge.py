@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from random import Random
 
 import pytest
-from tests.support.kube_fake import Killed, is_ready, revision_of
-from tests.support.kube_world import World
+from tests.support.kube_fake import is_ready, revision_of
+from tests.support.kube_world import KilledAtWrite, World
 
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import Object
@@ -73,24 +73,14 @@ async def test_an_operator_that_is_killed_at_any_write_makes_no_second_surge_gro
     for when, number in kills():
         world = World(random=Random(number))
         key = await served(world, maxSurge=1, maxUnavailable=0)
-        countdown = [number]
-
-        def die(verb: str, kind: str, name: str, countdown: list[int] = countdown) -> None:
-            countdown[0] -= 1
-            if countdown[0] == -1:
-                raise Killed
-
-        if when == "before":
-            world.kube.before_write = die
-        else:
-            world.kube.after_write = die
+        killed = KilledAtWrite(world.kube, when, number)
         world.edit(key, dtype="float32")
         seen = await steps(world, key)
         made = {name for verb, kind, name in world.kube.writes if kind == "StatefulSet"}
         assert made <= {"chat-0", "chat-1"}, (when, number)
         assert min(serve for _, serve, _ in seen) == 1, (when, number)
         assert groups(world) == {"chat-0"}
-        if countdown[0] >= 0:
+        if not killed.happened:
             return  # later writes there are none
     raise AssertionError("a rollout of one group has fewer writes than that")
 

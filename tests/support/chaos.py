@@ -6,11 +6,12 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import pytest
 from tests.support.faults import inject
 from tests.support.serve import AS_JSON, TINY_CHAT, Served, is_running, served
 from tests.support.stream import Answer, Stream, answers, start
@@ -107,6 +108,11 @@ NAMES: Final = {
     Injection.CLOSE_BUS: frozenset({Fault.RANK_LOST}),
 }
 PHASES: Final = (FaultPhase.DECODE, FaultPhase.PREFILL, FaultPhase.IDLE, FaultPhase.JOINING, FaultPhase.LOADING)
+
+
+def as_parameters(cells: Iterable[Cell], in_third: Callable[[Cell], bool]) -> list[object]:
+    """Of a test; those of `make test`'s third are marked."""
+    return [pytest.param(cell, id=cell.name, marks=[pytest.mark.third] if in_third(cell) else []) for cell in cells]
 
 
 def cells() -> list[Cell]:

@@ -61,6 +61,27 @@ def well(key: ModelKey, group: int, incarnation: str, revision: str, size: int =
     )  # fmt: skip
 
 
+class KilledAtWrite:
+    """The operator's process ends once: `when` is "before" or "after" its write of this number, from 0."""
+
+    def __init__(self, kube: FakeKube, when: str, number: int) -> None:
+        self._left = number
+        if when == "before":
+            kube.before_write = self._die
+        else:
+            kube.after_write = self._die
+
+    @property
+    def happened(self) -> bool:
+        """False: there were fewer writes."""
+        return self._left < 0
+
+    def _die(self, verb: str, kind: str, name: str) -> None:
+        self._left -= 1
+        if self._left == -1:
+            raise Killed
+
+
 class World:
     def __init__(self, operators: int = 1, random: Random | None = None, settings: Settings = SETTINGS) -> None:
         self.settings = settings  # of operators that start from now on
