@@ -20,7 +20,7 @@ import torch
 from tests.support.file_watch import accesses
 from tests.support.http import HTTP
 from tests.support.ports import free_port
-from tests.support.serve import TINY_CHAT, TOKEN, Served, is_running, served, threads_of, title_of
+from tests.support.serve import TINY_CHAT, TOKEN, Served, is_running, lasting_threads_of, served, threads_of, title_of
 from tests.support.stream import Stream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -264,12 +264,12 @@ def test_a_process_from_a_loaded_zygote_computes_in_as_many_threads_as_the_one_b
     with served(tmp_path, "--dtype", "float32", "--threads-per-rank", "2") as serve:
         serve.ready()
         answer = serve.complete(PROMPTS[4], ANSWER)
-        threads = threads_of(serve.pid_of("rank=0"))
+        threads = lasting_threads_of(serve.pid_of("rank=0"))
         assert threads > 2  # one computes, another listens to the engine
         os.kill(serve.pid_of("rank=0"), signal.SIGKILL)
         assert serve.complete(PROMPTS[4], ANSWER) == answer
         assert "rank 0 has a new process from its loaded zygote" in serve.log.read_text()
-        assert threads_of(serve.pid_of("rank=0")) == threads
+        assert lasting_threads_of(serve.pid_of("rank=0")) == threads
 
 
 def test_recycle_pods_only_says_that_it_is_poisoned(tmp_path: Path) -> None:

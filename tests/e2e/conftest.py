@@ -98,7 +98,7 @@ def served(api: ClusterApi, new_namespace: NewNamespace) -> Iterator[Model]:
 
 @pytest.fixture(scope="session")
 def at_rest(served: Model) -> Rest:
-    """The served model before any test has done anything to it: see test_quiet.py."""
+    """The served model before any test has done anything to it: see test_left_alone.py."""
     return Rest.of(served)
 
 

@@ -18,6 +18,7 @@ GOOD: Final = {
     "Poisoned": "False",
     "Reconciling": "False",
     "Stalled": "False",
+    "DisruptionsBounded": "True",
 }
 DURATION: Final = re.compile(r"^[0-9]+(\.[0-9]+)?(ms|s)$")
 
@@ -64,10 +65,9 @@ def test_kubectl_get_prints_the_state_in_one_line(served: Model) -> None:
     header, line = served.kubectl("get", "tpm").splitlines()
 
     assert re.split(r"\s{2,}", header.strip()) == [
-        "NAME", "READY", "RANKS", "STEP P50", "STEP P99", "RECOVERIES", "LAST FAULT", "AGE",
+        "NAME", "GROUPS", "READY", "AVAILABLE", "RANKS", "REASON", "RECOVERIES", "LAST FAULT", "AGE",
     ]  # fmt: skip
-    name, ready, ranks = line.split()[:3]
-    assert (name, ready, ranks) == ("tiny-chat", "True", "2/2")
+    assert line.split()[:6] == ["tiny-chat", "1/1", "True", "True", "2/2", "Ready"]
     assert "tiny-chat" in served.kubectl("get", "all"), "the category all shows models too"
 
 

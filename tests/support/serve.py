@@ -112,6 +112,19 @@ def threads_of(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/task").iterdir()))
 
 
+def lasting_threads_of(pid: int) -> int:
+    """How many threads it has for a second on end, without those that come and go."""
+    deadline = time.monotonic() + 30
+    seen, since = 0, time.monotonic()
+    while time.monotonic() - since < 1.0:
+        if time.monotonic() > deadline:
+            raise AssertionError(f"threads of process {pid} come and go for 30 s, now {seen}")
+        if (now := threads_of(pid)) != seen:
+            seen, since = now, time.monotonic()
+        time.sleep(0.02)
+    return seen
+
+
 def is_running(pid: int) -> bool:
     """A zombie is not."""
     try:

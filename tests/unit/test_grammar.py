@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -141,14 +142,14 @@ def checker() -> Iterator[GrammarChecker]:
         (Grammar(kind="json_schema", text="[" * 5000, end_ids=(END,)), "recursion limit"),
         (Grammar(kind="lark", text="nonsense", end_ids=(END,)), "Expected"),
         (of_schema({"type": "integer", "multipleOf": 999_983}), "too complex"),
-        (of_schema({"type": "object", "properties": {f"p{n}": {"type": "integer"} for n in range(2000)}}), "items"),
+        (of_schema({"properties": {f"p{n}": {"type": "integer"} for n in range(2000)}}), "items|too complex"),
         (of_schema({"allOf": [{"type": "string", "pattern": f"^.*[a-{c}]{{3}}.*$"} for c in "cdefghijklmnopq"]}), " "),
     ],
     ids=lambda value: value.text[:60] if isinstance(value, Grammar) else value,
 )  # fmt: skip
 def test_a_grammar_is_tried_within_bounds(checker: GrammarChecker, grammar: Grammar, words: str) -> None:
     verdict = checker.check(grammar)
-    assert words in verdict.error
+    assert re.search(words, verdict.error)
     assert bool(verdict.error) == bool(words)
     assert len(verdict.error) < 400
     began = time.monotonic()

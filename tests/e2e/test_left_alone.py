@@ -11,7 +11,7 @@ QUIET_SECONDS: Final = 60.0
 
 
 def test_nothing_is_written_when_nothing_changes(at_rest: Rest) -> None:
-    """The fixture began with the session's first test that leaves the served model alone, as all before this do.
+    """The fixture began with the session's first test of the served model. Those that ask it for tokens come later.
 
     Other models came and went meanwhile, and operators with them: a new one that finds all in order writes nothing.
     """
