@@ -42,6 +42,15 @@ def is_ready(pod: Object) -> bool:
     return any(one["type"] == "Ready" and one["status"] == "True" for one in pod["status"].get("conditions", []))
 
 
+def faults_told(model: Model) -> Object:
+    """All that says of a fault, of a repair or of what was spent on one."""
+    status = model.status()
+    groups = [(one.get("lastFaultID", 0), one.get("recovery")) for one in status["groups"]]
+    known = {name: status.get(name) for name in ("lastFault", "lastRecovery", "nodeFaults", "recoveries", "savings")}
+    events = [one["message"] for one in model.api.items("events", model.namespace) if "RankLost" in one["message"]]
+    return {**known, "groups": groups, "events": events}
+
+
 def whole_groups(model: Model) -> set[str]:
     """Those of which two pods are Ready and stay."""
     ready = [pod["metadata"]["labels"]["lockstep.dev/group"] for pod in model.pods() if is_ready(pod)]
@@ -49,6 +58,7 @@ def whole_groups(model: Model) -> set[str]:
 
 
 def test_evictions_take_one_group_at_a_time_and_all_of_it(pair: Model) -> None:
+    told_before = faults_told(pair)
     with Load(pair) as load:
         pair.until("an answer", lambda: load.answered > 0)
         before = {
@@ -68,6 +78,7 @@ def test_evictions_take_one_group_at_a_time_and_all_of_it(pair: Model) -> None:
     assert load.failures == [], "\n".join(load.failures)
     after = {pod["metadata"]["uid"] for pod in pair.pods() if pod["metadata"]["labels"]["lockstep.dev/group"] == "0"}
     assert not before & after
+    assert faults_told(pair) == told_before, "a pod that was drained is no fault of anybody's"
 
 
 def test_somebody_elses_budget_is_told_and_ours_gives_way(pair: Model) -> None:

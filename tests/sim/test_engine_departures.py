@@ -44,6 +44,8 @@ async def test_it_finishes_what_runs_before_the_pod_goes_and_takes_no_more_until
         assert await waiting == continuation((3,), 5), "what came nevertheless has waited"
         await live.ready()
         assert live.engine.status().accepting
+        told = live.engine.status()
+        assert (told.faults, told.recoveries) == ([], 0), "it was no fault"
         await live.until(lambda: live.readiness[1][-1].whole and live.readiness[1][-1].accepting, "so it is told")
 
 
@@ -58,6 +60,7 @@ async def test_what_outlasts_the_grace_goes_on_with_the_next_pod() -> None:
         live.ranks[1].misdeed = None
         await live.ranks[1].respawn(crashed=True)
         assert await running == continuation((1, 2), 20)
+        assert live.engine.status().faults == []
 
 
 async def test_a_group_that_does_not_serve_has_nothing_to_finish() -> None:
@@ -70,6 +73,21 @@ async def test_a_group_that_does_not_serve_has_nothing_to_finish() -> None:
         assert live.engine.status().accepting, "as after any loss of a rank"
         await live.ranks[1].respawn(crashed=True)
         assert await waiting == continuation((1, 2), 5)
+        assert len(live.engine.status().faults) == 1, "the rank was lost before anybody asked for its pod"
+
+
+async def test_the_next_pod_s_ranks_are_missed_like_any_others() -> None:
+    async with live_engine() as live:
+        await leave(live, 3600.0)
+        await live.until(lambda: released(live) == 1, "the pod may go")
+        await live.ranks[1].die()
+        await live.unsupervised(1)
+        live.supervise(1)
+        await live.ranks[1].respawn(crashed=True)
+        await live.ready()
+        assert live.engine.status().faults == []
+        await live.ranks[1].respawn(crashed=True)
+        await live.until(lambda: len(live.engine.status().faults) == 1, "this one's end is a fault")
 
 
 async def test_a_pod_that_came_back_before_anybody_missed_it_leaves_no_trace() -> None:

@@ -314,3 +314,36 @@ def test_while_pods_download_the_slowest_is_told() -> None:
     life.tell(events.RankDisconnected(1))
     life.loaded(0)
     assert slowest_download(life.group.handles) is None
+
+
+def test_a_pod_that_was_let_go_is_no_fault_and_its_successor_is_waited_for() -> None:
+    life = GroupLife()
+    life.serve()
+    spent = life.group.policy.respawns.left
+    life.done.clear()
+    life.tell(events.PodReleased(1))
+    life.exit(1, "exited with code 0")
+    life.tell(events.PodDisconnected(1))
+    text = "rank 1 (pid 11) has gone with its pod, which was asked to end"
+    assert [one.message for one in life.of(actions.ReportDeparture)] == [text]
+    life.left(0)
+    life.wait(3600.0)
+    assert stage(life) is Stage.GATHERING, "however long the cluster takes"
+    assert not life.of(actions.ReportFault)
+    assert life.group.policy.respawns.left == spent
+    life.pod(1, "another")
+    life.connect(1)
+    life.loaded(1)
+    life.proceed()
+    assert stage(life) is Stage.SERVING
+    life.exit(1)
+    assert [one.cause.rank for one in life.of(actions.ReportFault)] == [1], "that of the next pod is one"
+
+
+def test_a_pod_that_goes_while_the_group_is_formed_is_no_fault_either() -> None:
+    life = GroupLife()
+    life.gather()
+    life.tell(events.PodReleased(1))
+    life.exit_after_answering(1)
+    assert len(life.of(actions.ReportDeparture)) == 1
+    assert not life.of(actions.ReportFault)

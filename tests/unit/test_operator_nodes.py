@@ -92,6 +92,19 @@ def test_a_pod_that_did_not_outlive_the_fault_was_taken_away() -> None:
     assert held(look({}, repaired(), seen=placed(deleting=NOW + 5))) == {}
 
 
+def test_a_pod_whose_image_was_still_pulled_had_no_part_in_the_fault() -> None:
+    made = placed()
+
+    def begun(at: str, restarts: int) -> Group:
+        state = {"name": "lockstep", "restartCount": restarts, "state": {"running": {"startedAt": at}}}
+        raw = {"metadata": {}, "spec": {"nodeName": "node-2"}, "status": {"containerStatuses": [state]}}
+        return replace(made, pods=(made.pods[0], replace(made.pods[1], raw=raw)))
+
+    assert held(look({}, repaired(kind=Fault.RANK_LOST), seen=begun("2027-01-15T07:59:50Z", 0))) == {}
+    assert held(look({}, repaired(kind=Fault.RANK_LOST), seen=begun("2027-01-15T07:59:50Z", 1))) == {"node-2": 1}
+    assert held(look({}, repaired(kind=Fault.RANK_LOST), seen=begun("2027-01-15T07:50:00Z", 0))) == {"node-2": 1}
+
+
 def test_memory_that_the_pod_may_not_use_is_no_fault_of_the_node() -> None:
     killed = {"terminated": {"reason": "OOMKilled", "exitCode": 137, "finishedAt": "2027-01-15T07:59:31Z"}}
     made = placed()

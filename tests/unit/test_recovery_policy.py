@@ -49,6 +49,8 @@ def test_hearsay_alone_blames_nobody() -> None:
 
 
 def test_the_gravest_is_the_cause_and_all_messages_are_kept() -> None:
+    planned = replace(LOST, rank=2, planned=True)
+    assert diagnose([planned, LOST]).rank == 1, "a loss that nobody asked for comes first"
     cause = diagnose([FAILED, LOST])
     assert (cause.fault, cause.rank) == (Fault.RANK_LOST, 1)
     assert cause.message == "rank 1 was killed by SIGKILL; rank 2: out of memory"
@@ -178,6 +180,7 @@ def test_recycle_pods_takes_no_rung() -> None:
 
 def test_a_lost_process_is_held_less_against_a_request_than_a_failed_step() -> None:
     assert [blame_points(one) for one in (LOST, FAILED, HUNG)] == [1, 2, 2]
+    assert blame_points(replace(LOST, planned=True)) == 0
     assert blame_points(Evidence(Fault.HANG, 1, "stopped by SIGSTOP", stragglers=(1,), outside=True)) == 1
 
 

@@ -45,8 +45,15 @@ def _pod(one: GroupAssessment, repair: Repair) -> Pod | None:
         return None
     index = next((rank.pod_index for rank in one.status.ranks if rank.rank == repair.rank), None)
     pod = next((pod for pod in one.group.pods if pod.index == index), None)
-    outlived = pod is not None and pod.deleting is None and pod.created < repair.noticed and bool(pod.node)
-    return pod if outlived else None
+    if pod is None or pod.deleting is not None or pod.created >= repair.noticed or not pod.node:
+        return None
+    return pod if _ran(pod, repair.noticed) else None
+
+
+def _ran(pod: Pod, at: float) -> bool:
+    """A rank may be missed for as long as its pod's image is pulled. What was restarted since has run before."""
+    restarted = any(one.get("restartCount") for one in pod.containers)
+    return restarted or pod.started is None or pod.started < at
 
 
 def _short_of_memory(one: GroupAssessment, repair: Repair) -> bool:

@@ -113,6 +113,14 @@ class ReportFault:
 
 
 @dataclass(frozen=True, slots=True)
+class ReportDeparture:
+    """The group waits for a pod's successor; that is no fault."""
+
+    message: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class NameCulprit:
     """The open fault turns out to be this rank's, whose process was killed for it."""
 
@@ -166,6 +174,6 @@ class DeclarePoisoned:
 
 Action = (
     BeginEpoch | SendAbort | CloseConnection | Kill | Ask | AllocateCaches | RunStep | Accuse | ProcessesChanged
-    | Resume | ReportFault | NameCulprit | RefineFault | AttributeNaN | PhaseOver | Log | StatusChanged
-    | DeclarePoisoned
+    | Resume | ReportFault | ReportDeparture | NameCulprit | RefineFault | AttributeNaN | PhaseOver | Log
+    | StatusChanged | DeclarePoisoned
 )  # fmt: skip

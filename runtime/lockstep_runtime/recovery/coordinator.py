@@ -98,6 +98,8 @@ class Coordinator:
                     self._try_again(now)
             case events.PodDisconnected():
                 self._members.pod_disconnected(event.pod_index)
+            case events.PodReleased():
+                self._members.pod_released(event.pod_index)
             case events.CallDone():
                 self._on_done(event.answers, now)
             case events.GroupFault():
@@ -155,10 +157,12 @@ class Coordinator:
         handle.arrive(event.hello, self.epoch, now)
 
     def _miss(self, handle: RankHandle, how: str, now: float) -> None:
+        if handle.is_released:
+            how = "has gone with its pod, which was asked to end"
         text = self._members.left(handle, how, now)
         self._do(actions.Log(text, rank=handle.rank))
         if not self.is_apart:
-            self._accuse(Evidence(Fault.RANK_LOST, handle.rank, text), now)
+            self._accuse(Evidence(Fault.RANK_LOST, handle.rank, text, planned=handle.is_released), now)
 
     def _accuse(self, evidence: Evidence, now: float) -> None:
         if self.stage is Stage.WAITING:  # for nothing that could fail
@@ -215,12 +219,21 @@ class Coordinator:
             self._failures += 1
         self._decide(fault, now, reload=cause.fault is not Fault.HANG or not was_serving)
 
+    def _depart(self, cause: Evidence, now: float) -> None:
+        """A pod has left that was let go: nothing is recorded, charged or killed, and its successor is waited for."""
+        self._suspects = frozenset()
+        self._do(actions.ReportDeparture(cause.message, self.epoch))
+        self._enter(Stage.PAUSING, now, 0.0)
+
     def _fault(self, cause: Evidence, now: float) -> None:
         """One that no call has failed with."""
         self._failures += 1
         self._decide(events.GroupFault(cause, (cause,)), now, reload=True)
 
     def _decide(self, fault: events.GroupFault, now: float, *, reload: bool) -> None:
+        if fault.cause.planned:
+            self._depart(fault.cause, now)
+            return
         if invalidates_caches(fault.evidence):
             self._cache_ids = ()
         self._assembly.unverified |= requires_cache_check(fault.evidence)
@@ -352,7 +365,7 @@ class Coordinator:
         if self.stage is not Stage.ASSEMBLING:
             return
         if gone := next((one for one in self.handles if one.hello is None), None):  # since it answered
-            self._fault(Evidence(Fault.RANK_LOST, gone.rank, gone.message), now)
+            self._fault(Evidence(Fault.RANK_LOST, gone.rank, gone.message, planned=gone.is_released), now)
             return
         self._actions += self._assembly.answered(answers, now)
         self._due = self._assembly.retry_at

@@ -18,7 +18,7 @@ class Evidence:
 
     `secondary`: the rank only noticed that another one is gone. `stragglers`: ranks that block the others and don't
     answer. `outside`: not caused by a request. `waited`: seconds from the start to the detection, where known.
-    `final`: the group can't repair it by itself.
+    `final`: the group can't repair it by itself. `planned`: no fault; the rank's pod was asked to end and let go.
     """
 
     fault: Fault
@@ -29,6 +29,7 @@ class Evidence:
     outside: bool = False
     waited: float = 0.0
     final: bool = False
+    planned: bool = False
 
 
 _WEIGHT: Final = {
@@ -51,7 +52,7 @@ def diagnose(evidence: Sequence[Evidence]) -> Evidence:
     if not own:
         first = evidence[0]
         return Evidence(first.fault, None, first.message)
-    cause = max(own, key=lambda one: (one.final, _WEIGHT[one.fault]))  # the first of the gravest
+    cause = max(own, key=lambda one: (one.final, _WEIGHT[one.fault], not one.planned))  # the first of the gravest
     others = [one.message for one in own if one is not cause and one.message not in cause.message]
     return replace(cause, message="; ".join([cause.message, *others]))
 

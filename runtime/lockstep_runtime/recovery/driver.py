@@ -32,6 +32,7 @@ from lockstep_runtime.recovery.actions import (
     PhaseOver,
     ProcessesChanged,
     RefineFault,
+    ReportDeparture,
     ReportFault,
     Resume,
     RunStep,
@@ -50,6 +51,7 @@ from lockstep_runtime.recovery.events import (
     ModelRead,
     PodConnected,
     PodDisconnected,
+    PodReleased,
     RankConnected,
     RankDisconnected,
     RankExited,
@@ -273,6 +275,7 @@ class GroupDriver:
         if self.draining:
             return  # its rank is needed until the running requests are done; `release` follows
         logger.info("pod %d is released", pod_index)
+        self._handle(PodReleased(pod_index))
         if supervisor := self.supervisors.get(pod_index):
             supervisor.send(bus.Release())
 
@@ -322,6 +325,9 @@ class GroupDriver:
             case RefineFault():
                 self._rpc.refine(action.before, action.message)
                 self.faults.refine(action.before, action.message)
+            case ReportDeparture():
+                self.serving.clear()
+                self._recorder.record(action, self.coordinator.epoch)
             case ReportFault():
                 self.serving.clear()
                 self._recorder.report(action)

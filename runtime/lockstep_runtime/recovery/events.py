@@ -64,6 +64,13 @@ class PodDisconnected:
 
 
 @dataclass(frozen=True, slots=True)
+class PodReleased:
+    """It was asked to end, and may: its ranks' losses are no faults."""
+
+    pod_index: int
+
+
+@dataclass(frozen=True, slots=True)
 class CallDone:
     """Every rank that was asked has answered."""
 
@@ -92,5 +99,5 @@ class ModelRead:
 
 Event = (
     RankConnected | RankDisconnected | RankReported | RankExited | RankStopped | PodConnected | PodDisconnected
-    | CallDone | GroupFault | ModelRead
+    | PodReleased | CallDone | GroupFault | ModelRead
 )  # fmt: skip

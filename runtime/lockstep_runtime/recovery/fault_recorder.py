@@ -8,7 +8,16 @@ import time
 from lockstep_runtime import log
 from lockstep_runtime.protocol.status import Fault
 from lockstep_runtime.recovery import log_trail
-from lockstep_runtime.recovery.actions import Action, AttributeNaN, Log, NameCulprit, PhaseOver, ReportFault, Resume
+from lockstep_runtime.recovery.actions import (
+    Action,
+    AttributeNaN,
+    Log,
+    NameCulprit,
+    PhaseOver,
+    ReportDeparture,
+    ReportFault,
+    Resume,
+)
 from lockstep_runtime.recovery.diagnosis import Evidence
 from lockstep_runtime.recovery.fault_log import FaultLog
 from lockstep_runtime.recovery.log_trail import TrailPhase
@@ -34,6 +43,9 @@ class FaultRecorder:
             case PhaseOver():
                 self._faults.phase(action.phase, action.seconds)
                 self._log_phase(action.phase, epoch, action.seconds, action.message)
+            case ReportDeparture():
+                message = f"{action.message}; the group waits for the next pod"
+                logger.info("%s", message, extra=log.fields(epoch=action.epoch))
             case Log() if action.phase:
                 log_trail.write(
                     logger, logging.WARNING, action.phase, action.message,

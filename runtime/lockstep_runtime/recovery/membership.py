@@ -57,6 +57,11 @@ class Membership:
     def pod_disconnected(self, pod_index: int) -> None:
         self._pods.pop(pod_index, None)
 
+    def pod_released(self, pod_index: int) -> None:
+        for handle in self.handles:
+            if handle.pod_index == pod_index:
+                handle.is_released = True
+
     def left(self, handle: RankHandle, how: str, now: float) -> str:
         """The connection of the rank's process is closed; returns a sentence."""
         text = f"rank {handle.rank} (pid {handle.hello.pid if handle.hello else 0}) {how}"

@@ -158,5 +158,7 @@ def requires_cache_check(evidence: Sequence[Evidence]) -> bool:
 
 
 def blame_points(cause: Evidence) -> int:
-    """Fault points for the sequences of the step: a lost process is rarely caused by them."""
+    """Fault points for the sequences of the step: a lost process is rarely caused by them, the end of its pod never."""
+    if cause.planned:
+        return 0
     return 1 if cause.outside or cause.fault in _NOT_BY_A_STEP else 2

@@ -44,6 +44,7 @@ class RankHandle:
     being_killed: str = ""  # an incarnation
     killed_at: float = 0.0
     ended: str = ""  # the incarnation whose end is known
+    is_released: bool = False  # its pod was asked to end and may; until a process of the next pod is there
     left_at: float | None = None  # when its connection was lost
     loss: str = ""  # what was said then
     arrived_epoch: int = -1
@@ -62,6 +63,8 @@ class RankHandle:
             self.respawns += 1
             self.latency = LatencyWindow()
             self.load_done = self.load_total = 0
+        if self.is_released and hello.incarnation != self.last_incarnation:
+            self.is_released, self.furthest_at = False, now  # it is waited for from here on
         self.last_incarnation = hello.incarnation
         self.hello = hello
         self.left_at, self.heard_at = None, now
@@ -158,12 +161,14 @@ class RankHandle:
         return self.heard_at + seconds if loading and self.being_killed != self.last_incarnation else None
 
     def absent_due(self, seconds: float, begun: float) -> float | None:
-        """It is out of reach. `begun`: since when the group waits."""
-        return max(begun, self.left_at or begun) + seconds if self.hello is None else None
+        """It is out of reach. `begun`: since when the group waits. When the successor of a pod that was let go comes is
+        the cluster's affair."""
+        is_missed = self.hello is None and not self.is_released
+        return max(begun, self.left_at or begun) + seconds if is_missed else None
 
     def stuck_due(self, seconds: float) -> float | None:
         """No process of it has come further than one did before."""
-        return self.furthest_at + seconds if self.loaded is None else None
+        return self.furthest_at + seconds if self.loaded is None and not self.is_released else None
 
     def status(self) -> RankStatus:
         hello = self.hello
