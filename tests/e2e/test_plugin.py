@@ -75,6 +75,9 @@ def test_plan_tells_what_a_change_would_do_and_changes_nothing(model: Model) -> 
     assert "spec.dtype: float32 -> bfloat16 (restarts groups)" in said
     seconds = model.status()["groups"][0]["startSeconds"]
     assert f"about {seconds:.0f} s, as their last start took; meanwhile NO GROUP SERVES" in said
+    canary = file_of(model, dtype="bfloat16", rollout={"partition": 1})
+    code, said = lockstep(model, "plan", "-f", "-", stdin=canary)
+    assert (code, "group 0 is below rollout.partition" in said, "is replaced" in said) == (0, True, False), said
     assert model.read()["metadata"]["generation"] == before
 
 

@@ -19,11 +19,13 @@ from lockstep_operator.plugin import cli, cluster_report, top
 from lockstep_operator.plugin.advice import advice
 from lockstep_operator.plugin.asking import Answer, Probe, allows_faults, samples
 from lockstep_operator.plugin.gameday import Blow, blows, copied, difference, gameday, judge
-from lockstep_operator.plugin.plan import Plan, plan, pod_manifest, text, understood, with_kept
 from lockstep_operator.plugin.session import PluginError, Session
 from lockstep_operator.plugin.shadow import GAMEDAY_LABEL, shadow
 from lockstep_operator.plugin.status import detail, overview, report
-from lockstep_operator.types.names import KIND, ModelKey
+from lockstep_operator.types.names import (
+    KIND,
+    ModelKey,
+)
 from lockstep_operator.types.observed import GroupReport, Object
 from lockstep_operator.types.reasons import Reason
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, Latency
@@ -100,111 +102,6 @@ def test_what_troubleshooting_says_to_do_is_what_the_plugin_says() -> None:
     assert [reason for reason in reasons if not advice(reason)] == []
     assert [fault for fault in Fault if not advice(fault)] == []
     assert "](" not in advice(Reason.LOADING)
-
-
-# --- plan ------------------------------------------------------------------------------------------------------------
-
-
-async def planned(world: World, key: ModelKey, **spec: Any) -> Plan:
-    before = live(world, key)
-    wanted = {**before, "spec": {name: item for name, item in {**before["spec"], **spec}.items() if item is not None}}
-    objects = [{**one, "kind": kind} for kind in ("StatefulSet", "Pod") for one in world.kube.of_kind(kind)]
-    return plan(before, wanted, objects)
-
-
-async def test_a_change_of_the_pods_replaces_groups_in_the_operators_order() -> None:
-    world, key = await serving(replicas=3)
-    found = await planned(world, key, engine={"maxSequences": 32})
-    assert [(one.path, one.after, one.restarts) for one in found.changes] == [("spec.engine.maxSequences", 32, True)]
-    assert found.turns == [[2], [1], [0]]
-    assert "turn 1: group 2 is replaced" in text(found)
-    assert "meanwhile 2 of 3 groups serve" in text(found)
-    replaced: list[str] = []
-    world.edit(key, engine={"maxSequences": 32})
-    world.kube.after_write = lambda verb, kind, name: (
-        replaced.append(name) if (verb, kind) == ("apply", "StatefulSet") else None
-    )
-    await world.settle(key)
-    assert replaced == ["chat-2", "chat-1", "chat-0"], "what the operator then does"
-
-
-async def test_several_at_a_time_when_the_spec_allows_it() -> None:
-    world, key = await serving(replicas=3)
-    found = await planned(world, key, rollout={"maxUnavailable": 2}, dtype="bfloat16")
-    assert [sorted(turn) for turn in found.turns] == [[1, 2], [0]]
-    assert {one.path: one.restarts for one in found.changes} == {
-        "spec.dtype": True,
-        "spec.rollout.maxUnavailable": False,
-    }
-
-
-async def test_surge_groups_stand_in_where_the_spec_has_them() -> None:
-    world, key = await serving()
-    found = await planned(world, key, rollout={"maxSurge": 1, "maxUnavailable": 0}, dtype="bfloat16")
-    assert (found.turns, found.surge) == ([[0]], [1])
-    assert "group 1 is made first" in text(found)
-    assert "meanwhile 1 of 1 groups serve" in text(found)
-
-
-async def test_what_restarts_nothing_is_said_to_restart_nothing() -> None:
-    world, key = await serving(replicas=2)
-    found = await planned(world, key, recovery={"mode": "Observe"}, progressDeadline="5m")
-    assert not found.turns
-    assert all(not one.restarts for one in found.changes)
-    assert text(await planned(world, key)) == "chat: nothing changes"
-
-
-async def test_scaling_creates_and_removes_groups_and_replaces_none() -> None:
-    world, key = await serving(replicas=2)
-    more = await planned(world, key, replicas=4)
-    assert (list(more.created), list(more.removed), list(more.turns)) == ([2, 3], [], [])
-    fewer = await planned(world, key, replicas=1)
-    assert (list(fewer.created), list(fewer.removed), list(fewer.turns)) == ([], [1], [])
-
-
-async def test_an_only_group_that_is_replaced_is_an_outage_of_its_measured_start() -> None:
-    world, key = await serving()
-    live(world, key)["status"]["groups"][0]["startSeconds"] = 41.0
-    words = text(await planned(world, key, dtype="bfloat16"))
-    assert "about 41 s, as their last start took; meanwhile NO GROUP SERVES" in words
-
-
-async def test_a_new_model_creates_its_groups() -> None:
-    world, key = await serving(replicas=2)
-    found = plan(None, live(world, key), [])
-    assert list(found.created) == [0, 1]
-    assert text(found) == "chat: groups 0, 1 are created"
-
-
-async def test_a_flaw_that_the_api_server_takes_is_told() -> None:
-    world, key = await serving()
-    found = await planned(world, key, template={"spec": {"containers": [{"name": "lockstep", "env": {"A": "b"}}]}})
-    assert found.flaw
-    assert "the operator would keep the pods as they are" in text(found)
-
-
-async def test_the_pod_that_is_tried_has_the_image_of_those_that_run() -> None:
-    world, key = await serving()
-    objects = [{**one, "kind": "StatefulSet"} for one in world.kube.of_kind("StatefulSet")]
-    tried = pod_manifest(understood(live(world, key)), objects)
-    assert tried["spec"]["containers"][0]["image"] == objects[0]["spec"]["template"]["spec"]["containers"][0]["image"]
-    assert tried["spec"]["serviceAccountName"] == "default"
-
-
-def test_an_autoscalers_replicas_stay_where_the_file_has_none() -> None:
-    file: Object = {"metadata": {"name": "chat"}, "spec": {"dtype": "auto"}}
-    before: Object = {"metadata": {"annotations": {"a": "b"}}, "spec": {"replicas": 5, "dtype": "float32"}}
-    kept = with_kept(file, before)
-    assert kept["spec"] == {"replicas": 5, "dtype": "auto"}
-    assert kept["metadata"]["annotations"] == {"a": "b"}
-    assert with_kept({**file, "spec": {"replicas": 1}}, before)["spec"]["replicas"] == 1
-    assert with_kept(file, None) == file
-
-
-def test_a_hub_that_only_the_operator_knows_is_no_flaw() -> None:
-    hub = {"huggingFace": {"repo": "a/b", "source": "corp"}}
-    metadata = {"name": "chat", "namespace": "team", "uid": "u"}
-    assert understood({"metadata": metadata, "spec": {"model": hub, "tensorParallelSize": 1}}).flaw == ""
 
 
 # --- top, inject, report ---------------------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ class Pinned:
 
 def pin(model: Model, token: str, observed: Observed, settings: Settings) -> Pinned:
     """The model's template must have no flaw."""
-    history = _history(model, observed)
-    newest = max(history.values(), key=lambda one: one.number, default=None)
+    kept = history(model, observed)
+    newest = newest_of(kept)
     fresh = rendered(model, settings)
     if newest is None:
         first = _kept(model, token, fresh, Kept(revision="", number=0, shape="", requested=None, rendering={}))
@@ -49,14 +49,14 @@ def pin(model: Model, token: str, observed: Observed, settings: Settings) -> Pin
     current = _kept(model, token, fresh if moves else own, newest)
     asked = rollback(model, observed.status.rollback)
     back = asked is not None and asked.shape == model.shape
-    lost = model.rollback_to if back and model.rollback_to not in history else ""
+    lost = model.rollback_to if back and model.rollback_to not in kept else ""
     if back and not lost:
-        older = history[model.rollback_to]
+        older = kept[model.rollback_to]
         again = with_requests(older.rendering, model)
         current = replace(older, revision=manifests.revision(model, token, again), rendering=again)
     return Pinned(
         current=current,
-        history={**history, current.revision: current},
+        history={**kept, current.revision: current},
         outdated=current.rendering != fresh,
         rolled_back=back and not lost,
         lost=lost,
@@ -88,10 +88,15 @@ def upkeep(model: Model, observed: Observed, pinned: Pinned, groups: Collection[
             yield Delete("ControllerRevision", name, uid, f"ControllerRevision {name} is older than those to be kept")
 
 
-def _history(model: Model, observed: Observed) -> dict[str, Kept]:
+def history(model: Model, observed: Observed) -> dict[str, Kept]:
+    """What is kept, by revision."""
     children = [child for (kind, _), child in observed.children.items() if kind == "ControllerRevision"]
     found = [_read(child) for child in children if is_ours(model, child)]
     return {one.revision: one for one in found}
+
+
+def newest_of(kept: Mapping[str, Kept]) -> Kept | None:
+    return max(kept.values(), key=lambda one: one.number, default=None)
 
 
 def _read(child: Object) -> Kept:

@@ -133,7 +133,7 @@ async def _planned(session: Session, manifest: Object) -> bool:
     except KubeError as error:
         click.echo(f"{name}: the API server refuses it: {error.message}")
         return False
-    kinds = ("StatefulSet", "Pod") if live else ()
+    kinds = ("StatefulSet", "Pod", "ControllerRevision") if live else ()
     lists = [await session.kube.find(kind, namespace, labels=selector(name)) for kind in kinds]
     objects = [item for items in lists for item in items]
     found = plan.plan(live, wanted, objects)

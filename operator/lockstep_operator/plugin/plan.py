@@ -1,34 +1,28 @@
 """`kubectl lockstep plan`: what applying a file would do to a model that serves (pure).
 
-The operator's own functions decide: what shapes a pod, and whose turn it is in a rollout.
+The operator's own planner decides: what pods are made from, and whose turn it is in a rollout.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
-from lockstep_operator.decisions import manifests, rollout, surge
-from lockstep_operator.decisions.pod_template import pod_template, rendered
-from lockstep_operator.decisions.rollout import RolloutStep
-from lockstep_operator.groups.group import Group, groups_of
+from lockstep_operator.decisions.pod_template import pod_template
+from lockstep_operator.plugin.foresight import Course, World
 from lockstep_operator.settings import HUGGING_FACE, ModelSource, Settings
 from lockstep_operator.types import spec
 from lockstep_operator.types.model_status import parse
-from lockstep_operator.types.names import CONTAINER, REVISION_LABEL
-from lockstep_operator.types.observed import Object, Observed, parse_pod
+from lockstep_operator.types.names import CONTAINER, GROUP, PAUSED_ANNOTATION, ROLLBACK_ANNOTATION
+from lockstep_operator.types.observed import Object
 from lockstep_operator.types.spec import Model
 from lockstep_operator.types.spec_values import SpecError
-
-_NEW: Final = "planned"  # a revision that no pod has
-_ANY: Final = Settings(runtime_image="lockstep/runtime")  # shapes the pods before and after alike
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """One field of the spec. `restarts`: whether it alone would replace the groups' pods."""
+    """One field of the spec, or an annotation. `restarts`: whether it alone would replace the groups' pods."""
 
     path: str
     before: Any
@@ -38,8 +32,8 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """`turns`: groups that are replaced together, in order; `surge` groups stand in for them. `seconds`: how long each
-    group's last start took, as far as that is measured."""
+    """`turns`: groups that are replaced together, in order; `surge` groups stand in for them, `held` ones wait for the
+    partition to be lowered. `seconds`: how long each group's last start took, as far as that is measured."""
 
     name: str
     changes: Sequence[Change]
@@ -49,6 +43,8 @@ class Plan:
     removed: Sequence[int] = ()
     replicas: int = 0
     seconds: Mapping[int, float]
+    held: Sequence[int] = ()
+    notes: Sequence[str] = ()
     flaw: str = ""  # what the operator would refuse, though the API server takes it
 
 
@@ -71,7 +67,8 @@ def with_kept(manifest: Mapping[str, Any], live: Mapping[str, Any] | None) -> Ob
 
 
 def plan(live: Object | None, wanted: Object, objects: Sequence[Object]) -> Plan:
-    """`wanted` is the model as the API server would store it, `objects` are the live one's StatefulSets and pods.
+    """`wanted` is the model as the API server would store it, `objects` are the live one's StatefulSets, pods and
+    ControllerRevisions.
     Raises SpecError."""
     model = understood(wanted)
     name = model.name
@@ -79,29 +76,23 @@ def plan(live: Object | None, wanted: Object, objects: Sequence[Object]) -> Plan
         return Plan(
             name=name, changes=(), created=range(model.replicas), replicas=model.replicas, seconds={}, flaw=model.flaw
         )
-    before = understood(live)
-    groups = groups_of(before, observed(live, objects))
-    restarts = _revision(model) not in ("", _revision(before))
-    kept = [group for group in groups if group.index < model.replicas and group.exists]
-    standing_in = _standing_in(kept, model) if restarts else []
+    world = World(live, understood(live), objects)
+    course = Course() if model.flaw else world.course(model)
     return Plan(
         name=name,
-        changes=[*_changes(live, wanted)],
-        turns=_turns(kept, model, standing_in) if restarts else (),
-        surge=[group.index for group in standing_in],
-        created=[index for index in range(model.replicas) if index not in {group.index for group in kept}],
-        removed=[group.index for group in groups if group.exists and group.index >= model.replicas],
+        changes=[*_changes(live, wanted, world)],
+        turns=course.turns,
+        surge=course.surge,
+        created=course.created,
+        removed=course.removed,
+        held=course.held,
         replicas=model.replicas,
         seconds=start_seconds(live),
         flaw=model.flaw,
+        notes=[]
+        if model.flaw
+        else [*_notes(understood(live), model, world, parse(live.get("status")).runtime.outdated)],
     )
-
-
-def observed(live: Object, objects: Sequence[Object]) -> Observed:
-    """What a pass of the operator would see, without the token."""
-    children = {(one["kind"], one["metadata"]["name"]): one for one in objects if one["kind"] == "StatefulSet"}
-    pods = tuple(pod for one in objects if one["kind"] == "Pod" and (pod := parse_pod(one)))
-    return Observed(status=parse(live.get("status")), resource_version="", token="", children=children, pods=pods)
 
 
 def start_seconds(live: Object) -> dict[int, float]:
@@ -113,7 +104,7 @@ def start_seconds(live: Object) -> dict[int, float]:
 def pod_manifest(model: Model, objects: Sequence[Object]) -> Object:
     """A pod of the model as a StatefulSet would make it, without the account that exists only once the model does. Its
     image is that of the live ones, if there are any."""
-    template = pod_template(model, 0, _NEW, Settings(runtime_image=_image(objects)))
+    template = pod_template(model, 0, "planned", Settings(runtime_image=_image(objects)))
     metadata = {**template["metadata"], "name": f"{model.name}-plan", "namespace": model.namespace}
     return {
         "apiVersion": "v1",
@@ -126,25 +117,54 @@ def pod_manifest(model: Model, objects: Sequence[Object]) -> Object:
 def _image(objects: Sequence[Object]) -> str:
     pods = [one["spec"]["template"]["spec"] for one in objects if one["kind"] == "StatefulSet"]
     images = [one["image"] for pod in pods for one in pod["containers"] if one["name"] == CONTAINER]
-    return images[0] if images else _ANY.runtime_image
+    return images[0] if images else "lockstep/runtime"
 
 
-def _revision(model: Model) -> str:
-    """Empty when its pods stay as they are, because nobody knows what they are to be."""
-    return "" if model.flaw else manifests.revision(model, "", rendered(model, _ANY))
+def _notes(before: Model, model: Model, world: World, outdated: bool) -> Iterator[str]:
+    """What the operator goes by beside the fields."""
+    pinned = world.pinned(model)
+    if model.intervention.paused:
+        yield f"nothing is done as long as it has the annotation {PAUSED_ANNOTATION}"
+    if pinned.lost:
+        yield f"revision {model.rollback_to}, which {ROLLBACK_ANNOTATION} asks for, isn't kept: pods follow the spec"
+    if pinned.rolled_back:
+        yield f"pods are those of revision {model.rollback_to} until the spec says something else of them"
+    if outdated and model.auto_update and not before.auto_update:
+        yield "its runtime is updated when it is this model's turn among all that update by themselves"
+    elif outdated and not pinned.outdated:
+        yield "the runtime is updated along with that, to the operator's"
 
 
-def _changes(live: Object, wanted: Object) -> Iterator[Change]:
-    """Each changed field, and whether it alone restarts the groups."""
-    base = _revision(understood(live))
-    for path in sorted(_paths(live["spec"], wanted["spec"])):
-        old, new = _at(live["spec"], path), _at(wanted["spec"], path)
+def _changes(live: Object, wanted: Object, world: World) -> Iterator[Change]:
+    """Each changed field or annotation of ours, and whether it alone restarts groups."""
+    before, after = _said(live), _said(wanted)
+    base = _revision(understood(live), world)
+    for path in sorted(_paths(before, after)):
+        old, new = _at(before, path), _at(after, path)
+        alone = _put(before, path, new)
         try:
-            alone = _revision(understood({**live, "spec": _put(live["spec"], path, new)}))
-            restarts = alone not in ("", base)
+            changed = _revision(understood(_with(live, alone)), world)
+            restarts = changed not in ("", base)
         except (SpecError, KeyError, TypeError, ValueError):  # it makes sense only with the other changes
             restarts = True
-        yield Change(path=f"spec.{'.'.join(path)}", before=old, after=new, restarts=restarts)
+        yield Change(path=".".join(path), before=old, after=new, restarts=restarts)
+
+
+def _revision(model: Model, world: World) -> str:
+    """Empty when its pods stay as they are, because nobody knows what they are to be."""
+    return "" if model.flaw else world.pinned(model).current.revision
+
+
+def _said(resource: Object) -> Object:
+    """What the operator goes by."""
+    annotations = resource["metadata"].get("annotations") or {}
+    ours = {name: text for name, text in annotations.items() if name.startswith(f"{GROUP}/")}
+    return {"metadata": {"annotations": ours}, "spec": resource["spec"]}
+
+
+def _with(resource: Object, said: Object) -> Object:
+    annotations = (said.get("metadata") or {}).get("annotations") or {}
+    return {**resource, "metadata": {**resource["metadata"], "annotations": annotations}, "spec": said["spec"]}
 
 
 def _paths(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -173,36 +193,6 @@ def _put(value: Any, path: Sequence[str], new: Any) -> Any:
     return kept if inner is None else {**kept, name: inner}
 
 
-def _turns(groups: Sequence[Group], model: Model, standing_in: Sequence[Group]) -> list[list[int]]:
-    """Whose turn it is after whose, when every group becomes Ready in its own."""
-    turns: list[list[int]] = []
-    left, beyond = [*groups], [group.index for group in standing_in]
-    while True:
-        decisions = rollout.plan([*left, *standing_in], _NEW, model.rollout.max_unavailable, surge=beyond)
-        turn = [one.group for one in decisions if one.step is RolloutStep.REPLACE]
-        if not turn:
-            return turns
-        turns.append(turn)
-        left = [_replaced(group) if group.index in turn else group for group in left]
-
-
-def _standing_in(groups: Sequence[Group], model: Model) -> list[Group]:
-    """The surge groups that the operator makes first."""
-    need = surge.of_rollout(model.rollout.max_surge, groups, _NEW)
-    return [
-        _replaced(dataclasses.replace(groups[0], index=one.group)) for one in surge.plan(model.replicas, (), [need])
-    ]
-
-
-def _replaced(group: Group) -> Group:
-    workload = {**(group.workload or {"metadata": {}}), "spec": {"replicas": group.wanted, "template": _TEMPLATE}}
-    pods = tuple(dataclasses.replace(pod, revision=_NEW, ready=True, deleting=None) for pod in group.pods)
-    return dataclasses.replace(group, workload=workload, pods=pods)
-
-
-_TEMPLATE: Final = {"metadata": {"labels": {REVISION_LABEL: _NEW}}}
-
-
 def text(found: Plan) -> str:
     """For people."""
     if not (found.changes or found.turns or found.created or found.removed or found.flaw):
@@ -216,6 +206,10 @@ def _what(found: Plan) -> Iterator[str]:
     for change in found.changes:
         effect = "restarts groups" if change.restarts else "no restart"
         yield f"{found.name}: {change.path}: {_short(change.before)} -> {_short(change.after)} ({effect})"
+    for note in found.notes:
+        yield f"{found.name}: {note}"
+    if found.held and found.changes:
+        yield f"{found.name}: {_groups(found.held)} below rollout.partition: no other pods until that is lowered"
     if found.created:
         yield f"{found.name}: {_groups(found.created)} created"
     if found.removed:
