@@ -34,6 +34,7 @@ from lockstep_operator.groups.status_poller import StatusPoller
 from lockstep_operator.leadership import Leadership
 from lockstep_operator.live import site
 from lockstep_operator.live.board import Board
+from lockstep_operator.live.passing_on import Leader
 from lockstep_operator.reconcile import ReconcileOutcome, Reconciler
 from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.settings import Settings, read_settings
@@ -62,7 +63,8 @@ async def run(settings: Settings, identity: str) -> None:
     api_client = await connect()
     leadership = None
     if settings.lease and settings.operator_namespace:
-        leadership = Leadership(Candidate(settings.operator_namespace, settings.lease, identity))
+        candidate = Candidate(settings.operator_namespace, settings.lease, identity, page=settings.live_url)
+        leadership = Leadership(candidate)
 
     def unready() -> str:
         if leadership and not leadership.leads():
@@ -92,8 +94,8 @@ async def _live_page(board: Board, settings: Settings, leadership: Leadership | 
         return None
     local = settings.live_page == "Local"
 
-    def elsewhere() -> str:
-        return "" if leadership is None or leadership.leads() else leadership.leader
+    def elsewhere() -> Leader | None:
+        return None if leadership is None or leadership.leads() else Leader(leadership.leader, leadership.page)
 
     try:
         return await site.serve(

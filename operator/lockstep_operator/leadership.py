@@ -46,6 +46,11 @@ class Leadership:
     def leader(self) -> str:
         return self._election.leader if self._election else "nobody"
 
+    @property
+    def page(self) -> str:
+        """Where the leader's live page is reached; empty if nowhere."""
+        return self._election.page if self._election else ""
+
     async def won(self) -> None:
         """Wait until this process leads. Raises what the election failed by."""
         self._thread.start()

@@ -51,6 +51,7 @@ class Settings:
     port: int = 8080
     live_page: str = "Local"  # whom it is served to
     live_port: int = 8081
+    live_host: str | None = None  # an address of ours, where other operators reach it
     concurrency: int = 8
     update_concurrency: int = 1  # models whose runtime is updated by itself at the same time
     resync_seconds: float = 60.0
@@ -58,6 +59,13 @@ class Settings:
     log_level: str = "info"
     log_format: str = "text"
     tracing_endpoint: str | None = None  # of the collector that the rank pods send traces to
+
+    @property
+    def live_url(self) -> str:
+        """Of the live page, for other operators; empty if they can't reach it."""
+        if self.live_page != "Cluster" or not self.live_host:
+            return ""
+        return f"http://{f'[{self.live_host}]' if ':' in self.live_host else self.live_host}:{self.live_port}"
 
 
 _COUNT: Final = click.IntRange(min=1)
@@ -150,6 +158,7 @@ _CONTEXT: Final = {"auto_envvar_prefix": "LOCKSTEP", "show_default": True}
 @_option("--port", default=8080, type=_COUNT, help="Of /metrics, /healthz and /readyz.")
 @_option("--live-page", default="Local", type=click.Choice(LIVE_PAGES), help="Served to whom.")
 @_option("--live-port", default=8081, type=_COUNT, help="Of the live page.")
+@_option("--live-host", help="This pod's address: an operator that stands by passes readers of the page on to it.")
 @_option("--concurrency", default=8, type=_COUNT, help="Models reconciled at the same time.")
 @_option("--update-concurrency", default=1, type=_COUNT, help="Models with runtime.update Auto updated at a time.")
 @_option("--resync-seconds", default=60.0, type=click.FloatRange(min=0, min_open=True), help="Between two passes.")

@@ -265,6 +265,10 @@ def test_the_live_page_leaves_its_pod_only_when_asked_to() -> None:
     assert service["metadata"]["name"].endswith("-live")
     assert (service["spec"]["type"], service["metadata"]["annotations"]) == ("ClusterIP", {"auth": "yes"})
     assert [(port["port"], port["targetPort"]) for port in service["spec"]["ports"]] == [(80, "live")]
+    hosts = [
+        entry["valueFrom"] for entry in container({"livePage": asked})["env"] if entry["name"] == "LOCKSTEP_LIVE_HOST"
+    ]
+    assert hosts == [{"fieldRef": {"fieldPath": "status.podIP"}}], "an operator that stands by passes readers on"
     opened = {port["name"]: port["containerPort"] for port in container({"livePage": asked})["ports"]}
     assert opened == {"http": 8080, "live": Settings(runtime_image="any").live_port}
     assert one(manifests, "NetworkPolicy")["spec"]["ingress"][0]["ports"] == [closed, closed | {"port": "live"}]

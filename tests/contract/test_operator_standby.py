@@ -26,7 +26,7 @@ LEASE: Final = ("Lease", "system", "lockstep")
 
 class Operator:
     def __init__(self, name: str, kubeconfig: Path) -> None:
-        self.name, self.port = name, free_port()
+        self.name, self.port, self.live_port = name, free_port(), free_port()
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("LOCKSTEP_")},
             "KUBECONFIG": str(kubeconfig),
@@ -35,7 +35,9 @@ class Operator:
             "LOCKSTEP_RUNTIME_IMAGE": "runtime:1",
             "LOCKSTEP_LEASE": "lockstep",
             "LOCKSTEP_OPERATOR_NAMESPACE": "system",
-            "LOCKSTEP_LIVE_PAGE": "Off",
+            "LOCKSTEP_LIVE_PAGE": "Cluster",
+            "LOCKSTEP_LIVE_PORT": str(self.live_port),
+            "LOCKSTEP_LIVE_HOST": "127.0.0.1",
         }
         self.process: asyncio.subprocess.Process
 
@@ -50,6 +52,12 @@ class Operator:
                 return await answer.text() if answer.status == 200 else ""
         except aiohttp.ClientError:
             return ""
+
+    async def shows(self) -> str:
+        """The first that a reader of its live page is sent."""
+        url = f"http://127.0.0.1:{self.live_port}/feed"
+        async with aiohttp.ClientSession() as http, asyncio.timeout(SECONDS), http.get(url) as feed:
+            return (await feed.content.readuntil(b"\n\n")).decode()
 
     async def until(self, path: str, words: str) -> None:
         deadline = time.monotonic() + SECONDS
@@ -89,9 +97,12 @@ async def test_one_works_until_it_is_told_to_end_or_its_lease_is_taken(
         await first.until("/metrics", 'lockstep_operator_models{state="Ready"} 1.0')
         assert 'lockstep_operator_models{state="Ready"} 0.0' in await second.ask("/metrics")
         assert await second.ask("/healthz") == "ok\n"
+        assert '"ids":["team/chat"]' in await first.shows()
+        assert '"ids":["team/chat"]' in await second.shows(), "the live page of both is that of the one that works"
         assert await first.end(signal.SIGTERM) == 0
         await second.until("/metrics", "lockstep_operator_leader 1.0")
         await second.until("/metrics", 'lockstep_operator_models{state="Ready"} 1.0')
+        assert '"ids":["team/chat"]' in await second.shows()
         spec = kube.objects[LEASE]["spec"]
         assert (spec["holderIdentity"], spec["leaseTransitions"]) == ("second", 1)
 

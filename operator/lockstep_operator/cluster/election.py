@@ -37,6 +37,7 @@ class Candidate:
     namespace: str
     name: str  # of the Lease
     identity: str
+    page: str = ""  # where its live page is reached by another
 
 
 class Election:
@@ -65,6 +66,11 @@ class Election:
     def leader(self) -> str:
         """Who holds the Lease, as far as this process has seen."""
         return lease.holder_of(self._seen or {}) or "nobody"
+
+    @property
+    def page(self) -> str:
+        """Where the holder's live page is reached, as it told; empty if nowhere."""
+        return lease.page_of(self._seen or {})
 
     @property
     def problem(self) -> str:
@@ -126,10 +132,11 @@ class Election:
         seen = self._mine or await self._kube.get(LEASE, candidate.namespace, candidate.name)
         if seen is None:
             first = lease.new(candidate.namespace, candidate.name, candidate.identity, LEASE_SECONDS, wall)
-            return await self._kube.create(LEASE, first)
+            return await self._kube.create(LEASE, lease.with_page(first, candidate.page))
         if not self._may_be_taken(seen):
             return None
-        return await self._kube.replace(LEASE, lease.held(seen, candidate.identity, LEASE_SECONDS, wall))
+        mine = lease.held(seen, candidate.identity, LEASE_SECONDS, wall)
+        return await self._kube.replace(LEASE, lease.with_page(mine, candidate.page))
 
     def _next_look(self) -> float:
         """Seconds: not later than at the moment when another's Lease is over."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import Any, Final
 
 from lockstep_operator.cluster.client import RESOURCES
+from lockstep_operator.types.names import GROUP
 from lockstep_operator.types.observed import Object
 from lockstep_operator.types.timestamps import format_micro
 
 LEASE: Final = "Lease"
+PAGE_ANNOTATION: Final = f"{GROUP}/live-page"
 RELEASED_SECONDS: Final = 1  # of one that nobody holds: the field must be positive
 
 
@@ -31,6 +33,19 @@ def held(seen: Object, holder: str, seconds: int, now: float) -> Object:
 def released(seen: Object, now: float) -> Object:
     return {**seen, "spec": {**_spec_of(seen), "holderIdentity": "", "leaseDurationSeconds": RELEASED_SECONDS,
                              "renewTime": format_micro(now)}}  # fmt: skip
+
+
+def with_page(document: Object, page: str) -> Object:
+    """The holder tells where its live page is reached; without one, that nowhere."""
+    metadata = document["metadata"]
+    others = {name: text for name, text in (metadata.get("annotations") or {}).items() if name != PAGE_ANNOTATION}
+    return {**document, "metadata": {**metadata, "annotations": others | ({PAGE_ANNOTATION: page} if page else {})}}
+
+
+def page_of(document: Object) -> str:
+    """As its holder told; empty: nowhere."""
+    told = (document.get("metadata") or {}).get("annotations") or {}
+    return str(told.get(PAGE_ANNOTATION, "")) if holder_of(document) else ""
 
 
 def holder_of(document: Object) -> str:

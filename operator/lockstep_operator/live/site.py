@@ -16,6 +16,7 @@ import msgspec
 from aiohttp import web
 
 from lockstep_operator.live.board import Board
+from lockstep_operator.live.passing_on import Elsewhere, Leader
 from lockstep_operator.live.session import Session, read_view
 
 READERS: Final = 32  # pages open at the same time
@@ -41,13 +42,17 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def site(
-    board: Board, *, local: bool, elsewhere: Callable[[], str] = lambda: "", now: Callable[[], float] = time.time
+    board: Board,
+    *,
+    local: bool,
+    elsewhere: Callable[[], Leader | None] = lambda: None,
+    now: Callable[[], float] = time.time,
 ) -> web.Application:
     """`local`: only whoever is on this machine, or forwards a port to it, may look. A name that a foreign page has
     pointed to this address by DNS is refused then.
 
-    `elsewhere` names the operator that works, while this one stands by."""
-    readers = asyncio.Semaphore(READERS)
+    `elsewhere` names the operator that works, while this one stands by; readers are passed on to it."""
+    readers, others = asyncio.Semaphore(READERS), Elsewhere(_HEADERS)
 
     @web.middleware
     async def guard(request: web.Request, handler: _Handler) -> web.StreamResponse:
@@ -55,10 +60,7 @@ def site(
             text = "This page is served to localhost alone: forward a port to it, or set livePage.access to Cluster.\n"
             return web.Response(status=403, text=text, headers=_HEADERS)
         if leader := elsewhere():
-            text = (
-                f"This operator stands by and knows nothing of models. The one that works is {leader}: ask that pod.\n"
-            )
-            return web.Response(status=503, text=text, headers={**_HEADERS, "Retry-After": "2"})
+            return await others.answer(request, leader)
         return await handler(request)
 
     async def feed(request: web.Request) -> web.StreamResponse:
@@ -77,6 +79,7 @@ def site(
             return response
 
     app = web.Application(middlewares=[guard])
+    app.cleanup_ctx.append(others.opened)
     app.add_routes([web.get(path, _file(name)) for path, name in _FILES.items()])
     app.add_routes([web.get("/feed", feed)])
     return app
