@@ -46,7 +46,7 @@ from lockstep_operator.types.timestamps import parse_rfc3339
 
 DEFAULT_PROGRESS: Final = 600.0
 DEFAULT_HISTORY: Final = 3
-# What doesn't shape pods. What is not named here moves the runtime when it changes.
+# What doesn't shape pods. What is not named here moves the runtime when it changes: a test holds it against the pods.
 _SHAPELESS: Final = frozenset(
     {"replicas", "rollout", "progressDeadline", "runtime", "revisionHistoryLimit", "groupMetadata", "disruption"}
 )
