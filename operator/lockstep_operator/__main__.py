@@ -168,7 +168,7 @@ class Work:
 
         controller = Controller(queue, reconcile, self.metrics)
         census = Census(self.kube, indexes, self.namespaces.served)
-        nodes = NodeConditions(self.kube, reconciler.suspicion, time.time)
+        nodes = NodeConditions(self.kube, reconciler.suspicion, time.time, reconciler.knows_all)
         self.loops = asyncio.create_task(
             self._run(
                 controller.run(self.settings.concurrency),

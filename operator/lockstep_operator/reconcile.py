@@ -98,6 +98,7 @@ class Reconciler:
         self._turns = Turns(settings.update_concurrency, self._indexes)
         self._known: dict[ModelKey, _Known] = {}
         self._blamed: dict[ModelKey, tuple[NodeFaults, ...]] = {}  # as the models' status has it
+        self._looked_at: set[ModelKey] = set()
 
     async def reconcile(self, key: ModelKey) -> ReconcileOutcome:
         """One pass, at the end of which the status is written whatever failed in it. Raises KubeError when the API
@@ -107,6 +108,8 @@ class Reconciler:
         for source in self._sources(key, known, now):
             outcome = await self._pass(key, source, known)
             if outcome is not None:
+                if key in self._known:
+                    self._looked_at.add(key)
                 return outcome
         raise RuntimeError("a live pass does what there is to do")
 
@@ -173,6 +176,11 @@ class Reconciler:
         self._board.forget(key)
         self._known.pop(key, None)
         self._blamed.pop(key, None)
+        self._looked_at.discard(key)
+
+    def knows_all(self) -> bool:
+        """Whether there has been a pass for every model."""
+        return all(key in self._looked_at for key in self._indexes.models())
 
     def suspicion(self) -> dict[str, int]:
         """Faults that all models hold against nodes just now, by node."""

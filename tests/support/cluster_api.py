@@ -19,6 +19,7 @@ VERSION: Final = "v1alpha1"
 PREFIXES: Final = {
     "tensorparallelmodels": f"/apis/{GROUP}/{VERSION}",
     "pods": "/api/v1",
+    "nodes": "/api/v1",
     "services": "/api/v1",
     "secrets": "/api/v1",
     "serviceaccounts": "/api/v1",

@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 from prometheus_client import generate_latest
-from tests.support.kube_world import well
+from tests.support.kube_watch import KubeWatch
+from tests.support.kube_world import World, well
 from tests.support.operator_models import NOW, group, model, pass_of
 
 from lockstep_operator.cluster.client import KubeError
@@ -25,6 +26,7 @@ from lockstep_operator.decisions.node_suspicion import (
 )
 from lockstep_operator.decisions.recovery_policy import RecoveryInput, decide
 from lockstep_operator.groups.group import Group
+from lockstep_operator.reconcile import Reconciler
 from lockstep_operator.reporting.document import document
 from lockstep_operator.reporting.events import event_drafts, manifest
 from lockstep_operator.reporting.metrics import NAMED_NODES, Metrics
@@ -253,9 +255,27 @@ async def test_a_suspect_node_gets_its_condition_and_loses_it_and_nothing_is_ask
 async def test_an_operator_that_starts_takes_back_what_an_earlier_one_left_but_not_before_it_knows() -> None:
     nodes, now = Nodes("a"), [NOW]
     await NodeConditions(nodes, lambda: {"a": 2}, lambda: now[0]).look()
-    successor = NodeConditions(nodes, dict, lambda: now[0])
+    knows_all: list[bool] = []
+    successor = NodeConditions(nodes, dict, lambda: now[0], lambda: bool(knows_all))
     await successor.look()
     assert nodes.suspect() == {"a": "True"}
     now[0] += LEARNING_SECONDS + 1
     await successor.look()
+    assert nodes.suspect() == {"a": "True"}, "a model that was not looked at yet may hold faults against it"
+    knows_all.append(True)
+    await successor.look()
     assert nodes.suspect() == {"a": "False"}
+
+
+async def test_an_operator_knows_all_models_when_it_has_looked_at_each() -> None:
+    world = World()
+    keys, watch = [world.add("a"), world.add("b")], KubeWatch(world.kube)
+    reconciler = Reconciler(
+        world.kube, world.groups, world.settings, Metrics(), lambda: world.time, indexes=watch.indexes
+    )
+    watch.catch_up()
+    seen = []
+    for key in keys:
+        seen.append(reconciler.knows_all())
+        await reconciler.reconcile(key)
+    assert (seen, reconciler.knows_all()) == ([False, False], True)

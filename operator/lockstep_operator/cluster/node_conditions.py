@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 CONDITION: Final = "LockstepSuspect"
 LOOK_SECONDS: Final = 10.0
-LEARNING_SECONDS: Final = 120.0  # after a start: by then every model has been looked at
+LEARNING_SECONDS: Final = 30.0  # after a start, at least: by then there are models to look at
 _APPLY: Final = {"fieldManager": f"{FIELD_MANAGER}-nodes", "force": "true"}
 
 
@@ -35,9 +35,17 @@ class Requests(Protocol):
 class NodeConditions:
     """Writes only what differs from what it wrote last: at rest it makes no request."""
 
-    def __init__(self, kube: Requests, suspicion: Callable[[], Mapping[str, int]], now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        kube: Requests,
+        suspicion: Callable[[], Mapping[str, int]],
+        now: Callable[[], float],
+        knows_all: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`knows_all`: whether every model has been looked at since this operator began."""
         self._kube = kube
         self._suspicion = suspicion
+        self._knows_all = knows_all
         self._now = now
         self._began = now()
         self._known = False  # which nodes carry the condition
@@ -62,9 +70,10 @@ class NodeConditions:
         for node, count in wanted.items():
             if self._written.get(node) != count:
                 await self._write(node, count)
-        learning = self._now() - self._began < LEARNING_SECONDS
-        for node in [node for node in self._written if node not in wanted and not learning]:
-            await self._write(node, 0)
+        over = [node for node in self._written if node not in wanted]
+        if over and self._now() - self._began >= LEARNING_SECONDS and self._knows_all():
+            for node in over:
+                await self._write(node, 0)
 
     async def _write(self, node: str, count: int) -> None:
         body = {
