@@ -34,7 +34,7 @@ venv: $(VENV)/.installed ## the development environment in .venv
 requirements: $(UV) ## pin the requirements anew, with hashes
 	for extra in operator runtime; do \
 	  $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --extra $$extra \
-	    $$(test $$extra = operator || echo --extra tracing) pyproject.toml -o requirements/$$extra.txt; done
+	    --extra tracing pyproject.toml -o requirements/$$extra.txt; done
 	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --all-extras \
 	  pyproject.toml requirements/build.in -o requirements/dev.txt
 	for other in images/installer requirements/lm_eval; do \

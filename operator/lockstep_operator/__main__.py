@@ -19,7 +19,7 @@ from typing import Any, Final
 import kopf
 from aiohttp import web
 
-from lockstep_operator import handlers, server
+from lockstep_operator import handlers, server, tracing
 from lockstep_operator import log as logs
 from lockstep_operator.cluster import served_schema
 from lockstep_operator.cluster.census import Census
@@ -35,7 +35,7 @@ from lockstep_operator.leadership import Leadership
 from lockstep_operator.live import site
 from lockstep_operator.live.board import Board
 from lockstep_operator.live.passing_on import Leader
-from lockstep_operator.reconcile import ReconcileOutcome, Reconciler
+from lockstep_operator.reconcile import ReconcileOutcome, Reconciler, Tell, unheard
 from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.settings import Settings, read_settings
 from lockstep_operator.types.names import KIND, ModelKey
@@ -71,14 +71,15 @@ async def run(settings: Settings, identity: str) -> None:
             return leadership.problem
         return schema.problem if watching.is_set() else "models aren't watched yet"
 
-    board = Board()
+    board, traces = Board(), await tracing.begun(settings.tracing_endpoint, identity)
     http = await server.serve(server.application(metrics, unready), settings.port)
     live = await _live_page(board, settings, leadership)
     _heed_signals()
     try:
         async with _leading(leadership, metrics):
             kube = ApiServer(api_client, leadership.leads) if leadership else ApiServer(api_client)
-            work = Work(settings, kube, schema, metrics, Namespaces(settings.namespaces, kube, metrics), board)
+            namespaces = Namespaces(settings.namespaces, kube, metrics)
+            work = Work(settings, kube, schema, metrics, namespaces, board, traces.tell)
             while await _watch(work, watching):
                 log.info("other namespaces are to be watched")
     finally:
@@ -86,6 +87,7 @@ async def run(settings: Settings, identity: str) -> None:
         await http.cleanup()
         if live:
             await live.cleanup()
+        await traces.close()
 
 
 async def _live_page(board: Board, settings: Settings, leadership: Leadership | None) -> web.AppRunner | None:
@@ -138,6 +140,7 @@ class Work:
     metrics: Metrics
     namespaces: Namespaces
     board: Board = field(default_factory=Board)
+    tell: Tell = unheard
     ended: asyncio.Event = field(default_factory=asyncio.Event)  # the loops, by themselves or not
     loops: asyncio.Task[None] | None = None
 
@@ -155,6 +158,7 @@ class Work:
             schema=self.schema,
             indexes=indexes,
             board=self.board,
+            tell=self.tell,
         )
 
         async def reconcile(key: ModelKey) -> ReconcileOutcome:

@@ -7,7 +7,7 @@ it begins again with the API server's answers, and only such a pass writes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
@@ -30,6 +30,7 @@ from lockstep_operator.groups.status_poller import PollTarget as Leader
 from lockstep_operator.live.board import Board
 from lockstep_operator.reporting import document, events
 from lockstep_operator.reporting.metrics import Metrics
+from lockstep_operator.reporting.recovery_log import Repair
 from lockstep_operator.reporting.significance import worth_writing
 from lockstep_operator.reporting.transition import transition
 from lockstep_operator.settings import Settings
@@ -72,6 +73,13 @@ class _Known:
     unwritten: Mapping[str, Any] | None = None  # a status that the API server rejects in every form: recovery uses it
 
 
+Tell = Callable[[ModelKey, Sequence[Repair]], None]
+
+
+def unheard(key: ModelKey, repairs: Sequence[Repair]) -> None:
+    """Nobody wants to know of repairs."""
+
+
 class Reconciler:
     """Safe to run for several models at once, but not twice at the same time for one."""
 
@@ -85,7 +93,9 @@ class Reconciler:
         schema: ServedSchema | None = None,
         indexes: Indexes | None = None,
         board: Board | None = None,
+        tell: Tell = unheard,
     ) -> None:
+        """`tell` is told of every repair, once."""
         self._kube = kube
         self._groups = groups
         self._settings = settings
@@ -95,6 +105,7 @@ class Reconciler:
         self._writer = StatusWriter(kube, self._schema, metrics)
         self._indexes = indexes or Indexes()
         self._board = board or Board()
+        self._tell = tell
         self._turns = Turns(settings.update_concurrency, self._indexes)
         self._known: dict[ModelKey, _Known] = {}
         self._blamed: dict[ModelKey, tuple[NodeFaults, ...]] = {}  # as the models' status has it
@@ -255,6 +266,7 @@ class Reconciler:
         self._metrics.model(model.key, change.after)
         self._board.model(model.key, change.after, observed.reports)
         self._metrics.repaired(model.key, change.repairs)
+        self._tell(model.key, change.repairs)
         self._metrics.stepped(model.key, observed.reports)
         if applied.done:
             return ReconcileOutcome(requeue_after=0.0, wrote=True, failing=failing)

@@ -58,7 +58,7 @@ class Settings:
     node_conditions: bool = False  # suspect nodes get the condition LockstepSuspect
     log_level: str = "info"
     log_format: str = "text"
-    tracing_endpoint: str | None = None  # of the collector that the rank pods send traces to
+    tracing_endpoint: str | None = None  # of the collector that rank pods and the operator send traces to
 
     @property
     def live_url(self) -> str:
@@ -165,7 +165,7 @@ _CONTEXT: Final = {"auto_envvar_prefix": "LOCKSTEP", "show_default": True}
 @_option("--node-conditions", is_flag=True, help="Give suspect nodes the condition LockstepSuspect.")
 @_option("--log-level", default="info", type=click.Choice(LOG_LEVELS), help="Least severe level to log.")
 @_option("--log-format", default="text", type=click.Choice(LOG_FORMATS), help="The rank pods' logs', too.")
-@_option("--tracing-endpoint", help="Where rank pods send traces: http(s)://host:4318, OTLP over HTTP.")
+@_option("--tracing-endpoint", help="Where rank pods and the operator send traces: http(s)://host:4318.")
 @_option("--namespace", multiple=True, type=_Name(), envvar="LOCKSTEP_NAMESPACES", help="Serve only this one.")
 @click.option("--all-namespaces", is_flag=True, allow_from_autoenv=False, help="Whatever LOCKSTEP_NAMESPACES says.")
 @click.pass_context

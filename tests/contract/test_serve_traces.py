@@ -16,6 +16,7 @@ from tests.support.stream import start
 from tests.support.wait import until
 
 from lockstep_runtime.protocol.chaos import FaultPhase, Injection
+from lockstep_runtime.protocol.trace_ids import recovery_ids
 
 DOWN = "the collector of traces doesn't take them"
 UP = "the collector takes traces again"
@@ -160,6 +161,8 @@ def test_a_recovery_is_a_trace_to_which_the_requests_that_it_paused_are_linked(
     assert (said["lockstep.fault.type"], said["lockstep.fault.rank"]) == ("Hang", 1)
     assert (said["lockstep.recovery.rung"], said["lockstep.recovery.requests_resumed"]) == ("Respawn", 2)
     assert recovery.parent_span_id == b""
+    ids = int.from_bytes(recovery.trace_id), int.from_bytes(recovery.span_id)
+    assert ids == recovery_ids("local", 0, record), "who reads the record can link to the trace"
 
     assert [[link.trace_id for link in span.links] for span in paused] == [[recovery.trace_id]] * 2
     assert len({span.trace_id for span in [*before, *after, *paused, recovery]}) == 5

@@ -16,7 +16,7 @@ from lockstep_operator.decisions.recovery_policy import RecoveryDecision
 from lockstep_operator.reporting.document import document
 from lockstep_operator.reporting.events import EventDraft, event_drafts, manifest
 from lockstep_operator.reporting.metrics import Metrics
-from lockstep_operator.reporting.recovery_log import Repair
+from lockstep_operator.reporting.recovery_log import Repair, Step
 from lockstep_operator.reporting.transition import Transition
 from lockstep_operator.types.model_status import Condition, ModelStatus, parse
 from lockstep_operator.types.names import ModelKey
@@ -117,6 +117,9 @@ def test_a_step_of_the_operator_that_helped_is_one_recovery(closed: bool) -> Non
     )
     seen, status = look(poisoned, GroupReport(status=report), after)
     assert told(seen) == ["Recovered"]
+    [repair] = seen.repairs
+    assert repair.record == (report.faults[0] if closed else None)
+    assert (repair.steps[0], repair.steps[-1].end) == (Step("detect", NOW - 10, NOW - 8), NOW)
     assert (status["recoveries"], status["lastRecovery"]["rung"]) == (1, "RecyclePod")
     assert (status["lastRecovery"]["phases"]["detect"], status["lastRecovery"]["phases"]["recycle"]) == (2.0, 8.0)
     quiet, same = look(status, GroupReport(status=report), after)

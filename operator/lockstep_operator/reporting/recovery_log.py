@@ -15,7 +15,7 @@ from lockstep_operator.decisions.fault_detection import matches
 from lockstep_operator.reporting.assessment import GroupAssessment
 from lockstep_operator.types.model_status import GroupSummary, LastRecovery
 from lockstep_operator.types.observed import Pod
-from lockstep_operator.types.recovery_state import Rung
+from lockstep_operator.types.recovery_state import RecoveryAction, Rung
 from lockstep_runtime.protocol.status import FaultRecord, GroupStatus
 
 DROPPED: Final = "Drop"
@@ -32,9 +32,19 @@ class NewFault:
     pod: Pod | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A part of what the operator did. Times are unix seconds."""
+
+    name: str
+    start: float
+    end: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repair:
-    """A fault that a group was healed from. Times are unix seconds, phases seconds."""
+    """A fault that a group was healed from. Times are unix seconds, phases seconds. `steps`: of the operator's repair;
+    `record`: the group's own of the fault that it answered, where that outlived the repair."""
 
     group: int
     fault: str
@@ -45,6 +55,8 @@ class Repair:
     phases: Mapping[str, float] = field(default_factory=dict)
     resumed: int = 0
     counted: bool = True  # by the group itself
+    steps: tuple[Step, ...] = ()
+    record: FaultRecord | None = None
 
     @property
     def sentence(self) -> str:
@@ -101,7 +113,25 @@ def operator_repair(one: GroupAssessment, now: float) -> Repair | None:
         phases={**(closed.phases if closed else {}), **took},
         resumed=closed.requests_resumed if closed else 0,
         counted=closed is not None,
+        steps=steps_of(action, one.group.pods, now),
+        record=closed,
     )
+
+
+def steps_of(action: RecoveryAction, pods: Sequence[Pod], now: float) -> tuple[Step, ...]:
+    """`delete` ends when the new pods are made, `start` when their containers run, `load` when the group serves."""
+    new = [pod for pod in pods if pod.created >= math.floor(action.since)]
+    begun = [pod.started for pod in new if pod.started is not None]
+    ends = {
+        "detect": action.since,
+        "delete": max((pod.created for pod in new), default=action.since),
+        "start": max(begun, default=action.since),
+        "load": now,
+    }
+    steps, at = [], action.noticed
+    for name, end in ends.items():
+        steps.append(Step(name, at, at := min(max(at, end), max(at, now))))
+    return tuple(steps)
 
 
 def last_ids(last: GroupSummary, status: GroupStatus, now: float) -> tuple[int, int]:

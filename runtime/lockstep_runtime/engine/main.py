@@ -107,7 +107,7 @@ async def tracing(config: ServeConfig, engine: Engine) -> AsyncIterator[Traces |
         yield None
         return
     module = await asyncio.to_thread(importlib.import_module, "lockstep_runtime.tracing.traces")
-    traces: Traces = module.Traces(provider, lambda: engine.group.faults.records)
+    traces: Traces = module.Traces(provider, config.model_name, config.group, lambda: engine.group.faults.records)
     try:
         yield traces
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,8 +32,15 @@ class _Recovery:
 class Recoveries:
     """Remembers as many as there are records. What was repaired before this engine began is not its to tell."""
 
-    def __init__(self, tracer: Tracer, records: Callable[[], Sequence[FaultRecord]], now: Callable[[], float]) -> None:
-        self._tracer, self._records, self._now = tracer, records, now
+    def __init__(
+        self,
+        tracer: Tracer,
+        records: Callable[[], Sequence[FaultRecord]],
+        now: Callable[[], float],
+        ids_of: Callable[[FaultRecord], AbstractContextManager[None]] = lambda _: nullcontext(),
+    ) -> None:
+        """`ids_of`: while it is entered, a span gets the ids that this record's recovery is known by."""
+        self._tracer, self._records, self._now, self._ids_of = tracer, records, now, ids_of
         self._before = max((one.id for one in records() if one.recovered_at is not None), default=0)
         self._known: dict[int, _Recovery] = {}
 
@@ -71,9 +79,10 @@ class Recoveries:
             "lockstep.fault.id": record.id,
             "lockstep.epoch": record.epoch,
         }
-        return self._tracer.start_span(
-            f"recovery {record.fault}", Context(), attributes=attributes, start_time=_nanoseconds(_start(record))
-        )
+        with self._ids_of(record):
+            return self._tracer.start_span(
+                f"recovery {record.fault}", Context(), attributes=attributes, start_time=_nanoseconds(_start(record))
+            )
 
     def _end(self, known: _Recovery, record: FaultRecord) -> None:
         end = known.resumed

@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from opentelemetry.trace import SpanContext, SpanKind, TracerProvider
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.trace import SpanContext, SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 import lockstep_runtime
 from lockstep_runtime.protocol.status import FaultRecord
+from lockstep_runtime.protocol.trace_ids import recovery_ids
+from lockstep_runtime.tracing.chosen_ids import ChosenIds
 from lockstep_runtime.tracing.recoveries import Recoveries
 from lockstep_runtime.tracing.request import Attributes, RequestTrace
 
@@ -22,9 +25,14 @@ _CONTEXT: Final = TraceContextTextMapPropagator()
 class Traces:
     """Of one engine. `records` gives the faults that are on record, the oldest first."""
 
-    def __init__(self, provider: TracerProvider, records: Callable[[], Sequence[FaultRecord]]) -> None:
+    def __init__(
+        self, provider: TracerProvider, model: str, group: int, records: Callable[[], Sequence[FaultRecord]]
+    ) -> None:
+        provider.id_generator = ids = ChosenIds()
         self._tracer = provider.get_tracer("lockstep", lockstep_runtime.__version__)
-        self._recoveries = Recoveries(self._tracer, records, time.time)
+        self._recoveries = Recoveries(
+            self._tracer, records, time.time, lambda record: ids.chosen(recovery_ids(model, group, record))
+        )
         self._offset = time.time() - time.monotonic()
 
     async def run(self) -> None:
