@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import SpanContext, SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 import lockstep_runtime
 from lockstep_runtime.protocol.status import FaultRecord
 from lockstep_runtime.protocol.trace_ids import recovery_ids
-from lockstep_runtime.tracing.chosen_ids import ChosenIds
 from lockstep_runtime.tracing.recoveries import Recoveries
 from lockstep_runtime.tracing.request import Attributes, RequestTrace
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 LOOK_SECONDS: Final = 1.0
 _CONTEXT: Final = TraceContextTextMapPropagator()
@@ -28,6 +29,8 @@ class Traces:
     def __init__(
         self, provider: TracerProvider, model: str, group: int, records: Callable[[], Sequence[FaultRecord]]
     ) -> None:
+        from lockstep_runtime.tracing.chosen_ids import ChosenIds  # needs the extra `tracing`, as the provider does
+
         provider.id_generator = ids = ChosenIds()
         self._tracer = provider.get_tracer("lockstep", lockstep_runtime.__version__)
         self._recoveries = Recoveries(
