@@ -27,8 +27,14 @@ $(VENV)/.installed: $(UV) requirements/dev.txt pyproject.toml
 	$(UV) pip install --quiet --python $(PY) --no-deps --no-build-isolation -e .
 	touch $@
 
+# A kernel of CPUs is compiled again when its source changes.
+NATIVE := runtime/lockstep_runtime/layers/native
+$(VENV)/.compiled: $(VENV)/.installed $(wildcard $(NATIVE)/*.c $(NATIVE)/*.h) $(NATIVE)/library.py
+	$(PY) -m lockstep_runtime.layers.native.library
+	touch $@
+
 .PHONY: venv
-venv: $(VENV)/.installed ## the development environment in .venv
+venv: $(VENV)/.compiled ## the development environment in .venv
 
 .PHONY: requirements
 requirements: $(UV) ## pin the requirements anew, with hashes

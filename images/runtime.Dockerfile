@@ -32,8 +32,8 @@ RUN --mount=type=bind,source=images/installer.txt,target=/tmp/installer.txt \
     && /tmp/installer/bin/uv pip install --python /opt/lockstep --compile-bytecode --require-hashes -r /tmp/requirements.txt \
     && find /opt/lockstep -name '*.a' -delete && rm -rf /tmp/installer
 # NCCL loads the RDMA libraries when it meets InfiniBand or RoCE; without them it takes TCP, and says nothing. Triton
-# builds its bridge to the GPU's driver, which includes Python.h, when it is first used; without a C compiler attention
-# goes sequence by sequence.
+# builds its bridge to the GPU's driver, which includes Python.h, when it is first used, and the kernels of CPUs are
+# compiled below; without a C compiler attention goes sequence by sequence.
 RUN headers="$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
     && apt-get update --quiet=2 \
     && apt-get install --quiet=2 --yes --no-install-recommends libibverbs1 ibverbs-providers librdmacm1 gcc libc6-dev \
@@ -43,6 +43,7 @@ RUN headers="$(python3 -c 'import sysconfig; print(sysconfig.get_path("include")
     && echo '#include <Python.h>' | gcc -E -I "$headers" - > /dev/null
 # The same virtual environment, with nothing in it but the project.
 COPY --from=code /opt/lockstep /opt/lockstep
+RUN python -m lockstep_runtime.layers.native.library
 # A model of 3 MB, for `helm test` to break.
 COPY examples/tiny-chat /opt/lockstep/share/tiny-chat
 # The name spares libraries that ask for it a look into /etc/passwd, which knows no such user.

@@ -55,7 +55,9 @@ def inputs(name: str) -> list[Path]:
     single += ["pyproject.toml", "README.md", "LICENSE", ".dockerignore", "docs/troubleshooting.md"]
     models = ["examples/tiny-chat"] if name == "runtime" else []
     trees = [path for tree in ("operator", "runtime", *models) for path in (ROOT / tree).rglob("*")]
-    return [ROOT / path for path in single] + [path for path in trees if path.is_file() and path.suffix != ".pyc"]
+    return [ROOT / path for path in single] + [
+        path for path in trees if path.is_file() and path.suffix not in {".pyc", ".so"}
+    ]
 
 
 def _build_all(names: tuple[str, ...]) -> None:

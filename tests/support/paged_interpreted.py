@@ -14,7 +14,8 @@ from itertools import count
 
 import torch
 
-from lockstep_runtime.layers.attention import SequenceAttention, differs
+from lockstep_runtime.layers.attention import SequenceAttention
+from lockstep_runtime.layers.attention_choice import differs
 from lockstep_runtime.layers.cache import BLOCK_SIZE, LayerCache, PagedShape
 from lockstep_runtime.layers.paged_attention import PagedAttention
 from lockstep_runtime.protocol.step import SequenceSlice

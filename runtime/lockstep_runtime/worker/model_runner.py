@@ -19,7 +19,8 @@ from lockstep_runtime.distributed.communicator import Communicator
 from lockstep_runtime.distributed.join import choose_backend, exchange_reserve
 from lockstep_runtime.host.cgroup import cpus
 from lockstep_runtime.host.shm_files import cache_file
-from lockstep_runtime.layers.attention import Attention, choose_attention
+from lockstep_runtime.layers.attention import Attention
+from lockstep_runtime.layers.attention_choice import choose_attention
 from lockstep_runtime.layers.batch import BY_SEQUENCE, Batch, build_batch
 from lockstep_runtime.layers.cache import BLOCK_SIZE, CacheMemory, CacheSize, Footprint, KVCache, PagedShape
 from lockstep_runtime.layers.finite import is_finite

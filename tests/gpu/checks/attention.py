@@ -13,7 +13,8 @@ from tests.support.ranks import piece
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from lockstep_runtime.layers.attention import Attention, SequenceAttention, choose_attention
+from lockstep_runtime.layers.attention import Attention, SequenceAttention
+from lockstep_runtime.layers.attention_choice import choose_attention
 from lockstep_runtime.layers.cache import BLOCK_SIZE, LayerCache, PagedShape
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.layers.prefill_attention import Attend, Prefill, attend_flash, attend_masked, choose_prefill
