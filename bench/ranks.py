@@ -22,6 +22,7 @@ from lockstep_runtime.worker.model_runner import LoadReport, ModelRunner, StepOu
 
 RANKS: Final = 2
 BLOCKS: Final = 16  # of the KV cache, per sequence: its prompt and what is decoded
+GREEDY: Final = SamplingParams(temperature=0)
 T = TypeVar("T")
 
 
@@ -78,15 +79,17 @@ class Ranks:
         self._steps = 0
         self._states: dict[int, StateSlots] = {}  # by sequence, of the step before
 
-    def next_step(self, tokens: list[list[int]], position: int, first: int = 0) -> bus.Step:
-        """Greedy; each sequence goes on with its own tokens, all from the same position. `first`: of the sequences."""
+    def next_step(
+        self, tokens: list[list[int]], position: int, first: int = 0, params: SamplingParams = GREEDY
+    ) -> bus.Step:
+        """Each sequence goes on with its own tokens, all from the same position. `first`: of the sequences."""
         self._steps += 1
         return bus.Step(
             epoch=1,
             step=self._steps,
             sequences=[
                 SequenceSlice(
-                    sequence_id=index, position=position, tokens=feed, sample=SamplingParams(temperature=0),
+                    sequence_id=index, position=position, tokens=feed, sample=params,
                     blocks=list(range(index * self._blocks, (index + 1) * self._blocks)),
                     state=self._next_state(index, anew=position == 0),
                 )
