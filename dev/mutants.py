@@ -41,7 +41,7 @@ LEFT_OUT: Final = re.compile(
     "core/(ReplaceBinaryOperator_(BitOr_|.*_(BitAnd|BitOr|BitXor|LShift|RShift|Pow)$)"
     "|ReplaceComparisonOperator_(Is(Not)?_(Eq|NotEq|Lt|LtE|Gt|GtE)|(Eq|NotEq|Lt|LtE|Gt|GtE)_Is(Not)?)$)"
 )
-CONSTANT: Final = re.compile(r"[A-Z_]+: Final = ([2-9]|\d{2,})[\d.e]* ")
+CONSTANT: Final = re.compile(r"[A-Z_]+: Final = (?![01] )")  # also within a tuple or a table's row
 SECONDS: Final = 60.0  # for a mutant's tests; one that takes longer is noticed
 BYTES: Final = 1 << 30  # of address space: one that fills the memory, too
 OPTIONS: Final = (
@@ -64,10 +64,12 @@ TESTS: Final = {  # the cheap ones first: the first that fails ends a mutant
     f"{RECOVERY}/fault_log.py": "tests/unit/test_recovery_fault_log.py tests/unit/test_recovery_policy.py",
     f"{RECOVERY}/watchdog.py": "tests/unit/test_recovery_watchdog.py",
     f"{RECOVERY}/hang_attribution.py": "tests/unit/test_recovery_hang_attribution.py",
-    f"{RECOVERY}/timing.py": LIFE,
-    f"{RECOVERY}/cache_plan.py": LIFE,
-    f"{RECOVERY}/verification.py": f"{LIFE} tests/unit/test_recovery_hang_attribution.py",
-    f"{RECOVERY}/gathering.py": LIFE,
+    f"{RECOVERY}/timing.py": f"tests/unit/test_recovery_timing.py {LIFE}",
+    f"{RECOVERY}/cache_plan.py": f"tests/unit/test_recovery_cache_plan.py {LIFE}",
+    f"{RECOVERY}/verification.py": (
+        f"tests/unit/test_recovery_verification.py {LIFE} tests/unit/test_recovery_hang_attribution.py"
+    ),
+    f"{RECOVERY}/gathering.py": f"tests/unit/test_recovery_gathering.py {LIFE}",
     f"{RECOVERY}/assembly.py": f"tests/unit/test_recovery_assembly.py {LIFE}",
     f"{RECOVERY}/rank_handle.py": f"tests/unit/test_recovery_ranks.py {LIFE}",
     f"{RECOVERY}/membership.py": f"tests/unit/test_recovery_ranks.py {LIFE}",
@@ -75,7 +77,7 @@ TESTS: Final = {  # the cheap ones first: the first that fails ends a mutant
     f"{ENGINE}/block_manager.py": "tests/unit/test_block_manager.py",
     f"{ENGINE}/free_runs.py": "tests/unit/test_block_manager.py",
     f"{ENGINE}/prefix_keys.py": "tests/unit/test_prefix_keys.py",
-    f"{ENGINE}/sequence.py": "tests/unit/test_scheduler.py",
+    f"{ENGINE}/sequence.py": "tests/unit/test_sequence.py tests/unit/test_scheduler.py",
     f"{ENGINE}/shares.py": "tests/unit/test_scheduler.py tests/unit/test_shares.py",
     f"{ENGINE}/scheduler.py": "tests/unit/test_scheduler.py tests/unit/test_scheduler_prefix.py",
     "runtime/lockstep_runtime/supervisor/state_machine.py": "tests/unit/test_supervisor_state_machine.py",
@@ -98,7 +100,7 @@ class Mutant:
 
         A constant that is one larger or smaller is another choice: tests use it by its name.
         """
-        before = self.change.split(" => ")[0]
+        before = self.change.split(" => ")[0].lstrip()
         no_arithmetic = (before.startswith("def ") or ", *, " in before) and "BinaryOperator" in self.operator
         storage = before.startswith("@dataclass(") or (before.startswith("class ") and "frozen=" in before)
         other_choice = CONSTANT.match(self.change) is not None and "Number" in self.operator

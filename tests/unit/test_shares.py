@@ -30,6 +30,10 @@ def test_a_step_is_full_and_everyone_has_what_is_due(wanted: list[int], spare: i
                 assert not any(counts[other] for other in prefills if other > index and wanted[other] > wanted[index])
 
 
+def test_the_oldest_that_gets_all_it_wants_leaves_half_of_the_rest_to_the_next() -> None:
+    assert share([2, 30, 10], 20) == [2, 9, 9]
+
+
 class Machine:
     """A scheduler; `first[id]` is the step in which a sequence drew its first token."""
 

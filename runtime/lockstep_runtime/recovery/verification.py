@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from typing import Final
 
 from lockstep_runtime.recovery.self_test import Baseline
 
-RETESTS = 2
+RETESTS: Final = 2
 
 
 class Verdict(enum.StrEnum):
