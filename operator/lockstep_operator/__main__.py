@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -14,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import kopf
@@ -50,6 +52,8 @@ SCHEMA_RETRY_SECONDS: Final = 2.0
 def main() -> None:
     settings = read_settings(sys.argv[1:])
     logs.configure(settings.log_level, settings.log_format)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each group's report is a connection
     # A container that is started again is its pod's only one; processes of one machine aren't alone.
     identity = os.environ.get("POD_ID") or f"{socket.gethostname()}_{secrets.token_hex(4)}"
     os.environ.setdefault("POD_ID", identity)  # else kopf asks for the user's name, which may have none
@@ -148,7 +152,7 @@ class Work:
     async def __call__(self, indexes: Indexes) -> AsyncIterator[handlers.Changed]:
         """Whom to tell of models that may have changed. What runs meanwhile ends when the context does."""
         queue = WorkQueue[ModelKey](time.monotonic)
-        groups = StatusPoller(queue.add_after, time.time, self._heard)
+        groups = StatusPoller(queue.add_after, time.time, self._heard, partial(queue.add, urgent=True))
         reconciler = Reconciler(
             self.kube,
             groups,

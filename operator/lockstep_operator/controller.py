@@ -21,6 +21,7 @@ RETRY_FIRST: Final = 0.5
 RETRY_MOST: Final = 60.0
 REFUSED_FIRST: Final = 2.0
 REFUSED_MOST: Final = 300.0
+URGENT_WORKERS: Final = 4  # beside those that work on anything, so that a fault waits for no other model's pass
 BUSY_PASSES: Final = 20  # so many writing passes in a row are convergence; more may be a fight with someone
 
 
@@ -39,16 +40,20 @@ class Controller:
         async with asyncio.TaskGroup() as group:
             for number in range(concurrency):
                 group.create_task(self._work(), name=f"worker {number}")
+            for number in range(URGENT_WORKERS):
+                group.create_task(self._work(urgent=True), name=f"worker {number} for faults")
 
-    async def _work(self) -> None:
+    async def _work(self, *, urgent: bool = False) -> None:
         while True:
-            key = await self._queue.take()
+            key, delay = await self._queue.take(urgent=urgent), None
             try:
                 delay = await self.step(key)
             finally:
-                self._queue.done(key)
+                was_urgent = self._queue.done(key)
             self._metrics.queued.set(len(self._queue))
-            if delay is not None:
+            if delay == 0.0 and was_urgent:  # what it has decided is to be done
+                self._queue.add(key, urgent=True)
+            elif delay is not None:
                 self._queue.add_after(key, delay)
 
     async def step(self, key: ModelKey) -> float | None:

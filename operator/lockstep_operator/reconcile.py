@@ -1,11 +1,13 @@
 """One pass over one model: observe, decide, apply, report. Nothing is remembered that can't be found again.
 
-A pass begins with the indexes. When they leave nothing to do, the model is at rest, and no request was made. Otherwise
-it begins again with the API server's answers, and only such a pass writes.
+A pass begins with the indexes. When they leave nothing to do, the model is at rest, and no request was made. What they
+lack is made, and what is seen is reported. For all else it begins again with the API server's answers: only such a pass
+changes or deletes anything, or decides what the next one acts on.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,10 +16,11 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from lockstep_operator.cluster.client import Kube, KubeError
-from lockstep_operator.cluster.executor import Applied, execute, is_due
+from lockstep_operator.cluster.executor import Applied, StaleError, due, execute, makes
 from lockstep_operator.cluster.failures import Failures
-from lockstep_operator.cluster.indexes import Indexes
-from lockstep_operator.cluster.observe import Indexed, LastLook, Live, Source, last_look, read_warnings, token_of
+from lockstep_operator.cluster.indexes import Indexes, key_of
+from lockstep_operator.cluster.namespace_limits import NamespaceLimits
+from lockstep_operator.cluster.observe import Indexed, LastLook, Live, Source, last_look, resource_of, token_of
 from lockstep_operator.cluster.obstacles import find_obstacle
 from lockstep_operator.cluster.served_schema import ServedSchema
 from lockstep_operator.cluster.status_writer import StatusWriter
@@ -29,20 +32,23 @@ from lockstep_operator.groups.pod_issues import needs_events
 from lockstep_operator.groups.status_poller import PollTarget as Leader
 from lockstep_operator.live.board import Board
 from lockstep_operator.reporting import document, events
+from lockstep_operator.reporting.conditions import Obstacle
 from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.reporting.recovery_log import Repair
 from lockstep_operator.reporting.significance import worth_writing
-from lockstep_operator.reporting.transition import transition
+from lockstep_operator.reporting.transition import Transition, transition
 from lockstep_operator.settings import Settings
 from lockstep_operator.types import spec
 from lockstep_operator.types.model_status import ModelStatus, NodeFaults, parse
-from lockstep_operator.types.names import ModelKey, token_name
+from lockstep_operator.types.names import KIND, ModelKey, token_name
 from lockstep_operator.types.observed import GroupReport, Object, ObjectRef, Observed, wanted_groups
 from lockstep_operator.types.reasons import ConditionType, Reason
+from lockstep_operator.types.recovery_state import RecoveryState
 from lockstep_operator.types.spec_values import SpecError
 
 log = logging.getLogger(__name__)
 
+NO_STEPS: Final = RecoveryState()
 UNSETTLED_SECONDS: Final = 10.0  # a model that isn't Ready is reconciled again, for what sends no event
 
 
@@ -106,6 +112,7 @@ class Reconciler:
         self._indexes = indexes or Indexes()
         self._board = board or Board()
         self._tell = tell
+        self._limits = NamespaceLimits(kube, now)
         self._turns = Turns(settings.update_concurrency, self._indexes)
         self._known: dict[ModelKey, _Known] = {}
         self._blamed: dict[ModelKey, tuple[NodeFaults, ...]] = {}  # as the models' status has it
@@ -117,21 +124,29 @@ class Reconciler:
         now = self._now()
         known = self._known.setdefault(key, _Known(Failures(self._now), LastLook(now)))
         for source in self._sources(key, known, now):
-            outcome = await self._pass(key, source, known)
-            if outcome is not None:
-                if key in self._known:
-                    self._looked_at.add(key)
-                return outcome
+            try:
+                outcome = await self._pass(key, source, known)
+            except KubeError as error:
+                if source.live or error.status != 409:
+                    raise
+                log.info("%s: %s; it is looked at anew", key, error)
+            except StaleError:
+                log.info("%s: there is more than was heard of; it is looked at anew", key)
+            else:
+                if outcome is not None:
+                    if key in self._known:
+                        self._looked_at.add(key)
+                    return outcome
         raise RuntimeError("a live pass does what there is to do")
 
     def _sources(self, key: ModelKey, known: _Known, now: float) -> Iterator[Source]:
         """The indexes first, unless they may lag behind or nothing else was asked for long."""
-        indexed = self._indexes.model(key)
-        if indexed is not None and known.last.serves(
-            key, ready=_readable(indexed.get("status") or {}).is_true(ConditionType.READY), now=now
-        ):
-            yield Indexed(self._kube, self._indexes, known.last, now)
-        yield Live(self._kube)
+        resource = resource_of(key, self._indexes, known.last)
+        if resource is not None:
+            ready = _readable(resource.get("status") or {}).is_true(ConditionType.READY)
+            if known.last.serves(key, ready=ready, now=now):
+                yield Indexed(self._kube, self._limits, self._indexes, known.last, ready, now)
+        yield Live(self._kube, self._limits)
 
     async def _pass(self, key: ModelKey, source: Source, known: _Known) -> ReconcileOutcome | None:
         """None: there is something to do, and this source is not good enough for it."""
@@ -157,19 +172,32 @@ class Reconciler:
     ) -> ReconcileOutcome | None:
         observed = await self._observe(model, resource, source, known)
         decision = decide(model, observed, self._now(), self._settings)
-        if not source.live and is_due(decision.actions, known.failures):
+        to_do = due(decision.actions, known.failures)
+        change, obstacle = self._change(model, observed, decision, known, Applied())
+        if not source.live and (plans(change) or not all(map(makes, to_do))):
             return None
         for bug in decision.bugs:
             log.error("%s: deciding about %s failed", model.key, bug.where, exc_info=bug.error)
-        if source.live:
-            applied = await execute(self._kube, model, decision.actions, known.failures, self._metrics)
-        else:
-            known.failures.keep(action.target for action in decision.actions)
-            applied = Applied()
+        known.last.dirty = True  # until the pass has come to its end
+        applied = await execute(self._kube, model, decision.actions, known.failures, self._metrics, live=source.live)
         if applied.ending:
             return ReconcileOutcome(requeue_after=self._settings.resync_seconds)
         known.server_mutations.update(applied.server_mutations)
-        return await self._report(model, resource, source, observed, decision, applied, known)
+        known.last.wrote(applied.written, self._now())
+        if to_do:
+            change, obstacle = self._change(model, observed, decision, known, applied)
+        if not decision.runtime.updating:
+            self._turns.give_back(model.key)
+        self._groups.watch(model.key, targets(model, decision, observed))
+        return await self._report(resource, observed, decision, applied, change, obstacle, known)
+
+    def _change(
+        self, model: spec.Model, observed: Observed, decision: Decision, known: _Known, applied: Applied
+    ) -> tuple[Transition, Obstacle | None]:
+        """What the pass comes to, and what keeps the operator from doing what the spec asks."""
+        now = self._now()
+        obstacle = find_obstacle(model, decision, known.failures, observed.status, now)
+        return transition(model, decision, observed.status, obstacle, applied.effective, now), obstacle
 
     def _ended(self, key: ModelKey) -> ReconcileOutcome:
         self.forget(key)
@@ -212,10 +240,11 @@ class Reconciler:
         now, indexed = self._now(), self._indexes.versions(model.key)
         status = parse(_last_document(resource, known))
         groups = wanted_groups(model, status)
-        children = await source.children(model, groups)
-        pods, limits = await source.pods(model), await source.limits(model.namespace)
+        children, pods, limits = await asyncio.gather(
+            source.children(model, groups), source.pods(model), source.limits(model.namespace)
+        )
         if source.live:
-            known.last = last_look(model, groups, resource, children, pods, limits, indexed, now)
+            known.last = last_look(model, groups, resource, children, pods, indexed, now)
         observed = Observed(
             status=status,
             resource_version=resource["metadata"].get("resourceVersion", ""),
@@ -231,43 +260,32 @@ class Reconciler:
         )
         seen = groups_of(model, observed)
         leaders = {group.index: group.leader.uid for group in seen if group.leader}
-        asked = needs_events(seen, self._now())
-        warnings = await read_warnings(self._kube, model.namespace, asked) if asked else {}
+        warnings = await known.last.explained(self._kube, model.namespace, needs_events(seen, now), now)
         return replace(observed, warnings=warnings, reports=self._groups.reports(model.key, leaders))
 
     async def _report(
         self,
-        model: spec.Model,
         resource: Object,
-        source: Source,
         observed: Observed,
         decision: Decision,
         applied: Applied,
+        change: Transition,
+        obstacle: Obstacle | None,
         known: _Known,
-    ) -> ReconcileOutcome | None:
-        now, failures = self._now(), known.failures
-        if not decision.runtime.updating:
-            self._turns.give_back(model.key)
-        obstacle = find_obstacle(model, decision, failures, observed.status, now)
-        change = transition(model, decision, observed.status, obstacle, applied.effective, now)
+    ) -> ReconcileOutcome:
+        now, failures, key = self._now(), known.failures, key_of(KIND, resource["metadata"])
         built = self._schema.fitting(document.document(change.after))
         drafts = [draft for draft in events.event_drafts(change) if not (draft.node and self._settings.namespaces)]
         news = known.unwritten is not None or worth_writing(_last_document(resource, known), built)
-        if not source.live and (drafts or news):
-            return None
-        known.last.dirty = bool(applied.done or drafts or news)
-        self._groups.watch(model.key, targets(model, decision, observed))
         await self._writer.record(resource, drafts, now)
         if news:
-            known.unwritten = None if await self._writer.write(resource, built) else built
+            written = await self._writer.write(resource, built)
+            known.unwritten = None if written else built
+            if written:
+                known.last.wrote_status(resource, written, now)
+        known.last.dirty = len(applied.written) < len(applied.done)
         failing = obstacle is not None or known.unwritten is not None
-        self._hold_against_nodes(model.key, change.after)
-        self._metrics.node_faults(change.node_faults)
-        self._metrics.model(model.key, change.after)
-        self._board.model(model.key, change.after, observed.reports)
-        self._metrics.repaired(model.key, change.repairs)
-        self._tell(model.key, change.repairs)
-        self._metrics.stepped(model.key, observed.reports)
+        self._render(key, change, observed)
         if applied.done:
             return ReconcileOutcome(requeue_after=0.0, wrote=True, failing=failing)
         ready = change.after.is_true(ConditionType.READY)
@@ -280,6 +298,16 @@ class Reconciler:
         remembered = news and (after.model, after.surge, after.runtime) != (before.model, before.surge, before.runtime)
         planned = remembered or decision.requeue_after == 0.0
         return ReconcileOutcome(requeue_after=0.0 if planned else requeue_after, wrote=planned, failing=failing)
+
+    def _render(self, key: ModelKey, change: Transition, observed: Observed) -> None:
+        """What was written, for those who look elsewhere."""
+        self._hold_against_nodes(key, change.after)
+        self._metrics.node_faults(change.node_faults)
+        self._metrics.model(key, change.after)
+        self._board.model(key, change.after, observed.reports)
+        self._metrics.repaired(key, change.repairs)
+        self._tell(key, change.repairs)
+        self._metrics.stepped(key, observed.reports)
 
     async def _halt(
         self, key: ModelKey, resource: Object, source: Source, reason: Reason, message: str
@@ -297,6 +325,18 @@ class Reconciler:
         self._metrics.model(key, after)
         self._board.model(key, after)
         return ReconcileOutcome(requeue_after=self._settings.resync_seconds, failing=True)
+
+
+def plans(change: Transition) -> bool:
+    """Whether the status is to hold what a later pass acts on, or what a budget is counted by. A first pin of what pods
+    are made from is none: there are no pods yet."""
+    before, after = change.before, change.after
+    pinned = bool(before.revision) and (before.model, before.runtime) != (after.model, after.runtime)
+    return pinned or before.surge != after.surge or _steps(before) != _steps(after)
+
+
+def _steps(status: ModelStatus) -> dict[int, RecoveryState]:
+    return {one.group: one.recovery for one in status.groups if one.recovery != NO_STEPS}
 
 
 def targets(model: spec.Model, decision: Decision, observed: Observed) -> dict[int, Leader]:

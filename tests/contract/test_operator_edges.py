@@ -24,7 +24,7 @@ from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.server import application
 from lockstep_operator.types.model_status import Condition, ModelStatus
 from lockstep_operator.types.names import ModelKey
-from lockstep_runtime.protocol.status import GroupState, GroupStatus, Latency
+from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, GroupStatus, Latency
 from lockstep_runtime.protocol.tokens import Purpose, purpose_token
 
 KEY = ModelKey("team", "chat")
@@ -260,6 +260,30 @@ async def test_a_status_is_asked_for_with_the_token_and_then_only_its_changes() 
         await groups.close()
     reader = f"Bearer {purpose_token('secret', Purpose.STATUS)}"
     assert asked[:3] == [(reader, ""), (reader, "inc/1"), (reader, "inc/2")]
+
+
+async def test_a_new_fault_is_told_at_once_and_only_once() -> None:
+    first = well(KEY, 0, "inc", "new")
+    fault = FaultRecord(id=1, fault=Fault.HANG, rank=1, message="it hangs", at=1.0, epoch=1)
+    hanging = msgspec.structs.replace(first, revision=2, state=GroupState.RECOVERING, faults=[fault])
+    loading = msgspec.structs.replace(hanging, revision=3, state=GroupState.LOADING)
+    poisoned = msgspec.structs.replace(loading, revision=4, state=GroupState.POISONED)
+    answers, told, asked = [first, hanging, loading, poisoned], list[int](), list[str]()
+
+    async def status(request: web.Request) -> web.Response:
+        asked.append(request.query.get("after", ""))
+        if len(asked) > len(answers):
+            await asyncio.Event().wait()
+        return web.Response(body=msgspec.json.encode(answers[len(asked) - 1]))
+
+    async with serving(status) as server:
+        changes = Changes()
+        groups = StatusPoller(changes, lambda: 0.0, alarmed=lambda key: told.append(len(asked)))
+        groups.watch(KEY, {0: target(server)})
+        for _ in answers:
+            await changes.next()
+        await groups.close()
+    assert told == [2, 4], "the fault, and that the group can't repair it"
 
 
 async def test_an_older_runtime_is_asked_with_the_groups_token() -> None:

@@ -20,6 +20,9 @@ CHILDREN = {
 }  # fmt: skip
 
 
+OF_GROUP = ("Service", "NetworkPolicy", "StatefulSet")
+
+
 def children(world: World) -> set[tuple[str, str]]:
     quiet = ("Pod", "TensorParallelModel", "Event", "ControllerRevision")
     return {(kind, name) for kind, _, name in world.kube.objects if kind not in quiet}
@@ -61,6 +64,10 @@ async def test_the_operator_uses_just_the_verbs_that_it_is_granted() -> None:
     await world.settle(key)
     world.kube.change("Secret", "team", "chat-token", lambda secret: secret["data"].clear())
     world.edit(key, disruption={"budget": "None"})
+    await world.settle(key)
+    for kind, name in [("ServiceAccount", "chat-ranks"), *((kind, "chat-0") for kind in OF_GROUP)]:
+        world.kube.remove(kind, "team", name)
+    world.kube.change("Service", "team", "chat", lambda live: live["spec"]["ports"][0].update(port=81))
     await world.settle(key)
     verbs = {"apply": ("create", "patch"), "status": ("patch",), "find": ("list",)}
     used = {

@@ -47,6 +47,14 @@ def check_uid(kind: str, manifest: Mapping[str, Any], live: Mapping[str, Any] | 
     raise KubeError(409, "Conflict", f"{words}, and {there}")
 
 
+def check_version(manifest: Mapping[str, Any], live: Mapping[str, Any] | None) -> None:
+    """So is a resource version, where there is an object; what is made may name any."""
+    wanted = manifest["metadata"].get("resourceVersion")
+    if live is not None and wanted not in (None, live["metadata"]["resourceVersion"]):
+        words = f'Operation cannot be fulfilled on "{manifest["metadata"]["name"]}": the object has been modified'
+        raise KubeError(409, "Conflict", f"{words}; please apply your changes to the latest version and try again")
+
+
 def check_schema(kind: str, manifest: Mapping[str, Any]) -> None:
     """Of a pod template: the part of a manifest that a user writes."""
     template = (manifest.get("spec") or {}).get("template")

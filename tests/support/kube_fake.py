@@ -16,7 +16,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from tests.support import kube_answers
-from tests.support.kube_answers import check_merged, check_quota, check_schema, check_status, check_uid, openapi_schema
+from tests.support.kube_answers import (
+    check_merged,
+    check_quota,
+    check_schema,
+    check_status,
+    check_uid,
+    check_version,
+    openapi_schema,
+)
 
 from lockstep_operator.cluster.client import UNLABELLED, KubeError
 from lockstep_operator.types.names import KIND, MODEL_LABEL, POD_INDEX_LABEL, REVISION_LABEL
@@ -107,6 +115,7 @@ class FakeKube:
         with self._writing("apply", kind, name):
             live = self.objects.get((kind, manifest["metadata"]["namespace"], name))
             check_uid(kind, manifest, live)
+            check_version(manifest, live)
             check_schema(kind, manifest)
             if kind in self.webhooks_down:
                 raise kube_answers.webhook_down()
@@ -142,8 +151,7 @@ class FakeKube:
             live = self.objects.get(identity)
             if live is None:
                 raise KubeError(404, "NotFound", f"{kind} {name} not found")
-            if manifest["metadata"]["resourceVersion"] != live["metadata"]["resourceVersion"]:
-                raise KubeError(409, "Conflict", "the object has been modified")
+            check_version(manifest, live)
             before = clone(live)
             live["spec"] = clone(dict(manifest["spec"]))
             self._bump(live, before)
@@ -158,11 +166,7 @@ class FakeKube:
                 raise KubeError(404, "NotFound", f"{kind} {metadata['name']} not found")
             if metadata["uid"] != live["metadata"]["uid"]:
                 raise KubeError(409, "Conflict", "the UID differs")
-            if (
-                metadata.get("resourceVersion", live["metadata"]["resourceVersion"])
-                != live["metadata"]["resourceVersion"]
-            ):
-                raise KubeError(409, "Conflict", "the object has been modified")
+            check_version(manifest, live)
             check_status(kind, manifest, self.crd_lacks)
             self._merge(live, {"status": manifest["status"]}, "/status")
             self._applied[live["metadata"]["uid"], "/status"] = clone({"status": manifest["status"]})

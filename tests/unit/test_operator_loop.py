@@ -10,6 +10,7 @@ from tests.support.operator_settings import read_settings
 
 from lockstep_operator.backoff import backoff
 from lockstep_operator.cluster.client import KubeError
+from lockstep_operator.cluster.pace import Pace
 from lockstep_operator.controller import BUSY_PASSES, Controller
 from lockstep_operator.reconcile import ReconcileOutcome
 from lockstep_operator.reporting.metrics import Metrics
@@ -55,6 +56,50 @@ async def test_a_key_that_is_due_later_comes_when_its_time_has_come_and_the_earl
             await queue.take()
     now = 10.0
     queue.add_after("b", 99)  # wakes it, as any news does
+    assert await soon(queue) == "a"
+
+
+async def test_what_is_urgent_comes_first_and_some_workers_take_nothing_else() -> None:
+    queue = WorkQueue[str](lambda: 0.0)
+    for key in "abc":
+        queue.add(key)
+    waiting = asyncio.create_task(queue.take(urgent=True))
+    await asyncio.sleep(0)
+    assert not waiting.done(), "nothing is urgent"
+    queue.add("c", urgent=True)
+    queue.add("c")
+    async with asyncio.timeout(5):
+        assert await waiting == "c"
+    queue.add("b", urgent=True)
+    assert [await soon(queue), await soon(queue)] == ["b", "a"]
+    assert len(queue) == 0
+    assert [queue.done(key) for key in "abc"] == [False, True, True]
+
+
+async def test_what_becomes_urgent_while_it_is_worked_on_is_so_the_next_time() -> None:
+    queue = WorkQueue[str](lambda: 0.0)
+    queue.add("a")
+    await soon(queue)
+    queue.add("b")
+    queue.add("a", urgent=True)
+    queue.add("a")
+    assert not queue.done("a")
+    assert [await soon(queue), await soon(queue)] == ["a", "b"]
+
+
+async def test_a_key_that_is_put_off_and_asked_for_comes_once() -> None:
+    now = 0.0
+    queue = WorkQueue[str](lambda: now)
+    queue.add_after("a", 5)
+    queue.add("a")
+    assert await soon(queue) == "a"
+    queue.done("a")
+    queue.add_after("a", 7)
+    now = 6.0
+    queue.add_after("b", 0)
+    assert await soon(queue) == "b", "the first time it was put off to is no longer asked for"
+    now = 7.0
+    queue.done("b")
     assert await soon(queue) == "a"
 
 
@@ -148,6 +193,46 @@ async def test_a_fight_with_another_writer_is_slowed_down() -> None:
     delays = [await steps.step(KEY) or 0.0 for _ in range(BUSY_PASSES + 8)]
     assert delays[:BUSY_PASSES] == [0.0] * BUSY_PASSES
     assert delays[-1] >= 30
+
+
+async def test_a_fault_waits_for_no_other_models_pass() -> None:
+    """All workers are busy with passes that take long; what the first pass has decided is done at once, too."""
+    queue, held = WorkQueue[ModelKey](asyncio.get_running_loop().time), asyncio.Event()
+    poisoned, passes = ModelKey("team", "poisoned"), list[ModelKey]()
+    busy, acted = asyncio.Event(), asyncio.Event()
+
+    async def reconcile(key: ModelKey) -> ReconcileOutcome:
+        passes.append(key)
+        if key != poisoned:
+            if len(passes) == 2:
+                busy.set()
+            await held.wait()
+        elif passes.count(poisoned) == 2:
+            acted.set()
+            return ReconcileOutcome(requeue_after=60.0)
+        return ReconcileOutcome(requeue_after=0.0, wrote=True)
+
+    task = asyncio.create_task(Controller(queue, reconcile, Metrics()).run(2))
+    for number in range(20):
+        queue.add(ModelKey("team", f"m{number}"))
+    async with asyncio.timeout(10):
+        await busy.wait()
+        queue.add(poisoned, urgent=True)
+        await acted.wait()
+    assert passes[2:] == [poisoned, poisoned]
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_requests_come_in_bursts_and_then_at_their_rate() -> None:
+    loop = asyncio.get_running_loop()
+    pace, began = Pace(rate=200.0, burst=20, now=loop.time), loop.time()
+    for _ in range(20):
+        await pace.turn()
+    assert loop.time() - began < 0.05, "no wait"
+    await asyncio.gather(*(pace.turn() for _ in range(40)))
+    assert loop.time() - began >= 0.19
 
 
 async def test_a_model_that_is_gone_is_not_looked_at_again() -> None:

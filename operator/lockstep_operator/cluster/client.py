@@ -20,10 +20,13 @@ from kubernetes.aio.client.exceptions import ApiException
 from kubernetes.aio.dynamic import DynamicClient
 from kubernetes.aio.dynamic.resource import Resource
 
+from lockstep_operator.cluster.pace import Pace
 from lockstep_operator.types.names import API_VERSION, FIELD_MANAGER, KIND, PLURAL, STATUS_MANAGER, label_of
 from lockstep_operator.types.observed import Object
 
 REQUEST_SECONDS: Final = 30.0
+REQUESTS_PER_SECOND: Final = 200.0
+REQUESTS_AT_ONCE: Final = 400
 MESSAGE_LIMIT: Final = 1000  # characters of what the API server says: it may quote a whole document
 _MALFORMED: Final = ("failed to create typed patch object", "failed to convert new object")
 _UNKNOWN_FIELD: Final = re.compile(r"(\.\S+?): field not declared in schema")
@@ -148,6 +151,7 @@ class ApiServer:
     def __init__(self, api_client: client.ApiClient, allowed: Callable[[], bool] = lambda: True) -> None:
         self._client = DynamicClient(api_client)
         self._allowed = allowed
+        self._pace = Pace(REQUESTS_PER_SECOND, REQUESTS_AT_ONCE)
         self._of = {kind: _resource(self._client, kind) for kind in RESOURCES}
 
     async def get(self, kind: str, namespace: str, name: str) -> Object | None:
@@ -240,6 +244,7 @@ class ApiServer:
         return await self._answered(lambda: getattr(self._client, verb)(resource, **asked, **_RAW))
 
     async def _answered(self, ask: Callable[[], Awaitable[aiohttp.ClientResponse]]) -> Object:
+        await self._pace.turn()
         if not self._allowed():
             raise KubeError(0, "NotLeading", "another operator leads, so this one asks for nothing")
         return await _answer(ask())

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from lockstep_operator.cluster.client import Kube, KubeError
 from lockstep_operator.cluster.failures import Failures
 from lockstep_operator.decisions import manifests
 from lockstep_operator.decisions.actions import Action, Apply, CreateToken, Delete
 from lockstep_operator.decisions.drift import differences
-from lockstep_operator.groups.group import is_ours
 from lockstep_operator.reporting.metrics import Metrics
-from lockstep_operator.types.observed import ObjectRef
+from lockstep_operator.types.observed import Object, ObjectRef
 from lockstep_operator.types.spec import Model
 
 log = logging.getLogger(__name__)
+
+# No object has it: an apply that names it makes the object, or is a conflict where there is one.
+UNMADE: Final = "1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Applied:
     server_mutations: Mapping[ObjectRef, frozenset[str]] = field(
         default_factory=dict
     )  # differences that the API server made itself
+    written: tuple[tuple[str, Object], ...] = ()  # kind, and the object as the API server has it now
     ending: bool = False  # the namespace is being deleted: nothing more can be done, nor needs to be
 
     @property
@@ -36,17 +38,32 @@ class Applied:
         return [a for a in self.done if not (isinstance(a, Apply) and self.server_mutations.get((a.kind, a.name)))]
 
 
-def is_due(actions: Sequence[Action], failures: Failures) -> bool:
-    """Whether `execute` would try any of these now."""
+class StaleError(Exception):
+    """There is something already where the indexes had nothing."""
+
+
+def due(actions: Sequence[Action], failures: Failures) -> list[Action]:
+    """What `execute` would try now."""
     failing = failures.of.keys() & {action.target for action in actions}
-    return any(
-        not failures.waits(action.target, action.wish) and not failing.intersection(action.needs) for action in actions
-    )
+    return [
+        action
+        for action in actions
+        if not failures.waits(action.target, action.wish) and not failing.intersection(action.needs)
+    ]
 
 
-async def execute(kube: Kube, model: Model, actions: Sequence[Action], failures: Failures, metrics: Metrics) -> Applied:
-    """Rejected writes are kept in `failures`, and retried when it says so."""
+def makes(action: Action) -> bool:
+    """Whether it can harm nothing that there is: the API server refuses it where there is something."""
+    return isinstance(action, CreateToken) or (isinstance(action, Apply) and not action.uid)
+
+
+async def execute(
+    kube: Kube, model: Model, actions: Sequence[Action], failures: Failures, metrics: Metrics, *, live: bool
+) -> Applied:
+    """Rejected writes are kept in `failures`, and retried when it says so. Unless it is `live` what they were decided
+    on, StaleError is raised when they have nothing to do with what is so."""
     done: list[Action] = []
+    written: list[tuple[str, Object]] = []
     server_mutations: dict[ObjectRef, frozenset[str]] = {}
     failures.keep(action.target for action in actions)
     for action in actions:
@@ -54,70 +71,59 @@ async def execute(kube: Kube, model: Model, actions: Sequence[Action], failures:
             continue
         log.info("%s: %s", model.key, action.reason)
         try:
-            own = await _perform(kube, model, action)
+            now_there = await _perform(kube, model, action)
         except KubeError as error:
             if error.namespace_ending:
                 log.info("%s: its namespace is being deleted, and so is all that belongs to it", model.key)
                 return Applied(tuple(done), server_mutations, ending=True)
+            if not live and error.status == 409:
+                raise StaleError from error
             failure = failures.failed(action.target, action.wish, action.reason, error)
             log.warning("%s: %s", model.key, failure.sentence)
             continue
         failures.succeeded(action.target)
         done.append(action)
         metrics.writes.labels(action.target[0], type(action).__name__).inc()
-        if isinstance(action, Apply):
-            server_mutations[action.target] = own
-    return Applied(tuple(done), server_mutations)
+        if now_there is not None:
+            written.append((action.target[0], now_there))
+        if isinstance(action, Apply) and now_there is not None:
+            server_mutations[action.target] = differences(action.manifest, now_there)
+    return Applied(tuple(done), server_mutations, tuple(written))
 
 
-async def _perform(kube: Kube, model: Model, action: Action) -> frozenset[str]:
+async def _perform(kube: Kube, model: Model, action: Action) -> Object | None:
+    """The object afterwards, as far as it is known."""
     match action:
         case CreateToken():
             try:
-                await kube.create("Secret", manifests.token_secret(model, secrets.token_urlsafe(32)))
+                return await kube.create("Secret", manifests.token_secret(model, secrets.token_urlsafe(32)))
             except KubeError as error:
                 if not error.already_exists:
                     raise
-        case Apply(kind=kind, manifest=manifest, uid=""):
-            return await _make(kube, model, kind, manifest)
         case Apply(kind=kind, manifest=manifest, uid=uid):
             return await _apply_exactly(kube, kind, manifest, uid)
         case Delete(kind=kind, name=name, uid=uid, grace=grace):
             await kube.delete(kind, model.namespace, name, uid, grace)
-    return frozenset()
+    return None
 
 
-_making = asyncio.Lock()
+async def _apply_exactly(kube: Kube, kind: str, manifest: Mapping[str, Any], uid: str) -> Object:
+    """What there is then. Entries that others added to lists survive an apply, or make it invalid.
 
-
-async def _make(kube: Kube, model: Model, kind: str, manifest: Mapping[str, Any]) -> frozenset[str]:
-    """Two models may need the same name, and an apply can't be limited to creation: the second must see what the first
-    has created. One at a time, since both may be reconciled at once."""
-    async with _making:
-        live = await kube.get(kind, model.namespace, manifest["metadata"]["name"])
-        if live is None:
-            return await _apply_exactly(kube, kind, manifest, "")
-    if is_ours(model, live):
-        return await _apply_exactly(kube, kind, manifest, str(live["metadata"]["uid"]))
-    raise KubeError(409, "Conflict", f"{kind} {manifest['metadata']['name']} was made by someone else meanwhile")
-
-
-async def _apply_exactly(kube: Kube, kind: str, manifest: Mapping[str, Any], uid: str) -> frozenset[str]:
-    """What is left of the differences. Entries that others added to lists survive an apply, or make it invalid.
-
-    `uid` is of the object that was observed: a later one of the same name is never written to.
+    `uid` is of the object that was observed: a later one of the same name is never written to. Without one nothing was
+    observed, and nothing that is there is written to: two models may need the same name.
     """
-    mine = {**manifest, "metadata": {**manifest["metadata"], "uid": uid}} if uid else manifest
+    bound = {"uid": uid} if uid else {"resourceVersion": UNMADE}
+    mine = {**manifest, "metadata": {**manifest["metadata"], **bound}}
     try:
         live = await kube.apply(kind, mine)
     except KubeError as error:
         if error.status != 422 or not uid:
             raise
         try:
-            return differences(manifest, await kube.overwrite(kind, manifest, uid))
+            return await kube.overwrite(kind, manifest, uid)
         except KubeError as second:
             raise (error if second.status in (404, 422) else second) from None
-    left = differences(manifest, live)
-    if not left or "spec" not in manifest:
-        return left
-    return differences(manifest, await kube.overwrite(kind, manifest, live["metadata"]["uid"]))
+    if "spec" not in manifest or not differences(manifest, live):
+        return live
+    return await kube.overwrite(kind, manifest, live["metadata"]["uid"])

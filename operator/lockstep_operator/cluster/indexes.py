@@ -1,7 +1,9 @@
 """What kopf's watches have brought, by model, so that a pass at rest asks the API server nothing.
 
 An index may lag behind, and kopf keeps objects that were deleted while a watch was down for so long that it had to list
-anew. So nothing is ever written on the word of an index: a pass that would write reads everything live first.
+anew. So nothing is changed or deleted on the word of an index: a pass that would reads everything live first. What is
+made where the index has nothing, and a status of what is seen, need no such look: the API server refuses the one where
+there is something, and the other where somebody has written since.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from lockstep_operator.cluster.client import RESOURCES
+from lockstep_operator.cluster.newer import version_of
 from lockstep_operator.types.names import KIND, ModelKey, label_of
 from lockstep_operator.types.observed import Object, ObjectRef
 
@@ -33,9 +36,14 @@ def entry(kind: str, body: Mapping[str, Any]) -> dict[ModelKey, bytes]:
 
     As JSON, which is read anew in each pass: objects would take six times the memory, for all models at all times.
     """
+    document = bare(kind, body)
+    return {key_of(kind, document["metadata"]): msgspec.json.encode(document)}
+
+
+def bare(kind: str, body: Mapping[str, Any]) -> Object:
+    """The object without the record of who set which field."""
     metadata = {name: value for name, value in body["metadata"].items() if name != "managedFields"}
-    document = {**body, "apiVersion": RESOURCES[kind][0], "kind": kind, "metadata": metadata}
-    return {key_of(kind, metadata): msgspec.json.encode(document)}
+    return {**body, "apiVersion": RESOURCES[kind][0], "kind": kind, "metadata": metadata}
 
 
 def key_of(kind: str, metadata: Mapping[str, Any]) -> ModelKey:
@@ -104,7 +112,7 @@ class Indexes:
 
     def model(self, key: ModelKey) -> Object | None:
         """The custom resource; the newest where one of the same name was made after it had been deleted."""
-        return max(self._objects(KIND, key), key=_version, default=None)
+        return max(self._objects(KIND, key), key=version_of, default=None)
 
     def children(self, key: ModelKey, gone: Mapping[str, str] = MappingProxyType({})) -> dict[ObjectRef, Object]:
         """By kind and name, with the budgets of others in the namespace. `gone` are UIDs and the versions in which they
@@ -119,9 +127,9 @@ class Indexes:
         return [found[name] for name in sorted(found)]
 
     def versions(self, key: ModelKey) -> dict[str, str]:
-        """UID → resource version of all that belongs to the model, and of budgets that may."""
+        """UID → resource version of the model and all that belongs to it, and of budgets that may."""
         others = ModelKey(key.namespace, NOBODYS)
-        found = [item["metadata"] for kind in (*CHILD_KINDS, "Pod") for item in self._objects(kind, key)]
+        found = [item["metadata"] for kind in INDEXED for item in self._objects(kind, key)]
         found += [item["metadata"] for item in self._objects(BUDGET, others)]
         return {metadata["uid"]: metadata["resourceVersion"] for metadata in found}
 
@@ -132,7 +140,7 @@ class Indexes:
             for item in self._objects(kind, key)
             if gone.get(item["metadata"]["uid"]) != item["metadata"]["resourceVersion"]
         ]
-        return {item["metadata"]["name"]: item for item in sorted(found, key=_version)}
+        return {item["metadata"]["name"]: item for item in sorted(found, key=version_of)}
 
     def _objects(self, kind: str, key: ModelKey) -> Iterator[Object]:
         index: Index = self._of.get(kind, {})
@@ -146,8 +154,3 @@ def _uid_and_version(document: bytes) -> tuple[str, str]:
 
 def _node_of(pod: bytes) -> str:
     return msgspec.json.decode(pod, type=_Placed).spec.node_name
-
-
-def _version(item: Object) -> int:
-    """Resource versions of one kind are numbers that rise (KEP-5504)."""
-    return int(item["metadata"]["resourceVersion"])

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Protocol
 
 from lockstep_operator.cluster.client import Kube, KubeError
-from lockstep_operator.cluster.indexes import BUDGET, CHILD_KINDS, LABELLED_KINDS, Indexes
-from lockstep_operator.types.limits import Limits, limits_of
+from lockstep_operator.cluster.indexes import BUDGET, CHILD_KINDS, LABELLED_KINDS, Indexes, bare
+from lockstep_operator.cluster.namespace_limits import NamespaceLimits
+from lockstep_operator.cluster.newer import Newer
+from lockstep_operator.types.limits import Limits
 from lockstep_operator.types.names import (
     KIND,
     MODEL_LABEL,
@@ -27,8 +29,11 @@ from lockstep_operator.types.spec import Model
 
 # So old may a live look be at most, whatever the watches and the census (which finds what they miss) have told.
 RESTING_SECONDS: Final = 12 * 3600.0
-UNREADY_SECONDS: Final = 60.0
+UNREADY_SECONDS: Final = 300.0
+OBSTRUCTED_SECONDS: Final = 60.0  # where another's object has a name that the model needs: no watch tells when it goes
 TOKEN_SECONDS: Final = 1200.0  # Secrets are read by name, never listed or watched
+LIMITS_SECONDS: Final = 60.0  # the same, of the limits that a model meets which isn't Ready; the census has all others
+WARNINGS_SECONDS: Final = 15.0  # between two reads of what explains the same pods
 
 Children = Mapping[ObjectRef, Object]
 
@@ -36,7 +41,7 @@ Children = Mapping[ObjectRef, Object]
 class Source(Protocol):
     """Where a pass reads. Every method may raise KubeError."""
 
-    live: ClassVar[bool]  # only then may the pass write
+    live: ClassVar[bool]  # only then may the pass change or delete anything
 
     async def resource(self, key: ModelKey) -> Object | None: ...
 
@@ -58,18 +63,47 @@ class LastLook:
     """What is remembered of the last live look at a model, because no index holds it. Times are unix seconds."""
 
     at: float
-    limits: Limits = field(default_factory=Limits)
+    newer: Newer = field(default_factory=Newer)
     unlabelled: Children = field(default_factory=dict)  # that have a name the model needs: another's, or damaged
     gone: Mapping[str, str] = field(default_factory=dict)  # that the indexes had nevertheless: UID → resource version
     secret: Object | None = None  # the token's
     secret_at: float = 0.0
     secret_for: str = ""  # resource version of the model when the Secret was read
-    dirty: bool = False  # the pass wrote something, which the indexes may not have yet, or it didn't come to its end
+    dirty: bool = False  # the pass deleted something, or it didn't come to its end
+    warnings: Mapping[str, str] = field(default_factory=dict)
+    warnings_of: frozenset[str] = frozenset()  # UIDs that were asked about
+    warnings_at: float = 0.0
 
     def serves(self, key: ModelKey, *, ready: bool, now: float) -> bool:
         """Whether a pass may begin with the indexes. Models are spread, so that not all are read at once."""
-        longest = (RESTING_SECONDS if ready else UNREADY_SECONDS) * (0.75 + zlib.crc32(str(key).encode()) / 2**34)
-        return not self.dirty and now - self.at < longest
+        longest = RESTING_SECONDS if ready else OBSTRUCTED_SECONDS if self.unlabelled else UNREADY_SECONDS
+        spread = 0.75 + zlib.crc32(str(key).encode()) / 2**34
+        return not self.dirty and not self.newer.overdue(now) and now - self.at < longest * spread
+
+    def wrote(self, written: Iterable[tuple[str, Object]], now: float) -> None:
+        """By kind, as the API server has it now."""
+        for kind, item in written:
+            if kind == "Secret":
+                self.secret, self.secret_at = item, now
+            else:
+                self.newer.note(kind, bare(kind, item), now)
+
+    def wrote_status(self, before: Object, after: Object, now: float) -> None:
+        """The model as the API server has it after the write."""
+        old, new = before["metadata"]["resourceVersion"], after["metadata"]["resourceVersion"]
+        if old == new:
+            return
+        self.newer.note(KIND, bare(KIND, after), now)
+        if self.secret_for == old:
+            self.secret_for = new
+
+    async def explained(self, kube: Kube, namespace: str, uids: Iterable[str], now: float) -> Mapping[str, str]:
+        """The newest Warning about each object, or what was read lately."""
+        asked = frozenset(uids)
+        if not asked <= self.warnings_of or now - self.warnings_at > WARNINGS_SECONDS:
+            self.warnings = await read_warnings(kube, namespace, asked) if asked else {}
+            self.warnings_of, self.warnings_at = asked, now
+        return self.warnings
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +111,7 @@ class Live:
     """Asks the API server for everything: what is decided on it is as good as it can be."""
 
     kube: Kube
+    known_limits: NamespaceLimits
     live: ClassVar[bool] = True
 
     async def resource(self, key: ModelKey) -> Object | None:
@@ -104,44 +139,44 @@ class Live:
         return tuple(pod for raw in objects if (pod := parse_pod(raw)))
 
     async def limits(self, namespace: str) -> Limits:
-        """An older role may not let the operator ask: then nothing is known."""
-        try:
-            return limits_of(await self.kube.find("LimitRange", namespace))
-        except KubeError as error:
-            if error.status == 403:
-                return Limits()
-            raise
+        return await self.known_limits.read(namespace)
 
 
 @dataclass(frozen=True, slots=True)
 class Indexed:
-    """Asks nothing that the last live look answers; only a token that was read long ago is read anew."""
+    """Asks nothing that the last live look answers; only a token that was read long ago is read anew, and limits if the
+    model isn't `ready`."""
 
     kube: Kube
+    known_limits: NamespaceLimits
     indexes: Indexes
     last: LastLook
+    ready: bool
     now: float
     live: ClassVar[bool] = False
 
     async def resource(self, key: ModelKey) -> Object | None:
-        return self.indexes.model(key)
+        return resource_of(key, self.indexes, self.last)
 
     async def children(self, model: Model, groups: Collection[int]) -> Children:
-        found = {**self.last.unlabelled, **self.indexes.children(model.key, self.last.gone)}
+        indexed = self.last.newer.over(self.indexes.children(model.key, self.last.gone), CHILD_KINDS)
+        found = {**self.last.unlabelled, **indexed}
         secret = await self._secret(model)
         if secret is not None:
             found["Secret", token_name(model.name)] = secret
         return found
 
     async def pods(self, model: Model) -> tuple[Pod, ...]:
-        return tuple(pod for raw in self.indexes.pods(model.key, self.last.gone) if (pod := parse_pod(raw)))
+        indexed = {("Pod", raw["metadata"]["name"]): raw for raw in self.indexes.pods(model.key, self.last.gone)}
+        found = self.last.newer.over(indexed, ("Pod",))
+        return tuple(pod for name in sorted(found) if (pod := parse_pod(found[name])))
 
     async def limits(self, namespace: str) -> Limits:
-        return self.last.limits
+        return await self.known_limits.recent(namespace, float("inf") if self.ready else LIMITS_SECONDS)
 
     async def _secret(self, model: Model) -> Object | None:
         """Read anew when the model has changed in any way, too: so a person can have it looked at."""
-        resource = self.indexes.model(model.key)
+        resource = resource_of(model.key, self.indexes, self.last)
         version = resource["metadata"]["resourceVersion"] if resource else ""
         if self.last.secret_for != version or self.now - self.last.secret_at > TOKEN_SECONDS:
             self.last.secret = await self.kube.get("Secret", model.namespace, token_name(model.name))
@@ -149,22 +184,38 @@ class Indexed:
         return self.last.secret
 
 
+def resource_of(key: ModelKey, indexes: Indexes, last: LastLook) -> Object | None:
+    """The newest that is known."""
+    indexed = indexes.model(key)
+    if indexed is None:  # it is gone
+        return None
+    return last.newer.over({(KIND, key.name): indexed}, (KIND,))[KIND, key.name]
+
+
 def last_look(
     model: Model,
     groups: Collection[int],
     resource: Object,
     children: Children,
-    pods: Iterable[Pod],
-    limits: Limits,
+    pods: Collection[Pod],
     indexed: Mapping[str, str],
     now: float,
 ) -> LastLook:
     """What is to be remembered of a live look. `indexed` are the versions that the indexes had before it, by UID."""
+    watched = {ref: child for ref, child in children.items() if ref[0] in CHILD_KINDS and _labelled(child, model)}
     seen = {child["metadata"]["uid"] for child in children.values()} | {pod.uid for pod in pods}
+    newer = Newer()
+    for kind, item in [
+        (KIND, resource),
+        *((ref[0], child) for ref, child in watched.items()),
+        *(("Pod", pod.raw) for pod in pods),
+    ]:
+        if indexed.get(item["metadata"]["uid"]) != item["metadata"]["resourceVersion"]:
+            newer.note(kind, bare(kind, item), now)
     needed = {(kind, name) for kind, name, _ in expected_names(model, groups) if kind != "Secret"}
     return LastLook(
         at=now,
-        limits=limits,
+        newer=newer,
         unlabelled={key: child for key, child in children.items() if key in needed and not _labelled(child, model)},
         gone={uid: version for uid, version in indexed.items() if uid not in seen},
         secret=children.get(("Secret", token_name(model.name))),

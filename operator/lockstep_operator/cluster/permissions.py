@@ -22,7 +22,7 @@ PERMISSIONS: Final = (
     # A server-side apply that creates needs both verbs.
     Permission("apps", "statefulsets", ("get", "list", "watch", "create", "patch", "delete"), "one per group"),
     Permission(
-        "apps", "controllerrevisions", ("get", "list", "watch", "create", "patch", "delete"), "what pods are made from"
+        "apps", "controllerrevisions", ("list", "watch", "create", "patch", "delete"), "what pods are made from"
     ),
     Permission("", "services", ("get", "list", "watch", "create", "patch", "delete"), "one to serve, one per group"),
     Permission("", "serviceaccounts", ("get", "list", "watch", "create", "patch"), "one without credentials"),
@@ -32,7 +32,7 @@ PERMISSIONS: Final = (
     Permission(
         "policy",
         "poddisruptionbudgets",
-        ("get", "list", "watch", "create", "patch", "delete"),
+        ("list", "watch", "create", "patch", "delete"),
         "one per model, unless there is another",
     ),
     Permission("", "secrets", ("get", "create", "delete"), "the token: read by name, never listed"),

@@ -22,38 +22,37 @@ class StatusWriter:
         self._schema = schema
         self._metrics = metrics
 
-    async def write(self, resource: Object, status: Mapping[str, Any]) -> bool:
-        """Returns whether the API server has taken the status, or the part of it that recovery needs. Counts and
-        budgets were computed from `resource`: if somebody has written since, nothing is overwritten. Raises KubeError
-        for what may pass soon."""
+    async def write(self, resource: Object, status: Mapping[str, Any]) -> Object | None:
+        """The model with the status, or with the part of it that recovery needs; None if the API server takes neither.
+        Counts and budgets were computed from `resource`: if somebody has written since, nothing is overwritten. Raises
+        KubeError for what may pass soon."""
         try:
-            await self._apply(resource, status)
+            return await self._apply(resource, status)
         except KubeError as error:
             if error.transient:
                 raise
             if error.status == 404:
-                return True  # the model was deleted meanwhile: there is nothing to write to
+                return resource  # the model was deleted meanwhile: there is nothing to write to
             lacking = error.unknown_fields and self._schema.lacks(error.unknown_fields)
             return await self._write_less(
                 resource, self._schema.fitting(status) if lacking else document.essential(status)
             )
-        return True
 
-    async def _write_less(self, resource: Object, status: Mapping[str, Any]) -> bool:
+    async def _write_less(self, resource: Object, status: Mapping[str, Any]) -> Object | None:
         try:
-            await self._apply(resource, status)
+            return await self._apply(resource, status)
         except KubeError as error:
             if error.transient:
                 raise
             log.error("the API server rejects a status in every form, so it is kept in memory only: %s", error)
-            return False
-        return True
+            return None
 
-    async def _apply(self, resource: Object, status: Mapping[str, Any]) -> None:
+    async def _apply(self, resource: Object, status: Mapping[str, Any]) -> Object:
         metadata = {name: resource["metadata"][name] for name in ("name", "namespace", "uid", "resourceVersion")}
         manifest = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "status": status}
-        await self._kube.apply_status(KIND, manifest)
+        written = await self._kube.apply_status(KIND, manifest)
         self._metrics.writes.labels(KIND, "Status").inc()
+        return written
 
     async def record(self, resource: Object, drafts: Iterable[events.EventDraft], now: float) -> None:
         """Write Events about the model. One that can't be written stops nothing."""

@@ -6,6 +6,7 @@ No reconciliation waits for it: a new report is kept, and the model is queued.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ MAX_STATUS_BYTES: Final = 4 * 1024 * 1024
 FIRST_DELAY: Final = 0.25
 MAX_DELAY: Final = 15.0
 PAUSE_SECONDS: Final = 0.2  # between answers, however fast they come
+FIRST_ASKED: Final = 128  # groups at once; those that have answered wait for news, all of them
 _NO_ANSWER: Final = (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError, ValueError)
 
 
@@ -65,18 +67,21 @@ class _Answer:
 
 
 class StatusPoller:
-    """Calls `changed(key, seconds)` when a model should be reconciled after at most so many seconds, and
-    `heard(key, group, status)` with every report, for measurements."""
+    """Calls `changed(key, seconds)` when a model should be reconciled after at most so many seconds, `alarmed(key)`
+    when that can't wait for other models, and `heard(key, group, status)` with every report, for measurements."""
 
     def __init__(
         self,
         changed: Callable[[ModelKey, float], None],
         now: Callable[[], float],
         heard: Callable[[ModelKey, int, GroupStatus], None] = lambda key, group, status: None,
+        alarmed: Callable[[ModelKey], None] = lambda key: None,
     ) -> None:
         self._changed = changed
         self._now = now
         self._on_report = heard
+        self._alarmed = alarmed
+        self._first = asyncio.Semaphore(FIRST_ASKED)
         self._tasks: dict[tuple[ModelKey, int], tuple[PollTarget, asyncio.Task[None]]] = {}
         self._reports: dict[tuple[ModelKey, int], tuple[str, GroupReport]] = {}
         self._session: aiohttp.ClientSession | None = None
@@ -112,7 +117,8 @@ class StatusPoller:
         failures, seen = 0, None
         while True:
             try:
-                status = await self._fetch(target, seen)
+                async with contextlib.nullcontext() if seen else self._first:
+                    status = await self._fetch(target, seen)
                 self._received(key, group, target, status)
                 if status.fenced is not target.fenced:
                     await self._fence(key, group, target)
@@ -171,6 +177,8 @@ class StatusPoller:
             or significant_part(before.status) != significant_part(status)
         ):
             self._changed(key, 0.0)
+            if has_new_fault(before.status, status):
+                self._alarmed(key)
 
     async def _failed(self, key: ModelKey, group: int, target: PollTarget, error: Exception, failures: int) -> None:
         before = self._report(key, group)
@@ -195,6 +203,13 @@ async def _bounded(content: aiohttp.StreamReader) -> bytes:
         if len(body) > MAX_STATUS_BYTES:
             raise ValueError(f"more than {MAX_STATUS_BYTES} bytes are too many for a status")
     return bytes(body)
+
+
+def has_new_fault(before: GroupStatus | None, status: GroupStatus) -> bool:
+    """Whether the group is poisoned, or tells of a fault that it didn't before."""
+    if status.state is GroupState.POISONED:
+        return True
+    return before is not None and bool({one.id for one in status.faults} - {one.id for one in before.faults})
 
 
 def significant_part(status: GroupStatus) -> object:
