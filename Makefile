@@ -67,8 +67,12 @@ test-unit: venv ## the tests of the parts, and the simulations
 	$(PY) -m pytest -n 2 tests/unit tests/sim
 
 .PHONY: test-contract
-test-contract: venv .dev/bin/helm .dev/bin/promtool .dev/bin/browser .dev/schemas ## the tests of the interfaces: real ranks, clients and charts, no cluster
+test-contract: venv .dev/bin/helm .dev/bin/krew .dev/bin/promtool .dev/bin/browser .dev/schemas ## the tests of the interfaces: real ranks, clients and charts, no cluster
 	$(PY) -m pytest tests/contract
+
+.PHONY: .dev/bin/krew
+.dev/bin/krew: # what krew takes of a plugin's manifest; built anew only when its module changes
+	@python3 -m dev.go_tool krew
 
 .dev/bin/browser: # which the live page is opened in
 	@python3 -m dev.browser

@@ -1,10 +1,9 @@
-"""The plugin in krew's form: what krew's own validation asks of a manifest, and an archive whose program runs."""
+"""The plugin in krew's form: a manifest that krew's own validator takes, and an archive whose program runs."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 import subprocess
 import sys
 import tarfile
@@ -13,11 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
-from dev.krew.__main__ import ARCHIVE, build
+from dev.krew.__main__ import ARCHIVE, ROOT, build
 
 URI = "https://releases.example/kubectl-lockstep.tar.gz"
-PLATFORM_FIELDS = {"uri", "sha256", "selector", "files", "license", "bin"}
-SPEC_FIELDS = {"version", "shortDescription", "description", "caveats", "homepage", "platforms"}
+VALIDATOR = ROOT / ".dev" / "bin" / "krew"
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +34,26 @@ def installed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return link
 
 
-def test_the_manifest_is_one_that_krew_takes(made: Path) -> None:
-    """As krew's internal/index/validation does (v1alpha2)."""
-    document: dict[str, Any] = yaml.safe_load(made.read_text())
-    assert (document["apiVersion"], document["kind"]) == ("krew.googlecontainertools.github.com/v1alpha2", "Plugin")
-    assert made.stem == document["metadata"]["name"]
-    assert re.fullmatch(r"[\w-]+", document["metadata"]["name"])
-    spec = document["spec"]
-    assert spec.keys() <= SPEC_FIELDS
-    assert re.fullmatch(r"v\d+\.\d+\.\d+(-[0-9A-Za-z.-]+)?", spec["version"])
-    assert spec["shortDescription"]
-    assert "\n" not in spec["shortDescription"]
+def verdict(manifest: Path) -> subprocess.CompletedProcess[str]:
+    """Krew's own, as its index asks for it of every plugin."""
+    command = [VALIDATOR, "-manifest", manifest, "-skip-install"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_krew_takes_the_manifest(made: Path, tmp_path: Path) -> None:
+    judged = verdict(made)
+    assert (judged.returncode, "structural validation OK" in judged.stderr) == (0, True), judged.stderr
+    broken = tmp_path / made.name
+    broken.write_text(made.read_text().replace("shortDescription", "shortDescriptoin"))
+    assert verdict(broken).returncode != 0, "what isn't right is refused"
+
+
+def test_the_manifest_is_of_the_archive(made: Path) -> None:
+    spec: dict[str, Any] = yaml.safe_load(made.read_text())["spec"]
     digest = hashlib.sha256(made.with_name(ARCHIVE).read_bytes()).hexdigest()
     assert spec["platforms"]
     for platform in spec["platforms"]:
-        assert platform.keys() <= PLATFORM_FIELDS
         assert (platform["uri"], platform["sha256"]) == (URI, digest)
-        assert platform["selector"]["matchLabels"].keys() <= {"os", "arch"}
         with tarfile.open(made.with_name(ARCHIVE)) as archive:
             assert archive.getmember(platform["bin"]).mode & 0o111
 
