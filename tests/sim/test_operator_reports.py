@@ -338,14 +338,12 @@ async def test_a_name_that_is_taken_between_look_and_write_stays_whose_it_is() -
         await world.reconcile(foo)
     world.kube.remove("Service", "team", "foo-1")
     foreign = {"metadata": {"name": "foo-1", "namespace": "team"}, "spec": {"ports": [{"port": 1}]}}
-    find = world.kube.find
 
-    async def slow(kind: str, namespace: str, *, labels: str = "", fields: str = "") -> list[Object]:
-        if kind == "Pod" and ("Service", "team", "foo-1") not in world.kube.objects:
-            world.kube.put("Service", foreign)  # the Services have been read by now
-        return await find(kind, namespace, labels=labels, fields=fields)
+    def take(verb: str, kind: str, name: str) -> None:
+        if (kind, name) == ("Service", "foo-1") and (kind, "team", name) not in world.kube.objects:
+            world.kube.put("Service", foreign)
 
-    world.kube.find = slow  # type: ignore[method-assign]
+    world.kube.before_write = take
     for _ in range(3):
         await world.reconcile(foo)
         world.time += 1
