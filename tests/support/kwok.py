@@ -32,10 +32,10 @@ END_SECONDS: Final = 10.0
 class FakeNodes:
     """Safe for use from one thread. Made by `fake_nodes`."""
 
-    def __init__(self, api: ClusterApi, kubeconfig: Path) -> None:
+    def __init__(self, api: ClusterApi, kubeconfig: Path, label: str = "") -> None:
         self._api = api
         self._cluster = f"--kubeconfig={kubeconfig}"
-        self.label = f"n{secrets.token_hex(3)}"  # digits with an e among them are a number to YAML
+        self.label = label or f"n{secrets.token_hex(3)}"  # digits with an e among them are a number to YAML
         self.names: list[str] = []
 
     @property
@@ -99,15 +99,21 @@ class FakeNodes:
 
 @contextmanager
 def fake_nodes(
-    api: ClusterApi, folder: Path, pod_cidr: str = POD_CIDR, kubeconfig: Path = kubectl.KUBECONFIG, *, tidy: bool = True
+    api: ClusterApi,
+    folder: Path,
+    pod_cidr: str = POD_CIDR,
+    kubeconfig: Path = kubectl.KUBECONFIG,
+    *,
+    tidy: bool = True,
+    label: str = "",
 ) -> Iterator[FakeNodes]:
     """A kwok for as long as the context; `folder` keeps its log. At the end nodes and their pods are gone, unless the
-    whole cluster goes with them (`tidy` is false).
+    whole cluster goes with them (`tidy` is false). `label` tells those of one cluster apart; without one it is new.
 
     `api` and `kubeconfig` are of the same cluster.
     """
     assert PROGRAM.exists(), "there is no kwok: run `make .dev/bin/kwok`"
-    nodes = FakeNodes(api, kubeconfig)
+    nodes = FakeNodes(api, kubeconfig, label)
     command = [
         str(PROGRAM), f"--kubeconfig={kubeconfig}", f"--manage-nodes-with-label-selector={nodes.selector}",
         f"--node-lease-duration-seconds={LEASE_SECONDS}", f"--cidr={pod_cidr}", "--node-port=0",
