@@ -22,6 +22,7 @@ from lockstep_runtime.layers.causal_conv import ConvPlan, convolve, plan_conv
 from lockstep_runtime.layers.delta_rule import Inputs
 from lockstep_runtime.layers.delta_rule_kernels import DeltaRule, choose_rule
 from lockstep_runtime.layers.linear import ColumnLinear, RowLinear
+from lockstep_runtime.layers.native_delta_rule import native_step
 from lockstep_runtime.layers.norm import rms_normalize
 from lockstep_runtime.layers.placement import Placement
 from lockstep_runtime.layers.rotary import Rotation
@@ -106,13 +107,22 @@ class DeltaNetPlanner:
     def __init__(self, shape: DeltaNetShape, placement: Placement) -> None:
         self._kernel, self._device = shape.kernel, placement.device
         self.rule: DeltaRule = choose_rule(placement.device, placement.activation, shape.key_dim, shape.value_dim)
-
+        self._step = native_step() if placement.device.type == "cpu" else None
         self._planned: tuple[Batch, DeltaNetPlan] | None = None
 
     def plan(self, batch: Batch) -> DeltaNetPlan:
         if self._planned is None or self._planned[0] is not batch:
             self._planned = batch, self._plan(batch)
         return self._planned[1]
+
+    def advance(self, inputs: Inputs, cache: StateCache, plan: DeltaNetPlan) -> Tensor:
+        """Every state to the slot that the plan says; returns the answers, [tokens, value_heads, value_dim]."""
+        if plan.conv is None and self._step is not None:  # one token of each
+            return self._step(inputs, cache.parts[MATRICES], plan.reads, plan.writes)
+        states = cache.read(MATRICES, plan.reads)
+        answers = self.rule.advance_(inputs, states, plan.rule)
+        cache.write(MATRICES, plan.writes, states)
+        return answers
 
     def _plan(self, batch: Batch) -> DeltaNetPlan:
         lengths: Sequence[int] = [segment.stop - segment.start for segment in batch.segments]
@@ -172,7 +182,6 @@ class DeltaNet:
         mixed, remembered = convolve(convolved, cache.read(INPUTS, plan.reads), self._taps, plan.conv)
         cache.write(INPUTS, plan.writes, remembered)
         queries, keys, values = torch.split(F.silu(mixed), [shape.keys, shape.keys, shape.values], 1)
-        states = cache.read(MATRICES, plan.reads)
         inputs = Inputs(
             queries=queries.view(tokens, shape.key_heads, -1),
             keys=keys.view(tokens, shape.key_heads, -1),
@@ -180,7 +189,6 @@ class DeltaNet:
             decay=F.softplus(decay.float() + self._bias.data).mul_(self._slope),
             beta=beta.float().sigmoid_(),
         )
-        answers = self._planner.rule.advance_(inputs, states, plan.rule)
-        cache.write(MATRICES, plan.writes, states)
+        answers = self._planner.advance(inputs, cache, plan)
         gated = rms_normalize(answers, self._epsilon, self._norm.data).mul_(F.silu(gate.float()).view_as(answers))
         return self._out(gated.view(tokens, -1).to(self._activation), group)

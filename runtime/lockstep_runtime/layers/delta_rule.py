@@ -94,7 +94,7 @@ def advance_(inputs: Inputs, states: Tensor, plan: RulePlan | None) -> Tensor:
     Returns the answers, [tokens, value_heads, value_dim], in float32.
     """
     shared = inputs.values.shape[1] // inputs.keys.shape[1]
-    queries, keys = (_of_unit_length(x).repeat_interleave(shared, 1) for x in (inputs.queries, inputs.keys))
+    queries, keys = (of_unit_length(x).repeat_interleave(shared, 1) for x in (inputs.queries, inputs.keys))
     rule = (queries * keys.shape[-1] ** -0.5, keys, inputs.values.float(), inputs.decay, inputs.beta)
     if plan is None:
         return one_token_(rule, states)
@@ -152,7 +152,7 @@ def _kept(decay: Tensor) -> Tensor:
     return between.masked_fill_(one.triu(1), -torch.inf).exp_()
 
 
-def _of_unit_length(x: Tensor) -> Tensor:
+def of_unit_length(x: Tensor) -> Tensor:
     """Along the last dimension, in float32; a zero stays one."""
     x = x.float()
     return x * (x.square().sum(-1, keepdim=True) + EPSILON).rsqrt()

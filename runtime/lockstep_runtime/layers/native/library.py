@@ -16,7 +16,7 @@ from typing import Final
 import torch
 
 FOLDER: Final = Path(__file__).parent
-SOURCES: Final = ("attention.c", "norm.c")
+SOURCES: Final = ("attention.c", "delta_rule.c", "norm.c")
 COMPILER: Final = "gcc"
 # Sums may be taken in another order, so that they are vectors; what is not a number stays that.
 OPTIONS: Final = (
