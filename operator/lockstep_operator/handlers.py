@@ -63,9 +63,14 @@ async def _model_changed(memo: kopf.Memo, namespace: str, name: str, **_: Any) -
     memo.changed(ModelKey(namespace, name))
 
 
-async def _child_changed(memo: kopf.Memo, body: Mapping[str, Any], **_: Any) -> None:
+async def _child_changed(memo: kopf.Memo, namespace: str, name: str, body: Mapping[str, Any], **kwargs: Any) -> None:
+    """A name that is free again may be one that another model waits for."""
     if key := key_of_child(body):
         memo.changed(key)
+    if kwargs["type"] == "DELETED":
+        for other in kwargs[KIND]:
+            if other != key and other.namespace == namespace and name.startswith(f"{other.name}-"):
+                memo.changed(other)
 
 
 async def _budget_changed(memo: kopf.Memo, namespace: str, body: Mapping[str, Any], **kwargs: Any) -> None:

@@ -128,6 +128,20 @@ async def test_a_model_is_made_kept_and_left_alone(tmp_path: Path, monkeypatch: 
             assert not any("kopf" in name for name in item["metadata"].get("annotations") or {})
 
 
+async def test_a_name_that_is_free_again_is_told_to_the_model_that_may_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path, monkeypatch, "chat", "chat-0", "cha") as (kube, http, operator):
+        await until("the children", lambda: all(is_ready(kube, name) for name in ("chat", "chat-0", "cha")))
+        await at_rest(http, operator)
+        operator.told.clear()
+        kube.remove("Service", "team", "chat-0")
+        await until(
+            "both to be told", lambda: {*operator.told} >= {ModelKey("team", "chat"), ModelKey("team", "chat-0")}
+        )
+        assert ModelKey("team", "cha") not in operator.told
+
+
 def labels_of(kube: FakeKube) -> dict[str, str]:
     found: dict[str, str] = kube.objects["Service", "team", "chat"]["metadata"]["labels"]
     return found

@@ -210,6 +210,7 @@ def _waited(model: Model, seconds: float) -> bool:
     return time.time() - datetime.fromisoformat(since).timestamp() > seconds
 
 
+@pytest.mark.lasting  # the kubelet looks at what pods have written once in a while
 def test_an_evicted_pod_is_replaced_and_nothing_stalls(api: ClusterApi, namespace: str) -> None:
     model = Model(api, namespace, "evicted")
     scratch = [{"name": "scratch", "emptyDir": {"sizeLimit": "8Mi"}}]
