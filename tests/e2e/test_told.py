@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
+import pytest
 from tests.support import kubectl
 from tests.support.cluster_api import ClusterApi
 from tests.support.cluster_faults import events
