@@ -38,5 +38,7 @@ def test_random_fault_schedules_lose_no_token_and_come_to_rest(first: int) -> No
         logging.disable(logging.NOTSET)
     recoveries = sum(world.engine.status().recoveries for world in worlds)
     given_up = sum(world.failed for world in worlds)
+    found = [world.engine.stats().prefix_cache_hits_total for world in worlds if world.state_slots]
+    assert sum(found) > len(worlds), "what these prompts begin with hardly ever has a state"
     assert recoveries > len(worlds) // 2, "these schedules hardly ever break anything"
     assert given_up < len(worlds), f"{given_up} requests were given up in {len(worlds)} schedules"

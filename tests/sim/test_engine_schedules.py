@@ -1,4 +1,5 @@
-"""Thousands of random schedules: every request finishes with the right tokens, no block is lost or used twice."""
+"""Thousands of random schedules: every request finishes with the right tokens, no block is lost or used twice, and no
+state is read that is not the text's."""
 
 from __future__ import annotations
 
@@ -30,6 +31,8 @@ class Life:
     Some prompts begin alike. After a fault the cache is new, or goes on with whatever the step that failed has left in
     what it writes to; or garbage was found, and what no sequence holds may be garbage, too. Rank 0 forgets the rules of
     sequences now and then, and takes its time for a grammar.
+
+    Half of the models have recurrent states: `states[slot]` is of which tokens.
     """
 
     def __init__(self, seed: int) -> None:
@@ -38,6 +41,8 @@ class Life:
         self.blocks = self.random.randint(3, 24)
         self.capacity = self.blocks * self.block_size
         self.budget = self.random.randint(2, 24)
+        self.state_slots = self.random.choice([0, self.random.randint(3, 24)])
+        self.states: dict[int, tuple[int, ...]] = {0: ()}
         self.scheduler = Scheduler(
             max_sequences=self.random.randint(1, 8),
             max_batch_tokens=self.budget,
@@ -45,10 +50,12 @@ class Life:
             blocks=self.blocks,
             block_size=self.block_size,
             prefix_caching=self.random.random() < 0.8,
+            state_slots=self.state_slots,
         )
         self.beginnings = [self.tokens(self.random.randint(1, self.capacity)) for _ in range(2)]
+        self.turns: list[tuple[str, tuple[int, ...]]] = []  # salts, prompts with their answers
         self.cache: dict[tuple[int, int], int] = {}
-        self.to_come = self.random.randint(1, 12)
+        self.to_come = self.random.randint(1, 16)
         self.sequences = 0
         self.open: dict[int, tuple[GenerationRequest, list[int]]] = {}
         self.faults_left = self.random.choice([0, 0, 1, 3])
@@ -65,13 +72,17 @@ class Life:
             prompt_length = min(prompt_length, self.random.choice([5, 3 * self.block_size]))
         max_tokens = self.random.randint(1, min(12, self.capacity - prompt_length))
         shared = self.random.choice(self.beginnings)[: self.random.choice([0, prompt_length, prompt_length - 1])]
+        salt = self.random.choice(["", "", "salt"])
+        turns = [turn for turn in self.turns if len(turn[1]) < prompt_length]
+        if turns and self.random.random() < 0.8:
+            salt, shared = self.random.choice(turns)
         prompt = shared + self.tokens(prompt_length - len(shared))
         request = GenerationRequest(
             request_id="r",
             prompt=prompt,
             max_tokens=max_tokens,
             sampling=SamplingParams(temperature=0, prompt_logprobs=self.random.choice([-1, -1, 0])),
-            cache_salt=self.random.choice(["", "", "salt"]),
+            cache_salt=salt,
             rules=self.random.choice([None, None, PENALIZED, PENALIZED_ANSWER, CONSTRAINED]),
         )
         self.open[self.sequences] = (request, [])
@@ -82,15 +93,28 @@ class Life:
         assert sum(len(part.tokens) for part in slices) <= self.budget
         assert len({part.sequence_id for part in slices}) == len(slices)
         check_sharing(slices, self.block_size)
+        written = {part.state.write for part in slices}
+        assert not self.state_slots or len(written) == len(slices), "two write one state"
+        assert not written & {part.state.read for part in slices} - {0}, "one writes what another reads"
         sampled, scored = [], []
         for part in slices:
             for offset, token in enumerate(part.tokens):
                 self.cache[self.slot(part, part.position + offset)] = token
+            if self.state_slots:
+                self.advance(part)
             if part.sample is not None:
                 context = self.context(part, part.position + len(part.tokens))
                 sampled.append(SampledToken(sequence_id=part.sequence_id, token=next_token(context)))
             scored += scores(part, lambda end, part=part: self.context(part, end))  # type: ignore[misc]
         return sampled, scored
+
+    def advance(self, part: SequenceSlice) -> None:
+        """From one slot to another."""
+        state = self.states[part.state.read]
+        assert state == tuple(self.context(part, part.position)), "the state of another text is read"
+        assert 0 < part.state.write < self.state_slots
+        assert part.state.write != part.state.read
+        self.states[part.state.write] = (*state, *part.tokens)
 
     def put_off(self, slices: list[SequenceSlice]) -> set[int]:
         """Those that rank 0 can't draw for: it has forgotten their past, or still compiles a grammar."""
@@ -144,6 +168,7 @@ class Life:
             tokens.append(drawn.token.token)
             if drawn.finish:
                 assert tokens == continuation(request.prompt, request.max_tokens)
+                self.turns.append((request.cache_salt, (*request.prompt, *tokens)))
                 del self.open[drawn.sequence_id]
 
     def fault(self, slices: list[SequenceSlice]) -> None:
@@ -152,20 +177,26 @@ class Life:
         match self.random.choice(["new", "kept", "looked at"]):
             case "new":
                 self.cache.clear()
+                self.states = {0: ()}
                 lost = self.scheduler.start_over(
-                    max_model_len=self.capacity, blocks=self.blocks, block_size=self.block_size
-                )
+                    max_model_len=self.capacity, blocks=self.blocks, block_size=self.block_size,
+                    state_slots=self.state_slots,
+                )  # fmt: skip
                 assert not lost
             case "kept":
                 for part in slices:
                     for position in range(part.position, part.position + len(part.tokens)):
                         self.cache[self.slot(part, position)] = GARBAGE
+                    if self.state_slots:
+                        self.states[part.state.write] = (GARBAGE,)
             case _:
-                self.scheduler.book.forget_cached()
+                self.scheduler.forget_cached()
                 held = {block for part in self.scheduler.held() for block in part.blocks}
                 for block, slot in self.cache:
                     if block not in held:
                         self.cache[block, slot] = GARBAGE
+                read = {part.state.read for part in self.scheduler.held()}
+                self.states = {slot: state if slot in read | {0} else (GARBAGE,) for slot, state in self.states.items()}
 
     def cancel(self, sequence_id: int) -> None:
         del self.open[sequence_id]
@@ -190,11 +221,13 @@ def judged(prompt: tuple[int, ...]) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_random_schedules(batch: int) -> None:
-    preemptions = found = 0
+    preemptions = found = with_states = 0
     for seed in range(batch * SCHEDULES // BATCHES, (batch + 1) * SCHEDULES // BATCHES):
         life = Life(seed)
         life.run()
         preemptions += life.scheduler.preemptions
         found += life.scheduler.cached_tokens
+        with_states += life.scheduler.cached_tokens if life.state_slots else 0
     assert preemptions > 100, "these schedules hardly ever run out of blocks"
     assert found > 500, "these prompts hardly ever begin alike"
+    assert with_states > 100, "what they begin with hardly ever has a state"

@@ -1,7 +1,8 @@
 """Ranks without a model: real connections to a real bus, and a toy cache that shows every mistake of the engine.
 
 A fake rank keeps token ids by (block, slot), as a KV cache would keep keys and values, and draws the next token from
-all tokens that it reads back through the block table. A lost, shared or wrongly fed block changes the answer.
+all tokens that it reads back through the block table. A lost, shared or wrongly fed block changes the answer. One with
+recurrent states looks at each step whether the state that it reads is of the tokens in the blocks.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import cast
 
 import msgspec
 from tests.support.toy_images import ToyImages
+from tests.support.toy_states import ToyStates, check_states
 
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.protocol import bus
@@ -82,11 +84,14 @@ class ToyMemory:
     name: str = ""
     blocks: int = 0
     slots: dict[int, list[int | None]] = field(default_factory=dict)  # block → what its slots hold
+    states: ToyStates = field(default_factory=ToyStates)
 
     def spoil(self) -> None:
         """Nothing that is here may be read again."""
         for held in self.slots.values():
             held[:] = [None] * BLOCK_SIZE
+        for slot in self.states.held:
+            self.states.spoil(slot, None)
 
 
 Misdeed = Callable[["FakeRank", bus.Step], "bus.StepDone | bus.StepFailed | None"]
@@ -99,6 +104,7 @@ class FakeRank:
     config: ServeConfig
     rank: int
     cache_blocks: int = 64
+    state_slots: int = 0
     misdeed: Misdeed | None = None
     draw: Callable[[Sequence[int]], int] = next_token  # the token after these
     incarnation: str = field(default_factory=lambda: secrets.token_hex(4))
@@ -214,7 +220,9 @@ class FakeRank:
         corrupt = any(self._reads_nan(part, part.position + 1) for part in order.unverified)
         if order.blocks != memory.blocks or corrupt:
             memory.name, memory.blocks, memory.slots = secrets.token_hex(4), order.blocks, {}
+            memory.states = ToyStates()
         memory.slots[order.blocks - 1] = [*range(BLOCK_SIZE)]
+        memory.states.fill_for_probe(order.state_slots)
         return bus.CacheAllocated(
             epoch=order.epoch, cache_id=memory.name, blocks=memory.blocks, memory_bytes=7, corrupt=corrupt
         )
@@ -227,6 +235,7 @@ class FakeRank:
             cache_blocks=self.cache_blocks,
             block_size=BLOCK_SIZE,
             memory_bytes=5,
+            state_slots=self.state_slots,
         )
 
     def _step(self, step: bus.Step) -> None:
@@ -251,14 +260,13 @@ class FakeRank:
     def compute(self, step: bus.Step) -> bus.StepDone:
         """The honest answer."""
         check_sharing(step.sequences, BLOCK_SIZE)
+        if self.state_slots:
+            check_states(step.sequences)
         self.images.work(step.images)
         fingerprint, sampled, scored = self.weights, [], []
         self.fed += sum(len(part.tokens) for part in step.sequences if part.sequence_id != SEQUENCE)
         for part in step.sequences:
-            for position, token in enumerate(part.tokens, part.position):
-                block, slot = divmod(position, BLOCK_SIZE)
-                held = self.memory.slots.setdefault(part.blocks[block], [None] * BLOCK_SIZE)
-                held[slot] = self.images.token(part, position, token)
+            self._feed(part)
             drawn = self.draw(self._context(part, part.position + len(part.tokens)))
             fingerprint = zlib.crc32(struct.pack("<q", drawn), fingerprint)
             if part.sample is not None and self.rank == 0:
@@ -269,12 +277,21 @@ class FakeRank:
             epoch=step.epoch, step=step.step, seconds=0.001, fingerprint=fingerprint, sampled=sampled, scored=scored
         )
 
+    def _feed(self, part: SequenceSlice) -> None:
+        fed = [self.images.token(part, position, token) for position, token in enumerate(part.tokens, part.position)]
+        if self.state_slots:
+            self.memory.states.advance(part, self._read(part, part.position), fed)
+        for position, token in enumerate(fed, part.position):
+            block, slot = divmod(position, BLOCK_SIZE)
+            self.memory.slots.setdefault(part.blocks[block], [None] * BLOCK_SIZE)[slot] = token
+
     def leave_undone(self, step: bus.Step) -> None:
         """Only a part of it was written, and nobody knows which."""
         for part in step.sequences:
             for position in range(part.position, part.position + len(part.tokens)):
                 block, slot = divmod(position, BLOCK_SIZE)
                 self.memory.slots[part.blocks[block]][slot] = None
+            self.memory.states.spoil(part.state.write, None)
 
     def spoil_context(self, step: bus.Step) -> None:
         """What the step attends to is no number any more."""
@@ -282,6 +299,7 @@ class FakeRank:
             for position in range(part.position):
                 block, slot = divmod(position, BLOCK_SIZE)
                 self.memory.slots[part.blocks[block]][slot] = NAN
+            self.memory.states.spoil(part.state.read, NAN)
 
     def finds_nan(self, step: bus.Step) -> bool:
         """In what was computed before."""

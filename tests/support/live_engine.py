@@ -107,6 +107,7 @@ async def live_engine(
     ranks: int = 2,
     limits: EngineLimits | None = None,
     cache_blocks: int = 64,
+    state_slots: int = 0,
     start: bool = True,
     supervisors: bool = True,
     watchdog: Watchdog = QUICK,
@@ -130,7 +131,8 @@ async def live_engine(
     engine.set_model(None)
     bus = BusServer(TOKEN, engine.group, strangers=strangers)
     await bus.open(listen("127.0.0.1", settings.bus_port))
-    live = LiveEngine(settings, engine, [FakeRank(settings, rank, cache_blocks) for rank in range(ranks)])
+    fakes = [FakeRank(settings, rank, cache_blocks, state_slots) for rank in range(ranks)]
+    live = LiveEngine(settings, engine, fakes)
     tasks = [asyncio.create_task(engine.run()), asyncio.create_task(engine.report())]
     if supervisors:
         for pod_index in range(ranks):

@@ -101,7 +101,9 @@ class SimRank:
             return
         self.processes += 1
         self.incarnation = f"{self.rank}.{self.processes}"
-        self.toy = FakeRank(self.world.config, self.rank, cache_blocks=24, memory=self.memory)
+        self.toy = FakeRank(
+            self.world.config, self.rank, cache_blocks=24, state_slots=self.world.state_slots, memory=self.memory
+        )
         self.alive, self.silent, self.corrupt, self.joined = True, False, False, -1
         self.epoch, self.min_epoch = 0, 0
         self.place = (0, False)
@@ -368,6 +370,8 @@ class World:
             model="toy", served_name="toy", tensor_parallel_size=self.size, watchdog=Watchdog(floor=1.0),
             limits=EngineLimits(max_batch_tokens=self.chance.choice([4, 16, 64])),
         )  # fmt: skip
+        self.state_slots = self.chance.choice([0, 0, 7, 24])
+        self.turns: list[tuple[int, ...]] = []  # prompts with their answers
         self.engine = self._new_engine(None)
         self._joining: dict[int, dict[int, SimRank]] = {}
 
@@ -471,7 +475,9 @@ class World:
             *range(min(shared, length - 1)),
             *(self.chance.randrange(1000) for _ in range(max(1, length - shared))),
         )
-        count = self.chance.randint(1, min(30, 24 * BLOCK_SIZE - len(prompt)))
+        if self.turns and self.chance.random() < 0.3:
+            prompt = (*self.chance.choice(self.turns)[:50], *prompt)
+        count = self.chance.randint(1, min(30, 23 * BLOCK_SIZE - len(prompt)))
         request = GenerationRequest(
             request_id="r", prompt=prompt, max_tokens=count, sampling=SamplingParams(temperature=0)
         )
@@ -483,6 +489,7 @@ class World:
                 tokens.append(event.token.token)
                 assert tokens == right[: len(tokens)], "a token is wrong, missing or doubled"
             assert tokens == right
+            self.turns.append((*prompt, *right))
         except GenerationFailedError as error:
             if not any(words in str(error) for words in ("again and again", "no rank can compute")):
                 raise

@@ -107,11 +107,24 @@ def room(limits: EngineLimits, shape: CacheShape = HYBRID) -> CacheSize:
 def test_states_have_room_for_every_sequence_or_half_of_the_cache() -> None:
     slot, block = HYBRID.slot_bytes, HYBRID.block_bytes(torch.float32)
     assert block == 2 * 2 * 3 * 10 * 4 * BLOCK_SIZE
-    assert room(EngineLimits(max_sequences=4, kv_cache_bytes=1 << 30)) == CacheSize(blocks=17, state_slots=11)
+    alone = EngineLimits(max_sequences=4, kv_cache_bytes=1 << 30, prefix_caching=False)
+    assert room(alone) == CacheSize(blocks=17, state_slots=11)
     tight = 5 * block
-    assert room(EngineLimits(max_sequences=400, kv_cache_bytes=tight)) == CacheSize(
+    assert room(EngineLimits(max_sequences=400, kv_cache_bytes=tight, prefix_caching=False)) == CacheSize(
         blocks=(tight - tight // 2 // slot * slot) // block, state_slots=tight // 2 // slot
     )
     assert room(EngineLimits(kv_cache_bytes=tight), CacheShape(layers=(PAGED,))).state_slots == 0
     with pytest.raises(ModelError, match="no room for a KV cache"):
         room(EngineLimits(kv_cache_bytes=4 * slot + block))
+
+
+def test_states_of_beginnings_have_two_slots_for_each_sequence_or_an_eighth_of_what_is_left() -> None:
+    slot, block = HYBRID.slot_bytes, HYBRID.block_bytes(torch.float32)
+    assert room(EngineLimits(max_sequences=4, kv_cache_bytes=1 << 30)) == CacheSize(blocks=17, state_slots=11 + 8)
+    tight = 5 * block
+    running = tight // 2 // slot
+    kept = (tight - running * slot) // 8 // slot
+    assert kept > 0
+    assert room(EngineLimits(max_sequences=400, kv_cache_bytes=tight)) == CacheSize(
+        blocks=(tight - (running + kept) * slot) // block, state_slots=running + kept
+    )

@@ -307,8 +307,9 @@ def test_a_suspect_that_runs_alone_takes_the_room_that_it_needs() -> None:
 
 def with_states(slots: int, **more: Any) -> Scheduler:
     return Scheduler(
-        max_sequences=8, max_batch_tokens=16, max_model_len=1000, blocks=16, block_size=4, state_slots=slots, **more
-    )
+        max_sequences=8, max_batch_tokens=16, max_model_len=1000, blocks=16, block_size=4, state_slots=slots,
+        prefix_caching=False, **more,
+    )  # fmt: skip
 
 
 def test_each_sequence_has_two_state_slots_and_the_rest_waits_for_them() -> None:

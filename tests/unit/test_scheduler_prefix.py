@@ -115,7 +115,7 @@ def test_shared_blocks_take_no_room_twice() -> None:
     assert planner.book.used == 7
 
 
-def test_new_caches_hold_nothing_and_states_are_of_one_sequence() -> None:
+def test_new_caches_hold_nothing() -> None:
     planner = scheduler()
     begun(planner, asked(1, tuple(range(16))))
     planner.remove(1)
@@ -123,9 +123,6 @@ def test_new_caches_hold_nothing_and_states_are_of_one_sequence() -> None:
     assert begun(planner, asked(2, tuple(range(16)))) == (0, 16)
     planner.remove(2)
     assert begun(planner, asked(3, tuple(range(16)))) == (8, 8)
-    hybrid = scheduler(state_slots=9)
-    begun(hybrid, asked(1, tuple(range(16))))
-    assert begun(hybrid, asked(2, tuple(range(16))))[0] == 0
 
 
 def test_prefix_caching_can_be_switched_off() -> None:

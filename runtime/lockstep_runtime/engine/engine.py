@@ -260,7 +260,7 @@ class Engine:
         looks at it, and there may be garbage in it."""
         if self._scheduler is None:
             return []
-        self._scheduler.book.forget_cached()
+        self._scheduler.forget_cached()
         return self._scheduler.held()
 
     def poisoned(self, reason: str) -> None:

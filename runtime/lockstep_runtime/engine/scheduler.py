@@ -7,8 +7,7 @@ no more of them than would fill its own place. When blocks run out, the latest s
 and is computed again later from its token ids; so the oldest always goes on, and every sequence that fits by itself
 finishes.
 
-With prefix caching a sequence begins behind the full blocks of its tokens that stand in the cache already, whoever had
-them computed, and itself before it gave its blocks up. A block is entered when the step that has filled it is booked.
+With prefix caching a sequence begins behind what of its tokens stands in the cache already: see contexts.py.
 
 After a fault, sequences under suspicion run alone, one after the other, until they draw a token: one that breaks a step
 again is known by that, and the others are not blamed for it.
@@ -24,11 +23,10 @@ from typing import Final
 
 from lockstep_runtime.engine.block_manager import BlockManager
 from lockstep_runtime.engine.client import FinishReason
+from lockstep_runtime.engine.contexts import Contexts
 from lockstep_runtime.engine.image_book import ImageBook
-from lockstep_runtime.engine.prefix_keys import PrefixKeys
 from lockstep_runtime.engine.sequence import QUARANTINE_AT, REJECT_AT, Sequence
 from lockstep_runtime.engine.shares import share
-from lockstep_runtime.engine.state_slots import StateBook
 from lockstep_runtime.protocol.step import SampledToken, SequenceSlice
 
 _by_arrival = attrgetter("id")
@@ -62,8 +60,7 @@ class Scheduler:
         state_slots: int = 0,
         prefix_caching: bool = True,
     ) -> None:
-        """`prefix_caching`: of models that remember keys and values only; a recurrent state is of one sequence."""
-        self._caches_prefixes = prefix_caching and not state_slots
+        self._caches_prefixes = prefix_caching
         self._most_sequences = min(max_sequences, max_batch_tokens)  # so that every running one can move in a step
         self._max_batch_tokens = max_batch_tokens
         self._waiting: list[Sequence] = []  # by arrival
@@ -76,11 +73,19 @@ class Scheduler:
         self._lay_out(max_model_len, blocks, block_size, state_slots)
 
     def _lay_out(self, max_model_len: int, blocks: int, block_size: int, state_slots: int) -> None:
-        self.book = BlockManager(blocks)
-        self._states = StateBook(state_slots)
-        self._max_sequences = min(self._most_sequences, self._states.pairs or self._most_sequences)
-        self._block_size = block_size
+        self._contexts = Contexts(
+            blocks=blocks, block_size=block_size, state_slots=state_slots, shared=self._caches_prefixes
+        )
+        self._max_sequences = min(self._most_sequences, self._contexts.states.pairs or self._most_sequences)
         self.max_model_len = min(max_model_len, blocks * block_size)
+
+    @property
+    def book(self) -> BlockManager:
+        return self._contexts.book
+
+    def forget_cached(self) -> None:
+        """What no sequence holds is not to be relied on."""
+        self._contexts.forget_cached()
 
     @property
     def running(self) -> int:
@@ -99,7 +104,7 @@ class Scheduler:
 
     def remove(self, sequence_id: int) -> None:
         """Forget a sequence, wherever it stands; an unknown one is no error. Its blocks are free for the next step."""
-        self._release(sequence_id)
+        self._contexts.release(sequence_id)
         self._running = [sequence for sequence in self._running if sequence.id != sequence_id]
         self._waiting = [sequence for sequence in self._waiting if sequence.id != sequence_id]
 
@@ -131,8 +136,7 @@ class Scheduler:
                 sequence.told = False
                 continue
             sequence.told = sequence.told or (part.ruled is not None and part.sample is not None)
-            self._computed(sequence, len(part.tokens))
-            self._states.booked(sequence.id)
+            self._contexts.booked(sequence, len(part.tokens))
         for token in scored:
             sequence = running.get(token.sequence_id)
             if sequence is not None and token.sequence_id not in put_off:
@@ -178,7 +182,7 @@ class Scheduler:
                 position=sequence.computed - 1,
                 tokens=sequence.tokens[sequence.computed - 1 : sequence.computed],
                 blocks=self.book.table(sequence.id),
-                state=self._states.slots(sequence.id),
+                state=self._contexts.states.slots(sequence.id),
             )
             for sequence in self._running
             if sequence.computed
@@ -202,7 +206,7 @@ class Scheduler:
         slices: list[SequenceSlice] = []
         while queue:
             sequence, count = queue.pop(0)
-            while not self.book.grow(sequence.id, self._blocks_for(sequence.computed + count)):
+            while not self.book.grow(sequence.id, self._contexts.blocks_for(sequence.computed + count)):
                 victim = queue.pop()[0] if queue else sequence
                 self._preempt(victim)
                 if victim is sequence:
@@ -224,7 +228,9 @@ class Scheduler:
         """Tokens that it would take in a step of its own. The last before a draw that may be put off comes alone: it
         may come more than once."""
         wanted = sequence.remaining if sequence.is_scored else min(sequence.remaining, SCORED_CHUNK)
-        return wanted - 1 if sequence.awaits_grammar and wanted == sequence.remaining > 1 else wanted
+        if sequence.awaits_grammar and wanted == sequence.remaining > 1:
+            wanted -= 1
+        return min(wanted, sequence.until_stop)
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_sequences:
@@ -243,93 +249,49 @@ class Scheduler:
 
     def _begin(self, sequence: Sequence) -> None:
         """Behind what stands in the cache."""
-        if not self._caches_prefixes:
-            return
-        shared = self.book.match(self._shareable(sequence))
-        self.book.share(sequence.id, shared)
-        sequence.computed = len(shared) * self._block_size
-        if sequence.cached is None:
+        if self._contexts.begin(sequence) and sequence.cached is None:
             sequence.cached = sequence.computed
             self.looked_up_tokens += len(sequence.tokens)
             self.cached_tokens += sequence.computed
 
-    def _shareable(self, sequence: Sequence) -> list[bytes]:
-        """Keys of the blocks that need not be computed again: something has to be, from which a token is drawn, and
-        everything that is to be scored."""
-        most = len(sequence.tokens) if sequence.is_scored else sequence.scored
-        return self._keys(sequence).of(sequence.tokens, (most - 1) // self._block_size)
-
-    def _keys(self, sequence: Sequence) -> PrefixKeys:
-        if sequence.keys is None:
-            request = sequence.request
-            images = [image.span for image in request.images]
-            sequence.keys = PrefixKeys(request.cache_salt, self._block_size, images)
-        return sequence.keys
-
-    def _computed(self, sequence: Sequence, count: int) -> None:
-        """So many more of its tokens: blocks that are full now can be shared."""
-        before = sequence.computed // self._block_size
-        sequence.computed += count
-        full = sequence.computed // self._block_size
-        if self._caches_prefixes and full > before:
-            keys = self._keys(sequence).of(sequence.tokens, full)
-            for index in range(before, full):
-                self.book.enter(sequence.id, index, keys[index])
-
     def _next_in(self) -> Sequence | None:
         room = self.book.free - self._promised()
         first = self._waiting[0]
-        place = self._place(first)
+        place = self._contexts.place(first)
         if place <= room:
             return first
         most = min(room, place - first.overtaken)
         for later in self._waiting[1:] if most > 0 else ():
-            blocks = self._blocks_for(len(later.tokens))
+            blocks = self._contexts.blocks_for(len(later.tokens))
             if blocks <= most:
                 first.overtaken += blocks
                 return later
         return None
 
-    def _place(self, sequence: Sequence) -> int:
-        """Free blocks that it takes up to its last token."""
-        blocks = self._blocks_for(len(sequence.tokens))
-        if not self._caches_prefixes:
-            return blocks
-        return blocks - self.book.held_by_others(self.book.match(self._shareable(sequence)))
-
     def _plan_alone(self, sequence: Sequence) -> list[SequenceSlice]:
         if sequence not in self._running:
             self._waiting.remove(sequence)
-            while self._states.pairs and len(self._running) >= self._max_sequences:
+            while self._contexts.states.pairs and len(self._running) >= self._max_sequences:
                 self._preempt(self._running[-1])
             insort(self._running, sequence, key=_by_arrival)
             self._begin(sequence)
         self.images.begin([sequence])
         count = self.images.feed(sequence, min(self._wanted(sequence), self._max_batch_tokens))
-        while not self.book.grow(sequence.id, self._blocks_for(sequence.computed + count)):
+        while not self.book.grow(sequence.id, self._contexts.blocks_for(sequence.computed + count)):
             self._preempt(next(one for one in reversed(self._running) if one is not sequence))
         return [self._slice(sequence, count)]
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
-        self._release(sequence.id)
+        self._contexts.release(sequence.id)
         sequence.computed = 0
         self._running.remove(sequence)
         self.add(sequence)
 
-    def _release(self, sequence_id: int) -> None:
-        """Whatever the layers remember of it."""
-        self.book.release(sequence_id)
-        self._states.release(sequence_id)
-
     def _promised(self) -> int:
         """Blocks that the running prefills will still take."""
-        return sum(
-            max(0, self._blocks_for(len(sequence.tokens)) - self.book.held(sequence.id)) for sequence in self._running
-        )
-
-    def _blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self._block_size)
+        blocks_for = self._contexts.blocks_for
+        return sum(max(0, blocks_for(len(one.tokens)) - self.book.held(one.id)) for one in self._running)
 
     def _slice(self, sequence: Sequence, count: int) -> SequenceSlice:
         end = sequence.computed + count
@@ -339,7 +301,7 @@ class Scheduler:
             position=sequence.computed,
             tokens=sequence.tokens[sequence.computed : end],
             blocks=self.book.table(sequence.id),
-            state=self._states.slots(sequence.id),
+            state=self._contexts.states.slots(sequence.id),
             sample=sequence.request.sampling if draws else None,
             scoring=sequence.scoring(end),
             ruled=sequence.ruled(sequence.computed, draws=draws),

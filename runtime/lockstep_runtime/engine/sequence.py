@@ -31,6 +31,7 @@ class Sequence:
     scores: list[SampledToken] = field(default_factory=list)  # those that were not handed on yet
     cached: int | None = None  # of its tokens, that stood in the cache when it began; None: it has not begun yet
     keys: PrefixKeys | None = None  # of its blocks, if they were asked for
+    stops: tuple[int, ...] = ()  # numbers of tokens, rising: a chunk ends there, for its recurrent state to be kept
     told: bool = False  # rank 0 has drawn by this sequence's rules: it knows them, and its tokens
 
     def __post_init__(self) -> None:
@@ -40,6 +41,11 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens to compute before the next can be sampled: 1 in decode, more in prefill."""
         return len(self.tokens) - self.computed
+
+    @property
+    def until_stop(self) -> int:
+        """Tokens to compute before a chunk has to end; at least one."""
+        return next((stop for stop in self.stops if stop > self.computed), len(self.tokens)) - self.computed
 
     @property
     def drawn(self) -> int:

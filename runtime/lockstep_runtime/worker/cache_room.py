@@ -16,6 +16,8 @@ from lockstep_runtime.worker.device import sharers
 from lockstep_runtime.worker.memory import blocks_as_before, cache_budget
 
 STATES_SHARE: Final = 0.5  # of a cache, at most: the rest is for keys and values
+KEPT_SHARE: Final = 0.125  # of that rest, at most: for states of what prompts begin with
+KEPT_STATES: Final = 2  # for each sequence, at most
 FEWEST_STATE_SLOTS: Final = 1 + 2 + PROBE_STATE_SLOTS  # the one of zeros, and one sequence's two
 
 
@@ -55,12 +57,14 @@ class CacheRoom:
         return CacheSize(blocks=blocks, state_slots=state_slots)
 
     def state_slots(self, budget: int) -> int:
-        """For recurrent states: two for each sequence, in as much of the budget as is theirs."""
-        if not self.shape.slot_bytes:
+        """For recurrent states: two for each sequence, in as much of the budget as is theirs, and some to keep."""
+        slot, limits = self.shape.slot_bytes, self.config.limits
+        if not slot:
             return 0
-        wanted = 1 + 2 * self.config.limits.max_sequences + PROBE_STATE_SLOTS
-        fits = math.floor(budget * STATES_SHARE / self.shape.slot_bytes)
-        return max(FEWEST_STATE_SLOTS, min(wanted, fits))
+        wanted = 1 + 2 * limits.max_sequences + PROBE_STATE_SLOTS
+        slots = max(FEWEST_STATE_SLOTS, min(wanted, math.floor(budget * STATES_SHARE / slot)))
+        fits = math.floor(max(0, budget - slots * slot) * KEPT_SHARE / slot)
+        return slots + (min(KEPT_STATES * limits.max_sequences, fits) if limits.prefix_caching else 0)
 
     def _budget(self) -> int:
         if self.config.limits.kv_cache_bytes is not None:
