@@ -77,6 +77,8 @@ TESTS: Final = {  # the cheap ones first: the first that fails ends a mutant
     f"{ENGINE}/block_manager.py": "tests/unit/test_block_manager.py",
     f"{ENGINE}/free_runs.py": "tests/unit/test_block_manager.py",
     f"{ENGINE}/prefix_keys.py": "tests/unit/test_prefix_keys.py",
+    f"{ENGINE}/state_slots.py": "tests/unit/test_state_slots.py tests/unit/test_scheduler_states.py",
+    f"{ENGINE}/contexts.py": "tests/unit/test_scheduler_states.py tests/unit/test_scheduler_prefix.py",
     f"{ENGINE}/sequence.py": "tests/unit/test_sequence.py tests/unit/test_scheduler.py",
     f"{ENGINE}/shares.py": "tests/unit/test_scheduler.py tests/unit/test_shares.py",
     f"{ENGINE}/scheduler.py": "tests/unit/test_scheduler.py tests/unit/test_scheduler_prefix.py",

@@ -136,7 +136,7 @@ def test_where_two_prompts_part_a_third_goes_on_as_transformers_does(ranks_of: A
     serving.check()
 
 
-@pytest.mark.parametrize(("seed", "name"), enumerate(KINDS))
+@pytest.mark.parametrize(("seed", "name"), tuple(enumerate(KINDS)))
 def test_random_conversations_on_few_blocks_and_slots_are_transformers(ranks_of: Any, seed: int, name: str) -> None:
     """With sequences that give their blocks up, steps that are repeated, and garbage wherever nothing was written."""
     print(f"seed {seed}")

@@ -228,9 +228,8 @@ class Scheduler:
         """Tokens that it would take in a step of its own. The last before a draw that may be put off comes alone: it
         may come more than once."""
         wanted = sequence.remaining if sequence.is_scored else min(sequence.remaining, SCORED_CHUNK)
-        if sequence.awaits_grammar and wanted == sequence.remaining > 1:
-            wanted -= 1
-        return min(wanted, sequence.until_stop)
+        most = wanted - 1 if sequence.awaits_grammar and wanted == sequence.remaining > 1 else wanted
+        return min(most, sequence.until_stop)
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_sequences:
