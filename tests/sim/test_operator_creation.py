@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 
 import pytest
 from tests.support.kube_watch import KubeWatch
 from tests.support.kube_world import KilledAtWrite, World
 
+from lockstep_operator.cluster.namespace_limits import NamespaceLimits
 from lockstep_operator.types.names import KIND, ModelKey
 
 OBJECTS = 8  # Secret, ServiceAccount, two Services, NetworkPolicy, budget, ControllerRevision, StatefulSet
@@ -47,6 +49,17 @@ async def test_more_models_of_a_namespace_cost_no_look_at_its_limits_and_none_at
     requests = await made(world, world.add("second"))
     assert requests.total() <= OBJECTS + STATUS_WRITES + EVENTS + READS
     assert {what for what in requests if what[0] in ("get", "find")} == {("get", "Secret")}
+
+
+async def test_models_that_come_together_ask_once_for_the_limits_of_their_namespace() -> None:
+    world = World()
+    world.kube.pause = lambda: 3
+    limits = NamespaceLimits(world.kube, lambda: world.time)
+    await asyncio.gather(*(limits.recent("team", 60) for _ in range(8)))
+    assert world.kube.requests[("find", "LimitRange")] == 1
+    world.time += 61
+    await limits.recent("team", 60)
+    assert world.kube.requests[("find", "LimitRange")] == 2
 
 
 class LateWorld(World):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import defaultdict
 from collections.abc import Callable
 
 from lockstep_operator.cluster.client import Kube, KubeError
@@ -14,6 +16,7 @@ class NamespaceLimits:
     def __init__(self, kube: Kube, now: Callable[[], float]) -> None:
         self._kube = kube
         self._now = now
+        self._asking: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._known: dict[str, tuple[float, Limits]] = {}  # by namespace: when they were read, and what they were
 
     async def read(self, namespace: str) -> Limits:
@@ -29,7 +32,8 @@ class NamespaceLimits:
 
     async def recent(self, namespace: str, seconds: float) -> Limits:
         """As they were so long ago at most. Raises KubeError."""
-        known = self._known.get(namespace)
-        if known is None or self._now() - known[0] > seconds:
-            return await self.read(namespace)
-        return known[1]
+        async with self._asking[namespace]:  # models of one namespace come together when an operator starts
+            known = self._known.get(namespace)
+            if known is None or self._now() - known[0] > seconds:
+                return await self.read(namespace)
+            return known[1]
