@@ -87,7 +87,7 @@ class Run:
     def _operator(self, operator: Operator) -> None:
         self._once("made", lambda: self._made(operator))
         self._once("restarted", lambda: self._restarted(operator, lambda: operator.ready() >= self.scene.models))
-        if not operator.pid:
+        if not operator.runs:
             operator.start()
             self._until("all to be reconciled", lambda: operator.ready() >= self.scene.models)
         self._once("at rest", lambda: self._at_rest(operator))
@@ -96,7 +96,7 @@ class Run:
     def _peer(self, peer: Peer) -> None:
         self._once("sets made", lambda: self._sets_made(peer))
         self._once("peer restarted", lambda: self._restarted(peer, lambda: peer.sync_count() >= self.scene.models))
-        if not peer.pid:
+        if not peer.runs:
             peer.start()
             self._until("all sets to be reconciled", lambda: peer.sync_count() >= self.scene.models)
         self._once("peer at rest", lambda: self._at_rest(peer))
@@ -104,6 +104,7 @@ class Run:
     def _made(self, operator: Operator) -> None:
         """All models at once, on an empty cluster."""
         scene, began = self.scene, time.time()
+        print(f"making {scene.models} models", flush=True)
         operator.start()
         create_all(scene.plane, scene.models, model, scene.nodes.placement)
         self._until("all models to be Ready", lambda: self._shown(operator.ready()) >= scene.models)
@@ -116,6 +117,7 @@ class Run:
     def _sets_made(self, peer: Peer) -> None:
         scene, began = self.scene, time.time()
         peer.start()
+        print(f"making {scene.models} LeaderWorkerSets", flush=True)
         create_all(scene.plane, scene.models, worker_set, scene.nodes.placement, f"{PATH}/namespaces/{{}}/{PLURAL}")
         self._until("all sets to be available", lambda: self._shown(available(scene.plane)) >= scene.models)
         if not (scene.folder / "again").exists():
@@ -139,6 +141,8 @@ class Run:
         time.sleep(SETTLED_SECONDS)
         began, cpu = time.time(), program.cpu_seconds()
         time.sleep(seconds)
+        if not program.runs:
+            raise DeadlineError(f"{program.name} has ended meanwhile: {self.scene.plane.log(program.name, 300)}")
         asked = self.scene.asked(program.account, began)
         of_models = sum(count for what, count in asked.items() if not what.endswith(" leases"))
         self._add("requests at rest per model and 10 minutes", of_models / self.scene.models * 600 / seconds)
@@ -158,6 +162,8 @@ class Run:
         deleted = dict[str, float]()
 
         def all_deleted() -> bool:
+            if not operator.runs:
+                raise DeadlineError(f"the operator has ended meanwhile: {scene.plane.log(operator.name, 300)}")
             for entry in scene.requests(ACCOUNT, began):
                 if entry["verb"] == "delete" and entry["objectRef"]["resource"] == "pods":
                     reference = entry["objectRef"]

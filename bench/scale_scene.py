@@ -99,7 +99,7 @@ class Program:
     def __init__(self, plane: ControlPlane, name: str, account: str) -> None:
         """`account` as the API server has it in its audit log."""
         self.plane, self.name, self.account = plane, name, account
-        self.pid = 0
+        self._process: subprocess.Popen[bytes] | None = None
         self._stack = ExitStack()
         namespace, _, account_name = account.removeprefix("system:serviceaccount:").partition(":")
         self._token = plane.kubectl("-n", namespace, "create", "token", account_name, "--duration=24h").strip()
@@ -110,7 +110,16 @@ class Program:
         self._kubeconfig.write_text(yaml.safe_dump(config))
 
     def run(self, *command: str, **variables: str) -> None:
-        self.pid = self._stack.enter_context(self.plane.running(self.name, *command, **variables)).pid
+        self._process = self._stack.enter_context(self.plane.running(self.name, *command, **variables))
+
+    @property
+    def runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
 
     def stop(self) -> None:
         self._stack.close()
@@ -143,7 +152,11 @@ class Operator(Program):
         )  # fmt: skip
 
     def ready(self) -> int:
-        """Models, by the operator's own metric; 0 while there is none."""
+        """Models, by the operator's own metric; 0 while there is none. An operator that has ended, as it does when it
+        can't renew its Lease in time, is started again, as a kubelet would."""
+        if not self.runs:
+            print("the operator has ended:", self.plane.log(self.name, 300), flush=True)
+            self.start()
         try:
             text = HTTP.get(f"http://127.0.0.1:{self._port}/metrics", timeout=20).text
         except httpx.TransportError:
