@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from tests.support.group_life import FAILED, HUNG, GroupLife, broken, stage
+from tests.support.group_life import FAILED, HUNG, GroupLife, broken, stage, state
 
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.bus import LoadFailure
@@ -329,6 +329,8 @@ def test_a_pod_that_was_let_go_is_no_fault_and_its_successor_is_waited_for() -> 
     life.left(0)
     life.wait(3600.0)
     assert stage(life) is Stage.GATHERING, "however long the cluster takes"
+    told = "waiting for rank 1 of the pod in the place of the one that was asked to end; "
+    assert state(life) == (GroupState.RECOVERING, f"{told}requests wait and will be resumed")
     assert not life.of(actions.ReportFault)
     assert life.group.policy.respawns.left == spent
     life.pod(1, "another")

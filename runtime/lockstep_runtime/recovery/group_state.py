@@ -47,7 +47,9 @@ def group_state(
     missing = _names(handles, RankState.ABSENT)
     because = f": {problem}" if problem else ""
     if group.has_served:
-        waiting = f"waiting for {missing}{because}" if missing else f"the ranks are loaded or loading{because}"
+        departed = all(one.is_released for one in handles if one.state is RankState.ABSENT)
+        why = " of the pod in the place of the one that was asked to end" if departed else because
+        waiting = f"waiting for {missing}{why}" if missing else f"the ranks are loaded or loading{because}"
         return GroupState.RECOVERING, f"{waiting}; requests wait and will be resumed"
     if missing:
         return GroupState.STARTING, f"waiting for {missing} to connect{because}"
