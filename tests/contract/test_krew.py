@@ -36,7 +36,7 @@ def installed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def verdict(manifest: Path) -> subprocess.CompletedProcess[str]:
     """Krew's own, as its index asks for it of every plugin."""
-    command = [VALIDATOR, "-manifest", manifest, "-skip-install"]
+    command = [str(VALIDATOR), "-manifest", str(manifest), "-skip-install"]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -36,7 +36,8 @@ def granted(namespace: str, user: str) -> list[Object]:
     made = [
         one
         for one in render(values)
-        if one["kind"] in ACCOUNTS and one["metadata"].get("namespace", namespace) == namespace
+        if one["metadata"].get("namespace") == namespace or one["metadata"]["name"].endswith("-nodes")
+        if one["kind"] in ACCOUNTS
     ]
     for one in made:
         if one["kind"].endswith("Binding"):
