@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import platform
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -29,12 +31,14 @@ ELEMENTS: Final = {torch.bfloat16: "BFLOAT16", torch.float32: "FLOAT32"}
 
 
 def compile_all(folder: Path = FOLDER) -> None:
-    """For every level and type.
+    """For every level of this CPU's family, and type. Other families than x86 have none yet.
 
     Raises:
         subprocess.CalledProcessError: the compiler has said why.
         FileNotFoundError: there is no compiler.
     """
+    if platform.machine() != "x86_64":
+        return
     for level, flags in LEVELS.items():
         for dtype, element in ELEMENTS.items():
             made = path_of(level, dtype, folder)
@@ -71,4 +75,7 @@ def function(library: ctypes.CDLL, name: str, *arguments: Argument) -> Callable[
 
 
 if __name__ == "__main__":
-    compile_all()
+    try:
+        compile_all()
+    except FileNotFoundError:
+        sys.exit(f"the kernels of CPUs are written in C, and there is no {COMPILER}: install it, and try again")
