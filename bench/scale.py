@@ -136,7 +136,6 @@ class Run:
         self._add("peak memory of the start", program.mebibytes("VmHWM"), "MiB")
 
     def _at_rest(self, program: Program) -> None:
-        """Each model's token is read every 20 minutes besides, which a shorter time need not show."""
         seconds = self.options.rest_seconds
         time.sleep(SETTLED_SECONDS)
         began, cpu = time.time(), program.cpu_seconds()

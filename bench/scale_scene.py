@@ -148,7 +148,7 @@ class Operator(Program):
             sys.executable, *profiler, "-m", "lockstep_operator",
             KUBECONFIG=str(self._kubeconfig), LOCKSTEP_PORT=str(self._port), LOCKSTEP_LIVE_PAGE="Off",
             LOCKSTEP_RUNTIME_IMAGE="runtime:1", LOCKSTEP_OPERATOR_NAMESPACE="lockstep-system",
-            LOCKSTEP_LEASE="lockstep", POD_ID="operator-1",
+            LOCKSTEP_LEASE="lockstep", LOCKSTEP_KEY_SECRET="lockstep-key", POD_ID="operator-1",
         )  # fmt: skip
 
     def ready(self) -> int:

@@ -8,7 +8,6 @@ is finer than the seconds of Kubernetes' time stamps.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import secrets
 import statistics
@@ -91,7 +90,7 @@ def watch_resources(model: Model, clock: Clock) -> None:
 def watch_group(api: ClusterApi, model: Model, clock: Clock) -> None:
     """What the group says of itself, change by change, until all its ranks are Ready."""
     address = _first(lambda: _leader_address(api, model), clock)
-    token = _first(lambda: _token(api, model), clock)
+    token = _first(lambda: model.token() if model.secret("token") else None, clock)
     revision: int | None = None
     with httpx.Client(headers={"Authorization": f"Bearer {token}"}, timeout=40) as client:
         while "joined" not in clock.seen and clock.seconds < DEADLINE:
@@ -127,11 +126,6 @@ def _first(look: Callable[[], str | None], clock: Clock) -> str:
 def _leader_address(api: ClusterApi, model: Model) -> str | None:
     pod = api.find("pods", model.namespace, f"{model.name}-0-0")
     return pod["status"].get("podIP") if pod else None
-
-
-def _token(api: ClusterApi, model: Model) -> str | None:
-    secret = api.find("secrets", model.namespace, f"{model.name}-token")
-    return base64.b64decode(secret["data"]["token"]).decode() if secret else None
 
 
 @contextlib.contextmanager

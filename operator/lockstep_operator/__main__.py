@@ -23,7 +23,7 @@ from aiohttp import web
 
 from lockstep_operator import handlers, server, tracing
 from lockstep_operator import log as logs
-from lockstep_operator.cluster import served_schema
+from lockstep_operator.cluster import operator_key, served_schema
 from lockstep_operator.cluster.census import Census
 from lockstep_operator.cluster.client import ApiServer, KubeError, connect
 from lockstep_operator.cluster.election import Candidate
@@ -41,6 +41,7 @@ from lockstep_operator.reconcile import ReconcileOutcome, Reconciler, Tell, unhe
 from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.settings import Settings, read_settings
 from lockstep_operator.types.names import KIND, ModelKey
+from lockstep_operator.types.operator_key import OperatorKey
 from lockstep_operator.workqueue import WorkQueue
 from lockstep_runtime.protocol.status import GroupStatus
 
@@ -82,8 +83,9 @@ async def run(settings: Settings, identity: str) -> None:
     try:
         async with _leading(leadership, metrics):
             kube = ApiServer(api_client, leadership.leads) if leadership else ApiServer(api_client)
+            key = await _key(kube, settings)
             namespaces = Namespaces(settings.namespaces, kube, metrics)
-            work = Work(settings, kube, schema, metrics, namespaces, board, traces.tell)
+            work = Work(settings, kube, key, schema, metrics, namespaces, board, traces.tell)
             while await _watch(work, watching):
                 log.info("other namespaces are to be watched")
     finally:
@@ -92,6 +94,13 @@ async def run(settings: Settings, identity: str) -> None:
         if live:
             await live.cleanup()
         await traces.close()
+
+
+async def _key(kube: ApiServer, settings: Settings) -> OperatorKey:
+    if settings.key_secret and settings.operator_namespace:
+        return await operator_key.obtained(kube, settings.operator_namespace, settings.key_secret)
+    log.warning("no --key-secret is named: the tokens of all models are replaced at every start of the operator")
+    return operator_key.passing()
 
 
 async def _live_page(board: Board, settings: Settings, leadership: Leadership | None) -> web.AppRunner | None:
@@ -140,6 +149,7 @@ class Work:
 
     settings: Settings
     kube: ApiServer
+    key: OperatorKey
     schema: ServedSchema
     metrics: Metrics
     namespaces: Namespaces
@@ -159,6 +169,7 @@ class Work:
             self.settings,
             self.metrics,
             time.time,
+            self.key,
             schema=self.schema,
             indexes=indexes,
             board=self.board,

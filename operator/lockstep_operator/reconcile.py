@@ -20,12 +20,13 @@ from lockstep_operator.cluster.executor import Applied, StaleError, due, execute
 from lockstep_operator.cluster.failures import Failures
 from lockstep_operator.cluster.indexes import Indexes, key_of
 from lockstep_operator.cluster.namespace_limits import NamespaceLimits
-from lockstep_operator.cluster.observe import Indexed, LastLook, Live, Source, last_look, resource_of, token_of
+from lockstep_operator.cluster.observe import Indexed, LastLook, Live, Source, last_look, resource_of
 from lockstep_operator.cluster.obstacles import find_obstacle
 from lockstep_operator.cluster.served_schema import ServedSchema
 from lockstep_operator.cluster.status_writer import StatusWriter
 from lockstep_operator.cluster.turns import Turns
 from lockstep_operator.decisions import node_suspicion
+from lockstep_operator.decisions.actions import MakeTokens
 from lockstep_operator.decisions.planner import Decision, decide
 from lockstep_operator.groups.group import groups_of
 from lockstep_operator.groups.pod_issues import needs_events
@@ -39,9 +40,10 @@ from lockstep_operator.reporting.significance import worth_writing
 from lockstep_operator.reporting.transition import Transition, transition
 from lockstep_operator.settings import Settings
 from lockstep_operator.types import spec
-from lockstep_operator.types.model_status import ModelStatus, NodeFaults, parse
-from lockstep_operator.types.names import KIND, ModelKey, token_name
+from lockstep_operator.types.model_status import ModelStatus, NodeFaults, Tokens, parse
+from lockstep_operator.types.names import KIND, ModelKey
 from lockstep_operator.types.observed import GroupReport, Object, ObjectRef, Observed, wanted_groups
+from lockstep_operator.types.operator_key import OperatorKey
 from lockstep_operator.types.reasons import ConditionType, Reason
 from lockstep_operator.types.recovery_state import RecoveryState
 from lockstep_operator.types.spec_values import SpecError
@@ -76,6 +78,7 @@ class _Known:
     failures: Failures
     last: LastLook
     server_mutations: dict[ObjectRef, frozenset[str]] = field(default_factory=dict)
+    tokens: Tokens | None = None  # as they were made last: an older CRD has no room for that
     unwritten: Mapping[str, Any] | None = None  # a status that the API server rejects in every form: recovery uses it
 
 
@@ -96,6 +99,7 @@ class Reconciler:
         settings: Settings,
         metrics: Metrics,
         now: Callable[[], float],
+        operator_key: OperatorKey,
         schema: ServedSchema | None = None,
         indexes: Indexes | None = None,
         board: Board | None = None,
@@ -107,6 +111,7 @@ class Reconciler:
         self._settings = settings
         self._metrics = metrics
         self._now = now
+        self._operator_key = operator_key
         self._schema = schema or ServedSchema()
         self._writer = StatusWriter(kube, self._schema, metrics)
         self._indexes = indexes or Indexes()
@@ -145,7 +150,7 @@ class Reconciler:
         if resource is not None:
             ready = _readable(resource.get("status") or {}).is_true(ConditionType.READY)
             if known.last.serves(key, ready=ready, now=now):
-                yield Indexed(self._kube, self._limits, self._indexes, known.last, ready, now)
+                yield Indexed(self._limits, self._indexes, known.last, ready)
         yield Live(self._kube, self._limits)
 
     async def _pass(self, key: ModelKey, source: Source, known: _Known) -> ReconcileOutcome | None:
@@ -179,7 +184,15 @@ class Reconciler:
         for bug in decision.bugs:
             log.error("%s: deciding about %s failed", model.key, bug.where, exc_info=bug.error)
         known.last.dirty = True  # until the pass has come to its end
-        applied = await execute(self._kube, model, decision.actions, known.failures, self._metrics, live=source.live)
+        applied = await execute(
+            self._kube,
+            model,
+            decision.actions,
+            self._operator_key,
+            known.failures,
+            self._metrics,
+            live=source.live,
+        )
         if applied.ending:
             return ReconcileOutcome(requeue_after=self._settings.resync_seconds)
         known.server_mutations.update(applied.server_mutations)
@@ -188,7 +201,7 @@ class Reconciler:
             change, obstacle = self._change(model, observed, decision, known, applied)
         if not decision.runtime.updating:
             self._turns.give_back(model.key)
-        self._groups.watch(model.key, targets(model, decision, observed))
+        self._groups.watch(model.key, targets(model, decision, self._operator_key))
         return await self._report(resource, observed, decision, applied, change, obstacle, known)
 
     def _change(
@@ -239,6 +252,7 @@ class Reconciler:
     async def _observe(self, model: spec.Model, resource: Object, source: Source, known: _Known) -> Observed:
         now, indexed = self._now(), self._indexes.versions(model.key)
         status = parse(_last_document(resource, known))
+        status = msgspec.structs.replace(status, tokens=status.tokens or known.tokens)
         groups = wanted_groups(model, status)
         children, pods, limits = await asyncio.gather(
             source.children(model, groups), source.pods(model), source.limits(model.namespace)
@@ -248,7 +262,6 @@ class Reconciler:
         observed = Observed(
             status=status,
             resource_version=resource["metadata"].get("resourceVersion", ""),
-            token=token_of(children.get(("Secret", token_name(model.name)))),
             children=children,
             pods=pods,
             server_mutations=known.server_mutations,
@@ -256,6 +269,7 @@ class Reconciler:
             limits=limits,
             leaving_nodes=self._indexes.leaving_nodes,
             suspicion=self.suspicion(),
+            operator_key=self._operator_key.id,
             may_update=model.auto_update and status.runtime.outdated and self._turns.take(model.key),
         )
         seen = groups_of(model, observed)
@@ -283,7 +297,9 @@ class Reconciler:
             known.unwritten = None if written else built
             if written:
                 known.last.wrote_status(resource, written, now)
-        known.last.dirty = len(applied.written) < len(applied.done)
+        known.tokens = change.after.tokens
+        secrets = sum(isinstance(action, MakeTokens) for action in applied.done)  # nobody looks at them
+        known.last.dirty = len(applied.written) + secrets < len(applied.done)
         failing = obstacle is not None or known.unwritten is not None
         self._render(key, change, observed)
         if applied.done:
@@ -339,15 +355,13 @@ def _steps(status: ModelStatus) -> dict[int, RecoveryState]:
     return {one.group: one.recovery for one in status.groups if one.recovery != NO_STEPS}
 
 
-def targets(model: spec.Model, decision: Decision, observed: Observed) -> dict[int, Leader]:
+def targets(model: spec.Model, decision: Decision, key: OperatorKey) -> dict[int, Leader]:
     """Whom to poll: the leader pod of every group that has an address."""
-    if observed.token is None or decision.conflicts.token:
-        return {}
     return {
         facts.group.index: Leader(
             leader.uid,
             leader.ip,
-            observed.token,
+            key.operator_token(model.uid, leader.tokens_id) if leader.tokens_id else "",
             leader.status_port,
             fenced=facts.group.index in model.intervention.fenced,
         )

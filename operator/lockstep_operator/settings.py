@@ -48,6 +48,7 @@ class Settings:
     namespaces: tuple[str, ...] = ()  # none: all of them
     operator_namespace: str | None = None
     lease: str | None = None  # in that namespace: only its holder works
+    key_secret: str | None = None  # in that namespace: the key that models' tokens follow from; None: a passing one
     port: int = 8080
     live_page: str = "Local"  # whom it is served to
     live_port: int = 8081
@@ -155,6 +156,7 @@ _CONTEXT: Final = {"auto_envvar_prefix": "LOCKSTEP", "show_default": True}
 )
 @_option("--operator-namespace", help="Where the operator runs, for the NetworkPolicies.")
 @_option("--lease", help="Name of a Lease in the operator's namespace: of several operators, only its holder works.")
+@_option("--key-secret", help="Name of a Secret in that namespace, made if missing: models' tokens follow from it.")
 @_option("--port", default=8080, type=_COUNT, help="Of /metrics, /healthz and /readyz.")
 @_option("--live-page", default="Local", type=click.Choice(LIVE_PAGES), help="Served to whom.")
 @_option("--live-port", default=8081, type=_COUNT, help="Of the live page.")
@@ -175,6 +177,8 @@ def _command(context: click.Context, /, namespace: tuple[str, ...], all_namespac
         raise click.UsageError("--namespace is not allowed with --all-namespaces")
     if options["lease"] and not options["operator_namespace"]:
         raise click.UsageError("--lease needs --operator-namespace: that is where the Lease is")
+    if options["key_secret"] and not options["operator_namespace"]:
+        raise click.UsageError("--key-secret needs --operator-namespace: that is where the Secret is")
     image = {name: options.pop(f"runtime_image_{name}") for name in ("pull_policy", "pull_secrets")}
     named = tuple(name.strip() for name in namespace if name.strip())
     return Settings(**image, **options, namespaces=() if all_namespaces else named)

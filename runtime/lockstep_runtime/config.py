@@ -19,6 +19,7 @@ from lockstep_runtime.protocol.tokens import Purpose, purpose_token
 CONFIG_VARIABLE: Final = "LOCKSTEP_CONFIG"
 TOKEN_VARIABLE: Final = "LOCKSTEP_TOKEN"  # noqa: S105 - a name, not a secret: the bus and the status endpoint
 API_KEY_VARIABLE: Final = "LOCKSTEP_API_KEY"  # clients must send it when it is set
+OPERATOR_TOKEN_FILE_VARIABLE: Final = "LOCKSTEP_OPERATOR_TOKEN_FILE"  # noqa: S105 - a name: whom to tell the status
 API_KEY_FILE_VARIABLE: Final = "LOCKSTEP_API_KEY_FILE"  # or one of the lines of this file
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]

@@ -10,7 +10,13 @@ MASK: Final = "[secret]"
 _WHOLE_WORD_BELOW: Final = 8  # characters: a shorter secret is masked only where it stands by itself
 _SECRET_NAME: Final = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH|COOKIE", re.IGNORECASE)
 _NOT_SECRET: Final = frozenset(
-    {"LOCKSTEP_API_KEY_FILE", "HF_TOKEN_PATH", "HF_STORED_TOKENS_PATH", "TOKENIZERS_PARALLELISM"}
+    {
+        "LOCKSTEP_API_KEY_FILE",
+        "LOCKSTEP_OPERATOR_TOKEN_FILE",
+        "HF_TOKEN_PATH",
+        "HF_STORED_TOKENS_PATH",
+        "TOKENIZERS_PARALLELISM",
+    }
 )
 _PATTERNS: Final = (
     (re.compile(r"\b(?:hf|sk|ghp|github_pat|glpat)[-_][A-Za-z0-9_-]{16,}"), MASK),

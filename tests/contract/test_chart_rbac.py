@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 from tests.support.chart import NAMESPACE, Manifest, of_kind, one, render
 
-from lockstep_operator.cluster.permissions import LEASE_PERMISSION, NODE_PERMISSIONS, PERMISSIONS, Permission
+from lockstep_operator.cluster.permissions import (
+    KEY_PERMISSION,
+    LEASE_PERMISSION,
+    NODE_PERMISSIONS,
+    PERMISSIONS,
+    Permission,
+)
 
 ROLES = ("Role", "ClusterRole")
 Grants = set[tuple[str, str, str]]  # API group, resource, verb
@@ -34,8 +40,8 @@ def operators(values: Mapping[str, Any] | None = None) -> list[Manifest]:
 
 
 def for_models(manifests: list[Manifest], kind: str = "Role") -> list[Manifest]:
-    """Roles, or bindings of them, without those of the Lease."""
-    return [found for found in of_kind(manifests, kind) if not found["metadata"]["name"].endswith("-lease")]
+    """Roles, or bindings of them, without those of the operator's own objects."""
+    return [found for found in of_kind(manifests, kind) if not found["metadata"]["name"].endswith("-own")]
 
 
 def used(*permissions: Permission) -> Grants:
@@ -47,16 +53,17 @@ def test_granted_is_what_is_used() -> None:
 
 
 @pytest.mark.parametrize("values", [{}, {"watchNamespaces": ["a", "b"]}])
-def test_the_lease_is_the_operators_own_in_its_own_namespace(values: dict[str, Any]) -> None:
+def test_the_lease_and_the_key_are_the_operators_own_in_its_own_namespace(values: dict[str, Any]) -> None:
     manifests = render(values)
     (role,) = [found for found in of_kind(manifests, "Role") if found not in for_models(manifests)]
-    assert granted(role) == used(LEASE_PERMISSION)
+    assert granted(role) == used(LEASE_PERMISSION, KEY_PERMISSION)
     assert role["metadata"]["namespace"] == NAMESPACE
     unbounded = {verb for rule in role["rules"] if "resourceNames" not in rule for verb in rule["verbs"]}
     assert unbounded == {"create"}
     container = one(manifests, "Deployment")["spec"]["template"]["spec"]["containers"][0]
-    (name,) = [variable["value"] for variable in container["env"] if variable["name"] == "LOCKSTEP_LEASE"]
-    assert [rule["resourceNames"] for rule in role["rules"] if "resourceNames" in rule] == [[name]]
+    told = {variable["name"]: variable.get("value") for variable in container["env"]}
+    bounded = {rule["resources"][0]: rule["resourceNames"] for rule in role["rules"] if "resourceNames" in rule}
+    assert bounded == {"leases": [told["LOCKSTEP_LEASE"]], "secrets": [told["LOCKSTEP_KEY_SECRET"]]}
     (binding,) = [found for found in of_kind(manifests, "RoleBinding") if found["metadata"]["namespace"] == NAMESPACE]
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "lockstep", "namespace": NAMESPACE}]
@@ -82,10 +89,11 @@ def test_nothing_is_granted_by_a_wildcard(values: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("values", [{}, {"watchNamespaces": ["a", "b"]}])
-def test_secrets_can_not_be_listed(values: dict[str, Any]) -> None:
-    for role in roles(values):
-        verbs = {verb for _, resource, verb in granted(role) if resource.startswith("secrets")}
-        assert not verbs & {"list", "watch", "deletecollection", "update", "patch"}
+def test_no_secret_can_be_read_but_the_operators_own(values: dict[str, Any]) -> None:
+    """`update` and `patch` answer with what it holds, too."""
+    rules = [rule for role in roles(values) for rule in role["rules"] if "secrets" in rule["resources"]]
+    assert {verb for rule in rules if "resourceNames" not in rule for verb in rule["verbs"]} == {"create", "delete"}
+    assert [rule["verbs"] for rule in rules if "resourceNames" in rule] == [["get"]]
 
 
 def test_nothing_lets_it_raise_its_own_rights() -> None:

@@ -147,6 +147,7 @@ def test_the_operator_understands_what_it_is_told() -> None:
         pull_policy="IfNotPresent",
         namespaces=("a", "b"),
         lease="lockstep",
+        key_secret="lockstep-key",
         operator_namespace="system",
         port=8080,
         live_page="Off",
@@ -164,6 +165,7 @@ def test_the_operator_understands_what_it_is_told() -> None:
     assert read_settings([], told({})) == Settings(
         runtime_image=f"registry.example/lockstep/runtime:{lockstep_runtime.__version__}",
         lease="lockstep",
+        key_secret="lockstep-key",
         operator_namespace="system",
         watch_nodes=True,
     ), "the chart's defaults are the operator's, but that it lets it list the nodes"

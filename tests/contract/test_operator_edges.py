@@ -24,6 +24,7 @@ from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.server import application
 from lockstep_operator.types.model_status import Condition, ModelStatus
 from lockstep_operator.types.names import ModelKey
+from lockstep_operator.types.observed import GroupReport
 from lockstep_runtime.protocol.status import Fault, FaultRecord, GroupState, GroupStatus, Latency
 from lockstep_runtime.protocol.tokens import Purpose, purpose_token
 
@@ -286,33 +287,33 @@ async def test_a_new_fault_is_told_at_once_and_only_once() -> None:
     assert told == [2, 4], "the fault, and that the group can't repair it"
 
 
-async def test_an_older_runtime_is_asked_with_the_groups_token() -> None:
-    """And one older still with bare revisions: each pod answers as its own version does."""
-    asked: list[tuple[bool, str]] = []
-    done = asyncio.Event()
+async def test_a_pod_that_refuses_the_token_is_known_to_be_alive_and_asked_until_it_takes_it() -> None:
+    refuses = True
 
     async def status(request: web.Request) -> web.Response:
-        known, after = request.headers["Authorization"] == "Bearer secret", request.query.get("after", "")
-        asked.append((known, after))
-        if len(asked) == 5:
-            done.set()
-        if not known or "/" in after:
-            return web.Response(status=400 if known else 401)
+        if refuses:
+            return web.Response(status=401)
         return web.Response(body=msgspec.json.encode(well(KEY, 0, "inc", "new")))
 
+    changes = Changes()
     async with serving(status) as server:
-        groups = StatusPoller(Changes(), lambda: 0.0)
+        groups = StatusPoller(changes, lambda: 7.0)
         groups.watch(KEY, {0: target(server)})
-        async with asyncio.timeout(10):
-            await done.wait()
+        assert await changes.next() > 180, "the kubelet may still bring it the right one"
+        assert groups.reports(KEY, {0: "uid-1"})[0] == GroupReport(
+            unreachable_since=7.0, error="it doesn't take the operator's token", refused=True
+        )
+        refuses = False
+        assert await changes.next() == 0.0
+        found = groups.reports(KEY, {0: "uid-1"})[0]
+        assert (found.refused, found.unreachable_since) == (False, None)
         await groups.close()
-    assert asked[:5] == [(False, ""), (True, ""), (False, "inc/1"), (True, "inc/1"), (True, "1")]
 
 
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (web.Response(status=401), "status 401"),
+        (web.Response(status=403), "status 403"),
         (web.Response(text="[]"), "Expected `object`"),
         (web.Response(text="nonsense"), "JSON is malformed"),
     ],
@@ -390,33 +391,6 @@ async def test_a_group_is_fenced_and_freed_as_its_target_says() -> None:
             await changed.wait()
         await groups.close()
     assert asked == ["PUT", "DELETE"]
-
-
-async def test_an_older_runtime_is_asked_by_bare_revisions() -> None:
-    asked: list[str] = []
-    more, enough = asyncio.Event(), asyncio.Event()
-
-    async def old(request: web.Request) -> web.Response:
-        after = request.query.get("after", "")
-        asked.append(after)
-        if after and not after.isdigit():
-            return web.Response(status=400)
-        if after:
-            enough.set()
-            await more.wait()
-        return web.Response(body=msgspec.json.encode(well(KEY, 0, "inc", "new")))
-
-    changes = Changes()
-    groups = StatusPoller(changes, lambda: 7.0)
-    async with serving(old) as server:
-        groups.watch(KEY, {0: target(server)})
-        await changes.next()
-        async with asyncio.timeout(10):
-            await enough.wait()
-        assert asked == ["", "inc/1", "1"]
-        assert groups.reports(KEY, {0: "uid-1"})[0].unreachable_since is None
-        more.set()
-        await groups.close()
 
 
 async def test_a_bug_in_taking_a_status_is_told_and_the_group_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:

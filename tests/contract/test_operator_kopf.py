@@ -12,6 +12,7 @@ import pytest
 from kopf.testing import KopfRunner
 from tests.support.kube_fake import FakeKube, clone, resource
 from tests.support.kube_http import KubeHttp, serving_kube
+from tests.support.kube_world import KEY
 
 from lockstep_operator import handlers
 from lockstep_operator.__main__ import Work
@@ -26,7 +27,8 @@ from lockstep_operator.types.names import KIND, ModelKey
 SETTINGS = Settings(runtime_image="runtime:1", operator_namespace="lockstep-system", resync_seconds=0.2)
 SECONDS = 20.0
 CHILDREN = {
-    ("Secret", "chat-token"), ("ServiceAccount", "chat-ranks"), ("Service", "chat"), ("PodDisruptionBudget", "chat"),
+    ("Secret", "chat-token"), ("Secret", "chat-operator"), ("ServiceAccount", "chat-ranks"), ("Service", "chat"),
+    ("PodDisruptionBudget", "chat"),
 }  # fmt: skip
 
 
@@ -41,7 +43,7 @@ class Operator:
     async def work(self, indexes: Indexes) -> AsyncIterator[handlers.Changed]:
         api_client = await connect()
         kube = ApiServer(api_client)
-        work = Work(SETTINGS, kube, ServedSchema(), self.metrics, Namespaces((), kube, self.metrics))
+        work = Work(SETTINGS, kube, KEY, ServedSchema(), self.metrics, Namespaces((), kube, self.metrics))
         async with work(indexes) as changed:
 
             def tell(key: ModelKey) -> None:
@@ -88,7 +90,8 @@ async def until(what: str, look: Callable[[], bool]) -> None:
 
 
 def children(kube: FakeKube) -> set[tuple[str, str]]:
-    return {(kind, name) for kind, _, name in kube.objects if kind not in (KIND, "Event", "ControllerRevision")}
+    found = [(kind, name) for kind, _, name in kube.objects if kind not in (KIND, "Event", "ControllerRevision")]
+    return {(kind, name.rpartition("-")[0] if kind == "Secret" else name) for kind, name in found}
 
 
 def is_ready(kube: FakeKube, name: str = "chat") -> bool:

@@ -11,6 +11,7 @@ import pytest
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.protocol.bus import GroupReadiness
 from lockstep_runtime.protocol.status import GroupState, PodProblem, PodProblemReason
+from lockstep_runtime.supervisor.callers import Callers
 from lockstep_runtime.supervisor.member_readiness import MemberReadiness
 from lockstep_runtime.supervisor.server import create_app
 from lockstep_runtime.supervisor.status_store import BELIEVED_SECONDS, Seen, StatusStore, parse_seen
@@ -19,7 +20,7 @@ CONFIG = ServeConfig(model="m", served_name="m")
 
 
 async def probe(board: StatusStore | MemberReadiness) -> httpx.Response:
-    transport = httpx.ASGITransport(create_app(board, "secret"))
+    transport = httpx.ASGITransport(create_app(board, Callers("secret")))
     async with httpx.AsyncClient(transport=transport, base_url="http://pod") as client:
         return await client.get("/readyz")
 
@@ -47,7 +48,7 @@ def told(*, accepting: bool, whole: bool) -> GroupReadiness:
 
 
 async def fence(readiness: StatusStore | MemberReadiness, method: str, token: str = "secret") -> int:
-    transport = httpx.ASGITransport(create_app(readiness, "secret"))
+    transport = httpx.ASGITransport(create_app(readiness, Callers("secret")))
     async with httpx.AsyncClient(transport=transport, base_url="http://pod") as client:
         answer = await client.request(method, "/fence", headers={"Authorization": f"Bearer {token}"})
     return answer.status_code

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import aiohttp
-from tests.support.kube_fake import FakeKube, resource
+from tests.support.kube_fake import KEY_SECRET, FakeKube, resource
 from tests.support.kube_http import serving_kube
 from tests.support.ports import free_port
 
@@ -35,6 +35,7 @@ class Operator:
             "LOCKSTEP_RUNTIME_IMAGE": "runtime:1",
             "LOCKSTEP_LEASE": "lockstep",
             "LOCKSTEP_OPERATOR_NAMESPACE": "system",
+            "LOCKSTEP_KEY_SECRET": KEY_SECRET,
             "LOCKSTEP_LIVE_PAGE": "Cluster",
             "LOCKSTEP_LIVE_PORT": str(self.live_port),
             "LOCKSTEP_LIVE_HOST": "127.0.0.1",

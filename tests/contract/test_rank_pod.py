@@ -20,6 +20,7 @@ from lockstep_operator.types.spec import parse
 from lockstep_operator.types.spec_blocks import RecoverySpec
 from lockstep_runtime.config import (
     API_KEY_FILE_VARIABLE,
+    OPERATOR_TOKEN_FILE_VARIABLE,
     TOKEN_VARIABLE,
     EngineLimits,
     ServeConfig,
@@ -87,7 +88,9 @@ def test_a_member_pod_learns_who_it_is() -> None:
     )
     assert list(config.ranks) == [2, 3]
     assert not config.is_leader
-    assert environment[TOKEN_VARIABLE] == "secret chat-token/token"
+    token, operator = environment[TOKEN_VARIABLE], environment[OPERATOR_TOKEN_FILE_VARIABLE]
+    assert re.fullmatch("secret chat-token-[0-9a-f]{10}/token", token)
+    assert operator == "/etc/lockstep/operator/token"
     assert API_KEY_FILE_VARIABLE not in environment
 
 

@@ -137,9 +137,10 @@ def test_report_has_the_cluster_and_the_group_and_no_token(model: Model) -> None
     assert code == 0
     for section in ("## model", "## status", "## pods", "## events", "## group 0"):
         assert section in said
-    secret = model.api.find("secrets", model.namespace, "told-token")
-    assert secret is not None
-    assert model.kubectl("get", "secret", "told-token", "-o", "jsonpath={.data.token}") not in said
+    found = {kind: model.secret(kind) for kind in ("token", "operator")}
+    assert all(found.values())
+    assert not [kind for kind, secret in found.items() if secret and secret["data"]["token"] in said]
+    assert not [kind for kind in found if model.token(kind) in said]
     assert "told-0-0" in said
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import subprocess
 
 import pytest
@@ -33,7 +32,7 @@ def test_the_group_token_reaches_the_pods_only_by_reference(served: Model) -> No
     for pod in served.pods():
         [token] = [entry for entry in pod["spec"]["containers"][0]["env"] if entry["name"] == "LOCKSTEP_TOKEN"]
         assert set(token) == {"name", "valueFrom"}
-        assert token["valueFrom"]["secretKeyRef"]["name"] == "tiny-chat-token"
+        assert token["valueFrom"]["secretKeyRef"]["name"] == f"tiny-chat-token-{served.status()['tokens']['id']}"
 
 
 def test_rank_pods_leave_a_lost_node_after_half_a_minute(served: Model) -> None:
@@ -55,8 +54,7 @@ def test_only_scratch_places_can_be_written(served: Model, path: str, writable: 
 
 
 def test_a_report_has_the_status_and_not_the_token(served: Model) -> None:
-    secret = kubectl.get("-n", served.namespace, "secret", "tiny-chat-token")
-    token = base64.b64decode(secret["data"]["token"]).decode()
+    token = served.token()
     log = f"2026-11-30T09:49:06.991Z error   engine: refused {token}\n"
     leader = ["exec", "-i", "tiny-chat-0-0", "--", "lockstep", "report", "--log", "-"]
 

@@ -19,7 +19,7 @@ def test_models_of_the_same_name_know_nothing_of_each_other(api: ClusterApi, nam
         texts = list(threads.map(_ask, (first, second) * 4))
 
     assert len(set(texts)) == 1, "both serve the same weights, greedily"
-    assert _token(first) != _token(second)
+    assert first.token() != second.token()
     assert [pod["metadata"]["name"] for pod in second.pods()] == ["tiny-chat-0-0"]
     second.delete()
     second.until_gone()
@@ -32,10 +32,3 @@ def _ask(model: Model) -> str:
     with model.client() as client:
         answer = client.completions.create(model=model.served(), prompt="A module is", max_tokens=16, temperature=0)
     return answer.choices[0].text
-
-
-def _token(model: Model) -> str:
-    secret = model.api.find("secrets", model.namespace, f"{model.name}-token")
-    assert secret is not None
-    token: str = secret["data"]["token"]
-    return token

@@ -203,7 +203,7 @@ class Life:
         )  # fmt: skip
         verdict = decide(POLICY, situation, self.now)
         observed = Observed(
-            status=before, resource_version="1", token="t", children={}, pods=found.pods, warnings=warnings,
+            status=before, resource_version="1", children={}, pods=found.pods, warnings=warnings,
             reports={0: report} if report else {},
         )  # fmt: skip
         after = pass_of(MODEL, observed, found, now=self.now, recoveries={0: verdict}).after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,6 +71,16 @@ class Model:
         found = self.api.find("tensorparallelmodels", self.namespace, self.name)
         assert found is not None, f"there is no model {self.namespace}/{self.name}"
         return found
+
+    def secret(self, kind: str) -> Object | None:
+        """The newest with a `token` (the group's) or an `operator` token."""
+        found = self.status().get("tokens")
+        return self.api.find("secrets", self.namespace, f"{self.name}-{kind}-{found['id']}") if found else None
+
+    def token(self, kind: str = "token") -> str:
+        secret = self.secret(kind)
+        assert secret is not None
+        return base64.b64decode(secret["data"]["token"]).decode()
 
     def status(self) -> Object:
         status: Object = self.read().get("status", {})

@@ -91,13 +91,14 @@ def end_state(model: Model) -> Object:
     resource = model.api.find("tensorparallelmodels", model.namespace, model.name)
     if resource is None:
         return {}
-    secret = model.api.find("secrets", model.namespace, f"{model.name}-token") or {}
+    tokens = {kind.upper(): model.secret(kind) or {} for kind in ("token", "operator")}
     text = json.dumps({"children": shape(model), "told": _told(resource.get("status", {})), "pods": _pods(model)})
     own = {
         "NAMESPACE": model.namespace,
         "UID": resource["metadata"]["uid"],
         "REVISION": resource.get("status", {}).get("revision"),
-        "TOKEN": secret.get("data", {}).get("token"),
+        **{kind: secret.get("data", {}).get("token") for kind, secret in tokens.items()},
+        "TOKENS": resource.get("status", {}).get("tokens", {}).get("id"),
     }
     for common, value in own.items():
         text = text.replace(value, common) if value else text

@@ -33,10 +33,10 @@ from tests.support.cluster_api import client_context
 from lockstep_operator.types.names import (
     GROUP_LABEL,
     MODEL_LABEL,
+    OPERATOR_TOKEN_VOLUME,
     POD_INDEX_LABEL,
     REVISION_LABEL,
     TOKEN_KEY,
-    token_name,
 )
 from lockstep_runtime.config import ServeConfig
 from lockstep_runtime.protocol.status import (
@@ -47,6 +47,7 @@ from lockstep_runtime.protocol.status import (
     RankState,
     RankStatus,
 )
+from lockstep_runtime.supervisor.callers import Callers
 from lockstep_runtime.supervisor.server import create_app
 from lockstep_runtime.supervisor.status_store import StatusStore
 
@@ -130,7 +131,7 @@ class Leaders:
             labels, metadata = pod["metadata"]["labels"], pod["metadata"]
             name = f"{metadata['namespace']}/{labels[MODEL_LABEL]}/{labels[GROUP_LABEL]}"
             runs = kind != "DELETED" and pod.get("status", {}).get("podIP") and "deletionTimestamp" not in metadata
-            token = self._token(metadata["namespace"], labels[MODEL_LABEL]) if runs else ""
+            token = self._token(metadata["namespace"], secret_of(pod)) if runs else ""
             loop.call_soon_threadsafe(self._heard, name, pod, token)
 
     def _heard(self, name: str, pod: Object, token: str) -> None:
@@ -148,14 +149,15 @@ class Leaders:
         size = size_of(pod)
         if index == 0:
             self._by_address.pop(group.address, None)
-            self._by_address[pod["status"]["podIP"]] = create_app(group.begin(pod, size), token)
+            self._by_address[pod["status"]["podIP"]] = create_app(group.begin(pod, size), Callers(token))
         elif group.store is not None and group.store.status.state is GroupState.POISONED and len(group.pods) == size:
             group.well(pod["spec"]["nodeName"], size)
 
-    def _token(self, namespace: str, model: str) -> str:
-        key = f"{namespace}/{model}"
+    def _token(self, namespace: str, secret: str) -> str:
+        """That the pods know the operator by."""
+        key = f"{namespace}/{secret}"
         if key not in self._tokens:
-            found = self._http.get(f"/api/v1/namespaces/{namespace}/secrets/{token_name(model)}").json()
+            found = self._http.get(f"/api/v1/namespaces/{namespace}/secrets/{secret}").json()
             self._tokens[key] = base64.b64decode(found["data"][TOKEN_KEY]).decode()
         return self._tokens[key]
 
@@ -170,6 +172,11 @@ class Leaders:
                     if event["type"] == "ERROR":
                         break
                     yield event["type"], event["object"]
+
+
+def secret_of(pod: Mapping[str, Any]) -> str:
+    volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+    return str(volumes[OPERATOR_TOKEN_VOLUME]["secret"]["secretName"])
 
 
 def size_of(pod: Mapping[str, Any]) -> int:

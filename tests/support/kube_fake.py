@@ -43,6 +43,9 @@ _GATED = "Scheduling is blocked due to non-empty scheduling gates"
 _UNHEARD = {"type": "Ready", "status": "False"}  # by the node controller, until the kubelet is back and says why
 
 
+KEY_SECRET = "lockstep-key"  # the only one that the operator may read
+
+
 class Killed(BaseException):
     """The operator's process ends here: nothing may catch it."""
 
@@ -76,7 +79,10 @@ class FakeKube:
     # --- the operator's side ---
 
     async def get(self, kind: str, namespace: str, name: str) -> Object | None:
-        found = (await self._seen("get", kind)).get((kind, namespace, name))
+        seen = await self._seen("get", kind)
+        if kind == "Secret" and name != KEY_SECRET:
+            raise KubeError(403, "Forbidden", f'secrets "{name}" is forbidden: User can\'t get resource "secrets"')
+        found = seen.get((kind, namespace, name))
         return clone(found)
 
     async def find(self, kind: str, namespace: str, *, labels: str = "", fields: str = "") -> list[Object]:
@@ -104,9 +110,9 @@ class FakeKube:
         await self._turns()
         with self._writing("create", kind, name):
             identity = (kind, manifest["metadata"]["namespace"], name)
+            self._admit_new(kind, manifest)  # a quota that is used up refuses also what there is
             if identity in self.objects:
                 raise KubeError(409, "AlreadyExists", f"{kind} {name} already exists")
-            self._admit_new(kind, manifest)
             return clone(self.put(kind, manifest))
 
     async def apply(self, kind: str, manifest: Mapping[str, Any]) -> Object:
@@ -172,11 +178,11 @@ class FakeKube:
             self._applied[live["metadata"]["uid"], "/status"] = clone({"status": manifest["status"]})
             return clone(live)
 
-    async def delete(self, kind: str, namespace: str, name: str, uid: str, grace: int | None = None) -> None:
+    async def delete(self, kind: str, namespace: str, name: str, uid: str = "", grace: int | None = None) -> None:
         await self._turns()
         with self._writing("delete", kind, name):
             live = self.objects.get((kind, namespace, name))
-            if live is not None and live["metadata"]["uid"] == uid:
+            if live is not None and uid in ("", live["metadata"]["uid"]):
                 self.deleted.append((kind, name, uid, grace))
                 self.remove(kind, namespace, name, grace)
 
@@ -206,10 +212,9 @@ class FakeKube:
             "creationTimestamp": format_rfc3339(self.now()),
         }
         if kind == "Secret":
-            data = {
-                name: base64.b64encode(value.encode()).decode() for name, value in document.pop("stringData").items()
-            }
-            document["data"] = data
+            plain = document.pop("stringData", {})
+            encoded = {name: base64.b64encode(value.encode()).decode() for name, value in plain.items()}
+            document["data"] = document.get("data", {}) | encoded
         self.objects[kind, document["metadata"]["namespace"], document["metadata"]["name"]] = document
         return document
 
@@ -351,6 +356,12 @@ class FakeKube:
             if pod["status"].get("conditions") != [unplaced]:
                 yield lambda: pod["status"].update(conditions=[unplaced])
             return
+        if missing := self._missing_secret(pod):
+            waiting = {"reason": "CreateContainerConfigError", "message": f'secret "{missing}" not found'}
+            statuses = [{"name": "lockstep", "state": {"waiting": waiting}}]
+            if pod["status"].get("containerStatuses") != statuses:
+                yield lambda: pod["status"].update(containerStatuses=statuses)
+            return
         node = allowed[int(pod["metadata"]["labels"][POD_INDEX_LABEL]) % len(allowed)]
         running = {"name": "lockstep", "state": {"running": {"startedAt": format_rfc3339(self.now())}}}
 
@@ -359,6 +370,12 @@ class FakeKube:
             pod.update(status={"phase": "Running", "podIP": "10.0.0.1", "containerStatuses": [running]})
 
         yield start
+
+    def _missing_secret(self, pod: Object) -> str:
+        variables = [one for container in pod["spec"]["containers"] for one in container.get("env") or []]
+        named = [(one.get("valueFrom") or {}).get("secretKeyRef", {}).get("name") for one in variables]
+        namespace = pod["metadata"]["namespace"]
+        return next((name for name in named if name and ("Secret", namespace, name) not in self.objects), "")
 
     def _unheard(self, pod: Object) -> Iterator[Callable[[], None]]:
         evicted = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}

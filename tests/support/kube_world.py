@@ -19,9 +19,11 @@ from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.settings import Settings
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport, Object
+from lockstep_operator.types.operator_key import OperatorKey
 from lockstep_operator.workqueue import WorkQueue
 from lockstep_runtime.protocol.status import GroupState, GroupStatus, RankState, RankStatus
 
+KEY = OperatorKey(b"of the operators" * 2)
 SETTINGS = Settings(runtime_image="runtime:1", operator_namespace="lockstep-system")
 START = 1_800_000_000.0
 
@@ -85,6 +87,7 @@ class KilledAtWrite:
 class World:
     def __init__(self, operators: int = 1, random: Random | None = None, settings: Settings = SETTINGS) -> None:
         self.settings = settings  # of operators that start from now on
+        self.key = KEY  # of operators that start from now on
         self.time = START
         self.random = random or Random(0)
         self.kube = FakeKube(lambda: self.time)
@@ -167,7 +170,7 @@ class World:
     def operator(self) -> Controller:
         metrics, watch = Metrics(), KubeWatch(self.kube)
         reconciler = Reconciler(
-            self.connection(), self.groups, self.settings, metrics, lambda: self.time, indexes=watch.indexes
+            self.connection(), self.groups, self.settings, metrics, lambda: self.time, self.key, indexes=watch.indexes
         )
 
         async def reconcile(key: ModelKey) -> ReconcileOutcome:

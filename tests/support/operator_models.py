@@ -15,7 +15,7 @@ from lockstep_operator.reporting.conditions import Obstacle
 from lockstep_operator.reporting.transition import Transition, transition
 from lockstep_operator.settings import Settings
 from lockstep_operator.types.model_source import HostPath
-from lockstep_operator.types.model_status import parse
+from lockstep_operator.types.model_status import Tokens, parse
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import Observed, Pod
 from lockstep_operator.types.recovery_state import RecoveryState
@@ -23,6 +23,11 @@ from lockstep_operator.types.spec import Model
 
 NOW = 1_800_000_000.0
 SETTINGS = Settings(runtime_image="runtime:1", operator_namespace="lockstep-system")
+
+
+def tokens_of(made: Model) -> Tokens:
+    """As the status has them once their Secrets are made."""
+    return Tokens(key="", id=made.tokens_id, time=NOW - 3600)
 
 
 def model(**fields: Any) -> Model:
@@ -33,9 +38,9 @@ def model(**fields: Any) -> Model:
     return Model(**(defaults | fields))
 
 
-def revision_of(made: Model, token: str, settings: Settings = SETTINGS) -> str:
+def revision_of(made: Model, settings: Settings = SETTINGS) -> str:
     """Of the pods of a model for which nothing is kept yet."""
-    return manifests.revision(made, token, rendered(made, settings))
+    return manifests.revision(made, rendered(made, settings))
 
 
 def pod(group: int = 0, index: int = 0, revision: str = "new", *, ready: bool = True, **fields: Any) -> Pod:

@@ -34,6 +34,7 @@ from lockstep_runtime.protocol.chaos import CollectivePoint, FaultPhase, Inject,
 from lockstep_runtime.protocol.progress_record import Progress, new_memory
 from lockstep_runtime.protocol.step import SequenceSlice
 from lockstep_runtime.protocol.tokens import Purpose, purpose_token
+from lockstep_runtime.supervisor.callers import Callers
 from lockstep_runtime.supervisor.member_readiness import MemberReadiness
 from lockstep_runtime.supervisor.server import create_app
 
@@ -282,7 +283,7 @@ def test_the_one_shot_variable_is_checked_at_the_start() -> None:
 
 
 def client(inject: Callable[[Inject], bool] | None) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(app=create_app(MemberReadiness(), "secret", inject=inject))
+    transport = httpx.ASGITransport(app=create_app(MemberReadiness(), Callers("secret"), inject=inject))
     return httpx.AsyncClient(transport=transport, base_url="http://test", headers={"Authorization": "Bearer secret"})
 
 

@@ -74,9 +74,7 @@ def test_a_cordon_is_news_once_and_for_models_with_pods_there() -> None:
 
 def observed(*surge: int) -> Observed:
     known = tuple(SurgeGroup(group=index, reason=SurgeReason.EVACUATION) for index in surge)
-    return Observed(
-        status=ModelStatus(surge=known), resource_version="1", token="t", children={}, leaving_nodes=frozenset({"a"})
-    )
+    return Observed(status=ModelStatus(surge=known), resource_version="1", children={}, leaving_nodes=frozenset({"a"}))
 
 
 def on(node: str, index: int = 0, **fields: Any) -> Group:

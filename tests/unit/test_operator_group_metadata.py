@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tests.support.kube_fake import resource
-from tests.support.operator_models import NOW, SETTINGS, model, pod, revision_of
+from tests.support.operator_models import NOW, SETTINGS, model, pod, revision_of, tokens_of
 
 from lockstep_operator.decisions import manifests
 from lockstep_operator.decisions.actions import Action, Apply, Delete
@@ -20,7 +20,6 @@ from lockstep_operator.types.spec import Model, parse
 from lockstep_operator.types.spec_blocks import GroupMetadata, Rollout
 
 QUEUE = {"kueue.x-k8s.io/queue-name": "team"}
-TOKEN = "t"
 
 
 def metadata(made: Model, group: int = 0) -> Mapping[str, Any]:
@@ -38,9 +37,9 @@ def moved_to(**selector: str) -> Mapping[str, Any]:
 
 def actions(before: Model, after: Model, *pods: Pod, status: ModelStatus | None = None) -> tuple[Action, ...]:
     """What is done about `after`, beside keeping what pods are made from, where everything is as `before` asks."""
-    revision = revision_of(before, TOKEN)
+    revision = revision_of(before)
     every = [
-        manifests.token_secret(before, TOKEN), *manifests.shared(before), *manifests.of_group(before, 0, SETTINGS),
+        *manifests.shared(before), *manifests.of_group(before, 0, SETTINGS),
         manifests.stateful_set(before, 0, revision, rendered(before, SETTINGS)), manifests.disruption_budget(before, 1),
     ]  # fmt: skip
     extra = {"uid": "uid-0", "resourceVersion": "7", "generation": 1, "creationTimestamp": "2027-01-15T07:00:00Z"}
@@ -51,7 +50,7 @@ def actions(before: Model, after: Model, *pods: Pod, status: ModelStatus | None 
     }
     known = pods or (pod(0, 0, revision), pod(0, 1, revision))
     observed = Observed(
-        status=status or ModelStatus(), resource_version="1", token=TOKEN, children=children, pods=known
+        status=status or ModelStatus(tokens=tokens_of(after)), resource_version="1", children=children, pods=known
     )
     decided = decide(after, observed, NOW, SETTINGS).actions
     return tuple(action for action in decided if action.target[0] != "ControllerRevision")
@@ -130,7 +129,7 @@ def avoiding(node: str, *, pods: tuple[str, ...] = ()) -> ModelStatus:
         rung=Rung.MOVE_AWAY, trigger="x", fault="Hang", rank=0, reason="away", pods=pods, since=NOW, noticed=NOW
     )
     state = RecoveryState(action=step if pods else None, avoided={node: NOW + 60})
-    return ModelStatus(groups=(GroupSummary(group=0, recovery=state),))
+    return ModelStatus(tokens=tokens_of(queued()), groups=(GroupSummary(group=0, recovery=state),))
 
 
 def test_an_admitted_group_that_serves_is_left_as_it_was_admitted() -> None:
@@ -139,7 +138,7 @@ def test_an_admitted_group_that_serves_is_left_as_it_was_admitted() -> None:
 
 
 def test_one_that_recovery_moves_is_admitted_anew() -> None:
-    revision = revision_of(queued(), TOKEN)
+    revision = revision_of(queued())
     broken = tuple(pod(0, index, revision, ready=False) for index in range(2))
     status = avoiding("n1", pods=("uid-0-0", "uid-0-1"))
     (action,) = actions(queued(), queued(), *broken, status=status)

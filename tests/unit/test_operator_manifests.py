@@ -154,7 +154,7 @@ def test_threads_are_left_alone_where_somebody_chose_them() -> None:
 def test_sources(source: Claim | HuggingFace | Image, location: str, volume: dict[str, Any]) -> None:
     template = pod_template(model(source=source), 0, "abc", SETTINGS)
     assert template["spec"]["containers"][0]["args"][1] == location
-    assert template["spec"]["volumes"][2] == volume
+    assert template["spec"]["volumes"][3] == volume
 
 
 def test_a_hub_model_knows_its_revision_cache_and_token() -> None:
@@ -175,7 +175,7 @@ def test_identity_and_secrets_come_by_the_environment() -> None:
     assert found["LOCKSTEP_GROUP"] == "1"
     assert found["LOCKSTEP_LEADER"] == "chat-1-0.chat-1.team.svc"
     assert found["LOCKSTEP_SPEC_REVISION"] == "abc"
-    assert found["LOCKSTEP_TOKEN"] == {"secretKeyRef": {"name": "chat-token", "key": "token"}}
+    assert found["LOCKSTEP_TOKEN"] == {"secretKeyRef": {"name": f"chat-token-{model().tokens_id}", "key": "token"}}
     assert found["LOCKSTEP_POD_INDEX"] == {"fieldRef": {"fieldPath": "metadata.labels['apps.kubernetes.io/pod-index']"}}
 
 
@@ -290,8 +290,8 @@ def test_who_may_use_the_api_is_parsed_and_replaces_no_pod() -> None:
     live = resource(network={"policy": "Managed", "from": [OFFICE]})
     live["metadata"] |= {"uid": "u"}
     assert parse(live).network == Network("Managed", (OFFICE,))
-    revision = revision_of(model(), "token")
-    assert revision_of(model(network=Network("None")), "token") == revision
+    revision = revision_of(model())
+    assert revision_of(model(network=Network("None"))) == revision
 
 
 def test_the_api_keys_are_a_file_which_changes_with_the_secret() -> None:
@@ -347,8 +347,8 @@ def test_what_the_installation_says_of_images_and_users_reaches_the_pods() -> No
 def test_everything_is_owned_by_the_model_and_says_to_whom_it_belongs() -> None:
     made = model()
     every = [
-        *manifests.shared(made), *manifests.of_group(made, 0, SETTINGS), manifests.token_secret(made, "t"),
-        manifests.stateful_set(made, 0, "abc", rendered(made, SETTINGS)),
+        *manifests.shared(made), *manifests.of_group(made, 0, SETTINGS), manifests.group_token(made, "t"),
+        manifests.operator_token(made, "t"), manifests.stateful_set(made, 0, "abc", rendered(made, SETTINGS)),
     ]  # fmt: skip
     for manifest in every:
         owner = manifest["metadata"]["ownerReferences"][0]
@@ -369,7 +369,8 @@ def test_the_longest_names_that_the_crd_admits_fit() -> None:
     every = [
         *manifests.shared(made),
         *manifests.of_group(made, group, SETTINGS),
-        manifests.token_secret(made, "t"),
+        manifests.group_token(made, "t"),
+        manifests.operator_token(made, "t"),
         workload,
     ]
     pod = f"{workload['metadata']['name']}-{workload['spec']['replicas'] - 1}"
@@ -396,14 +397,15 @@ def test_the_longest_names_that_the_crd_admits_fit() -> None:
     ],
 )  # fmt: skip
 def test_what_shapes_pods_makes_a_new_revision(change: dict[str, Any]) -> None:
-    assert revision_of(model(**change), "token") != revision_of(model(), "token")
+    assert revision_of(model(**change)) != revision_of(model())
 
 
-def test_a_new_token_or_image_makes_a_new_revision_and_a_new_size_does_not() -> None:
-    revision = revision_of(model(), "token")
-    assert revision_of(model(), "other") != revision
-    assert revision_of(model(), "token", replace(SETTINGS, runtime_image="runtime:2")) != revision
+def test_new_tokens_or_another_image_make_a_new_revision_and_a_new_size_does_not() -> None:
+    revision = revision_of(model())
+    assert revision_of(model(new_tokens_at=1_790_000_000.0)) != revision
+    assert revision_of(model(uid="uid-of-another")) != revision, "a model of the same name has other tokens"
+    assert revision_of(model(), replace(SETTINGS, runtime_image="runtime:2")) != revision
     other = model(replicas=5, rollout=Rollout(max_surge=2), generation=9)
-    assert revision_of(other, "token") == revision
+    assert revision_of(other) == revision
     patient = RecoverySpec(observe=True, attempts=9, window=1.0, initial=1.0, most=2.0)
-    assert revision_of(model(recovery=patient), "token") == revision, "only the operator reads these"
+    assert revision_of(model(recovery=patient)) == revision, "only the operator reads these"

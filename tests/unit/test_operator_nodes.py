@@ -62,7 +62,7 @@ def placed(**fields: Any) -> Group:
 def look(old: Mapping[str, Any], *faults: FaultRecord, seen: Group | None = None) -> Transition:
     report = msgspec.structs.replace(well(KEY, 0, "inc", "new"), faults=[*faults], recoveries=len(faults))
     reports = {0: GroupReport(status=report)}
-    observed = Observed(status=parse(old), resource_version="1", token="t", children={}, reports=reports)
+    observed = Observed(status=parse(old), resource_version="1", children={}, reports=reports)
     return pass_of(model(), observed, seen or placed())
 
 
@@ -136,10 +136,10 @@ def test_a_fault_that_the_group_could_not_repair_counts_with_the_step_that_answe
     reports = {0: GroupReport(status=report)}
     known = RecoveryInput(seed="s", group=seen, state=RecoveryState(), report=reports[0])
     decision = decide(RecoverySpec(), known, NOW)
-    observed = Observed(status=parse({}), resource_version="1", token="t", children={}, reports=reports)
+    observed = Observed(status=parse({}), resource_version="1", children={}, reports=reports)
     found = pass_of(model(), observed, seen, recoveries={0: decision})
     assert held(found) == {"node-2": 1}
-    after = Observed(status=parse(document(found.after)), resource_version="2", token="t", children={}, reports=reports)
+    after = Observed(status=parse(document(found.after)), resource_version="2", children={}, reports=reports)
     assert held(pass_of(model(), after, seen, recoveries={0: decision})) == {"node-2": 1}
 
 
@@ -271,7 +271,7 @@ async def test_an_operator_knows_all_models_when_it_has_looked_at_each() -> None
     world = World()
     keys, watch = [world.add("a"), world.add("b")], KubeWatch(world.kube)
     reconciler = Reconciler(
-        world.kube, world.groups, world.settings, Metrics(), lambda: world.time, indexes=watch.indexes
+        world.kube, world.groups, world.settings, Metrics(), lambda: world.time, world.key, indexes=watch.indexes
     )
     watch.catch_up()
     seen = []

@@ -5,25 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.support.operator_models import NOW, SETTINGS, model, pod, revision_of
+from msgspec.structs import replace
+from tests.support.operator_models import NOW, SETTINGS, model, pod, revision_of, tokens_of
 
-from lockstep_operator.cluster.observe import token_of
 from lockstep_operator.decisions import manifests
-from lockstep_operator.decisions.actions import Apply, CreateToken, Delete
+from lockstep_operator.decisions.actions import Apply, Delete, MakeTokens
 from lockstep_operator.decisions.manifests import Kept
 from lockstep_operator.decisions.planner import Decision, decide
 from lockstep_operator.decisions.pod_template import pod_template, rendered
 from lockstep_operator.reconcile import targets
-from lockstep_operator.types.model_status import GroupSummary, ModelStatus
+from lockstep_operator.types.model_status import GroupSummary, ModelStatus, Tokens
 from lockstep_operator.types.names import API_VERSION, KIND
-from lockstep_operator.types.observed import Observed, Pod
+from lockstep_operator.types.observed import GroupReport, Observed, Pod
+from lockstep_operator.types.operator_key import OperatorKey
 from lockstep_operator.types.recovery_state import RecoveryAction, RecoveryState, Rung
 from lockstep_operator.types.spec import Model
 from lockstep_operator.types.spec_blocks import Network, Ports, RecoverySpec
 
 Child = dict[str, Any]
-TOKEN = "t"
-REVISION = revision_of(model(), TOKEN)
+REVISION = revision_of(model())
 
 
 def live(manifest: Child, **metadata: Any) -> Child:
@@ -33,11 +33,11 @@ def live(manifest: Child, **metadata: Any) -> Child:
 
 
 def everything(made: Model, revision: str | None = None, *, groups: int | None = None) -> dict[tuple[str, str], Child]:
-    found = revision_of(made, TOKEN) if revision is None else revision
+    found = revision_of(made) if revision is None else revision
     count = made.replicas if groups is None else groups
     budget = manifests.disruption_budget(made, max(0, made.replicas * made.pods_per_group - 1))
     kept = Kept(revision=found, number=1, shape="", requested=None, rendering=rendered(made, SETTINGS))
-    every = [manifests.token_secret(made, TOKEN), *manifests.shared(made), budget, manifests.template(made, kept)]
+    every = [*manifests.shared(made), budget, manifests.template(made, kept)]
     for index in range(count):
         every += [
             *manifests.of_group(made, index, SETTINGS),
@@ -53,9 +53,8 @@ def pods(made: Model, revision: str, groups: int | None = None) -> tuple[Pod, ..
 
 def decided(made: Model, children: dict[tuple[str, str], Child], of: tuple[Pod, ...] = (), **fields: Any) -> Decision:
     found: dict[str, Any] = {
-        "status": ModelStatus(),
+        "status": ModelStatus(tokens=tokens_of(made)),
         "resource_version": "1",
-        "token": TOKEN,
         "children": children,
         "pods": of,
     }
@@ -73,12 +72,66 @@ def test_nothing_is_done_when_everything_is_as_the_spec_asks() -> None:
     assert (decision.revision, decision.bugs) == (REVISION, ())
 
 
-def test_a_new_model_gets_its_token_first_and_no_pods_before_it() -> None:
-    decision = decided(model(), {}, token=None)
-    assert decision.actions[0] == CreateToken("chat-token", "Secret chat-token with the group's token is missing")
-    shared = ["ServiceAccount chat-ranks is missing", "Service chat is missing"]
-    assert reasons(decision)[1:] == [*shared, "PodDisruptionBudget chat is missing"]
-    assert decision.revision == ""
+def test_a_new_model_gets_its_tokens_first_and_no_pods_without_them() -> None:
+    made = model()
+    decision = decided(made, {}, status=ModelStatus(), operator_key="k")
+    secret, tokens = f"chat-token-{made.tokens_id}", Tokens(key="k", id=made.tokens_id, time=NOW)
+    assert decision.actions[0] == MakeTokens(secret, tokens, "Secrets with the tokens of team/chat are made")
+    workload = next(action for action in decision.actions if action.target == ("StatefulSet", "chat-0"))
+    assert ("Secret", secret) in workload.needs
+
+
+ANOTHER_DAY = 1_790_000_000.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"operator_key": "another"}, "is made anew: the operator has another key"),
+        ({"asked": ANOTHER_DAY}, "new Secrets with the tokens of team/chat are made, as was asked for"),
+    ],
+)
+def test_tokens_of_another_key_or_an_older_request_are_made_anew(fields: dict[str, Any], reason: str) -> None:
+    asked = fields.get("asked")
+    made = model(new_tokens_at=asked)
+    status = ModelStatus(tokens=tokens_of(model()))
+    observed = {"operator_key": fields.get("operator_key", ""), "status": status}
+    (action,) = [one for one in decided(made, everything(made), **observed).actions if isinstance(one, MakeTokens)]
+    assert reason in action.reason
+    assert (action.made.key, action.made.id) == (observed["operator_key"], made.tokens_id)
+    assert (made.tokens_id == model().tokens_id) is (asked is None)
+
+
+@pytest.mark.parametrize(("made_ago", "again"), [(61, True), (59, False)])
+def test_a_pod_that_misses_its_secret_has_it_made_anew(made_ago: float, again: bool) -> None:
+    made = model()
+    secret = f"chat-token-{made.tokens_id}"
+    waiting = {"reason": "CreateContainerConfigError", "message": f'secret "{secret}" not found'}
+    raw = {"spec": {}, "status": {"containerStatuses": [{"name": "lockstep", "state": {"waiting": waiting}}]}}
+    of = (pod(0, 0, REVISION), pod(0, 1, REVISION, ready=False, raw=raw))
+    status = ModelStatus(tokens=replace(tokens_of(made), time=NOW - made_ago))
+    found = [action.reason for action in decided(made, everything(made), of, status=status).actions]
+    expected = "Secrets with the tokens of team/chat are made anew: pod chat-0-1 can't start without one"
+    assert found == ([expected] if again else [])
+
+
+@pytest.mark.parametrize(
+    ("refused_for", "made_ago", "has_tokens", "again"),
+    [(181, 1801, True, True), (179, 1801, True, False), (1801, 1799, True, False), (1801, 1801, False, False)],
+)
+def test_a_pod_that_refuses_the_operator_for_long_has_its_secret_made_anew(
+    refused_for: float, made_ago: float, has_tokens: bool, again: bool
+) -> None:
+    """Not one of an older version: it has another Secret, which nothing would change."""
+    made = model()
+    raw = {"spec": pod_template(made, 0, REVISION, SETTINGS)["spec"] if has_tokens else {}}
+    of = (pod(0, 0, REVISION, raw=raw), pod(0, 1, REVISION))
+    status = ModelStatus(tokens=replace(tokens_of(made), time=NOW - made_ago))
+    report = GroupReport(unreachable_since=NOW - refused_for, error="no", refused=True)
+    found = decided(made, everything(made), of, status=status, reports={0: report})
+    expected = f"Secret chat-operator-{made.tokens_id} is made anew: pod chat-0-0 doesn't take the operator's token"
+    assert reasons(found) == ([expected] if again else [])
+    assert found.recoveries[0].state.action is None, "it is alive"
 
 
 def test_then_each_groups_names_and_walls_come_before_its_pods() -> None:
@@ -87,14 +140,6 @@ def test_then_each_groups_names_and_walls_come_before_its_pods() -> None:
     assert reasons(decided(made, children)) == [
         "Service chat-0 is missing", "NetworkPolicy chat-0 is missing", "StatefulSet chat-0 is missing",
     ]  # fmt: skip
-
-
-def test_a_secret_without_its_token_is_made_anew() -> None:
-    made = model()
-    decision = decided(made, everything(made), token=None)
-    assert decision.actions == (
-        Delete("Secret", "chat-token", "uid-token", "Secret chat-token has no token and is recreated"),
-    )
 
 
 def test_drift_is_told_apart_from_a_wish_of_ours() -> None:
@@ -121,7 +166,7 @@ def test_a_changed_spec_first_changes_the_statefulset_whose_turn_it_is() -> None
     decision = decided(made, everything(made, "old"), pods(made, "old"))
     kept = f"ControllerRevision chat-{REVISION} is missing"
     assert reasons(decision) == [kept, f"group 1 gets revision {REVISION}: it is next"]
-    assert decision.actions[1].needs == (decision.actions[0].target,), "no pod is made from what isn't kept"
+    assert decision.actions[0].target in decision.actions[1].needs, "no pod is made from what isn't kept"
 
 
 def test_then_its_pods_go_once_the_controller_has_seen_the_new_template() -> None:
@@ -226,27 +271,14 @@ def test_pods_of_an_earlier_statefulset_do_not_count() -> None:
     assert (found.pods, found.strays, found.ready) == ((), 2, False)
 
 
-@pytest.mark.parametrize(
-    ("secret", "token"),
-    [
-        ({"data": {"token": "dA=="}}, "t"),
-        ({"data": {}}, None),
-        ({"data": {"token": ""}}, None),
-        ({}, None),
-        (None, None),
-    ],
-)
-def test_the_token_is_read_from_its_secret(secret: Child | None, token: str | None) -> None:
-    assert token_of(secret) == token
-
-
 def recovering(rung: Rung = Rung.RECYCLE_POD, **fields: Any) -> ModelStatus:
     """A status with a written step against the pod of rank 1."""
     plan = RecoveryAction(
         rung=rung, trigger="inc/1", fault="Hang", rank=1, reason="because of Hang", pods=("uid-0-1",), since=NOW,
         noticed=NOW,
     )  # fmt: skip
-    return ModelStatus(groups=(GroupSummary(group=0, recovery=RecoveryState(action=plan, **fields)),))
+    groups = (GroupSummary(group=0, recovery=RecoveryState(action=plan, **fields)),)
+    return ModelStatus(tokens=tokens_of(model()), groups=groups)
 
 
 UNREADY = tuple(pod(0, index, REVISION, ready=index > 0) for index in range(2))
@@ -321,9 +353,10 @@ def test_only_first_pods_that_have_an_address_and_stay_are_asked() -> None:
     leaders: dict[int, dict[str, Any]] = {0: {}, 1: {"ip": ""}, 2: {"deleting": NOW + 5}}  # of the last there is none
     of = tuple(pod(index, 0, REVISION, **fields) for index, fields in leaders.items())
     observed = Observed(
-        status=ModelStatus(), resource_version="1", token=TOKEN, children=everything(made), pods=of
+        status=ModelStatus(), resource_version="1", children=everything(made), pods=of
     )  # fmt: skip
-    asked = targets(made, decide(made, observed, NOW, SETTINGS), observed)
+    key = OperatorKey(b"k" * 32)
+    asked = targets(made, decide(made, observed, NOW, SETTINGS), key)
     assert {index: (one.pod_uid, one.url) for index, one in asked.items()} == {
         0: ("uid-0-0", "http://10.0.0.1:7401/status")
     }

@@ -45,7 +45,7 @@ def said(faults: Sequence[FaultRecord], **fields: Any) -> GroupStatus:
 def look(
     old: Mapping[str, Any], report: GroupReport, state: RecoveryState = NOTHING, now: float = NOW
 ) -> tuple[Transition, dict[str, Any]]:
-    observed = Observed(status=parse(old), resource_version="1", token="t", children={}, reports={0: report})
+    observed = Observed(status=parse(old), resource_version="1", children={}, reports={0: report})
     seen = pass_of(model(), observed, group(), now=now, recoveries={0: RecoveryDecision(state=state)})
     return seen, document(seen.after)
 

@@ -49,7 +49,7 @@ def started(seconds: float, restarts: int = 0) -> Group:
 
 def look(old: Mapping[str, Any], report: GroupStatus, seen: Group, now: float = NOW) -> dict[str, Any]:
     reports = {0: GroupReport(status=report)}
-    observed = Observed(status=parse(old), resource_version="1", token="t", children={}, reports=reports)
+    observed = Observed(status=parse(old), resource_version="1", children={}, reports=reports)
     return document(pass_of(model(), observed, seen, now=now).after)
 
 

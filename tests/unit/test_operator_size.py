@@ -55,9 +55,7 @@ def said(number: int, size: int, *, ill: bool) -> GroupStatus:
 def status_of(groups: int, size: int, ill: int, old: Mapping[str, Any] | None = None) -> dict[str, Any]:
     found = of_many(groups, size)
     reports = {number: GroupReport(status=said(number, size, ill=number < ill)) for number in range(groups)}
-    observed = Observed(
-        status=parse(old), resource_version="1", token="t", children={}, reports=reports if old is None else {}
-    )
+    observed = Observed(status=parse(old), resource_version="1", children={}, reports=reports if old is None else {})
     step = RecoveryAction(
         rung=Rung.RECYCLE_GROUP, trigger="0123456789abcdef/7@1800000000", fault="RankLost", rank=1, reason="r" * 900,
         pods=tuple(UID.format(index) for index in range(size)), since=NOW, noticed=NOW, incarnation="0123456789abcdef",

@@ -61,7 +61,7 @@ def failed(message: str) -> GroupStatus:
 
 def seen(*reports: GroupStatus, status: Mapping[str, Any] | None = None, **fields: Any) -> Observed:
     defaults: dict[str, Any] = {
-        "status": parse(status), "resource_version": "1", "token": "t", "children": {},
+        "status": parse(status), "resource_version": "1", "children": {},
         "reports": {report.group: GroupReport(status=report) for report in reports},
     }  # fmt: skip
     return Observed(**(defaults | fields))
@@ -271,11 +271,6 @@ def test_what_a_deleted_model_left_is_waited_for_and_no_stall() -> None:
     assert find_issue(waiting, {"uid-0": "FailedCreate: object is being deleted"}, NOW) is None
     words = condition(status_of(decided(waiting), seen()), "Ready")[2]
     assert words == "group 0 waits until 2 older pods of the same names have ended"
-
-
-def test_without_a_token_nothing_is_ready() -> None:
-    status = status_of(decided(group(), revision="", rollout=()), seen(said(), token=None))
-    assert condition(status, "Ready") == ("False", "Starting", "the model's token is being created")
 
 
 def test_recoveries_are_counted_over_processes_and_groups() -> None:

@@ -63,7 +63,7 @@ def test_any_template_has_a_flaw_that_is_named_or_becomes_a_manifest(template: d
         return
     made = model(template=template, restarted_at=1.0)
     limits = Limits(most={"memory": "256Mi"}, default={"cpu": "100m"}, least={"cpu": "10m"})
-    revision = revision_of(made, "t")
+    revision = revision_of(made)
     spec = manifests.stateful_set(made, 0, revision, rendered(made, SETTINGS), ["bad-node"], limits)["spec"][
         "template"
     ]["spec"]

@@ -140,8 +140,9 @@ class Kube(Protocol):
         """The schemas of the API group as the API server publishes them (OpenAPI v3), by name."""
         ...
 
-    async def delete(self, kind: str, namespace: str, name: str, uid: str, grace: int | None = None) -> None:
-        """Delete this very object; another of the same name, or none, is left alone. `grace` in seconds."""
+    async def delete(self, kind: str, namespace: str, name: str, uid: str = "", grace: int | None = None) -> None:
+        """Delete this very object; another of the same name, or none, is left alone. Without a UID, whatever has the
+        name. `grace` in seconds."""
         ...
 
 
@@ -211,8 +212,10 @@ class ApiServer:
         asked = {**_written(manifest), "field_manager": STATUS_MANAGER, "force_conflicts": True}
         return await self._ask_of("server_side_apply", self._of[kind].status, **asked)
 
-    async def delete(self, kind: str, namespace: str, name: str, uid: str, grace: int | None = None) -> None:
-        body: Object = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
+    async def delete(self, kind: str, namespace: str, name: str, uid: str = "", grace: int | None = None) -> None:
+        body: Object = {"propagationPolicy": "Background"}
+        if uid:
+            body["preconditions"] = {"uid": uid}
         if grace is not None:
             body["gracePeriodSeconds"] = grace
         try:

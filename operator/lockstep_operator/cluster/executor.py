@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -11,10 +10,11 @@ from typing import Any, Final
 from lockstep_operator.cluster.client import Kube, KubeError
 from lockstep_operator.cluster.failures import Failures
 from lockstep_operator.decisions import manifests
-from lockstep_operator.decisions.actions import Action, Apply, CreateToken, Delete
+from lockstep_operator.decisions.actions import Action, Apply, Delete, MakeTokens
 from lockstep_operator.decisions.drift import differences
 from lockstep_operator.reporting.metrics import Metrics
 from lockstep_operator.types.observed import Object, ObjectRef
+from lockstep_operator.types.operator_key import OperatorKey
 from lockstep_operator.types.spec import Model
 
 log = logging.getLogger(__name__)
@@ -54,14 +54,21 @@ def due(actions: Sequence[Action], failures: Failures) -> list[Action]:
 
 def makes(action: Action) -> bool:
     """Whether it can harm nothing that there is: the API server refuses it where there is something."""
-    return isinstance(action, CreateToken) or (isinstance(action, Apply) and not action.uid)
+    return isinstance(action, MakeTokens) or (isinstance(action, Apply) and not action.uid)
 
 
 async def execute(
-    kube: Kube, model: Model, actions: Sequence[Action], failures: Failures, metrics: Metrics, *, live: bool
+    kube: Kube,
+    model: Model,
+    actions: Sequence[Action],
+    key: OperatorKey,
+    failures: Failures,
+    metrics: Metrics,
+    *,
+    live: bool,
 ) -> Applied:
     """Rejected writes are kept in `failures`, and retried when it says so. Unless it is `live` what they were decided
-    on, StaleError is raised when they have nothing to do with what is so."""
+    on, StaleError is raised when they have nothing to do with what is so. The model's tokens follow from `key`."""
     done: list[Action] = []
     written: list[tuple[str, Object]] = []
     server_mutations: dict[ObjectRef, frozenset[str]] = {}
@@ -71,7 +78,7 @@ async def execute(
             continue
         log.info("%s: %s", model.key, action.reason)
         try:
-            now_there = await _perform(kube, model, action)
+            now_there = await _perform(kube, model, action, key)
         except KubeError as error:
             if error.namespace_ending:
                 log.info("%s: its namespace is being deleted, and so is all that belongs to it", model.key)
@@ -91,20 +98,37 @@ async def execute(
     return Applied(tuple(done), server_mutations, tuple(written))
 
 
-async def _perform(kube: Kube, model: Model, action: Action) -> Object | None:
+async def _perform(kube: Kube, model: Model, action: Action, key: OperatorKey) -> Object | None:
     """The object afterwards, as far as it is known."""
     match action:
-        case CreateToken():
-            try:
-                return await kube.create("Secret", manifests.token_secret(model, secrets.token_urlsafe(32)))
-            except KubeError as error:
-                if not error.already_exists:
-                    raise
+        case MakeTokens(groups_too=groups_too):
+            await _make_tokens(kube, model, key, groups_too=groups_too)
         case Apply(kind=kind, manifest=manifest, uid=uid):
             return await _apply_exactly(kube, kind, manifest, uid)
         case Delete(kind=kind, name=name, uid=uid, grace=grace):
             await kube.delete(kind, model.namespace, name, uid, grace)
     return None
+
+
+async def _make_tokens(kube: Kube, model: Model, key: OperatorKey, *, groups_too: bool) -> None:
+    """Nobody may read what a Secret of these names holds, so the operator's is replaced. The quota is asked first: it
+    may be what there is that exhausts it."""
+    of_group = manifests.group_token(model, key.group_token(model.uid, model.tokens_id))
+    of_operator = manifests.operator_token(model, key.operator_token(model.uid, model.tokens_id))
+    try:
+        await kube.create("Secret", of_operator)
+    except KubeError as error:
+        if not (error.already_exists or error.over_quota):
+            raise
+        await kube.delete("Secret", model.namespace, of_operator["metadata"]["name"])
+        await kube.create("Secret", of_operator)
+    if not groups_too:
+        return
+    try:
+        await kube.create("Secret", of_group)
+    except KubeError as error:
+        if not error.already_exists:
+            raise
 
 
 async def _apply_exactly(kube: Kube, kind: str, manifest: Mapping[str, Any], uid: str) -> Object:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import zlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, Protocol
+from typing import ClassVar, Final, Protocol
 
 from lockstep_operator.cluster.client import Kube, KubeError
 from lockstep_operator.cluster.indexes import BUDGET, CHILD_KINDS, LABELLED_KINDS, Indexes, bare
@@ -18,11 +17,9 @@ from lockstep_operator.types.names import (
     KIND,
     MODEL_LABEL,
     REPORTER,
-    TOKEN_KEY,
     ModelKey,
     label_of,
     selector,
-    token_name,
 )
 from lockstep_operator.types.observed import Object, ObjectRef, Pod, expected_names, parse_pod
 from lockstep_operator.types.spec import Model
@@ -31,8 +28,7 @@ from lockstep_operator.types.spec import Model
 RESTING_SECONDS: Final = 12 * 3600.0
 UNREADY_SECONDS: Final = 300.0
 OBSTRUCTED_SECONDS: Final = 60.0  # where another's object has a name that the model needs: no watch tells when it goes
-TOKEN_SECONDS: Final = 1200.0  # Secrets are read by name, never listed or watched
-LIMITS_SECONDS: Final = 60.0  # the same, of the limits that a model meets which isn't Ready; the census has all others
+LIMITS_SECONDS: Final = 60.0  # so old may be the limits that a model meets which isn't Ready; the census has all others
 WARNINGS_SECONDS: Final = 15.0  # between two reads of what explains the same pods
 
 Children = Mapping[ObjectRef, Object]
@@ -66,9 +62,6 @@ class LastLook:
     newer: Newer = field(default_factory=Newer)
     unlabelled: Children = field(default_factory=dict)  # that have a name the model needs: another's, or damaged
     gone: Mapping[str, str] = field(default_factory=dict)  # that the indexes had nevertheless: UID → resource version
-    secret: Object | None = None  # the token's
-    secret_at: float = 0.0
-    secret_for: str = ""  # resource version of the model when the Secret was read
     dirty: bool = False  # the pass deleted something, or it didn't come to its end
     warnings: Mapping[str, str] = field(default_factory=dict)
     warnings_of: frozenset[str] = frozenset()  # UIDs that were asked about
@@ -83,19 +76,12 @@ class LastLook:
     def wrote(self, written: Iterable[tuple[str, Object]], now: float) -> None:
         """By kind, as the API server has it now."""
         for kind, item in written:
-            if kind == "Secret":
-                self.secret, self.secret_at = item, now
-            else:
-                self.newer.note(kind, bare(kind, item), now)
+            self.newer.note(kind, bare(kind, item), now)
 
     def wrote_status(self, before: Object, after: Object, now: float) -> None:
         """The model as the API server has it after the write."""
-        old, new = before["metadata"]["resourceVersion"], after["metadata"]["resourceVersion"]
-        if old == new:
-            return
-        self.newer.note(KIND, bare(KIND, after), now)
-        if self.secret_for == old:
-            self.secret_for = new
+        if before["metadata"]["resourceVersion"] != after["metadata"]["resourceVersion"]:
+            self.newer.note(KIND, bare(KIND, after), now)
 
     async def explained(self, kube: Kube, namespace: str, uids: Iterable[str], now: float) -> Mapping[str, str]:
         """The newest Warning about each object, or what was read lately."""
@@ -144,15 +130,12 @@ class Live:
 
 @dataclass(frozen=True, slots=True)
 class Indexed:
-    """Asks nothing that the last live look answers; only a token that was read long ago is read anew, and limits if the
-    model isn't `ready`."""
+    """Asks nothing that the last live look answers; only limits are read anew if the model isn't `ready`."""
 
-    kube: Kube
     known_limits: NamespaceLimits
     indexes: Indexes
     last: LastLook
     ready: bool
-    now: float
     live: ClassVar[bool] = False
 
     async def resource(self, key: ModelKey) -> Object | None:
@@ -160,11 +143,7 @@ class Indexed:
 
     async def children(self, model: Model, groups: Collection[int]) -> Children:
         indexed = self.last.newer.over(self.indexes.children(model.key, self.last.gone), CHILD_KINDS)
-        found = {**self.last.unlabelled, **indexed}
-        secret = await self._secret(model)
-        if secret is not None:
-            found["Secret", token_name(model.name)] = secret
-        return found
+        return {**self.last.unlabelled, **indexed}
 
     async def pods(self, model: Model) -> tuple[Pod, ...]:
         indexed = {("Pod", raw["metadata"]["name"]): raw for raw in self.indexes.pods(model.key, self.last.gone)}
@@ -173,15 +152,6 @@ class Indexed:
 
     async def limits(self, namespace: str) -> Limits:
         return await self.known_limits.recent(namespace, float("inf") if self.ready else LIMITS_SECONDS)
-
-    async def _secret(self, model: Model) -> Object | None:
-        """Read anew when the model has changed in any way, too: so a person can have it looked at."""
-        resource = resource_of(model.key, self.indexes, self.last)
-        version = resource["metadata"]["resourceVersion"] if resource else ""
-        if self.last.secret_for != version or self.now - self.last.secret_at > TOKEN_SECONDS:
-            self.last.secret = await self.kube.get("Secret", model.namespace, token_name(model.name))
-            self.last.secret_at, self.last.secret_for = self.now, version
-        return self.last.secret
 
 
 def resource_of(key: ModelKey, indexes: Indexes, last: LastLook) -> Object | None:
@@ -212,15 +182,12 @@ def last_look(
     ]:
         if indexed.get(item["metadata"]["uid"]) != item["metadata"]["resourceVersion"]:
             newer.note(kind, bare(kind, item), now)
-    needed = {(kind, name) for kind, name, _ in expected_names(model, groups) if kind != "Secret"}
+    needed = {(kind, name) for kind, name, _ in expected_names(model, groups)}
     return LastLook(
         at=now,
         newer=newer,
         unlabelled={key: child for key, child in children.items() if key in needed and not _labelled(child, model)},
         gone={uid: version for uid, version in indexed.items() if uid not in seen},
-        secret=children.get(("Secret", token_name(model.name))),
-        secret_at=now,
-        secret_for=str(resource["metadata"].get("resourceVersion", "")),
         dirty=True,
     )
 
@@ -245,11 +212,6 @@ async def read_warnings(kube: Kube, namespace: str, uids: Iterable[str]) -> dict
         for events in lists
     ]
     return {uid: _newest(events) for uid, events in zip(wanted, others, strict=True) if events}
-
-
-def token_of(secret: Mapping[str, Any] | None) -> str | None:
-    encoded = ((secret or {}).get("data") or {}).get(TOKEN_KEY)
-    return base64.b64decode(encoded).decode(errors="replace") or None if encoded else None
 
 
 def _newest(events: list[Object]) -> str:

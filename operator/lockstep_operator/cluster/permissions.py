@@ -35,7 +35,7 @@ PERMISSIONS: Final = (
         ("list", "watch", "create", "patch", "delete"),
         "one per model, unless there is another",
     ),
-    Permission("", "secrets", ("get", "create", "delete"), "the token: read by name, never listed"),
+    Permission("", "secrets", ("create", "delete"), "models' tokens, which are never read"),
     Permission("", "pods", ("list", "watch", "delete"), "who is Ready; replaced in a rollout"),
     Permission("", "nodes", ("list", "watch"), "which are cordoned: groups leave them"),
     Permission("", "events", ("list", "create"), "why a pod can't start; what happened"),
@@ -46,6 +46,8 @@ PERMISSIONS: Final = (
 LEASE_PERMISSION: Final = Permission(
     "coordination.k8s.io", "leases", ("get", "create", "update"), "which of two operators works"
 )
+# There, too, and read of its own alone.
+KEY_PERMISSION: Final = Permission("", "secrets", ("get", "create"), "the key that models' tokens follow from")
 NODE_PERMISSIONS: Final = (  # with --node-conditions alone
     Permission("", "nodes", ("list",), "which are suspect, when an operator starts"),
     Permission("", "nodes/status", ("patch",), "the condition LockstepSuspect"),

@@ -6,15 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lockstep_operator.types.model_status import Tokens
 from lockstep_operator.types.observed import ObjectRef
 
 
 @dataclass(frozen=True, slots=True)
-class CreateToken:
-    """Make the Secret, with a token drawn when it is made; an existing one is left alone."""
+class MakeTokens:
+    """Make the Secrets with the model's tokens. One of the operator's that exists is replaced, since nobody may read
+    what it holds. `made` is to be remembered of it.
+    """
 
-    name: str
+    name: str  # of the group's
+    made: Tokens
     reason: str
+    groups_too: bool = True  # that may be missing; one that exists is left alone, since pods have it
     needs: tuple[ObjectRef, ...] = ()
 
     @property
@@ -23,7 +28,7 @@ class CreateToken:
 
     @property
     def wish(self) -> object:
-        return "create"
+        return f"tokens {self.made.key} {self.made.id}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,4 +74,4 @@ class Delete:
         return f"delete {self.uid} {self.grace}"
 
 
-Action = CreateToken | Apply | Delete
+Action = MakeTokens | Apply | Delete

@@ -148,10 +148,11 @@ def _pod_of(group: Group, status: GroupStatus, rank: int | None) -> Pod | None:
 
 
 def _hung(group: Group, report: GroupReport, now: float) -> DetectedFault | None:
-    """A leader pod that runs and answers neither the operator nor its kubelet. If its kubelet finds it Ready, the
-    network between it and the operator is at fault, and replacing pods would not fix that."""
+    """A leader pod that runs and answers neither the operator nor its kubelet: one that refuses the operator answers.
+    If its kubelet finds it Ready, the network between it and the operator is at fault, and replacing pods would not fix
+    that."""
     leader, silent_since = group.leader, report.unreachable_since
-    if leader is None or leader.ready or leader.deleting is not None or silent_since is None:
+    if leader is None or leader.ready or leader.deleting is not None or silent_since is None or report.refused:
         return None
     text = f"has not answered for {HUNG_SECONDS:g} s: {report.error}"
     return _replaceable(leader, silent_since, text, now)

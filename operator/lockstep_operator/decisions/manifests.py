@@ -35,17 +35,25 @@ class Kept:
 IP_FAMILIES: Final = "PreferDualStack"  # both where the cluster has both, else its only one
 
 
-def revision(model: Model, token: str, rendering: Rendering) -> str:
-    """Hash of all that shapes a pod, the token and its queue included: pods of another revision must be replaced."""
+def revision(model: Model, rendering: Rendering) -> str:
+    """Hash of all that shapes a pod, its queue included: pods of another revision must be replaced."""
     queue = group_metadata.admission(model)
-    parts = {"rendering": rendering, "token": hashlib.sha256(token.encode()).hexdigest()}
+    parts: Manifest = {"rendering": rendering}
     return _hash({**parts, "queue": queue} if queue else parts)
 
 
-def token_secret(model: Model, token: str) -> Manifest:
-    """Created once and never updated: a lost token is replaced by a new one and a rollout."""
-    secret = _object("v1", "Secret", names.token_name(model.name), model)
-    return {**secret, "type": "Opaque", "stringData": {names.TOKEN_KEY: token}}
+def group_token(model: Model, token: str) -> Manifest:
+    """Pods have it for as long as they live, so it never changes."""
+    return {**_token(model, names.group_token_name(model.name, model.tokens_id), token), "immutable": True}
+
+
+def operator_token(model: Model, token: str) -> Manifest:
+    """Replaced where it is another: the kubelet brings it to the pods that there are."""
+    return _token(model, names.operator_token_name(model.name, model.tokens_id), token)
+
+
+def _token(model: Model, name: str, token: str) -> Manifest:
+    return {**_object("v1", "Secret", name, model), "type": "Opaque", "stringData": {names.TOKEN_KEY: token}}
 
 
 def service_account(model: Model) -> Manifest:
@@ -185,7 +193,7 @@ def template(model: Model, kept: Kept) -> Manifest:
 
 
 def shared(model: Model) -> list[Manifest]:
-    """What all groups of a model have in common, apart from the token."""
+    """What all groups of a model have in common, apart from the tokens."""
     return [service_account(model), serving_service(model)]
 
 

@@ -19,7 +19,6 @@ class NameConflicts:
     sentence: str = ""
     ends: bool = False  # by itself
     whole: bool = False  # no group can be
-    token: bool = False
     groups: frozenset[int] = frozenset()
 
     @classmethod
@@ -38,7 +37,6 @@ class NameConflicts:
             sentence=remnant or f"{kind} {name} exists and {whose}: delete it, or give the model another name",
             ends=bool(remnant),
             whole=any(group is None for *_, group in found),
-            token=any(kind == "Secret" for kind, *_ in found),
             groups=frozenset(group for *_, group in found if group is not None),
         )
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from lockstep_operator.decisions import manifests
 from lockstep_operator.decisions.actions import Action, Delete
 from lockstep_operator.decisions.manifests import Kept
-from lockstep_operator.decisions.pod_template import Rendering, rendered, with_requests
+from lockstep_operator.decisions.pod_template import Rendering, has_tokens, rendered, with_requests
 from lockstep_operator.decisions.upkeep import repaired
 from lockstep_operator.groups.group import Group, is_ours
 from lockstep_operator.settings import Settings
@@ -36,24 +36,27 @@ class Pinned:
     lost: str = ""  # the revision that was asked for and isn't kept
 
 
-def pin(model: Model, token: str, observed: Observed, settings: Settings) -> Pinned:
+def pin(model: Model, observed: Observed, settings: Settings) -> Pinned:
     """The model's template must have no flaw."""
     kept = history(model, observed)
     newest = newest_of(kept)
     fresh = rendered(model, settings)
     if newest is None:
-        first = _kept(model, token, fresh, Kept(revision="", number=0, shape="", requested=None, rendering={}))
+        first = _kept(model, fresh, Kept(revision="", number=0, shape="", requested=None, rendering={}))
         return Pinned(current=first, history={first.revision: first}, outdated=False)
     own = with_requests(newest.rendering, model)
     moves = newest.shape != model.shape or _asked(model, newest) or _takes_its_turn(model, observed)
-    current = _kept(model, token, fresh if moves else own, newest)
+    if not moves and not has_tokens(own) and own == newest.rendering:
+        current = newest
+    else:  # what this operator can't speak to isn't made again
+        current = _kept(model, fresh if moves or not has_tokens(own) else own, newest)
     asked = rollback(model, observed.status.rollback)
     back = asked is not None and asked.shape == model.shape
     lost = model.rollback_to if back and model.rollback_to not in kept else ""
     if back and not lost:
         older = kept[model.rollback_to]
         again = with_requests(older.rendering, model)
-        current = replace(older, revision=manifests.revision(model, token, again), rendering=again)
+        current = replace(older, revision=manifests.revision(model, again), rendering=again)
     return Pinned(
         current=current,
         history={**kept, current.revision: current},
@@ -112,8 +115,8 @@ def _read(child: Object) -> Kept:
     )
 
 
-def _kept(model: Model, token: str, rendering: Rendering, newest: Kept) -> Kept:
-    revision = manifests.revision(model, token, rendering)
+def _kept(model: Model, rendering: Rendering, newest: Kept) -> Kept:
+    revision = manifests.revision(model, rendering)
     requests = [time for time in (newest.requested, model.update_requested) if time is not None]
     return Kept(
         revision=revision,

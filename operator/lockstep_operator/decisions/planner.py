@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lockstep_operator.decisions import commit_pin, disruption, evacuation, manifests, pinning, rollout, surge, upkeep
+from lockstep_operator.decisions import (
+    commit_pin,
+    disruption,
+    evacuation,
+    manifests,
+    pinning,
+    rollout,
+    surge,
+    tokens,
+    upkeep,
+)
 from lockstep_operator.decisions.actions import Action, Apply, Delete
 from lockstep_operator.decisions.disruption import Disruption
 from lockstep_operator.decisions.evacuation import Evacuation
@@ -23,6 +33,7 @@ from lockstep_operator.groups.waiting import unplaced
 from lockstep_operator.settings import Settings
 from lockstep_operator.types.model_source import HuggingFace
 from lockstep_operator.types.model_status import PinnedModel, Rollback, Runtime, SurgeGroup
+from lockstep_operator.types.names import group_token_name
 from lockstep_operator.types.observed import ObjectRef, Observed
 from lockstep_operator.types.spec import Model
 
@@ -36,7 +47,7 @@ NOTHING: Sequence[Action] = ()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     actions: tuple[Action, ...] = ()
-    revision: str = ""  # that the spec asks for; empty while there is no token
+    revision: str = ""  # that the spec asks for; empty while nobody knows
     groups: tuple[GroupFacts, ...] = ()  # that the decision went by
     rollout: tuple[RolloutDecision, ...] = ()
     excess: tuple[Group, ...] = ()
@@ -160,7 +171,10 @@ def _plans(known: _Known, kept: Sequence[Action]) -> list[GroupPlan]:
         observed=known.observed,
         revision=known.revision,
         templates=known.pinned.history if known.pinned else {},
-        needs=tuple(action.target for action in kept if isinstance(action, Apply)),
+        needs=(
+            ("Secret", group_token_name(known.model.name, known.model.tokens_id)),
+            *(action.target for action in kept if isinstance(action, Apply)),
+        ),
         settings=known.settings,
         now=known.now,
         guard=known.guard,
@@ -178,7 +192,7 @@ def _actions(
         yield from plan.urgent
     yield from guard("lost pods", lambda: [*_lost_pods(model, observed, known.now)], NOTHING)
     if not known.conflicts.whole:
-        yield from guard("what all groups share", lambda: _shared(model, observed), NOTHING)
+        yield from guard("what all groups share", lambda: _shared(known), NOTHING)
     yield from kept
     for plan in plans:
         yield from plan.upkeep
@@ -238,10 +252,8 @@ def _once(actions: Iterable[Action]) -> Iterator[Action]:
 
 
 def _pinned(model: Model, observed: Observed, settings: Settings) -> Pinned | None:
-    """None while there is no token, or when the spec asks for what no pod can be."""
-    if observed.token is None or model.flaw:
-        return None
-    return pinning.pin(model, observed.token, observed, settings)
+    """None when the spec asks for what no pod can be."""
+    return None if model.flaw else pinning.pin(model, observed, settings)
 
 
 def _held(model: Model, own: Sequence[GroupFacts], pinned: Pinned) -> dict[int, str]:
@@ -265,8 +277,10 @@ def _runtime(known: _Known) -> Runtime:
     return pinning.runtime(known.model, known.pinned, groups, known.observed)
 
 
-def _shared(model: Model, observed: Observed) -> list[Action]:
-    return [*upkeep.token(model, observed), *upkeep.repaired(observed, manifests.shared(model))]
+def _shared(known: _Known) -> list[Action]:
+    model, observed = known.model, known.observed
+    made = tokens.upkeep(model, observed, known.facts, known.now)
+    return [*made, *upkeep.repaired(observed, manifests.shared(model))]
 
 
 def _lost_pods(model: Model, observed: Observed, now: float) -> Iterator[Action]:

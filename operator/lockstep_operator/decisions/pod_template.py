@@ -31,6 +31,7 @@ _NODE_TAINTS: Final = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unrea
 # What differs between groups, in a template that is kept for all of them.
 GROUP: Final = "<lockstep.dev/group>"
 REVISION: Final = "<lockstep.dev/revision>"
+TOKENS: Final = "<lockstep.dev/tokens>"
 
 Rendering = Mapping[str, Any]  # JSON, as a ControllerRevision keeps it
 
@@ -41,7 +42,7 @@ def rendered(model: Model, settings: Settings) -> dict[str, Any]:
 
     The model's template must have no flaw (see `template_check`).
     """
-    ours: dict[str, Any] = {"metadata": {"labels": {}}, "spec": pod_spec(model, GROUP, REVISION, settings)}
+    ours: dict[str, Any] = {"metadata": {"labels": {}}, "spec": pod_spec(model, GROUP, REVISION, TOKENS, settings)}
     merged = _with_tolerations(merge(ours, model.template))
     own = {**names.ENGINE_LABELS, **model_labels(model), names.GROUP_LABEL: GROUP, names.REVISION_LABEL: REVISION}
     merged["metadata"] = {
@@ -54,6 +55,7 @@ def rendered(model: Model, settings: Settings) -> dict[str, Any]:
         "ranksPerPod": model.ranks_per_pod,
         "guessed": _guessed(model),
         **({"threads": THREADS_PER_GPU_RANK} if model.on_gpus else {}),
+        "tokens": model.tokens_id,
         "takesCommit": isinstance(model.source, HuggingFace) and _arguments(merged) == _arguments(ours),
         "template": merged,
     }
@@ -63,7 +65,11 @@ def rendered(model: Model, settings: Settings) -> dict[str, Any]:
 def with_requests(rendering: Rendering, model: Model) -> dict[str, Any]:
     """With the requests that the pods follow: they are replaced when one is new."""
     resolve_at = model.source.resolve_at if isinstance(model.source, HuggingFace) else None
-    times = {names.RESTARTED_ANNOTATION: model.restarted_at, names.RESOLVE_ANNOTATION: resolve_at}
+    times = {
+        names.RESTARTED_ANNOTATION: model.restarted_at,
+        names.RESOLVE_ANNOTATION: resolve_at,
+        names.NEW_TOKENS_ANNOTATION: model.new_tokens_at,
+    }
     template = rendering["template"]
     given = template["metadata"].get("annotations") or {}
     requests = {name: format_rfc3339(time) for name, time in times.items() if time is not None}
@@ -71,7 +77,13 @@ def with_requests(rendering: Rendering, model: Model) -> dict[str, Any]:
     metadata = {name: value for name, value in template["metadata"].items() if name != "annotations"}
     if annotations:
         metadata["annotations"] = annotations
-    return {**rendering, "template": {**template, "metadata": metadata}}
+    tokens = {"tokens": model.tokens_id} if has_tokens(rendering) else {}
+    return {**rendering, **tokens, "template": {**template, "metadata": metadata}}
+
+
+def has_tokens(rendering: Rendering) -> bool:
+    """Whether this operator can speak to its pods: those of older versions have tokens that nobody may read."""
+    return "tokens" in rendering
 
 
 def placed(
@@ -84,7 +96,8 @@ def placed(
 ) -> dict[str, Any]:
     """The PodTemplateSpec of a group. `avoid` names nodes that the pods are kept away from, `limits` are the
     namespace's, `commit` is what the hub's model is pinned to: running pods are left alone when they change."""
-    template = _filled(rendering["template"], {GROUP: str(group), REVISION: revision})
+    parts = {GROUP: str(group), REVISION: revision, TOKENS: rendering.get("tokens", "")}
+    template = _filled(rendering["template"], parts)
     told = [f"--commit={commit}"] if commit and rendering["takesCommit"] else []
     spec = template["spec"]
     containers = [

@@ -26,10 +26,11 @@ MEMORY_PER_RANK_MIB: Final = 512
 API_KEY_MOUNT: Final = "/etc/lockstep/api-key"
 API_KEY_FILE: Final = "keys"
 HUB_TOKEN_MOUNT: Final = "/etc/lockstep/hub-token"  # noqa: S105 - a folder
+OPERATOR_TOKEN_MOUNT: Final = "/etc/lockstep/operator"  # noqa: S105 - a folder
 HUB_TOKEN_FILE: Final = "token"  # noqa: S105 - a file
 
 
-def pod_spec(model: Model, group: str, revision: str, settings: Settings) -> dict[str, Any]:
+def pod_spec(model: Model, group: str, revision: str, tokens: str, settings: Settings) -> dict[str, Any]:
     security: dict[str, Any] = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
     cached_on_a_claim = isinstance(model.source, HuggingFace) and isinstance(model.cache, Claim)
     if cached_on_a_claim and settings.fs_group is not None:
@@ -45,18 +46,18 @@ def pod_spec(model: Model, group: str, revision: str, settings: Settings) -> dic
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": TERMINATION_SECONDS,
         "securityContext": security,
-        "containers": [_container(model, group, revision, settings)],
-        "volumes": _volumes(model),
+        "containers": [_container(model, group, revision, tokens, settings)],
+        "volumes": _volumes(model, tokens),
     }
 
 
-def _container(model: Model, group: str, revision: str, settings: Settings) -> dict[str, Any]:
+def _container(model: Model, group: str, revision: str, tokens: str, settings: Settings) -> dict[str, Any]:
     return {
         "name": names.CONTAINER,
         "image": settings.runtime_image,
         "imagePullPolicy": settings.pull_policy,
         "args": _arguments(model),
-        "env": _environment(model, group, revision, settings),
+        "env": _environment(model, group, revision, tokens, settings),
         "ports": [
             {"name": "api", "containerPort": model.ports.api, "protocol": "TCP"},
             {"name": "bus", "containerPort": model.ports.bus, "protocol": "TCP"},
@@ -155,7 +156,7 @@ def _source_options(model: Model) -> list[tuple[str, object]]:
     ]
 
 
-def _environment(model: Model, group: str, revision: str, settings: Settings) -> list[dict[str, Any]]:
+def _environment(model: Model, group: str, revision: str, tokens: str, settings: Settings) -> list[dict[str, Any]]:
     name = names.group_name(model.name, group)
     plain = {
         "HOME": "/tmp",  # noqa: S108 - the pod's own scratch volume
@@ -163,6 +164,7 @@ def _environment(model: Model, group: str, revision: str, settings: Settings) ->
         "LOCKSTEP_GROUP": group,
         "LOCKSTEP_SPEC_REVISION": revision,
         "LOCKSTEP_LEADER": f"{name}-0.{name}.{model.namespace}.svc",
+        "LOCKSTEP_OPERATOR_TOKEN_FILE": f"{OPERATOR_TOKEN_MOUNT}/{names.TOKEN_KEY}",
         **({"LOCKSTEP_API_KEY_FILE": f"{API_KEY_MOUNT}/{API_KEY_FILE}"} if model.api_key else {}),
         **({"LOCKSTEP_LOG_FORMAT": settings.log_format} if settings.log_format != "text" else {}),
         **({"OTEL_EXPORTER_OTLP_ENDPOINT": settings.tracing_endpoint} if settings.tracing_endpoint else {}),
@@ -172,7 +174,7 @@ def _environment(model: Model, group: str, revision: str, settings: Settings) ->
         "LOCKSTEP_NODE": "spec.nodeName",
         "LOCKSTEP_POD_INDEX": f"metadata.labels['{names.POD_INDEX_LABEL}']",
     }
-    secrets = {"LOCKSTEP_TOKEN": SecretKey(names.token_name(model.name), names.TOKEN_KEY)}
+    secrets = {"LOCKSTEP_TOKEN": SecretKey(names.group_token_name(model.name, tokens), names.TOKEN_KEY)}
     return [
         *({"name": variable, "value": value} for variable, value in plain.items()),
         *({"name": variable, "valueFrom": {"fieldRef": {"fieldPath": path}}} for variable, path in fields.items()),
@@ -198,16 +200,19 @@ def _resources(model: Model) -> dict[str, Any]:
     return resources
 
 
-def _volumes(model: Model) -> list[dict[str, Any]]:
+def _volumes(model: Model, tokens: str) -> list[dict[str, Any]]:
     """Memory-backed volumes count towards the container's memory limit, which bounds them where they have no limit of
     their own.
 
     /dev/shm holds the weight cache: how large the pod's slices are, only the checkpoint knows.
     """
     cached = model.recovery.weight_cache != "Off"
+    operator = names.operator_token_name(model.name, tokens)
     volumes: list[dict[str, Any]] = [
         {"name": "shm", "emptyDir": {"medium": "Memory", **({} if cached else {"sizeLimit": SHARED_MEMORY})}},
         {"name": "tmp", "emptyDir": {"medium": "Memory", "sizeLimit": SCRATCH}},
+        # Optional: without it the group serves, and only the operator can't ask it.
+        {"name": names.OPERATOR_TOKEN_VOLUME, "secret": {"secretName": operator, "optional": True}},
     ]
     if model.api_key:  # a file, since the kubelet brings a changed Secret there, and not to variables
         items = [{"key": model.api_key.key, "path": API_KEY_FILE}]
@@ -243,6 +248,7 @@ def _mounts(model: Model) -> list[dict[str, Any]]:
     mounts: list[dict[str, Any]] = [
         {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - the pod's own volume
         {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - the pod's own volume
+        {"name": names.OPERATOR_TOKEN_VOLUME, "mountPath": OPERATOR_TOKEN_MOUNT, "readOnly": True},
     ]
     if model.api_key:
         mounts.append({"name": "api-key", "mountPath": API_KEY_MOUNT, "readOnly": True})

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lockstep_operator.decisions.actions import Action, Apply, CreateToken, Delete
+from lockstep_operator.decisions.actions import Action, Apply, Delete
 from lockstep_operator.decisions.drift import differences
 from lockstep_operator.decisions.manifests import Manifest
 from lockstep_operator.groups.group import Group, is_ours
-from lockstep_operator.types.names import GROUP_LABEL, group_name, token_name
+from lockstep_operator.types.names import GROUP_LABEL, group_name
 from lockstep_operator.types.observed import Object, ObjectRef, Observed
 from lockstep_operator.types.spec import Model
 
@@ -44,15 +44,6 @@ def _was_there(observed: Observed, manifest: Manifest) -> bool:
         return bool(observed.status.revision)
     last = observed.status.group(int(label))
     return bool(last.revision or last.leader_uid)
-
-
-def token(model: Model, observed: Observed) -> Iterator[Action]:
-    name = token_name(model.name)
-    secret = observed.child("Secret", name)
-    if secret is None:
-        yield CreateToken(name, f"Secret {name} with the group's token is missing")
-    elif observed.token is None and "deletionTimestamp" not in secret["metadata"]:
-        yield Delete("Secret", name, secret["metadata"]["uid"], f"Secret {name} has no token and is recreated")
 
 
 def scale_down(model: Model, observed: Observed, excess: Sequence[Group]) -> Iterator[Action]:

@@ -11,11 +11,13 @@ from typing import Final
 
 from lockstep_operator.groups.group import Group
 from lockstep_operator.types.model_status import GroupSummary, RankSummary, StepLatency
-from lockstep_operator.types.observed import GroupReport
+from lockstep_operator.types.names import UPDATE_ANNOTATION, operator_token_name
+from lockstep_operator.types.observed import GroupReport, Pod
 from lockstep_operator.types.spec import Model
 from lockstep_runtime.protocol.status import FaultRecord, GroupState, GroupStatus, Latency, RankState, RankStatus
 
 UNREACHABLE_SECONDS: Final = 30.0  # a group that can't be asked for so long is unknown
+REFUSED_SECONDS: Final = 180.0  # the kubelet brings another token to its pods within two minutes
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +32,23 @@ def resolve_view(group: Group, report: GroupReport | None, last: GroupSummary, m
     leader = group.leader
     if leader is None:
         return GroupView()
-    if report and report.unreachable_since is not None and now - report.unreachable_since > UNREACHABLE_SECONDS:
-        return GroupView(None, f"pod {leader.name} doesn't answer the operator: {report.error}")
+    if report and report.unreachable_since is not None:
+        patience = REFUSED_SECONDS if report.refused else UNREACHABLE_SECONDS
+        if now - report.unreachable_since > patience:
+            return GroupView(None, _why_unknown(leader, report, model))
     if report and report.status:
         return GroupView(report.status)
     return GroupView(_from_last_status(last, model) if last.leader_uid == leader.uid else None)
+
+
+def _why_unknown(leader: Pod, report: GroupReport, model: Model) -> str:
+    if not report.refused:
+        return f"pod {leader.name} doesn't answer the operator: {report.error}"
+    if leader.tokens_id:
+        secret = operator_token_name(model.name, leader.tokens_id)
+        return f"pod {leader.name} doesn't take the operator's token, as if Secret {secret} were another's"
+    ask = f"kubectl annotate --overwrite tpm {model.name} {UPDATE_ANNOTATION}=$(date -u +%FT%TZ)"
+    return f"pod {leader.name} was made by an older operator, whose tokens this one can't know: {ask} replaces it"
 
 
 def newest_fault(status: GroupStatus | None) -> FaultRecord | None:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Final
 
@@ -17,7 +17,7 @@ import aiohttp
 import msgspec
 
 from lockstep_operator.backoff import backoff
-from lockstep_operator.groups.group_view import UNREACHABLE_SECONDS, progress
+from lockstep_operator.groups.group_view import REFUSED_SECONDS, UNREACHABLE_SECONDS, progress
 from lockstep_operator.types.names import ModelKey
 from lockstep_operator.types.observed import GroupReport
 from lockstep_runtime.protocol.status import STATUS_PORT, GroupState, GroupStatus, Latency
@@ -37,12 +37,12 @@ _NO_ANSWER: Final = (aiohttp.ClientError, TimeoutError, OSError, msgspec.Msgspec
 
 @dataclass(frozen=True, slots=True)
 class PollTarget:
-    """A group's leader pod. Another pod, address or token (the group's) is another target. `fenced`: it is to take no
-    requests."""
+    """A group's leader pod. Another pod, address or token (that the pod knows the operator by) is another target.
+    `fenced`: it is to take no requests."""
 
     pod_uid: str
     address: str
-    token: str
+    token: str = field(repr=False)
     port: int = STATUS_PORT
     fenced: bool = False
 
@@ -64,6 +64,10 @@ class PollTarget:
 class _Answer:
     status: int
     body: bytes
+
+
+class _RefusedError(ValueError):
+    """It is alive, but lets the operator ask for nothing."""
 
 
 class StatusPoller:
@@ -138,11 +142,8 @@ class StatusPoller:
         known = f"{seen.incarnation}/{seen.revision}" if seen else ""
         token = purpose_token(target.token, Purpose.STATUS)
         answer = await self._get(target, token, known)
-        if answer.status == 401:  # an older runtime knows the group's token only
-            token = target.token
-            answer = await self._get(target, token, known)
-        if answer.status == 400 and seen:  # and a still older one bare revisions
-            answer = await self._get(target, token, str(seen.revision))
+        if answer.status == HTTPStatus.UNAUTHORIZED:
+            raise _RefusedError("it doesn't take the operator's token")
         if answer.status != 200:
             raise ValueError(f"status {answer.status}")
         return msgspec.json.decode(answer.body, type=GroupStatus)
@@ -182,12 +183,16 @@ class StatusPoller:
 
     async def _failed(self, key: ModelKey, group: int, target: PollTarget, error: Exception, failures: int) -> None:
         before = self._report(key, group)
-        since = before.unreachable_since if before.unreachable_since is not None else self._now()
-        text = str(error) or type(error).__name__
-        self._reports[key, group] = (target.pod_uid, replace(before, unreachable_since=since, error=text))
-        if before.unreachable_since is None:
+        refused, text = isinstance(error, _RefusedError), str(error) or type(error).__name__
+        lasts = before.unreachable_since is not None and refused is before.refused
+        since = before.unreachable_since if lasts else self._now()
+        self._reports[key, group] = (
+            target.pod_uid,
+            replace(before, unreachable_since=since, error=text, refused=refused),
+        )
+        if not lasts:
             log.info("%s: group %d does not answer: %s", key, group, text)
-            self._changed(key, UNREACHABLE_SECONDS + 1)
+            self._changed(key, (REFUSED_SECONDS if refused else UNREACHABLE_SECONDS) + 1)
         await asyncio.sleep(backoff(failures, FIRST_DELAY, MAX_DELAY))
 
     def _report(self, key: ModelKey, group: int) -> GroupReport:

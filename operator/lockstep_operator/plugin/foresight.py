@@ -28,7 +28,6 @@ from lockstep_operator.types.names import KIND, REVISION_LABEL, group_name
 from lockstep_operator.types.observed import Object, Observed, Pod, parse_pod
 from lockstep_operator.types.spec import Model
 
-_TOKEN: Final = ""
 _OURS: Final = Settings(runtime_image="the operator's")
 _OLDER: Final = Settings(runtime_image="an older one", log_format="json")
 _NOW: Final = 0.0  # nothing that is asked here goes by time
@@ -70,7 +69,7 @@ class World:
         """What the pods of such a model are made from; it must have no flaw."""
         observed = self._seen(model)
         model = with_restart(self._meant(model), groups_of(model, observed))
-        return pinning.pin(model, _TOKEN, observed, _OURS)
+        return pinning.pin(model, observed, _OURS)
 
     def course(self, model: Model) -> Course:
         """What would happen until nothing more does."""
@@ -104,7 +103,7 @@ def _observed(live: Object, objects: Sequence[Object]) -> Observed:
     """What a pass of the operator would see."""
     children = {(one["kind"], one["metadata"]["name"]): one for one in objects if one["kind"] != "Pod"}
     pods = tuple(pod for one in objects if one["kind"] == "Pod" and (pod := parse_pod(one)))
-    return Observed(status=parse(live.get("status")), resource_version="", token=_TOKEN, children=children, pods=pods)
+    return Observed(status=parse(live.get("status")), resource_version="", children=children, pods=pods)
 
 
 def _revision_of(child: Object) -> str:
@@ -121,9 +120,9 @@ def _names(observed: Observed, model: Model) -> dict[str, str]:
     """Revisions as they are computed here, by what they are called in the cluster."""
     history: Mapping[str, Kept] = pinning.history(model, observed)
     newest = pinning.newest_of(history)
-    found = {name: manifests.revision(model, _TOKEN, kept.rendering) for name, kept in history.items()}
+    found = {name: manifests.revision(model, kept.rendering) for name, kept in history.items()}
     if newest is not None and not model.flaw:
-        found[newest.revision] = manifests.revision(model, _TOKEN, _as_kept(model, observed))
+        found[newest.revision] = manifests.revision(model, _as_kept(model, observed))
     return found
 
 

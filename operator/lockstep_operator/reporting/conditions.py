@@ -143,8 +143,6 @@ def _not_ready(decision: Decision, worst: Blocker | None) -> ConditionValue:
     text = "; ".join([*([worst.message] if worst else []), *waiting])
     if worst and (worst.stalled or not waiting):
         return ConditionValue("False", worst.reason, text, worst.stalled)
-    if not decision.revision:
-        return ConditionValue("False", Reason.STARTING, "the model's token is being created")
     return ConditionValue(
         "False", Reason.ROLLING_OUT, text or f"pods of revision {decision.revision} replace older ones"
     )

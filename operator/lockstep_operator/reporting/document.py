@@ -25,6 +25,7 @@ _ESSENTIAL: Final = (
     "surge",
     "runtime",
     "rollback",
+    "tokens",
     "recoveries",
     "savings",
     "nodeFaults",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from lockstep_operator.decisions.actions import Apply, Delete
+from lockstep_operator.decisions.actions import Apply, Delete, MakeTokens
 from lockstep_operator.reporting.transition import Transition
 from lockstep_operator.types.model_status import Condition, ModelStatus
 from lockstep_operator.types.names import API_VERSION, KIND, REPORTER, ModelKey
@@ -49,6 +49,7 @@ def event_drafts(change: Transition) -> list[EventDraft]:
         *_repairs(change),
         *_drift_repairs(change),
         *_lost_pods(change),
+        *_new_tokens(change),
         *_node_faults(change),
     ]
 
@@ -180,6 +181,16 @@ def _lost_pods(change: Transition) -> Iterator[EventDraft]:
     for action in change.actions:
         if isinstance(action, Delete) and action.grace == 0:
             yield EventDraft(f"lost/{action.uid}", EventReason.POD_LOST, action.reason, warning=True)
+
+
+def _new_tokens(change: Transition) -> Iterator[EventDraft]:
+    """The first ones are no news."""
+    known = change.before.tokens
+    for action in change.actions:
+        if isinstance(action, MakeTokens) and known is not None:
+            key = f"tokens/{known.key}/{known.id}/{format_rfc3339(known.time)}/{action.made.key}/{action.made.id}"
+            note = f"{action.reason}; pods that have the same Secret take it up within two minutes, and go on serving"
+            yield EventDraft(key, EventReason.TOKENS_MADE, note)
 
 
 def _node_faults(change: Transition) -> Iterator[EventDraft]:

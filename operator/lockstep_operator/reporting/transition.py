@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from lockstep_operator.decisions import node_suspicion
-from lockstep_operator.decisions.actions import Action
+from lockstep_operator.decisions.actions import Action, MakeTokens
 from lockstep_operator.decisions.node_suspicion import NodeFault
 from lockstep_operator.decisions.planner import Decision
 from lockstep_operator.reporting import recovery_log
@@ -50,6 +50,7 @@ def transition(
         summarize(model, decision, groups, by_operator, values, before, now),
         savings=savings(before.savings, groups, now),
         node_faults=node_suspicion.remembered(before.node_faults or (), on_nodes, now) or None,
+        tokens=next((action.made for action in actions if isinstance(action, MakeTokens)), before.tokens),
     )
     return Transition(
         before=before,

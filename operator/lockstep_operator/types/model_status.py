@@ -156,6 +156,15 @@ class Runtime(Part, frozen=True, kw_only=True):
     updating: bool = False
 
 
+class Tokens(Part, frozen=True, kw_only=True):
+    """The Secrets with the model's tokens, as they were made last: of which key of the operator's, and of which
+    request."""
+
+    key: str
+    id: str
+    time: float
+
+
 class Rollback(Part, frozen=True, kw_only=True):
     """What was asked for, and when it ends: as soon as the spec has another shape."""
 
@@ -177,6 +186,7 @@ class ModelStatus(Part, frozen=True, kw_only=True):
     surge: tuple[SurgeGroup, ...] = ()
     runtime: Runtime = Runtime()
     rollback: Rollback | None = None
+    tokens: Tokens | None = None
     ranks: str = ""
     step_latency: StepLatency | None = None
     recoveries: int = 0

@@ -31,6 +31,7 @@ RESOLVE_ANNOTATION: Final = "lockstep.dev/resolveRevisionAt"  # the same: also a
 PAUSED_ANNOTATION: Final = "lockstep.dev/paused"  # of a model: nothing is done about it but reports
 EVACUATE_ANNOTATION: Final = "lockstep.dev/evacuate"  # of a pod: it leaves its node, when another group stands in
 FENCED_ANNOTATION: Final = "lockstep.dev/fenced-groups"  # of a model: groups that are left alone and take no requests
+NEW_TOKENS_ANNOTATION: Final = "lockstep.dev/newTokensAt"  # the same: the pods that follow have new tokens
 UPDATE_ANNOTATION: Final = "lockstep.dev/update-runtime"  # of a model: pods as the operator renders them today
 ROLLBACK_ANNOTATION: Final = "lockstep.dev/rollback-to"  # of a model: a revision whose pods it is to have again
 KUBECTL_RESTARTED: Final = "kubectl.kubernetes.io/restartedAt"  # by `kubectl rollout restart` of a StatefulSet
@@ -59,6 +60,7 @@ OPERATOR_POD_LABELS: Final[Mapping[str, str]] = {
 
 CONTAINER: Final = "lockstep"
 TOKEN_KEY: Final = "token"  # noqa: S105 - the name of a key
+OPERATOR_TOKEN_VOLUME: Final = "operator-token"  # noqa: S105 - the name of a volume
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -82,8 +84,15 @@ def template_name(model: str, revision: str) -> str:
     return f"{model}-{revision}"
 
 
-def token_name(model: str) -> str:
-    return f"{model}-token"
+def group_token_name(model: str, tokens: str) -> str:
+    """Of the Secret that a group's pods know each other by. `tokens` is the model's `tokens_id`: the name is nobody
+    else's, so whatever has it is the model's own."""
+    return f"{model}-token-{tokens}"
+
+
+def operator_token_name(model: str, tokens: str) -> str:
+    """Of the Secret that the pods know the operator by."""
+    return f"{model}-operator-{tokens}"
 
 
 def account_name(model: str) -> str:

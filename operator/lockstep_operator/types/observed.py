@@ -10,11 +10,11 @@ from lockstep_operator.types.limits import Limits
 from lockstep_operator.types.model_status import ModelStatus
 from lockstep_operator.types.names import (
     GROUP_LABEL,
+    OPERATOR_TOKEN_VOLUME,
     POD_INDEX_LABEL,
     REVISION_LABEL,
     account_name,
     group_name,
-    token_name,
 )
 from lockstep_operator.types.spec import Model
 from lockstep_operator.types.timestamps import parse_rfc3339
@@ -65,6 +65,13 @@ class Pod:
         return next((int(port["containerPort"]) for port in declared if port.get("name") == "status"), STATUS_PORT)
 
     @property
+    def tokens_id(self) -> str:
+        """Of the tokens that it has; empty for a pod of an older version, whose tokens nobody knows."""
+        volumes = (self.raw.get("spec") or {}).get("volumes") or []
+        secrets = (one["secret"] for one in volumes if one.get("name") == OPERATOR_TOKEN_VOLUME and "secret" in one)
+        return next((str(secret.get("secretName", "")).rpartition("-")[2] for secret in secrets), "")
+
+    @property
     def started(self) -> float | None:
         """When its containers were last started; None when one doesn't run."""
         running = [state for one in self.containers if (state := (one.get("state") or {}).get("running"))]
@@ -80,6 +87,7 @@ class GroupReport:
     status: GroupStatus | None = None
     unreachable_since: float | None = None
     error: str = ""
+    refused: bool = False  # it answers, but doesn't take the operator's token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +96,6 @@ class Observed:
 
     status: ModelStatus  # of the custom resource, as last written
     resource_version: str
-    token: str | None  # None: the Secret is missing or has no token
     children: Mapping[tuple[str, str], Object]  # by kind and name
     pods: tuple[Pod, ...] = ()
     reports: Mapping[int, GroupReport] = field(default_factory=dict)  # by group; only of the present first pods
@@ -98,6 +105,7 @@ class Observed:
     limits: Limits = field(default_factory=Limits)  # of the namespace
     leaving_nodes: frozenset[str] = frozenset()  # cordoned ones
     suspicion: Mapping[str, int] = field(default_factory=dict)  # faults that all models hold against nodes
+    operator_key: str = ""  # its id
     may_update: bool = False  # whether it is this model's turn, among all, to have its runtime updated
 
     def child(self, kind: str, name: str) -> Object | None:
@@ -119,7 +127,7 @@ def wanted_groups(model: Model, status: ModelStatus) -> tuple[int, ...]:
 def expected_names(model: Model, groups: Iterable[int]) -> list[tuple[str, str, int | None]]:
     """Kind and name of what the model needs, and the group that it is for, if it is for one. A list by label may miss
     some, because somebody removed the label."""
-    shared = [("Secret", token_name(model.name)), ("ServiceAccount", account_name(model.name)), ("Service", model.name)]
+    shared = [("ServiceAccount", account_name(model.name)), ("Service", model.name)]
     of_group = ["StatefulSet", "Service", *(["NetworkPolicy"] if model.network.policy != "None" else [])]
     return [(kind, name, None) for kind, name in shared] + [
         (kind, group_name(model.name, group), group) for group in groups for kind in of_group

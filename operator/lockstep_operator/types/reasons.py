@@ -92,4 +92,5 @@ class EventReason(enum.StrEnum):
     RECOVERED = "Recovered"
     POD_LOST = "PodLost"
     DRIFT_REPAIRED = "DriftRepaired"
+    TOKENS_MADE = "TokensMade"
     DEPRECATED = "Deprecated"

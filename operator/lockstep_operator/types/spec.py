@@ -13,6 +13,7 @@ from lockstep_operator.types import template_check
 from lockstep_operator.types.intervention import Intervention, parse_intervention
 from lockstep_operator.types.model_source import Cache, EmptyDir, Source, parse_cache, parse_source
 from lockstep_operator.types.names import (
+    NEW_TOKENS_ANNOTATION,
     QUEUE_LABEL,
     QUEUE_PRIORITY_LABEL,
     RESOLVE_ANNOTATION,
@@ -42,7 +43,7 @@ from lockstep_operator.types.spec_blocks import (
     parse_watchdog,
 )
 from lockstep_operator.types.spec_values import SecretKey, SpecError, seconds, secret_key
-from lockstep_operator.types.timestamps import parse_rfc3339
+from lockstep_operator.types.timestamps import format_rfc3339, parse_rfc3339
 
 DEFAULT_PROGRESS: Final = 600.0
 DEFAULT_HISTORY: Final = 3
@@ -92,6 +93,7 @@ class Model:
     update_requested: float | None = None  # unix seconds of the last request to update the runtime
     rollback_to: str = ""  # revision
     restarted_at: float | None = None  # unix seconds of the last request to restart the groups one by one
+    new_tokens_at: float | None = None  # the same, of pods with new tokens
 
     @property
     def name(self) -> str:
@@ -100,6 +102,12 @@ class Model:
     @property
     def namespace(self) -> str:
         return self.key.namespace
+
+    @property
+    def tokens_id(self) -> str:
+        """Which tokens its pods are to have: others after each request, and for each model of the same name."""
+        asked = "" if self.new_tokens_at is None else format_rfc3339(self.new_tokens_at)
+        return hashlib.sha256(f"{self.uid}/{asked}".encode()).hexdigest()[:10]
 
     @property
     def pods_per_group(self) -> int:
@@ -134,6 +142,7 @@ def parse(resource: Mapping[str, Any], sources: Sequence[ModelSource] = ()) -> M
     restarted_at, flaw = _requested(annotations, RESTARTED_ANNOTATION)
     resolve_at, other_flaw = _requested(annotations, RESOLVE_ANNOTATION)
     update_requested, third_flaw = _requested(annotations, UPDATE_ANNOTATION)
+    new_tokens_at, fourth_flaw = _requested(annotations, NEW_TOKENS_ANNOTATION)
     source, default_cache, unknown = parse_source(model, sources, resolve_at)
     template = spec.get("template") or {}
     accelerator, backend = (spec.get("accelerator") or {}).get("resourceName"), spec.get("backend", "auto")
@@ -166,7 +175,7 @@ def parse(resource: Mapping[str, Any], sources: Sequence[ModelSource] = ()) -> M
         group_metadata=parse_group_metadata(spec.get("groupMetadata") or {}, _inherited(metadata.get("labels") or {})),
         rollout=parse_rollout(spec.get("rollout") or {}, spec.get("replicas", 1)),
         template=template,
-        flaw=template_flaw or flaw or other_flaw or third_flaw or unknown or intervention.flaw,
+        flaw=template_flaw or flaw or other_flaw or third_flaw or fourth_flaw or unknown or intervention.flaw,
         progress_deadline=seconds(spec, "progressDeadline") or DEFAULT_PROGRESS,
         shape=shape(spec),
         auto_update=(spec.get("runtime") or {}).get("update") == "Auto",
@@ -174,6 +183,7 @@ def parse(resource: Mapping[str, Any], sources: Sequence[ModelSource] = ()) -> M
         update_requested=update_requested,
         rollback_to=annotations.get(ROLLBACK_ANNOTATION, ""),
         restarted_at=restarted_at,
+        new_tokens_at=new_tokens_at,
     )
 
 

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from lockstep_runtime.config import API_KEY_FILE_VARIABLE
+from lockstep_runtime.config import API_KEY_FILE_VARIABLE, OPERATOR_TOKEN_FILE_VARIABLE
 from lockstep_runtime.redaction import is_secret_name
 
 _MAX_FILE_BYTES: Final = 1 << 20
 
 
 def known(environment: Mapping[str, str]) -> set[str]:
-    """The secrets that this process can read: in variables, in the files of API keys and of the hub's tokens."""
+    """The secrets that this process can read: in variables, and in files: API keys, the operator's token, the
+    hub's."""
     values = {value.strip() for name, value in environment.items() if is_secret_name(name)}
     for path in _secret_files(environment):
         try:
@@ -30,6 +31,7 @@ def _secret_files(environment: Mapping[str, str]) -> list[Path]:
     home = Path(environment.get("HF_HOME") or Path(environment.get("HOME", "/")) / ".cache" / "huggingface")
     files = [
         environment.get(API_KEY_FILE_VARIABLE),
+        environment.get(OPERATOR_TOKEN_FILE_VARIABLE),
         environment.get("HF_TOKEN_PATH") or home / "token",
         environment.get("HF_STORED_TOKENS_PATH") or home / "stored_tokens",
     ]

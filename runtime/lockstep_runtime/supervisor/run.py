@@ -11,12 +11,13 @@ import signal
 import socket
 import time
 from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from lockstep_runtime.chaos import pending
-from lockstep_runtime.config import CONFIG_VARIABLE, TOKEN_VARIABLE, ServeConfig
+from lockstep_runtime.config import CONFIG_VARIABLE, OPERATOR_TOKEN_FILE_VARIABLE, TOKEN_VARIABLE, ServeConfig
 from lockstep_runtime.host import discovery, process_init, shm_files
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import Inject
@@ -27,6 +28,7 @@ from lockstep_runtime.sources.model_folder import is_hub_model
 from lockstep_runtime.sources.tokens import given_token, without_tokens
 from lockstep_runtime.supervisor import stall_tracker
 from lockstep_runtime.supervisor.bus_client import BusClient
+from lockstep_runtime.supervisor.callers import Callers
 from lockstep_runtime.supervisor.exits import Exit, Stop
 from lockstep_runtime.supervisor.member_readiness import MemberReadiness
 from lockstep_runtime.supervisor.oom import OutOfMemory
@@ -122,7 +124,9 @@ class Supervisor:
         module = await asyncio.to_thread(importlib.import_module, "lockstep_runtime.supervisor.server")
         inject = self._inject if self._config.allow_faults and self._config.is_leader else None
         readiness = self._board or self._readiness
-        await module.StatusServer(readiness, self._token, inject, self._config).run_on(listening)
+        file = os.environ.get(OPERATOR_TOKEN_FILE_VARIABLE)
+        callers = Callers(self._token, Path(file) if file else None)
+        await module.StatusServer(readiness, callers, inject, self._config).run_on(listening)
 
     async def _keep_time(self) -> None:
         while True:

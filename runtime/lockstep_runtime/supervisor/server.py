@@ -21,7 +21,8 @@ from lockstep_runtime.host import descriptors
 from lockstep_runtime.host.connections import limited
 from lockstep_runtime.protocol import bus
 from lockstep_runtime.protocol.chaos import Inject
-from lockstep_runtime.protocol.tokens import Purpose, entitles
+from lockstep_runtime.protocol.tokens import Purpose
+from lockstep_runtime.supervisor.callers import Callers
 from lockstep_runtime.supervisor.member_readiness import MemberReadiness
 from lockstep_runtime.supervisor.status_store import StatusStore, parse_seen
 
@@ -36,14 +37,14 @@ PassOn = Callable[[Inject], bool]  # hands a fault on purpose to the engine; whe
 
 def create_app(
     readiness: StatusStore | MemberReadiness,
-    token: str,
+    callers: Callers,
     inject: PassOn | None = None,
     config: ServeConfig | None = None,
 ) -> Starlette:
     """`readiness`: the board with the status in the leader's pod, the engine's word in the others.
 
-    `token` is the group's: requests carry the one derived from it for their purpose. `inject` is given where faults are
-    allowed; otherwise there is no `/inject`. `config` holds no secrets.
+    `callers` may ask, each for its purpose. `inject` is given where faults are allowed; otherwise there is no
+    `/inject`. `config` holds no secrets.
     """
 
     board = readiness if isinstance(readiness, StatusStore) else None
@@ -57,7 +58,7 @@ def create_app(
         return PlainTextResponse(f"the group takes no requests: {reason}\n", 503)
 
     async def status(request: Request) -> Response:
-        if not _authorized(request, token, Purpose.STATUS):
+        if not _authorized(request, callers, Purpose.STATUS):
             return PlainTextResponse("a bearer token is needed\n", 401, {"WWW-Authenticate": "Bearer"})
         if board is None:
             return PlainTextResponse("only the leader pod serves the status\n", 404)
@@ -70,7 +71,7 @@ def create_app(
         return Response(_encoder.encode(found), media_type="application/json")
 
     async def fence(request: Request) -> Response:
-        if not _authorized(request, token, Purpose.FENCE):
+        if not _authorized(request, callers, Purpose.FENCE):
             return PlainTextResponse("a bearer token is needed\n", 401, {"WWW-Authenticate": "Bearer"})
         if board is None:
             return PlainTextResponse("only the leader pod can be fenced\n", 404)
@@ -78,12 +79,12 @@ def create_app(
         return PlainTextResponse("ok\n")
 
     async def settings(request: Request) -> Response:
-        if not _authorized(request, token, Purpose.STATUS):
+        if not _authorized(request, callers, Purpose.STATUS):
             return PlainTextResponse("a bearer token is needed\n", 401, {"WWW-Authenticate": "Bearer"})
         return Response(_encoder.encode(config), media_type="application/json")
 
     async def take_fault(request: Request) -> Response:
-        if not _authorized(request, token, Purpose.FAULTS):
+        if not _authorized(request, callers, Purpose.FAULTS):
             return PlainTextResponse("a bearer token is needed\n", 401, {"WWW-Authenticate": "Bearer"})
         try:
             fault = msgspec.json.decode(await _small_body(request), type=Inject)
@@ -113,9 +114,9 @@ async def _small_body(request: Request) -> bytes:
     return body
 
 
-def _authorized(request: Request, token: str, purpose: Purpose) -> bool:
+def _authorized(request: Request, callers: Callers, purpose: Purpose) -> bool:
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    return scheme.lower() == "bearer" and entitles(given, token, purpose)
+    return scheme.lower() == "bearer" and callers.may(given, purpose)
 
 
 class StatusServer(uvicorn.Server):
@@ -124,11 +125,11 @@ class StatusServer(uvicorn.Server):
     def __init__(
         self,
         readiness: StatusStore | MemberReadiness,
-        token: str,
+        callers: Callers,
         inject: PassOn | None = None,
         config: ServeConfig | None = None,
     ) -> None:
-        app = create_app(readiness, token, inject, config)
+        app = create_app(readiness, callers, inject, config)
         super().__init__(
             uvicorn.Config(
                 app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1,
