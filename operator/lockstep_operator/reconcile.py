@@ -167,6 +167,8 @@ class Reconciler:
                 raise
             text = f"the API server refuses what the operator must read or write: {error}"
             return await self._halt(key, resource, source, Reason.REFUSED, text)
+        except StaleError:
+            raise
         except Exception as error:  # a bug: it is reported where people look, and stops no other model
             log.exception("%s: reconciling failed", key)
             text = f"the operator can't work on this model ({type(error).__name__}: {str(error)[:300]}): see its log"

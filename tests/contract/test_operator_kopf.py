@@ -131,6 +131,22 @@ async def test_a_model_is_made_kept_and_left_alone(tmp_path: Path, monkeypatch: 
             assert not any("kopf" in name for name in item["metadata"].get("annotations") or {})
 
 
+async def test_a_child_that_nobody_hears_of_any_more_is_looked_at_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without its label no watch shows it: it is missing, until it is to be made."""
+    caplog.set_level("INFO", logger="lockstep_operator")
+    async with running(tmp_path, monkeypatch, "chat") as (kube, http, operator):
+        await until("the children", lambda: children(kube) == CHILDREN and is_ready(kube))
+        await at_rest(http, operator)
+        labels = clone(labels_of(kube))
+        kube.change("Service", "team", "chat", lambda live: live["metadata"]["labels"].pop("lockstep.dev/model"))
+        await until("the label to be back", lambda: labels_of(kube) == labels)
+        await at_rest(http, operator)
+    assert "it is looked at anew" in caplog.text
+    assert "reconciling failed" not in caplog.text
+
+
 async def test_a_name_that_is_free_again_is_told_to_the_model_that_may_wait_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

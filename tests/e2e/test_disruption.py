@@ -38,6 +38,11 @@ def evict(model: Model, pod: str) -> str:
     return answer.stderr if answer.returncode else ""
 
 
+def uids(model: Model) -> set[str]:
+    """Of its pods, but for those that are going."""
+    return {pod["metadata"]["uid"] for pod in model.pods()}
+
+
 def is_ready(pod: Object) -> bool:
     return any(one["type"] == "Ready" and one["status"] == "True" for one in pod["status"].get("conditions", []))
 
@@ -69,11 +74,12 @@ def test_evictions_take_one_group_at_a_time_and_all_of_it(pair: Model) -> None:
         assert "violate the pod's disruption budget" in refusal
         pair.until("the group's other pod to be unready", lambda: not is_ready(pair.pod(0, 0)), 30)
         assert evict(pair, "chat-0-0") == "", "it may go: none of its group serves"
-        refusals = 0
+        refusals, last = 0, pair.pod(1, 1)["metadata"]["uid"]
         while evict(pair, "chat-1-1"):
             refusals += 1
         assert "0" in whole_groups(pair), "the other may go when the first is whole"
         assert refusals > 0
+        pair.until("a successor of the last", lambda: len(there := uids(pair)) == 4 and last not in there, 60)
         pair.until_serving(2)
     assert load.failures == [], "\n".join(load.failures)
     after = {pod["metadata"]["uid"] for pod in pair.pods() if pod["metadata"]["labels"]["lockstep.dev/group"] == "0"}
@@ -97,15 +103,16 @@ def test_somebody_elses_budget_is_told_and_ours_gives_way(pair: Model) -> None:
 
 
 def test_a_fenced_group_gets_no_requests_and_is_left_alone(pair: Model) -> None:
-    address, pods = pair.pod(1, 0)["status"]["podIP"], {pod["metadata"]["uid"] for pod in pair.pods()}
+    address, pods = pair.pod(1, 0)["status"]["podIP"], uids(pair)
     pair.kubectl("annotate", "tpm", pair.name, "lockstep.dev/fenced-groups=1")
     with Load(pair, clients=2) as load:
         pair.until("it to leave the Service", lambda: address not in pair.endpoints(), 60)
+        pair.until("it to be told", lambda: pair.is_true("Paused"), 60)
         assert pair.condition("Paused")["reason"] == "GroupsFenced"
     pair.kubectl("annotate", "tpm", pair.name, "lockstep.dev/fenced-groups-")
     pair.until_serving(2)
     assert load.failures == [], "\n".join(load.failures)
-    assert {pod["metadata"]["uid"] for pod in pair.pods()} == pods
+    assert uids(pair) == pods
 
 
 def test_an_only_group_is_moved_when_another_is_ready(pair: Model) -> None:

@@ -16,6 +16,7 @@ from tests.support.cluster_api import ClusterApi
 from tests.support.cluster_model import OPERATOR_NAMESPACE, Model, tiny_chat
 from tests.support.http import HTTP
 from tests.support.local_operator import LocalOperator, deployed_settings
+from tests.support.shared_key import shared_key
 from tests.support.wait import until
 
 NewNamespace = Callable[[str], str]
@@ -33,8 +34,8 @@ class Served:
         self._api = api
         # The one that goes comes first: an operator that is started meanwhile must not wait for it.
         self.lost, self.kept = new_namespace("lost"), new_namespace("kept")
-        self._user = f"system:serviceaccount:{self.kept}:lockstep-of-the-test"
-        self.proxy = ApiProxy(kubectl.KUBECONFIG, self._user)
+        self.user = f"system:serviceaccount:{self.kept}:lockstep-of-the-test"
+        self.proxy = ApiProxy(kubectl.KUBECONFIG, self.user)
         self.proxy.start()
         deployment = api.find("deployments", OPERATOR_NAMESPACE, "lockstep")
         assert deployment is not None
@@ -47,7 +48,7 @@ class Served:
             if made["kind"] not in ("Role", "RoleBinding") or made["metadata"]["namespace"] != namespace:
                 continue  # the operator's own, for its Lease, is the deployed one's
             if made["kind"] == "RoleBinding":
-                made["subjects"] = [{"kind": "User", "name": self._user, "apiGroup": "rbac.authorization.k8s.io"}]
+                made["subjects"] = [{"kind": "User", "name": self.user, "apiGroup": "rbac.authorization.k8s.io"}]
             kubectl.apply(made)
 
     def model(self, namespace: str) -> Model:
@@ -82,7 +83,8 @@ class Served:
 @pytest.fixture
 def served(api: ClusterApi, new_namespace: NewNamespace, tmp_path: Path) -> Iterator[Served]:
     made = Served(api, new_namespace, tmp_path)
-    yield made
+    with shared_key(made.user):
+        yield made
     made.operator.kill()  # first: else it would come back to a proxy that is about to close
     made.proxy.stop()
 

@@ -71,6 +71,7 @@ def place(api: ClusterApi, tmp_path: Path) -> Iterator[Place]:
         place = Place(kubeconfig, second, operator)
         account = f"--user={deployed_user(deployment)}"
         try:
+            place.kubectl("create", "namespace", OPERATOR_NAMESPACE)  # of its key
             place.kubectl("create", "clusterrolebinding", "operator", "--clusterrole=cluster-admin", account)
             yield place
         finally:

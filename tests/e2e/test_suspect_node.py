@@ -20,6 +20,7 @@ from tests.support.cluster_faults import WORKER
 from tests.support.cluster_model import OPERATOR_NAMESPACE, Model, Object, tiny_chat
 from tests.support.cluster_processes import kill, one_process
 from tests.support.local_operator import LocalOperator, deployed_settings, deployed_user
+from tests.support.shared_key import shared_key
 from tests.support.wait import until
 
 CONDITION: Final = "LockstepSuspect"
@@ -61,8 +62,9 @@ def operator(api: ClusterApi, namespace: str, tmp_path: Path) -> Iterator[LocalO
     assert deployment is not None
     settings = deployed_settings(deployment) | {"LOCKSTEP_NODE_CONDITIONS": "true", "LOCKSTEP_WATCH_NODES": "false"}
     made = LocalOperator(proxy.url, namespace, settings, tmp_path / "operator")
-    made.start()
-    yield made
+    with shared_key(user):
+        made.start()
+        yield made
     made.kill()
     proxy.stop()
     for one in rights:
