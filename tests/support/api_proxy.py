@@ -47,9 +47,9 @@ class Asked:
     def target(self) -> str:
         """Method and object, without the namespace: the same in the lives of two models of the same name. What their
         pods are made from is called by its hash, and their tokens differ."""
-        path = re.sub(r"^.*/namespaces/[^/]+/", "", self.url.partition("?")[0])
-        path = re.sub(r"^(controllerrevisions/.*)-[0-9a-f]{10}$", r"\1", path)
-        return f"{self.method} {path}{self._created}"
+        path = re.sub(r"^.*/namespaces/[^/]+/", "", self.url.partition("?")[0]) + self._created
+        path = re.sub(r"^((?:controllerrevisions|secrets)/.*)-[0-9a-f]{10}$", r"\1", path)
+        return f"{self.method} {path}"
 
     @property
     def meaning(self) -> str:
