@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Final, TypeVar
 
 import torch
 
 from lockstep_runtime.host.cgroup import cpus
 
+ENDING_SECONDS: Final = 2.0  # for threads to be gone; more of them have other things to do
 MOST: Final = 8  # memory's bandwidth is the bound before that
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -48,11 +51,27 @@ def _one_core_each() -> Iterator[None]:
 
 def in_own_thread(work: Callable[[], _R]) -> _R:
     """The result. Threads that OpenMP starts for the work end with its thread; in the caller's there is none of them,
-    so that it may be forked."""
+    so that it may be forked.
+
+    All have ended when this returns, the kernel's part included, for which a join of Python's does not wait: a thread
+    that ends gives back memory of MKL's and OpenMP's under locks, and a child that is forked meanwhile has them locked
+    for ever.
+    """
+    before = _threads_of_kernel()
 
     def run() -> _R:
         torch.set_num_threads(torch.get_num_threads())  # OpenMP has a number for each thread
         return work()
 
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(run).result()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(run).result()
+    finally:
+        deadline = time.monotonic() + ENDING_SECONDS
+        while _threads_of_kernel() - before and time.monotonic() < deadline:
+            time.sleep(0.0005)
+
+
+def _threads_of_kernel() -> set[str]:
+    """The ids of this process's threads."""
+    return {thread.name for thread in Path("/proc/self/task").iterdir()}
