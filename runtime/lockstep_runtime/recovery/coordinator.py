@@ -355,9 +355,8 @@ class Coordinator:
         self._phases = {"abort": aborted - self.since, "respawn": now - aborted}
         loads = [one.loaded.seconds for one in self.handles if one.loaded is not None]
         self._longest_load = max([self._longest_load, *loads])
-        self._do(
-            actions.PhaseOver(TrailPhase.RESPAWN, now - aborted, f"all {len(self.handles)} ranks have their weights")
-        )
+        text = f"all {len(self.handles)} ranks have their weights"
+        self._do(actions.PhaseOver(TrailPhase.RESPAWN, now - aborted, text))
         self._enter(Stage.ASSEMBLING, now)
         self._actions += self._assembly.begin(self.epoch, now, processes=self._processes, is_first=not self.has_served)
 
