@@ -42,15 +42,19 @@ def step_by(library: ctypes.CDLL) -> Step:
         sequences, key_heads, width = inputs.keys.shape
         heads, rows = inputs.values.shape[1:]
         answers = torch.empty(sequences, heads, rows)
-        read = (
+        given = (  # named, so that the copies among them live until the kernel has read them
             of_unit_length(inputs.queries) * width**-0.5,
             of_unit_length(inputs.keys),
             inputs.values.float().contiguous(),
             inputs.decay.exp().contiguous(),
             inputs.beta.contiguous(),
+            states,
+            reads.contiguous(),
+            writes.contiguous(),
+            answers,
         )
         kernel(
-            *(one.data_ptr() for one in (*read, states, reads.contiguous(), writes.contiguous(), answers)),
+            *(one.data_ptr() for one in given),
             *(sequences, key_heads, heads, width, rows),
         )
         return answers
